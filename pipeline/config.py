@@ -1,0 +1,321 @@
+"""Decides how run.toml is read: strictly, into frozen dataclasses, with errors naming file, field, value, choices.
+
+It knows sections and types; what a section means is known by the module whose `Config` it is. A field is declared
+with `key`, which also says what `recap init` writes beside it and whether it decides rows (`stamp`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from pipeline import plugins
+
+T = TypeVar("T")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class ConfigError(ValueError):
+    """The user's input is wrong: exit 2."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+
+
+class Located(str):
+    """A path or URL, found beside run.toml or among what ships; `given` is what the user wrote."""
+
+    given: str
+
+    def __new__(cls, value: str, given: str) -> Located:
+        self = super().__new__(cls, value)
+        self.given = given
+        return self
+
+
+def key(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    stamp: bool = True,
+    least: float | None = None,
+    most: float | None = None,
+    locate: str | None = None,
+    factory: Any = MISSING,
+) -> Any:
+    """A field of a section.
+
+    Args:
+        default: its value when the section does not have it; without one it is required.
+        help: one line that `recap init` writes above it.
+        stamp: whether it decides rows. URLs, windows and time-outs do not.
+        least, most: bounds of a number, inclusive.
+        locate: "path": relative to run.toml's folder; "model": also one of `<run>/models` or of stages/models.
+    """
+    about = {"help": help, "stamp": stamp, "least": least, "most": most, "locate": locate}
+    if factory is not MISSING:
+        return dataclasses.field(default_factory=factory, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A section with a `kind`: the module that the kind names, and its part of the section."""
+
+    kind: str
+    module: ModuleType
+    config: Any
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        return {"kind": self.kind, **stamped(self.config)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """run.toml, understood."""
+
+    file: Path
+    seed: int
+    max_error_share: float  # [0, 1]
+    source: Plugin
+    engines: Mapping[str, Plugin]
+    sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
+    slurm: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+
+class Section:
+    """A table of run.toml with its place, so that what is wrong in it can be named."""
+
+    def __init__(self, values: Mapping[str, Any], *, file: Path, field: str) -> None:
+        self.values, self.file, self.field = values, file, field
+
+    def error(self, name: str, message: str) -> ConfigError:
+        field = ".".join(part for part in (self.field, name) if part)
+        return ConfigError(f"{self.file}: {field}", message)
+
+    def sub(self, name: str) -> Section:
+        values = self.values.get(name, {})
+        if not isinstance(values, dict):
+            raise self.error(name, f"{values!r} is not a table; write [{name}]")
+        return Section(values, file=self.file, field=f"{self.field}.{name}" if self.field else name)
+
+    def named(self) -> dict[str, Section]:
+        """The tables in this one, by name.
+
+        Raises:
+            ConfigError: something in it is no table, or its name could not be a folder's.
+        """
+        for name in self.values:
+            if not NAME.fullmatch(name):
+                raise self.error(name, f"a name has letters, digits, _ and - only, not {name!r}")
+        return {name: self.sub(name) for name in self.values}
+
+    def parse(self, cls: type[T], *, ignore: frozenset[str] = frozenset()) -> T:
+        """The section as a `cls`. Keys in `ignore` belong to somebody else.
+
+        Raises:
+            ConfigError: an unknown key, a missing one, or a value that is not allowed.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
+        self.refuse_unknown([*fields, *ignore])
+        hints = get_type_hints(cls)
+        given = {
+            name: self._value(name, self.values[name], hints[name], fields[name].metadata)
+            for name in fields
+            if name in self.values
+        }
+        for name, f in fields.items():
+            if name not in given and f.default is MISSING and f.default_factory is MISSING:
+                raise self.error(name, f"is missing; it is {describe(hints[name])}: {f.metadata.get('help', '')}")
+        try:
+            return cls(**given)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise self.error("", str(error)) from error
+
+    def refuse_unknown(self, known: list[str]) -> None:
+        for name in self.values:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise self.error(name, f"unknown key; {hint}allowed: {', '.join(sorted(known))}")
+
+    def plugin(self, package: str, *, common: frozenset[str] = frozenset()) -> Plugin:
+        """The section as its kind's `Config`; keys in `common` are left to the caller.
+
+        Raises:
+            ConfigError: the kind is missing or unknown, or the rest does not fit it.
+        """
+        kind = self.values.get("kind")
+        choices = ", ".join(plugins.available(package))
+        if not isinstance(kind, str):
+            raise self.error("kind", f"is missing; it is one of {choices}, or a module of your own with a dot")
+        try:
+            module = plugins.load(package, kind)
+        except plugins.UnknownName as error:
+            raise self.error("kind", str(error)) from error
+        return Plugin(kind=kind, module=module, config=self.parse(module.Config, ignore=common | {"kind"}))
+
+    def _value(self, name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return self.sub(name).parse(hint)
+        result = _convert(value, hint)
+        if result is _WRONG:
+            raise self.error(name, f"{value!r} is not {describe(hint)}")
+        least, most = about.get("least"), about.get("most")
+        if least is not None and result is not None and result < least:
+            raise self.error(name, f"{value!r} is too small; the least is {least}")
+        if most is not None and result is not None and result > most:
+            raise self.error(name, f"{value!r} is too large; the most is {most}")
+        return self._located(result, about.get("locate"))
+
+    def _located(self, value: Any, how: str | None) -> Any:
+        if how is None or value is None:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self._located(one, how) for one in value)
+        return Located(_locate(value, how, self.file.parent), value)
+
+
+def load(folder: Path) -> Run:
+    """Reads `<folder>/run.toml`.
+
+    Raises:
+        ConfigError: there is none, it is not TOML, or something in it is wrong.
+    """
+    file = folder / "run.toml"
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(str(file), "there is no run here; `recap init DIR --source SRC` makes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(file), f"is not TOML: {error}") from error
+    return parse(values, file=file.absolute())
+
+
+def parse(values: Mapping[str, Any], *, file: Path) -> Run:
+    """A run.toml already read; see `load`."""
+    top = Section(values, file=file, field="")
+    stages = plugins.available("stages")
+    sections = [name for name in stages if hasattr(_stage(name), "Config")]
+    top.refuse_unknown(["seed", "max_error_share", "source", "engines", "slurm", *sections])
+    plain = Section({k: v for k, v in values.items() if k in ("seed", "max_error_share")}, file=file, field="")
+    if "source" not in values:
+        raise top.error("source", "is missing; write [source] with a kind and a path")
+    return Run(
+        file=file,
+        **dataclasses.asdict(plain.parse(_Top)),
+        source=top.sub("source").plugin("pipeline.sources"),
+        engines={name: section.plugin("pipeline.engines") for name, section in top.sub("engines").named().items()},
+        sections={name: _sections(top, name) for name in sections},
+        slurm=top.sub("slurm").values,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Top:
+    seed: int = key(0, "from which every sample's own seed is drawn", least=0)
+    max_error_share: float = key(
+        0.2, "a shard fails when more of its rows than this have failed, after the first 200", least=0, most=1
+    )
+
+
+def _stage(name: str) -> ModuleType:
+    return plugins.load("stages", name)
+
+
+def _sections(top: Section, stage: str) -> dict[str, Any]:
+    module = _stage(stage)
+    read = getattr(module, "read_section", lambda section: section.parse(module.Config))
+    if getattr(module, "NAMED", False):
+        return {name: read(section) for name, section in top.sub(stage).named().items()}
+    return {"": read(top.sub(stage))}
+
+
+def stamped(config: Any) -> dict[str, Any]:
+    """The fields of a config that decide rows, as JSON values: its slice of the fingerprint."""
+    return {
+        f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata.get("stamp", True)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Plugin):
+        return value.stamp
+    if isinstance(value, Located):
+        return value.given
+    if dataclasses.is_dataclass(value):
+        return stamped(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    if isinstance(hint, type) and get_origin(hint) is None:
+        names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
+        return names.get(hint, f"a table with {', '.join(get_type_hints(hint))}")
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(arg) for arg in args if arg is not type(None))
+    if origin is tuple:
+        return f"a list, each {describe(args[0])}"
+    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        return f"a table, each value {describe(args[1])}"
+    return str(hint)
+
+
+_WRONG = object()
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`, or `_WRONG`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        return value if value in args and type(value) in {type(arg) for arg in args} else _WRONG
+    if origin in (Union, types.UnionType):
+        return next((r for arg in args if (r := _convert(value, arg)) is not _WRONG), _WRONG)
+    if origin is tuple:
+        items = [_convert(v, args[0]) for v in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if _WRONG in items else tuple(items)
+    if origin is not None and isinstance(value, dict):
+        entries = {k: _convert(v, args[1]) for k, v in value.items()}
+        return _WRONG if _WRONG in entries.values() else entries
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _WRONG
+
+
+def _locate(value: str, how: str, run: Path) -> str:
+    if "://" in value or Path(value).is_absolute():
+        return value
+    if value.startswith("~"):
+        return str(Path(value).expanduser())
+    if how == "path":
+        return str(run / value)
+    shipped = Path(str(resources.files("stages"))) / "models"
+    found = (place for place in (run / "models" / value, run / value, shipped / value) if place.is_dir())
+    return str(next(found, value))

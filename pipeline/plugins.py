@@ -1,0 +1,68 @@
+"""Decides how a name becomes code or words: the folder is the registry, the file name is the name.
+
+A name with a dot is a module of the user's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+
+class UnknownName(ValueError):
+    """A name that no file answers to."""
+
+
+def available(package: str) -> list[str]:
+    """The plugin names in a package: its modules, without importing them."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
+
+
+def load(package: str, name: str) -> ModuleType:
+    """The module `name` of `package`, or the user's own module when the name has a dot.
+
+    Raises:
+        UnknownName: there is no such module; the message lists those there are.
+    """
+    if "." in name:
+        return _import(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
+    if name not in available(package):
+        raise UnknownName(unknown(name, available(package)))
+    return _import(f"{package}.{name}", f"{package}.{name} has gone")
+
+
+def words(name: str, *, folder: str, run: Path | None) -> str:
+    """The text of a recipe or rubric: `<run>/<folder>/NAME.toml`, else the one that ships in stages/.
+
+    Raises:
+        UnknownName: neither has it; the message lists those there are.
+    """
+    shipped = resources.files("stages") / folder
+    places = [shipped] if run is None else [run / folder, shipped]
+    for place in places:
+        if (file := place / f"{name}.toml").is_file():
+            return file.read_text(encoding="utf-8")
+    names = {
+        f.name.removesuffix(".toml") for p in places if p.is_dir() for f in p.iterdir() if f.name.endswith(".toml")
+    }
+    raise UnknownName(unknown(name, sorted(names)))
+
+
+def unknown(name: str, choices: list[str]) -> str:
+    """What to say of a name that is none of the choices."""
+    close = get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name!r} is none of {', '.join(choices) or '(there are none)'}{hint}"
+
+
+def _import(module: str, otherwise: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module.startswith(error.name):
+            raise  # the plugin is there; something that it needs is not
+        raise UnknownName(otherwise) from error

@@ -1,0 +1,294 @@
+"""Decides what a row is: the fields of every table, their types, their units and the statuses they may have.
+
+A record is a frozen dataclass; its Arrow schema is derived from its annotations and from nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ImageStatus = Literal["ok", "empty", "unreadable", "unsupported", "too_small", "too_large"]
+CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "error"]
+ScoreStatus = Literal["ok", "unknown", "error"]
+
+
+class Record:
+    """A row of a table. `id` is unique in the table's file and orders it."""
+
+    table: ClassVar[str]
+    version: ClassVar[int] = 1  # of the columns; written into every file
+    failed: ClassVar[frozenset[str]] = frozenset()  # statuses that count towards max_error_share
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of the corpus: samples `start` to `stop` of `file`; `stop` is None when only reading would tell."""
+
+    file: str  # what the source calls it: a path, a URL, the name of a split
+    start: int = 0
+    stop: int | None = None
+    num_bytes: int | None = None
+
+    @property
+    def num_samples(self) -> int | None:
+        return None if self.stop is None else self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Record):
+    """One piece of one shard, in the frozen plan."""
+
+    table: ClassVar[str] = "plan"
+    shard: int
+    file: str
+    start: int
+    stop: int | None
+    num_bytes: int | None
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.shard, self.file, self.start)
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(file=self.file, start=self.start, stop=self.stop, num_bytes=self.num_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """A sample as the corpus has it, before anybody looked at its pixels."""
+
+    source_key: str  # what the corpus calls it
+    data: bytes | None  # the image file; None when there is none to be had, `error` says why
+    alt_text: str | None = None
+    metadata: str = "{}"  # JSON: all else that the corpus knows of the sample
+    error: str | None = None
+    file: str | None = None  # the plain tar in which the bytes already lie, with ...
+    offset: int | None = None  # ... the byte at which they begin; None: they are to be packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Record):
+    """One input of the plan."""
+
+    table: ClassVar[str] = "image"
+    failed: ClassVar[frozenset[str]] = frozenset({"empty", "unreadable", "unsupported"})
+
+    key: str  # shard and index, six digits each
+    shard: int
+    index: int
+    status: ImageStatus
+    error: str | None
+    source: str  # the kind of source
+    source_key: str
+    file: str | None  # the tar that holds the bytes: a path in the run, an absolute path, or a URL
+    offset: int | None
+    num_bytes: int | None
+    format: str | None  # Pillow's name in lower case: jpeg, png, webp, gif, avif, tiff, ...
+    width: int | None  # pixels, as displayed: after the EXIF orientation
+    height: int | None
+    orientation: int | None  # EXIF, 1 to 8; 1 when the file has none
+    num_frames: int | None
+    sha256: str | None  # of the original bytes, hex: the identity of the content
+    alt_text: str | None
+    metadata: str  # JSON
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption(Record):
+    """One candidate of one pass for one image."""
+
+    table: ClassVar[str] = "caption"
+    failed: ClassVar[frozenset[str]] = frozenset({"empty", "truncated", "repeated", "invalid", "error"})
+
+    key: str
+    name: str
+    candidate: int  # from 0
+    text: str  # prose; what came, also when the status is not ok
+    fields: str | None  # JSON of a structured recipe
+    status: CaptionStatus
+    error: str | None
+    flags: tuple[str, ...]  # refusal, prompt_leak, meta_commentary, ...: noticed, never cut
+    finish_reason: str | None  # stop, length
+    attempt: int  # at which rung of the ladder it came, from 1; 0 when nothing was generated
+    seed: int
+    num_prompt_tokens: int | None
+    num_output_tokens: int | None
+    model: str
+    revision: str
+    prompt_hash: str  # of the words asked, 16 hex digits
+    sampling: str  # JSON of the rung's sampling
+    engine: str
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.candidate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """A judge's verdict on one criterion of a rubric."""
+
+    id: str
+    verdict: str | None  # one of the criterion's ordered answers; None: the judge could not say
+    value: float | None  # [0, 1]
+    weight: float
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Record):
+    """What one scorer says of one caption."""
+
+    table: ClassVar[str] = "score"
+    failed: ClassVar[frozenset[str]] = frozenset({"unknown", "error"})
+
+    key: str
+    caption: str  # the caption's pass
+    candidate: int
+    name: str  # the score's pass
+    value: float | None  # [0, 1]; None is "cannot say", never 0
+    criteria: tuple[Criterion, ...]
+    status: ScoreStatus
+    error: str | None
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    attempt: int = 0
+    model: str | None = None
+    revision: str | None = None
+    engine: str | None = None
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.candidate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Record):
+    """Kept, or the first reason why not."""
+
+    table: ClassVar[str] = "verdict"
+
+    key: str
+    caption: str
+    candidate: int
+    keep: bool
+    reason: str | None  # the first rule that refused, unscored:NAME, or the caption's status
+    chosen: bool  # what export takes by default: at most one row of a key
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.caption, self.candidate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Record):
+    """One sample of the finished training set, without its pixels."""
+
+    table: ClassVar[str] = "export"
+
+    key: str
+    source_key: str
+    sha256: str
+    caption: str
+    candidate: int
+    text: str
+    alt_text: str | None
+    format: str
+    width: int
+    height: int
+    num_bytes: int
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stat(Record):
+    """How one shard of one pass was made. Rewritten with its table; nothing depends on it."""
+
+    table: ClassVar[str] = "stats"
+
+    stage: str
+    name: str
+    caption: str  # for scores: the caption pass that was scored
+    shard: int
+    started_at: float  # seconds since 1970, UTC
+    seconds: float  # wall time of this attempt
+    num_rows: int
+    num_new_rows: int  # made in this attempt; the others were kept from an earlier one
+    num_errors: int
+    num_retries: int  # asked again up the sampling ladder
+    num_prompt_tokens: int
+    num_output_tokens: int
+    waiting: float | None  # [0, 1]: share of the time that the engine waited for input
+    host: str
+    pid: int
+    code_version: str
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.stage, self.name, self.caption, self.shard)
+
+
+def make_key(shard: int, index: int) -> str:
+    """The key of sample `index` of shard `shard`: 12 digits, no dots, safe as a file name and in a tar.
+
+    >>> make_key(7, 42)
+    '000007000042'
+    """
+    return f"{shard:06d}{index:06d}"
+
+
+def schema(record: type[Record]) -> pa.Schema:
+    """The explicit, versioned Arrow schema of a record."""
+    import pyarrow as pa
+
+    metadata = {"recap.table": record.table, "recap.version": str(record.version)}
+    return pa.schema(_fields(record), metadata=metadata)
+
+
+def columns(record: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(record))
+
+
+def _fields(record: type) -> list[pa.Field]:
+    import pyarrow as pa
+
+    hints = get_type_hints(record)
+    return [pa.field(name, _arrow(hints[name]), nullable=_optional(hints[name])) for name in columns(record)]
+
+
+def _optional(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    if _optional(hint):
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal:
+        hint = str
+    if get_origin(hint) is tuple:
+        return pa.list_(pa.field("element", _arrow(get_args(hint)[0]), nullable=False))
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return pa.struct(_fields(hint))
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
+    return plain[hint]

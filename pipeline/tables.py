@@ -1,0 +1,234 @@
+"""Decides how rows lie on disk: typed Parquet files that are whole when they are in place, each with its stamp.
+
+It knows records and files. It does not know which rows a table ought to have, or why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from pipeline.records import Record, columns, schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+R = TypeVar("R", bound=Record)
+ROWS_PER_GROUP = 2_000  # rows are held in memory by the group, when written and when read
+STAMP = b"recap.stamp"
+
+
+class BrokenTable(RuntimeError):
+    """A file under a table's name that is not a whole table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides the rows of a table file. Two equal recipes have one fingerprint."""
+
+    stage: str
+    name: str
+    version: int  # of the stage
+    slice: Mapping[str, Any]  # JSON values: the part of run.toml, recipe and rubric that decides
+    inputs: Mapping[str, str]  # folder of a table that was read -> its content digest
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(_json(asdict(self)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """What a table file says of itself, in its footer."""
+
+    recipe: Recipe
+    digest: str  # of the rows, hex
+    num_rows: int
+    statuses: Mapping[str, int] = field(default_factory=dict)  # status -> rows; {} where rows have none
+
+    @property
+    def fingerprint(self) -> str:
+        return self.recipe.fingerprint
+
+
+def read_stamp(path: Path) -> Stamp | None:
+    """The stamp of a table file, from its footer alone; None when there is no file.
+
+    Raises:
+        BrokenTable: the file is cut short, or no table of ours.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BrokenTable(f"{path} is not a whole Parquet file ({error}); delete it and run the stage again") from error
+    if STAMP not in metadata:
+        raise BrokenTable(f"{path} carries no stamp: recap did not write it; move it away and run the stage again")
+    values = json.loads(metadata[STAMP])
+    return Stamp(**{**values, "recipe": Recipe(**values["recipe"])})
+
+
+def write(path: Path, record: type[R], rows: Iterable[R], recipe: Recipe) -> Stamp:
+    """Writes a whole table at once; see `Writer`."""
+    with atomic(path) as file, Writer(file, record, recipe) as writer:
+        for row in rows:
+            writer.add(row)
+    return writer.stamp
+
+
+def read(path: Path, record: type[R]) -> Iterator[R]:
+    """The rows of a table file in order, a row group in memory at a time.
+
+    Raises:
+        BrokenTable: the file does not read as a table of `record`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns(record))):
+                yield from from_arrow(record, batch)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, TypeError) as error:
+        raise BrokenTable(f"{path} does not read as a {record.table} table ({error})") from error
+
+
+class Writer:
+    """Writes rows to an open Parquet file in fixed row groups, so that equal rows give equal bytes."""
+
+    stamp: Stamp
+
+    def __init__(self, file: IO[bytes], record: type[Record], recipe: Recipe) -> None:
+        import pyarrow.parquet as pq
+
+        self._parquet = pq.ParquetWriter(file, schema(record), compression="zstd")
+        self._record, self._recipe = record, recipe
+        self._rows: list[Record] = []
+        self._digest = hashlib.sha256()
+        self._num_rows = 0
+        self._statuses: Counter[str] = Counter()
+
+    def add(self, row: Record) -> None:
+        self._rows.append(row)
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        batch = to_arrow(self._record, self._rows)
+        self._digest.update(batch.serialize())
+        self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
+        self._num_rows += len(self._rows)
+        if "status" in columns(self._record):
+            self._statuses.update(batch.column("status").to_pylist())
+        self._rows = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            if self._rows:
+                self._flush()
+            self.stamp = Stamp(
+                recipe=self._recipe,
+                digest=self._digest.hexdigest(),
+                num_rows=self._num_rows,
+                statuses=dict(sorted(self._statuses.items())),
+            )
+            self._parquet.add_key_value_metadata({STAMP.decode(): _json(asdict(self.stamp))})
+        self._parquet.close()
+
+
+def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
+    """Rows as one batch of the record's schema."""
+    import pyarrow as pa
+
+    arrays = [
+        pa.array([_plain(getattr(row, column.name)) for row in rows], type=column.type) for column in schema(record)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema(record))
+
+
+def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:
+    """The rows of a batch whose columns are the record's."""
+    builders = _builders(record)
+    for row in batch.to_pylist():
+        for name, build in builders.items():
+            row[name] = build(row[name])
+        yield record(**row)
+
+
+@contextmanager
+def atomic(path: Path, *, work: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that appears under `path` whole and on disk, or not at all.
+
+    Args:
+        path: the final name.
+        work: the folder for the unfinished file, on the same file system; beside `path` by default.
+    """
+    work = path.parent if work is None else work
+    for folder in {path.parent, work}:
+        folder.mkdir(parents=True, exist_ok=True)
+    unfinished = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def batched(rows: Iterable[R], size: int) -> Iterator[list[R]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [vars(one) if is_dataclass(one) else one for one in value]
+    return value
+
+
+def _builders(record: type) -> dict[str, Callable[[Any], Any]]:
+    """How to make a field from Arrow's value of it, for the fields where the two differ."""
+    builders: dict[str, Callable[[Any], Any]] = {}
+    for name, hint in get_type_hints(record).items():
+        if get_origin(hint) is tuple:
+            (inner, *_) = get_args(hint)
+            builders[name] = _structs(inner) if is_dataclass(inner) else tuple
+    return builders
+
+
+def _structs(inner: Any) -> Callable[[Any], Any]:
+    return lambda values: tuple(inner(**value) for value in values)
