@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import tables
 from pipeline.records import Piece, Planned
@@ -63,12 +63,12 @@ class Plan:
         counts = [piece.num_samples for piece in self.pieces(shard)]
         return None if None in counts else sum(count for count in counts if count is not None)
 
-    def _slice(self, shard: int) -> list[dict[str, object]]:
+    def _slice(self, shard: int) -> list[dict[str, Any]]:
         import numpy as np
 
         column = self.rows.column("shard").to_numpy()
         start, stop = np.searchsorted(column, [shard, shard + 1])
-        rows: list[dict[str, object]] = self.rows.slice(start, stop - start).to_pylist()
+        rows: list[dict[str, Any]] = self.rows.slice(start, stop - start).to_pylist()
         return rows
 
 
