@@ -1,0 +1,245 @@
+"""Decides what is answered where there is no model: words, or an instance of the schema, drawn from the request's hash.
+
+It looks at no pixels and knows no chat template. Failures are drawn from the hash too, so that retries and the ladder
+can be seen working; the same request is always answered alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from pipeline.config import key
+from pipeline.engine import EngineDied, Reply, Request, Sampling, settle
+
+_ADJECTIVES = (
+    "amber ancient bright broken calm carved coarse dark distant dusty faded gentle glossy green grey hollow low narrow"
+    " pale polished quiet red round rough rusty shallow sharp slender small smooth soft striped tall thin violet warm"
+    " weathered white wide wooden yellow"
+)
+_NOUNS = (
+    "anchor arch barrel basket bench bicycle boat bottle bridge candle chair cliff clock cup door drum fence field"
+    " flag flower fountain gate harbour hat hill house kettle ladder lamp lantern meadow mirror mountain path pier"
+    " pillow river road rock roof shelf shore staircase table tower tree umbrella vase wall wheel window"
+)
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
+PLACES = ("above", "behind", "below", "beside", "in front of", "near", "next to", "to the left of", "to the right of")
+WORDS_PER_SENTENCE = 12  # at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[engines.NAME]` with kind = "echo"."""
+
+    text: str | None = key(None, "a fixed answer instead of words drawn from the request")
+    error_share: float = key(0.0, "share of attempts that are refused as bad requests", least=0, most=1)
+    empty_share: float = key(0.0, "share of attempts that answer nothing", least=0, most=1)
+    truncated_share: float = key(0.0, "share of attempts that are cut short", least=0, most=1)
+    repeated_share: float = key(0.0, "share of attempts that loop", least=0, most=1)
+    invalid_share: float = key(0.0, "share of attempts at a schema that are not JSON", least=0, most=1)
+    delay: float = key(0.0, "seconds that an attempt takes", stamp=False, least=0)
+    die_after: int = key(0, "attempts after which the engine dies; 0: never", stamp=False, least=0)
+
+    def __post_init__(self) -> None:
+        if sum(self.shares.values()) > 1:
+            raise ValueError(f"the shares of failures add up to {sum(self.shares.values()):g}; the most is 1")
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        return {
+            "error": self.error_share,
+            "empty": self.empty_share,
+            "truncated": self.truncated_share,
+            "repeated": self.repeated_share,
+            "invalid": self.invalid_share,
+        }
+
+
+def open(config: Config) -> Echo:  # noqa: A001
+    return Echo(config)
+
+
+class Echo:
+    """Answers one request at a time, each when it is asked for: nothing is drawn ahead."""
+
+    model = "echo"
+    revision = "1"  # of what is drawn from a hash
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._num_attempts = 0
+        self._lock = threading.Lock()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for request in requests:
+            yield self._answer(request)
+
+    def waiting(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self, request: Request) -> Reply:
+        subject = _subject(request)
+        attempt, final = 0, False
+        while not final:
+            attempt += 1
+            self._count()
+            draw = f"{subject}{request.seed + attempt - 1}"
+            reply, final = settle(request, self._attempt(request, request.ladder[attempt - 1], draw), attempt)
+        return reply
+
+    def _count(self) -> None:
+        if self._config.delay:
+            time.sleep(self._config.delay)
+        with self._lock:
+            self._num_attempts += 1
+            if 0 < self._config.die_after < self._num_attempts:
+                raise EngineDied(f"the echo engine dies after {self._config.die_after} attempts (die_after)")
+
+    def _attempt(self, request: Request, sampling: Sampling, draw: str) -> Reply:
+        if b"" in request.images:
+            return Reply(error="an image has no bytes")
+        try:
+            text = self._text(request, sampling, Random(draw))
+        except ValueError as error:
+            return Reply(error=f"the schema is not understood: {error}")
+        return _spoiled(self._failure(draw), text, request, Random(draw))
+
+    def _text(self, request: Request, sampling: Sampling, random: Random) -> str:
+        if self._config.text is not None:
+            return self._config.text
+        if request.schema is not None:
+            schema = json.loads(request.schema)
+            return json.dumps(instance(schema, random, root=schema), ensure_ascii=False)
+        most = max(1, sampling.max_tokens // WORDS_PER_SENTENCE)
+        return " ".join(_sentence(random) for _ in range(min(most, random.randint(2, 5))))
+
+    def _failure(self, draw: str) -> str:
+        point = Random(f"failure {draw}").random()
+        for failure, share in self._config.shares.items():
+            if point < share:
+                return failure
+            point -= share
+        return ""
+
+
+def _subject(request: Request) -> str:
+    """What the request is about, as hex: all but the seed."""
+    digest = hashlib.sha256(repr((request.system, request.prompt, request.schema)).encode())
+    for image in request.images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()
+
+
+def _spoiled(failure: str, text: str, request: Request, random: Random) -> Reply:
+    """The reply with `text`, after the failure that was drawn."""
+    words = text.split()
+    if failure == "error":
+        return Reply(error="refused by error_share")
+    if failure == "empty":
+        text = ""
+    elif failure == "truncated":
+        text = " ".join(words[: len(words) // 2])
+    elif failure == "repeated":
+        text = " ".join([*words, *(words[-4:] * 16)])
+    elif failure == "invalid" and request.schema is not None:
+        text = text[:-1]
+    tokens = text.split()
+    return Reply(
+        text=text,
+        finish_reason="length" if failure == "truncated" else "stop",
+        num_prompt_tokens=len(request.prompt.split()) + len(request.images),
+        num_output_tokens=len(tokens),
+        logprobs=tuple(-random.expovariate(2) for _ in tokens) if request.logprobs else None,
+    )
+
+
+def _sentence(random: Random) -> str:
+    first, second = random.sample(NOUNS, 2)
+    before, after = random.sample(ADJECTIVES, 2)
+    article, other = ("an" if word[0] in "aeiou" else "a" for word in (before, after))
+    return f"{article.capitalize()} {before} {first} stands {random.choice(PLACES)} {other} {after} {second}."
+
+
+def instance(schema: Any, random: Random, *, root: Any) -> Any:
+    """A value that satisfies a JSON schema.
+
+    Raises:
+        ValueError: the schema says something that is not understood here.
+    """
+    if schema is True or schema == {}:
+        return _sentence(random)
+    if not isinstance(schema, dict):
+        raise ValueError(f"{schema!r} is no schema")
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return random.choice(schema["enum"])
+    if "$ref" in schema:
+        return instance(_resolve(schema["$ref"], root), random, root=root)
+    for choice in ("anyOf", "oneOf"):
+        if choice in schema:
+            return instance(random.choice(schema[choice]), random, root=root)
+    return _typed(schema, random, root)
+
+
+def _typed(schema: dict[str, Any], random: Random, root: Any) -> Any:
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    if isinstance(kind, list):
+        kind = random.choice(kind)
+    if kind == "object":
+        return {name: instance(part, random, root=root) for name, part in schema.get("properties", {}).items()}
+    if kind == "array":
+        return _array(schema, random, root)
+    if kind == "string":
+        return _string(schema, random)
+    if kind in ("integer", "number"):
+        return _number(schema, random, whole=kind == "integer")
+    if kind in ("boolean", "null"):
+        return random.choice((True, False)) if kind == "boolean" else None
+    raise ValueError(f"no such type: {kind!r}")
+
+
+def _array(schema: dict[str, Any], random: Random, root: Any) -> list[Any]:
+    first = schema.get("prefixItems", [])
+    least = max(len(first), schema.get("minItems", 1))
+    size = random.randint(least, schema.get("maxItems", least + 2)) if schema.get("items", {}) is not False else least
+    parts = [*first, *[schema.get("items", {})] * (size - len(first))]
+    return [instance(part, random, root=root) for part in parts]
+
+
+def _string(schema: dict[str, Any], random: Random) -> str:
+    if "pattern" in schema or "format" in schema:
+        raise ValueError("patterns and formats of strings are not drawn")
+    text = _sentence(random)
+    while len(text) < schema.get("minLength", 0):
+        text = f"{text} {_sentence(random)}"
+    return text[: schema.get("maxLength", len(text))]
+
+
+def _number(schema: dict[str, Any], random: Random, *, whole: bool) -> int | float:
+    step = 1 if whole else 0.001
+    least = schema.get("minimum", schema["exclusiveMinimum"] + step if "exclusiveMinimum" in schema else 0)
+    most = schema.get("maximum", schema["exclusiveMaximum"] - step if "exclusiveMaximum" in schema else least + 10)
+    if whole:
+        return random.randint(math.ceil(least), math.floor(most))
+    number: float = min(max(round(random.uniform(least, most), 3), least), most)
+    return number
+
+
+def _resolve(reference: str, root: Any) -> Any:
+    found = root
+    for part in reference.removeprefix("#/").split("/"):
+        if not isinstance(found, dict) or part not in found:
+            raise ValueError(f"{reference!r} is not in the schema")
+        found = found[part]
+    return found
