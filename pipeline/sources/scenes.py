@@ -1,0 +1,419 @@
+"""Decides what the scenes world is: pictures of coloured shapes whose truth is known, drawn from a seed.
+
+It knows geometry, pixels and web-like alt text. It refuses to know the grammar of captions: what may be said of a
+scene, and how that is measured, is stages/claims.py. A scene follows from (seed, index) alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipeline.config import key
+from pipeline.records import Piece, Raw
+
+COLOURS = {
+    "red": (214, 32, 38),
+    "orange": (250, 136, 18),
+    "yellow": (250, 226, 50),
+    "green": (34, 150, 58),
+    "blue": (36, 70, 214),
+    "purple": (136, 40, 168),
+    "white": (250, 250, 250),
+    "black": (16, 16, 16),
+}
+BACKGROUNDS = {"grey": (142, 142, 142), "pink": (246, 176, 196), "brown": (126, 84, 52), "teal": (70, 176, 176)}
+TEXTURES = ("solid", "striped", "dotted")
+RADII = {"small": (0.12, 0.145), "large": (0.21, 0.26)}  # of a thing, in short sides of the picture
+SIZES = tuple(RADII)
+# shape -> the share of its radius within which it surely has pixels in every direction
+SHAPES = {
+    "circle": 0.98,
+    "square": 0.77,
+    "triangle": 0.48,
+    "star": 0.45,
+    "cross": 0.5,
+    "ring": 0.98,
+    "diamond": 0.68,
+    "heart": 0.62,
+}
+CONTAINERS = ("circle", "square", "diamond", "heart")
+NUM_THINGS = (1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6)  # drawn evenly
+ASPECTS = ((1, 1), (1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
+APART = 1.12  # two things are clearly apart when their distance is this many times the sum of their radii
+ASIDE = 0.06  # in short sides: a smaller offset is neither left nor right, neither above nor below
+BROKEN = ("truncated", "empty", "page", "noise", "missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    num_images: int = key(400, "how many pictures", least=1)
+    seed: int = key(0, "another seed is another corpus", least=0)
+    start: int = key(0, "the first picture's index in the world", least=0)
+    samples_per_piece: int = key(100, "pictures in one piece of the plan", least=1, stamp=False)
+    short_side: int = key(112, "pixels of the smallest picture's short side", least=64, most=1024)
+    long_side: int = key(320, "pixels that no side is longer than", least=96, most=4096)
+    broken_share: float = key(0.04, "share of files that cannot be read", least=0, most=1)
+    duplicate_share: float = key(0.06, "share of copies of earlier pictures, half exact, half near", least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    x: float  # centre, in short sides from the left
+    y: float  # centre, in short sides from the top
+    radius: float  # in short sides
+    angle: float  # of the stripes, radians
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The truth of a picture. No two things share both colour and shape; later ones lie on top."""
+
+    seed: int
+    index: int
+    background: str
+    width: float  # in short sides
+    height: float
+    things: tuple[Thing, ...]
+
+    @property
+    def in_order(self) -> tuple[Thing, ...]:
+        """The things from left to right."""
+        return tuple(sorted(self.things, key=lambda thing: thing.x))
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """How `a` stands to `b`, in the one way that says most: inside, around, touching, or the main direction."""
+    distance = math.hypot(a.x - b.x, a.y - b.y)
+    if distance < abs(a.radius - b.radius):
+        return "inside" if a.radius < b.radius else "around"
+    if distance <= _reach(a) + _reach(b):
+        return "touching"
+    if abs(a.x - b.x) >= abs(a.y - b.y):
+        return "left of" if a.x < b.x else "right of"
+    return "above" if a.y < b.y else "below"
+
+
+def related(a: Thing, word: str, b: Thing) -> bool:
+    """Whether it is true that `a` is `word` `b`; a direction holds beside inside and touching."""
+    offsets = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+    return offsets[word] > ASIDE if word in offsets else relation(a, b) == word
+
+
+def _reach(thing: Thing) -> float:
+    return thing.radius * SHAPES[thing.shape]
+
+
+# The scene graph
+
+
+def scene(seed: int, index: int) -> Scene:
+    """The scene `index` of the world `seed`.
+
+    >>> scene(0, 7) == scene(0, 7)
+    True
+    """
+    rng = Random(f"scene/{seed}/{index}")
+    across, down = rng.choice(ASPECTS)
+    width, height = across / min(across, down), down / min(across, down)
+    things: list[Thing] = []
+    wanted = rng.choice(NUM_THINGS)
+    for _ in range(wanted):
+        thing = _place(rng, things, width, height, crowd=wanted)
+        if thing is not None:
+            things.append(thing)
+    return Scene(
+        seed=seed,
+        index=index,
+        background=rng.choice(list(BACKGROUNDS)),
+        width=width,
+        height=height,
+        things=tuple(things),
+    )
+
+
+def scene_of(source_key: str) -> Scene:
+    """The truth of a sample, from what the corpus calls it."""
+    world, seed, index = source_key.split("/")[:3]
+    if world != "scenes":
+        raise ValueError(f"{source_key!r} is no picture of the scenes world")
+    return scene(int(seed), int(index))
+
+
+def _place(rng: Random, things: list[Thing], width: float, height: float, *, crowd: int) -> Thing | None:
+    names = {thing.name for thing in things}
+    for _ in range(40):
+        size = "large" if rng.random() < (0.6 if crowd <= 3 else 0.35) else "small"
+        thing = Thing(
+            shape=rng.choice(list(SHAPES)),
+            colour=rng.choice(list(COLOURS)),
+            size=size,
+            texture=rng.choice(TEXTURES),
+            x=0.0,
+            y=0.0,
+            radius=rng.uniform(*RADII[size]),
+            angle=rng.choice((0.25, 0.75)) * math.pi,
+        )
+        thing = _moved(thing, *_spot(rng, thing, things, width, height))
+        fits = _fits(thing.x, thing.radius, width) and _fits(thing.y, thing.radius, height)
+        if thing.name not in names and fits and all(_clear(thing, other) for other in things):
+            return thing
+    return None
+
+
+def _spot(rng: Random, thing: Thing, things: list[Thing], width: float, height: float) -> tuple[float, float]:
+    """Where to try it: mostly anywhere, at times on the rim of another thing or in the midst of one."""
+    chance = rng.random()
+    if things and chance < 0.22:
+        other = rng.choice(things)
+        inside = chance < 0.09 and _contains(other, thing)
+        away = rng.uniform(0, 0.1) * other.radius if inside else 0.97 * (_reach(thing) + _reach(other))
+        angle = rng.uniform(0, 2 * math.pi)
+        return other.x + away * math.cos(angle), other.y + away * math.sin(angle)
+    return rng.uniform(thing.radius, width - thing.radius), rng.uniform(thing.radius, height - thing.radius)
+
+
+def _moved(thing: Thing, x: float, y: float) -> Thing:
+    return Thing(**{**thing.__dict__, "x": round(x, 4), "y": round(y, 4)})
+
+
+def _fits(centre: float, radius: float, side: float) -> bool:
+    return radius * 0.95 <= centre <= side - radius * 0.95
+
+
+def _clear(a: Thing, b: Thing) -> bool:
+    """Whether nobody could doubt how `a`, laid upon `b`, stands to it, and `b` stays well in sight."""
+    distance, radii = math.hypot(a.x - b.x, a.y - b.y), a.radius + b.radius
+    if distance >= APART * radii:
+        return True
+    if distance <= _reach(a) + _reach(b):
+        on_rim = distance >= 0.58 * radii and not (a.size == "large" and b.size == "small")
+        return on_rim or (distance < 0.12 * b.radius and _contains(b, a))
+    return False
+
+
+def _contains(outer: Thing, inner: Thing) -> bool:
+    return outer.shape in CONTAINERS and outer.size == "large" and inner.size == "small"
+
+
+# Pixels
+
+
+def render(scene: Scene, *, short: int, seed: int = 0) -> Image.Image:
+    """The picture of a scene, `short` pixels on its short side, with noise drawn from `seed`."""
+    width, height = round(scene.width * short), round(scene.height * short)
+    rng = Random(f"pixels/{scene.seed}/{scene.index}/{seed}")
+    image = Image.new("RGB", (width, height), _jittered(rng, BACKGROUNDS[scene.background], 8))
+    for thing in scene.things:
+        radius = max(2, round(thing.radius * short))
+        corner = (round(thing.x * short) - radius, round(thing.y * short) - radius)
+        image.paste(_fill(rng, thing, radius), corner, stencil(thing.shape, radius))
+    return _noisy(rng, image)
+
+
+@cache
+def stencil(shape: str, radius: int) -> Image.Image:
+    """The mask of a shape: a grey image of side 2 * radius + 1. Do not draw on it: it is shared."""
+    image = Image.new("L", (2 * radius + 1, 2 * radius + 1))
+    draw = ImageDraw.Draw(image)
+    if shape in ("circle", "ring"):
+        draw.ellipse((0, 0, 2 * radius, 2 * radius), fill=255)
+        if shape == "ring":
+            hole = round(radius * 0.48)
+            draw.ellipse((radius - hole, radius - hole, radius + hole, radius + hole), fill=0)
+        return image
+    if shape == "heart":
+        lobe = radius * 0.54
+        for side in (-1, 1):
+            x, y = radius + side * lobe * 0.85, radius * 0.68
+            draw.ellipse((x - lobe, y - lobe, x + lobe, y + lobe), fill=255)
+    draw.polygon([(radius * (1 + x), radius * (1 + y)) for x, y in _outline(shape)], fill=255)
+    return image
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape in the unit circle, y downwards."""
+    if shape == "cross":
+        w = 0.36
+        arms = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w)]
+        return [*arms, (-w, -w)]
+    if shape == "heart":
+        return [(-0.95, -0.08), (0, -0.45), (0.95, -0.08), (0, 0.98)]
+    corners = {"square": 4, "diamond": 4, "triangle": 3, "star": 10}[shape]
+    turn = math.pi / 4 if shape == "square" else 0.0
+    lengths = [1.0, 0.45] if shape == "star" else [1.1 if shape == "square" else 1.0]
+    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+    return [
+        (lengths[i % len(lengths)] * math.sin(angle), -lengths[i % len(lengths)] * math.cos(angle))
+        for i, angle in enumerate(angles)
+    ]
+
+
+def _fill(rng: Random, thing: Thing, radius: int) -> Image.Image:
+    """What shows through the stencil: the colour, with stripes or dots in a light or dark tone of it."""
+    side = 2 * radius + 1
+    colour = _jittered(rng, COLOURS[thing.colour], 10)
+    tile = Image.new("RGB", (side, side), colour)
+    if thing.texture == "solid":
+        return tile
+    draw = ImageDraw.Draw(tile)
+    tone = _tone(thing.colour, colour)
+    if thing.texture == "striped":
+        step, slope = radius * 0.56, -1 if thing.angle < math.pi / 2 else 1
+        for i in range(-5, 6):
+            middle = radius + i * step * 1.4
+            start, end = (middle - slope * side, -radius), (middle + slope * side, side + radius)
+            draw.line([start, end], fill=tone, width=max(1, round(step * 0.5)))
+        return tile
+    step, dot = radius * 0.62, radius * 0.19
+    for row in range(-2, 3):
+        for column in range(-2, 3):
+            x, y = radius + column * step, radius + row * step
+            draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=tone)
+    return tile
+
+
+def _tone(name: str, colour: tuple[int, ...]) -> tuple[int, ...]:
+    light = name in ("black", "blue", "purple", "red", "green")
+    return tuple(round(c + 0.62 * (255 - c)) if light else round(c * 0.42) for c in colour)
+
+
+def _jittered(rng: Random, colour: tuple[int, ...], amount: int) -> tuple[int, ...]:
+    return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in colour)
+
+
+def _noisy(rng: Random, image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int16)
+    noise = np.frombuffer(rng.randbytes(pixels.size), np.int8).reshape(pixels.shape)
+    pixels += noise // rng.choice((8, 12, 24))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """Which thing fills most of each cell of a grid laid over the picture; -1 is the background."""
+    fine = 4
+    ids = Image.new("L", (columns * fine, rows * fine), 0)
+    across, down = columns * fine / scene.width, rows * fine / scene.height
+    for number, thing in enumerate(scene.things, 1):
+        size = (max(1, round(2 * thing.radius * across)), max(1, round(2 * thing.radius * down)))
+        corner = (round((thing.x - thing.radius) * across), round((thing.y - thing.radius) * down))
+        ids.paste(number, corner, stencil(thing.shape, 20).resize(size))
+    blocks = np.asarray(ids).reshape(rows, fine, columns, fine).swapaxes(1, 2).reshape(rows, columns, -1)
+    shares = np.stack([(blocks == n).sum(-1) for n in range(1, len(scene.things) + 1)], -1)
+    most = shares.argmax(-1)
+    return np.where(shares.max(-1) * 3 >= fine * fine, most, -1).astype(np.int8)
+
+
+# The corpus
+
+
+def pieces(config: Config) -> Iterator[Piece]:
+    step = config.samples_per_piece
+    for start in range(0, config.num_images, step):
+        yield Piece(file=f"scenes/{config.seed}", start=start, stop=min(start + step, config.num_images))
+
+
+def read(piece: Piece, config: Config) -> Iterator[Raw]:
+    assert piece.stop is not None
+    for index in range(config.start + piece.start, config.start + piece.stop):
+        yield sample(index, config)
+
+
+def sample(index: int, config: Config) -> Raw:
+    """One sample of the corpus: a picture or a broken file, with alt text and the truth as metadata."""
+    rng = Random(f"sample/{config.seed}/{index}")
+    origin, take = _origin(index, config)
+    truth = scene(config.seed, origin)
+    broken = rng.choice(BROKEN) if rng.random() < config.broken_share else None
+    kind, alt_text = _alt_text(rng, truth)
+    data = _file(truth, config, take=take)
+    about: dict[str, Any] = {"scene": asdict(truth), "alt_text": kind, "broken": broken}
+    about["copy_of"] = origin if origin != index else None
+    return Raw(
+        source_key=f"scenes/{config.seed}/{origin}" + (f"/copy-{index}" if origin != index else ""),
+        data=_break(rng, data, broken) if broken else data,
+        alt_text=alt_text,
+        metadata=json.dumps(about, separators=(",", ":")),
+        error="404: the picture has gone" if broken == "missing" else None,
+    )
+
+
+def _origin(index: int, config: Config) -> tuple[int, int]:
+    """The index of the scene that a picture shows, and of the picture with the same bytes: mostly its own."""
+    rng = Random(f"copy/{config.seed}/{index}")
+    if rng.random() >= config.duplicate_share or index == config.start:
+        return index, index
+    near = rng.random() < 0.5
+    origin, take = _origin(rng.randrange(max(config.start, index - 50), index), config)
+    return origin, index if near else take
+
+
+def _file(scene: Scene, config: Config, *, take: int) -> bytes:
+    """The picture as a JPEG; another `take` of a scene has another size, noise and quality."""
+    rng = Random(f"file/{scene.seed}/{scene.index}/{take}")
+    most = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
+    image = render(scene, short=rng.randint(config.short_side, most), seed=take)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=rng.randint(70, 95))
+    return buffer.getvalue()
+
+
+def _break(rng: Random, data: bytes, how: str) -> bytes | None:
+    match how:
+        case "truncated":
+            return data[: len(data) // 3]
+        case "empty":
+            return b""
+        case "page":
+            return b"<!DOCTYPE html><title>404 Not Found</title>"
+        case "noise":
+            return rng.randbytes(len(data) // 2)
+        case _:
+            return None
+
+
+def _alt_text(rng: Random, scene: Scene) -> tuple[str, str | None]:
+    """What the web says of the picture: right half of the time, else wrong, too short or a file name."""
+    kind = rng.choice(["right"] * 10 + ["wrong"] * 4 + ["short"] * 2 + ["file name"] * 3 + ["none"])
+    match kind:
+        case "right" | "wrong":
+            shown = scene.things if kind == "right" else _others(rng, scene)
+            named = rng.sample(shown, min(len(shown), rng.choice((1, 2, 2))))
+            return kind, " ".join(f"{_article(thing.name)}." for thing in named)
+        case "short":
+            return kind, rng.choice(("picture", "shapes", "img", "untitled"))
+        case "file name":
+            return kind, f"{rng.choice(('IMG', 'DSC', 'scan'))}_{rng.randint(0, 9999):04d}.jpg"
+        case _:
+            return kind, None
+
+
+def _others(rng: Random, scene: Scene) -> tuple[Thing, ...]:
+    """Things like those in the scene, none of which is there."""
+    there = {thing.name for thing in scene.things}
+    names = [(shape, colour) for shape in SHAPES for colour in COLOURS if f"{colour} {shape}" not in there]
+    return tuple(
+        Thing(**{**thing.__dict__, "shape": shape, "colour": colour})
+        for thing, (shape, colour) in zip(scene.things, rng.sample(names, len(scene.things)), strict=True)
+    )
+
+
+def _article(name: str) -> str:
+    return f"{'An' if name[0] in 'aeiou' else 'A'} {name}"
