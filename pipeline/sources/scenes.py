@@ -181,13 +181,17 @@ def _place(rng: Random, things: list[Thing], width: float, height: float, *, cro
 def _spot(rng: Random, thing: Thing, things: list[Thing], width: float, height: float) -> tuple[float, float]:
     """Where to try it: mostly anywhere, at times on the rim of another thing or in the midst of one."""
     chance = rng.random()
-    if things and chance < 0.22:
-        other = rng.choice(things)
-        inside = chance < 0.09 and _contains(other, thing)
-        away = rng.uniform(0, 0.1) * other.radius if inside else 0.97 * (_reach(thing) + _reach(other))
-        angle = rng.uniform(0, 2 * math.pi)
-        return other.x + away * math.cos(angle), other.y + away * math.sin(angle)
+    outer = [other for other in things if _contains(other, thing)]
+    if outer and chance < 0.2:
+        return _off(rng, other := rng.choice(outer), rng.uniform(0, 0.1) * other.radius)
+    if things and chance > 0.87:
+        return _off(rng, other := rng.choice(things), 0.97 * (_reach(thing) + _reach(other)))
     return rng.uniform(thing.radius, width - thing.radius), rng.uniform(thing.radius, height - thing.radius)
+
+
+def _off(rng: Random, thing: Thing, away: float) -> tuple[float, float]:
+    angle = rng.uniform(0, 2 * math.pi)
+    return thing.x + away * math.cos(angle), thing.y + away * math.sin(angle)
 
 
 def _moved(thing: Thing, x: float, y: float) -> Thing:

@@ -1,0 +1,267 @@
+"""Decides what a caption of a scene claims: the grammar of scene captions, both ways, and their measure by the truth.
+
+Pure functions from text to claims and back. It refuses to know who wrote a caption, or how anything is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from random import Random
+from typing import Literal, NamedTuple
+
+from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, Thing, related, relation
+
+Kind = Literal["count", "background", "object", "size", "texture", "relation"]
+KINDS: tuple[Kind, ...] = ("count", "background", "object", "size", "texture", "relation")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+THINGS = "objects"  # what a count of everything counts
+OPPOSITES = {"right of": "left of", "below": "above", "around": "inside"}  # said, and kept the other way round
+
+
+class Claim(NamedTuple):
+    """One atomic statement about a picture.
+
+    >>> parse("A small red circle is left of the blue star.").claims  # not one statement of the grammar
+    frozenset()
+    >>> sorted(claim.kind for claim in parse("There is a small red circle.").claims)
+    ['object', 'size']
+    """
+
+    kind: Kind
+    about: str  # "red circle"; for a count "objects" or a shape; "" for the background
+    value: str  # small, striped, "3", grey, left of; "" for an object
+    other: str = ""  # of a relation: what `about` is related to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    text: str
+    claims: tuple[Claim, ...]  # none: it is no sentence of the grammar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def claims(self) -> frozenset[Claim]:
+        return frozenset(claim for sentence in self.sentences for claim in sentence.claims)
+
+    @property
+    def unparsed(self) -> tuple[str, ...]:
+        return tuple(sentence.text for sentence in self.sentences if not sentence.claims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A caption beside the truth. A claim counts once however often it is made; each stray sentence is a false one."""
+
+    num_stated: int
+    num_true: int
+    num_found: int  # of the facts
+    num_facts: int
+
+    @property
+    def precision(self) -> float:
+        return self.num_true / self.num_stated if self.num_stated else 0.0
+
+    @property
+    def recall(self) -> float:
+        return self.num_found / self.num_facts
+
+    @property
+    def f1(self) -> float:
+        both = self.precision + self.recall
+        return 2 * self.precision * self.recall / both if both else 0.0
+
+    @property
+    def num_hallucinations(self) -> int:
+        return self.num_stated - self.num_true
+
+
+# The truth
+
+
+def facts(scene: Scene) -> tuple[Claim, ...]:
+    """What a complete caption says: count, background, things from left to right, each one's relation to the next."""
+    things = scene.in_order
+    return (
+        Claim("count", THINGS, str(len(things))),
+        Claim("background", "", scene.background),
+        *(claim for thing in things for claim in described(thing)),
+        *(related_claim(a.name, relation(a, b), b.name) for a, b in pairwise(things)),
+    )
+
+
+def described(thing: Thing) -> tuple[Claim, ...]:
+    name = thing.name
+    return Claim("object", name, ""), Claim("size", name, thing.size), Claim("texture", name, thing.texture)
+
+
+def related_claim(about: str, word: str, other: str) -> Claim:
+    """A relation in its one canonical form: right of, below and around are turned, touching is sorted."""
+    if word in OPPOSITES:
+        return Claim("relation", other, OPPOSITES[word], about)
+    if word == "touching" and other < about:
+        return Claim("relation", other, word, about)
+    return Claim("relation", about, word, other)
+
+
+def holds(claim: Claim, scene: Scene) -> bool:
+    """Whether a claim is true of a scene; more is true than `facts` lists."""
+    things = {thing.name: thing for thing in scene.things}
+    match claim.kind:
+        case "background":
+            return claim.value == scene.background
+        case "count":
+            counted = [t for t in scene.things if claim.about in (THINGS, t.shape)]
+            return claim.value == str(len(counted))
+        case "relation":
+            a, b = things.get(claim.about), things.get(claim.other)
+            return a is not None and b is not None and a is not b and related(a, claim.value, b)
+    thing = things.get(claim.about)
+    return thing is not None and claim.value in {"object": "", "size": thing.size, "texture": thing.texture}[claim.kind]
+
+
+def measure(text: str, scene: Scene) -> Measure:
+    parsed = parse(text)
+    claims, truth = parsed.claims, facts(scene)
+    return Measure(
+        num_stated=len(claims) + len(parsed.unparsed),
+        num_true=sum(holds(claim, scene) for claim in claims),
+        num_found=len(claims.intersection(truth)),
+        num_facts=len(truth),
+    )
+
+
+# From claims to text
+
+
+def verbalise(claims: Iterable[Claim], rng: Random) -> str:
+    """A caption that makes these claims in their order, details beside their objects; `rng` draws the phrasing."""
+    return " ".join(say(group, rng) for group in grouped(claims))
+
+
+def grouped(claims: Iterable[Claim]) -> list[tuple[Claim, ...]]:
+    """The claims as sentences make them: an object together with its size and texture.
+
+    Raises:
+        ValueError: a size or texture of something that is not among the objects.
+    """
+    claims = list(dict.fromkeys(claims))
+    details = {(c.kind, c.about): c for c in claims if c.kind in ("size", "texture")}
+    groups = []
+    for claim in claims:
+        if claim.kind == "object":
+            found = (details.pop((kind, claim.about), None) for kind in ("size", "texture"))
+            groups.append((claim, *(detail for detail in found if detail)))
+        elif claim.kind not in ("size", "texture"):
+            groups.append((claim,))
+    if details:
+        raise ValueError(f"nothing says that there is a {next(iter(details))[1]}")
+    return groups
+
+
+def say(group: Sequence[Claim], rng: Random) -> str:
+    """One sentence for what one sentence can claim."""
+    first = group[0]
+    match first.kind:
+        case "object":
+            words = [*(claim.value for claim in group[1:]), first.about]
+            return _capital(rng.choice(("There is {}.", "{}.", "The picture shows {}.")).format(_a(" ".join(words))))
+        case "count":
+            counted = _counted(int(first.value), first.about)
+            be = "is" if first.value == "1" else "are"
+            return _capital(rng.choice((f"There {be} {counted}.", f"{counted}.", f"The picture has {counted}.")))
+        case "background":
+            templates = ("The background is {}.", "All is on a {} background.", "A {} background.")
+            return rng.choice(templates).format(first.value)
+        case "relation":
+            return _say_relation(first, rng)
+    raise ValueError(f"a sentence cannot begin with {first}")
+
+
+def _say_relation(claim: Claim, rng: Random) -> str:
+    about, word, other = claim.about, claim.value, claim.other
+    if rng.random() < 0.3:
+        turned = {said: kept for kept, said in OPPOSITES.items()}
+        about, word, other = other, turned.get(word, word), about
+    return f"The {about} is {word} the {other}."
+
+
+def _a(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _counted(number: int, what: str) -> str:
+    plural = what.removesuffix("s") if number == 1 else _plurals().get(what, what)
+    return f"{NUMBERS[number]} {plural}"
+
+
+@cache
+def _plurals() -> dict[str, str]:
+    return {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+# From text to claims
+
+
+def parse(text: str) -> Parsed:
+    return Parsed(sentences=tuple(Sentence(text=s, claims=_understood(s)) for s in sentences(text)))
+
+
+def sentences(text: str) -> list[str]:
+    return [s for part in re.split(r"(?<=[.!?])\s+|\n", text) if (s := part.strip())]
+
+
+@cache
+def _grammar() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
+    name = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+    sizes, textures = "|".join(SIZES), "|".join(TEXTURES)
+    thing = rf"an? (?:(?P<size>{sizes}) )?(?:(?P<texture>{textures}) )?(?P<about>{name})"
+    counted = "|".join(["objects?", *(f"{shape}|{plural}" for shape, plural in _plurals().items())])
+    count = rf"(?P<value>{'|'.join(NUMBERS)}) (?P<about>{counted})"
+    ground = rf"(?P<value>{'|'.join(BACKGROUNDS)})"
+    words = rf"(?P<value>{'|'.join(['left of', 'above', 'inside', 'touching', *OPPOSITES])})"
+    shapes: dict[Kind, str] = {
+        "object": rf"(?:there is |the picture shows )?{thing}",
+        "count": rf"(?:there (?:is|are) |the picture has )?{count}",
+        "background": rf"the background is {ground}|all is on a {ground.replace('value', 'v2')} background"
+        rf"|a {ground.replace('value', 'v3')} background",
+        "relation": rf"the (?P<about>{name}) is {words} the (?P<other>{name})",
+    }
+    return tuple((kind, re.compile(rf"(?:{pattern})\.?", re.IGNORECASE)) for kind, pattern in shapes.items())
+
+
+@cache
+def _singulars() -> dict[str, str]:
+    return {plural: shape for shape, plural in _plurals().items()} | {"object": THINGS}
+
+
+def _understood(sentence: str) -> tuple[Claim, ...]:
+    for kind, pattern in _grammar():
+        if found := pattern.fullmatch(sentence):
+            return _claims(kind, {name: value.lower() for name, value in found.groupdict().items() if value})
+    return ()
+
+
+def _claims(kind: Kind, said: dict[str, str]) -> tuple[Claim, ...]:
+    match kind:
+        case "count":
+            about = _singulars().get(said["about"], said["about"])
+            return (Claim("count", about, str(NUMBERS.index(said["value"]))),)
+        case "background":
+            return (Claim("background", "", next(iter(said.values()))),)
+        case "relation":
+            return (related_claim(said["about"], said["value"], said["other"]),)
+    details: tuple[Kind, ...] = ("size", "texture")
+    about = said["about"]
+    return Claim("object", about, ""), *(Claim(d, about, said[d]) for d in details if d in said)

@@ -1,0 +1,120 @@
+"""The promises of the scenes world: it follows from its seed, says the truth about itself, and has the web's flaws."""
+
+import io
+import json
+from collections import Counter
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.sources import scenes
+from pipeline.sources.scenes import Config, Raw, cells, related, relation, render, scene, scene_of
+
+
+def corpus(config: Config) -> list[Raw]:
+    return [raw for piece in scenes.pieces(config) for raw in scenes.read(piece, config)]
+
+
+def is_picture(raw: Raw) -> bool:
+    try:
+        Image.open(io.BytesIO(raw.data or b"")).load()
+    except (UnidentifiedImageError, OSError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def raws() -> list[Raw]:
+    return corpus(Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2))
+
+
+def test_a_corpus_follows_from_its_config(raws: list[Raw]) -> None:
+    config = Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2, samples_per_piece=7)
+    assert corpus(config) == raws
+    assert corpus(Config(num_images=20, seed=6))[0].data != raws[0].data
+
+
+def test_growth_moves_nothing(raws: list[Raw]) -> None:
+    assert corpus(Config(num_images=450, seed=5, broken_share=0.1, duplicate_share=0.2))[:400] == raws
+
+
+def test_source_keys_are_unique_and_lead_to_the_truth(raws: list[Raw]) -> None:
+    assert len({raw.source_key for raw in raws}) == len(raws)
+    for raw in raws:
+        truth = json.loads(raw.metadata)["scene"]
+        shown = scene_of(raw.source_key)
+        assert (shown.background, len(shown.things)) == (truth["background"], len(truth["things"]))
+
+
+def test_broken_files_are_as_many_as_asked(raws: list[Raw]) -> None:
+    broken = [raw for raw in raws if not is_picture(raw)]
+    assert {raw.source_key for raw in broken} == {
+        raw.source_key for raw in raws if json.loads(raw.metadata)["broken"] is not None
+    }
+    assert 20 <= len(broken) <= 60
+    assert any(raw.data is None and raw.error for raw in broken)
+
+
+def test_copies_are_exact_or_near(raws: list[Raw]) -> None:
+    whole = {raw.source_key: raw.data for raw in raws if is_picture(raw)}
+    copies = [key for key in whole if "copy" in key and "/".join(key.split("/")[:3]) in whole]
+    exact = sum(whole[key] == whole["/".join(key.split("/")[:3])] for key in copies)
+    assert 0.25 * len(copies) < exact < 0.75 * len(copies)
+
+
+def test_half_of_the_alt_texts_are_right(raws: list[Raw]) -> None:
+    kinds = Counter(json.loads(raw.metadata)["alt_text"] for raw in raws)
+    assert 160 <= kinds["right"] <= 240
+    assert set(kinds) == {"right", "wrong", "short", "file name", "none"}
+
+
+def test_the_world_is_as_rich_as_it_says() -> None:
+    things = [thing for index in range(1500) for thing in scene(1, index).things]
+    assert len({t.shape for t in things}) == 8
+    assert len({t.colour for t in things}) == 8
+    assert {t.size for t in things} == {"small", "large"}
+    assert {t.texture for t in things} == {"solid", "striped", "dotted"}
+    assert {len(scene(1, index).things) for index in range(1500)} == {1, 2, 3, 4, 5, 6}
+    words = Counter(relation(a, b) for i in range(1500) for a, b in pairwise(scene(1, i).in_order))
+    assert all(words[word] > 20 for word in ("left of", "above", "below", "touching", "inside", "around"))
+    sizes = {Image.open(io.BytesIO(raw.data or b"")).size for raw in corpus(Config(num_images=30, broken_share=0.0))}
+    assert len(sizes) > 15
+
+
+@given(st.integers(0, 5), st.integers(0, 10**6))
+def test_relations_agree_with_each_other(seed: int, index: int) -> None:
+    turned = {"left of": "right of", "above": "below", "inside": "around", "touching": "touching"}
+    turned |= {said: kept for kept, said in turned.items()}
+    for a, b in combinations(scene(seed, index).things, 2):
+        assert relation(b, a) == turned[relation(a, b)]
+        assert related(a, relation(a, b), b)
+        assert not (related(a, "left of", b) and related(b, "left of", a))
+
+
+@given(st.integers(0, 5), st.integers(0, 10**6))
+def test_no_two_things_have_one_name(seed: int, index: int) -> None:
+    names = [thing.name for thing in scene(seed, index).things]
+    assert 1 <= len(names) == len(set(names)) <= 6
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 5), st.integers(0, 10**6))
+def test_every_thing_can_be_seen(seed: int, index: int) -> None:
+    truth = scene(seed, index)
+    grid = cells(truth, columns=24, rows=24)
+    assert set(np.unique(grid)) - {-1} == set(range(len(truth.things)))
+    assert -1 in grid
+
+
+def test_pixels_have_the_colours_of_the_truth() -> None:
+    truth = next(s for i in range(100) if len((s := scene(2, i)).things) == 1 and s.things[0].texture == "solid")
+    image = np.asarray(render(truth, short=128)).astype(int)
+    inside = cells(truth, columns=image.shape[1], rows=image.shape[0]) == 0
+    background = np.median(image[~inside], axis=0) - scenes.BACKGROUNDS[truth.background]
+    thing = np.median(image[inside], axis=0) - scenes.COLOURS[truth.things[0].colour]
+    assert np.abs(background).max() <= 14
+    assert np.abs(thing).max() <= 14
