@@ -196,22 +196,34 @@ class Verdict(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedScore:
+    """What a pass of the score stage said, where it could say anything."""
+
+    name: str
+    value: float  # [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exported(Record):
-    """One sample of the finished training set, without its pixels."""
+    """One sample of the finished training set, without its pixels; nothing in it is null, for loaders infer types."""
 
     table: ClassVar[str] = "export"
 
     key: str
     source_key: str
     sha256: str
-    caption: str
+    caption: str  # the text
+    alt_text: str  # "" when the corpus had none
+    caption_pass: str
     candidate: int
-    text: str
-    alt_text: str | None
+    model: str
+    revision: str
+    scores: tuple[NamedScore, ...]
     format: str
-    width: int
+    width: int  # pixels, as displayed
     height: int
     num_bytes: int
+    metadata: str  # JSON, as the corpus had it
 
     @property
     def id(self) -> tuple[str | int, ...]:

@@ -1,0 +1,124 @@
+"""Decides what is done, what is missing and what is stale, from the stamps of the tables alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline import tables
+from pipeline.config import Run
+from pipeline.passes import Pass
+from pipeline.plan import Plan
+from pipeline.shard import table_path
+
+Kind = Literal["done", "missing", "behind", "stale", "blocked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where one shard of one pass stands.
+
+    done: its table is what the run asks for. missing: there is none. behind: there is one, made without an engine,
+    and its inputs have changed or grown: it follows them unasked. stale: other words or inputs decided its rows.
+    blocked: a table that it reads is missing.
+    """
+
+    kind: Kind
+    why: str = ""
+    stamp: tables.Stamp | None = None
+
+
+class Ledger:
+    """The states of a run's tables. A stamp is read once, until `forget`."""
+
+    def __init__(self, run: Run, plan: Plan, passes: Sequence[Pass], *, keep: bool = False) -> None:
+        self.run, self.plan, self.keep = run, plan, keep
+        self._makers = {p.folder: p for p in passes}
+        self._stamps: dict[tuple[str, int], tables.Stamp | None] = {}
+        self._states: dict[tuple[str, int], State] = {}
+
+    def state(self, p: Pass, shard: int) -> State:
+        if (p.folder, shard) not in self._states:
+            self._states[p.folder, shard] = self._judge(p, shard)
+        return self._states[p.folder, shard]
+
+    def stamp(self, folder: str, shard: int) -> tables.Stamp | None:
+        if (folder, shard) not in self._stamps:
+            self._stamps[folder, shard] = tables.read_stamp(table_path(self.run.folder, folder, shard))
+        return self._stamps[folder, shard]
+
+    def recipe(self, p: Pass, shard: int) -> tables.Recipe:
+        """What decides the rows of this table now. Every table that it reads must be there."""
+        inputs = {} if p.reads else {"plan": self.plan.digest(shard)}
+        for folder in p.reads:
+            stamp = self.stamp(folder, shard)
+            assert stamp is not None
+            inputs[folder] = stamp.digest
+        return tables.Recipe(stage=p.stage, name=p.name, version=p.version, slice=p.slice, inputs=inputs)
+
+    def forget(self, shard: int) -> None:
+        """A table of this shard has changed."""
+        for cache in (self._stamps, self._states):
+            for place in [place for place in cache if place[1] == shard]:
+                del cache[place]
+
+    def _judge(self, p: Pass, shard: int) -> State:
+        stamp = self.stamp(p.folder, shard)
+        reads = {folder: self.state(self._makers[folder], shard) for folder in p.reads}
+        for folder, state in reads.items():
+            if state.stamp is None:
+                return State(kind="blocked", why=f"{folder}/{shard:05d}.parquet is missing", stamp=stamp)
+        if stamp is None:
+            return State(kind="missing")
+        for folder, state in reads.items():
+            if state.kind == "stale":
+                return State(kind="stale", why=f"its input {folder} is stale: {state.why}", stamp=stamp)
+            if state.kind != "done":
+                return State(kind="behind", why=f"its input {folder} is {state.kind}", stamp=stamp)
+        return self._compare(p, stamp, self.recipe(p, shard))
+
+    def _compare(self, p: Pass, stamp: tables.Stamp, wanted: tables.Recipe) -> State:
+        if stamp.recipe == wanted:
+            return State(kind="done", stamp=stamp)
+        words = list(changes(stamp.recipe, wanted))
+        if words:
+            return State(kind="done" if self.keep else "stale", why="; ".join(words), stamp=stamp)
+        inputs = ", ".join(sorted(k for k, _ in stamp.recipe.inputs.items() ^ wanted.inputs.items()))
+        if not p.engines:
+            return State(kind="behind", why=f"{inputs} changed", stamp=stamp)
+        return State(kind="done" if self.keep else "stale", why=f"its input {inputs} changed", stamp=stamp)
+
+
+def changes(old: tables.Recipe, new: tables.Recipe) -> Iterator[str]:
+    """What a person would say has changed in the words and numbers that decide a table's rows."""
+    if old.version != new.version:
+        yield f"stage {new.stage} is now version {new.version}, was {old.version}"
+    yield from _differences(old.slice, new.slice, "")
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{where}[{index}]")
+    elif isinstance(old, str) and isinstance(new, str):
+        yield f"{where}: {' '.join(_words(old, new))}"
+    else:
+        yield f"{where}: {old!r} -> {new!r}"
+
+
+def _words(old: str, new: str) -> Iterator[str]:
+    """Only the words that changed, with one before for the reader's sake."""
+    a, b = old.split(), new.split()
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind != "equal":
+            before = f"... {a[i - 1]} " if i else ""
+            yield f"{before}[{' '.join(a[i:j])}] -> [{' '.join(b[k:m])}]"
+    if a == b:
+        yield "white space changed"

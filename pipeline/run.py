@@ -1,0 +1,461 @@
+"""Decides how what is missing gets made: one code path for what a person types and for what an array task executes.
+
+A shard of a pass is made by handing the stage only its unfinished inputs, keeping the finished rows as parts, and
+merging them into the table at the end. It knows neither what a caption is nor where models run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from pipeline import config, tables
+from pipeline.engine import Engine, EngineDied
+from pipeline.ledger import Ledger, State
+from pipeline.parts import Parts, leave_word
+from pipeline.passes import Pass, all_passes, select
+from pipeline.plan import Plan
+from pipeline.records import Record, Stat
+from pipeline.shard import Shard, table_path
+from pipeline.terminal import Meter, say
+from pipeline.writers import Payload
+
+OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
+SETTLED = 200  # rows of a shard before its share of failures means anything
+GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
+
+Stale = Literal["stop", "redo", "keep"]
+
+
+class Refused(ValueError):
+    """What was asked cannot be done as asked: exit 2."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop; finished rows are kept."""
+
+
+class ShardFailed(RuntimeError):
+    """One shard cannot be made; the others may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What making one shard of one pass gave."""
+
+    stat: Stat
+    failed: int  # rows made in this attempt whose status counts as failed
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one command did."""
+
+    done: int = 0  # shard tables made
+    skipped: int = 0  # already done
+    failures: dict[str, str] = field(default_factory=dict)  # "caption:dense 00007" -> why
+    stopped: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 75 if self.stopped else 1 if self.failures else 0
+
+
+class Engines(Mapping[str, Engine]):
+    """The engines of run.toml by name, opened when first asked for."""
+
+    def __init__(self, plugins: Mapping[str, config.Plugin]) -> None:
+        self._plugins, self._open = plugins, dict[str, Engine]()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Engine:
+        with self._lock:
+            if name not in self._open:
+                plugin = self._plugins[name]
+                self._open[name] = plugin.module.open(plugin.config)
+            return self._open[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plugins)
+
+    def __len__(self) -> int:
+        return len(self._plugins)
+
+    def close_all_but(self, names: Iterable[str]) -> None:
+        """So that the captioner and the judge are never on one GPU by accident."""
+        for name in set(self._open) - set(names):
+            self._open.pop(name).close()
+
+    def waiting(self, names: Iterable[str]) -> float | None:
+        shares = [self._open[name].waiting() for name in names if name in self._open]
+        known = [share for share in shares if share is not None]
+        return max(known) if known else None
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Makes passes of one run."""
+
+    folder: Path
+    shards: str = "all"
+    workers: int = 1  # processes, for passes without an engine
+    stale: Stale = "stop"
+    retry: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.run = config.load(self.folder)
+        self.passes = all_passes(self.run)
+        path = self.run.folder / "plan.parquet"
+        if not path.exists():
+            raise Refused(f"{path} is missing; `recap plan --run {self.folder}` makes it")
+        self.plan, self.wanted = Plan.load(path, self.shards)
+        self.ledger = Ledger(self.run, self.plan, self.passes, keep=self.stale == "keep")
+        self.stop = threading.Event()
+        self.outcome = Outcome()
+
+    def execute(self, what: str) -> Outcome:
+        """Makes all that STAGE[:NAME] names and that is not done yet.
+
+        Raises:
+            Refused: something is stale and `stale` is "stop", or a status to retry does not exist.
+            ValueError: no pass is called that.
+        """
+        chosen = select(self.passes, what)
+        self._check_retry(chosen)
+        self._check_stale(chosen)
+        engines = Engines(self.run.engines)
+        try:
+            with stopping(self.stop):
+                for p in chosen:
+                    engines.close_all_but(p.engines)
+                    self._make_pass(p, engines, alone=len(chosen) == 1)
+        except Stopped:
+            self.outcome.stopped = True
+        finally:
+            engines.close_all_but(())
+        return self.outcome
+
+    def _check_retry(self, chosen: list[Pass]) -> None:
+        known = {status for p in chosen for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
+        if unknown := self.retry - known:
+            raise Refused(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
+
+    def _check_stale(self, chosen: list[Pass]) -> None:
+        """Before anything is made: a run half of old words is the one thing that nobody wants."""
+        if self.stale != "stop":
+            return
+        found = [
+            (p, shard, s) for p in chosen for shard in self.wanted if (s := self.ledger.state(p, shard)).kind == "stale"
+        ]
+        if found:
+            counts = Counter(p.title for p, _, _ in found)
+            reasons = list(dict.fromkeys(f"  {p.title}: {s.why}" for p, _, s in found))[:10]
+            tally = ", ".join(f"{title} ({num} shards)" for title, num in counts.items())
+            raise Refused(
+                "\n".join(
+                    [
+                        f"stale: {tally}",
+                        *reasons,
+                        "use --stale redo to make them again, --stale keep to use them as they are",
+                    ]
+                )
+            )
+
+    def _make_pass(self, p: Pass, engines: Engines, *, alone: bool) -> None:
+        states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
+        todo = [shard for shard, state in states.items() if self._is_due(state)]
+        blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
+        self.outcome.skipped += len(states) - len(todo) - len(blocked)
+        for shard in blocked:
+            self._fail(p, shard, f"{states[shard].why}; run the stage that makes it first", quiet=not alone)
+        if todo:
+            with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
+                self._make_shards(p, todo, engines, meter)
+        if p.finish and not blocked and not self.outcome.failures:
+            p.finish(self.run)
+
+    def _is_due(self, state: State) -> bool:
+        if state.kind in ("missing", "behind"):
+            return True
+        if state.kind == "stale":
+            return self.stale == "redo"
+        asked = state.stamp is not None and any(state.stamp.statuses.get(status) for status in self.retry)
+        return state.kind == "done" and asked
+
+    def _num_rows(self, p: Pass, shards: Sequence[int]) -> int | None:
+        """How many rows are to come, for the progress bar; None where only reading would tell."""
+        if not p.reads:
+            counts = [self.plan.num_samples(shard) for shard in shards]
+            return None if None in counts else sum(count or 0 for count in counts)
+        stamps = [self.ledger.stamp(p.reads[-1], shard) for shard in shards]
+        usable = sum(stamp.statuses.get("ok", stamp.num_rows) for stamp in stamps if stamp)
+        return usable * int(p.slice.get("num_candidates", 1))
+
+    def _make_shards(self, p: Pass, shards: Sequence[int], engines: Engines, meter: Meter) -> None:
+        failed_in_a_row = 0
+        for shard, result in self._results(p, shards, engines, meter):
+            self.ledger.forget(shard)
+            if isinstance(result, Made):
+                failed_in_a_row = 0
+                self.outcome.done += 1
+                meter.shard_done()
+                continue
+            if isinstance(result, Stopped):
+                self.outcome.stopped = True
+                continue
+            self._fail(p, shard, result)
+            failed_in_a_row += 1
+            if isinstance(result, EngineDied) or (failed_in_a_row >= GIVE_UP and not self.outcome.done):
+                self.stop.set()
+        if self.outcome.stopped:
+            raise Stopped
+
+    def _results(
+        self, p: Pass, shards: Sequence[int], engines: Engines, meter: Meter
+    ) -> Iterator[tuple[int, Made | BaseException]]:
+        """Makes shards, a few at a time; what went wrong is a result."""
+        in_processes = self.workers > 1 and not p.engines and len(shards) > 1
+        limit = self.workers if in_processes else OVERLAP if p.engines else 1
+        waiting, running = deque(shards), dict[Future[Made], int]()
+        with self._processes(limit) if in_processes else ThreadPoolExecutor(limit) as executor:
+            while waiting or running:
+                while waiting and len(running) < limit and not self.stop.is_set():
+                    shard = waiting.popleft()
+                    if in_processes:
+                        running[executor.submit(_in_process, p.folder, shard)] = shard
+                    else:
+                        running[executor.submit(self.make, p, shard, engines, meter)] = shard
+                if not running:
+                    return
+                future = next(as_completed(running))
+                result = future.exception() or future.result()
+                if in_processes and isinstance(result, Made):
+                    meter.add(result.stat.num_new_rows, result.failed)
+                yield running.pop(future), result
+
+    def _processes(self, num: int) -> Executor:
+        return ProcessPoolExecutor(
+            num,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_process,
+            initargs=(self.folder, self.shards, self.stale, self.retry),
+        )
+
+    def make(self, p: Pass, number: int, engines: Engines, meter: Meter) -> Made:
+        """Makes one shard of one pass.
+
+        Raises:
+            Stopped: a signal came; the finished rows are kept as parts.
+            ShardFailed: too many of its rows failed.
+            EngineDied, OSError, ...: the machine failed.
+        """
+        start, started_at = time.monotonic(), time.time()
+        recipe = self.ledger.recipe(p, number)
+        path = table_path(self.run.folder, p.folder, number)
+        parts = Parts(work_folder(self.run.folder, p, number), p.record, recipe)
+        shard = Shard(run=self.run, plan=self.plan, number=number)
+        tally = Tally(p, number, meter)
+        with closing(shard):
+            payload = p.payload(shard)
+            try:
+                done = {
+                    row.id for row in self._kept(p, path, recipe, parts, resumable=payload is None) if tally.keep(row)
+                }
+                for row in self._new_rows(p, shard, done, engines, payload):
+                    parts.add(row)
+                    tally.count(row)
+                self._commit(path, p.record, recipe, parts, payload)
+            except BaseException as error:
+                with suppress(OSError):
+                    parts.flush()
+                if payload:
+                    payload.abandon()
+                if not isinstance(error, FileNotFoundError) or not self._done_by_another(path, recipe):
+                    raise
+        stat = tally.stat(started_at, time.monotonic() - start, engines.waiting(p.engines))
+        self._record(p, stat)
+        return Made(stat=stat, failed=tally.failed)
+
+    def _kept(self, p: Pass, path: Path, recipe: tables.Recipe, parts: Parts, *, resumable: bool) -> Iterator[Record]:
+        """The rows that need not be made again: of the table that is retried, and of unfinished attempts."""
+        if not resumable:
+            return
+        stamp = tables.read_stamp(path) if self.retry else None
+        if stamp is not None and stamp.recipe == recipe:
+            yield from parts.carry(lambda: (r for r in tables.read(path, p.record) if _status(r) not in self.retry))
+        yield from parts.adopt()
+
+    def _new_rows(
+        self, p: Pass, shard: Shard, done: set[Any], engines: Engines, payload: Payload | None
+    ) -> Iterator[Record]:
+        asked: deque[Any] = deque()
+
+        def unfinished() -> Iterator[Any]:
+            for item in p.inputs(shard):
+                if item.id not in done:
+                    if self.stop.is_set():
+                        return
+                    asked.append(item.id)
+                    yield item
+
+        outputs = p.work(unfinished(), engines)
+        for output in outputs:
+            assert output.id == asked[0], f"{p.title} gave row {output.id} for input {asked[0]}"
+            asked.popleft()
+            yield payload.take(output) if payload else output
+        if self.stop.is_set():
+            raise Stopped
+        assert not asked, f"{p.title} gave no row for {len(asked)} inputs, {asked[0]} the first"
+
+    def _commit(
+        self, path: Path, record: type[Record], recipe: tables.Recipe, parts: Parts, payload: Payload | None
+    ) -> None:
+        if not self.retry and self._done_by_another(path, recipe):
+            if payload:
+                payload.abandon()
+        else:
+            with tables.atomic(path, work=parts.folder) as file:
+                with tables.Writer(file, record, recipe) as writer:
+                    for row in parts.merged():
+                        writer.add(row)
+                if payload:
+                    payload.commit()
+        parts.discard()
+
+    def _done_by_another(self, path: Path, recipe: tables.Recipe) -> bool:
+        stamp = tables.read_stamp(path)
+        return stamp is not None and stamp.recipe == recipe
+
+    def _record(self, p: Pass, stat: Stat) -> None:
+        path = table_path(self.run.folder / "stats", p.folder, stat.shard)
+        tables.write(path, Stat, [stat], tables.Recipe(stage="stats", name="", version=1, slice={}, inputs={}))
+
+    def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
+        place = f"{p.title} {shard:05d}"
+        message = why if isinstance(why, str) else str(why) or type(why).__name__
+        if not isinstance(why, str | ShardFailed | EngineDied | OSError | tables.BrokenTable | ValueError):
+            assert isinstance(why, BaseException)
+            message = "".join(traceback.format_exception(why)).rstrip()
+        self.outcome.failures[place] = message
+        if not quiet:
+            say(f"recap: {place} failed: {message}")
+        if not isinstance(why, str):
+            with suppress(OSError):
+                leave_word(work_folder(self.run.folder, p, shard), message)
+
+
+class Tally:
+    """Counts one shard's rows, and stops it when too many have failed."""
+
+    def __init__(self, p: Pass, number: int, meter: Meter) -> None:
+        self.p, self.number, self.meter = p, number, meter
+        self.rows = self.new = self.failed = self.errors = 0
+        self.retries = self.prompt_tokens = self.output_tokens = 0
+        self.messages: Counter[str] = Counter()
+
+    def keep(self, row: Record) -> bool:
+        self.rows += 1
+        self.errors += _status(row) in row.failed
+        return True
+
+    def count(self, row: Record) -> None:
+        self.rows += 1
+        self.new += 1
+        self.retries += max(0, getattr(row, "attempt", 1) - 1)
+        self.prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
+        self.output_tokens += getattr(row, "num_output_tokens", None) or 0
+        self.meter.count(row)
+        if _status(row) in row.failed:
+            self.failed += 1
+            self.errors += 1
+            self.messages[f"{_status(row)}: {getattr(row, 'error', None) or 'no message'}"] += 1
+        if self.rows >= SETTLED and self.errors > self.p.max_error_share * self.rows:
+            raise ShardFailed(self._why())
+
+    def stat(self, started_at: float, seconds: float, waiting: float | None) -> Stat:
+        return Stat(
+            stage=self.p.stage,
+            name=self.p.name,
+            caption=self.p.caption,
+            shard=self.number,
+            started_at=started_at,
+            seconds=seconds,
+            num_rows=self.rows,
+            num_new_rows=self.new,
+            num_errors=self.errors,
+            num_retries=self.retries,
+            num_prompt_tokens=self.prompt_tokens,
+            num_output_tokens=self.output_tokens,
+            waiting=waiting,
+            host=platform.node(),
+            pid=os.getpid(),
+            code_version=version("recap-pipeline"),
+        )
+
+    def _why(self) -> str:
+        commonest, num = self.messages.most_common(1)[0] if self.messages else ("of an earlier attempt", self.errors)
+        return (
+            f"{self.errors} of its first {self.rows} rows failed, more than max_error_share = {self.p.max_error_share}"
+            f"; the commonest message ({num} times): {commonest}"
+        )
+
+
+def work_folder(run: Path, p: Pass, shard: int) -> Path:
+    """Where a shard's unfinished rows lie: outside every table's glob."""
+    return run / ".work" / p.folder / f"{shard:05d}"
+
+
+@contextmanager
+def stopping(stop: threading.Event) -> Iterator[None]:
+    """The first signal asks to stop, the second insists."""
+
+    def on_signal(number: int, _: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        say(f"recap: {signal.Signals(number).name}: finishing what is in flight (again: stop at once)")
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_runner: Runner  # in a worker process
+
+
+def _start_process(folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
+    global _runner
+    _runner = Runner(folder=folder, shards=shards, stale=stale, retry=retry)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: _runner.stop.set())
+
+
+def _in_process(folder: str, shard: int) -> Made:
+    _runner.ledger.forget(shard)
+    p = next(p for p in _runner.passes if p.folder == folder)
+    meter = Meter(p.title, num_shards=1, num_rows=None)
+    return _runner.make(p, shard, Engines({}), meter)
+
+
+def _status(row: Record) -> str:
+    return getattr(row, "status", "ok")

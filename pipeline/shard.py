@@ -1,0 +1,73 @@
+"""Decides how a stage sees one shard: its tables as records, as SQL, and the bytes of its images.
+
+Everything is read in file order and a little at a time, so that memory does not grow with the shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline import database, tables
+from pipeline.config import Run
+from pipeline.plan import Plan
+from pipeline.records import Image, Raw, Record
+
+R = TypeVar("R", bound=Record)
+
+
+def table_path(run: Path, folder: str, shard: int) -> Path:
+    return run / folder / f"{shard:05d}.parquet"
+
+
+@dataclass(kw_only=True)
+class Shard:
+    """One shard of a run, as it is on disk now. Not for use by two threads at once, but for `data`."""
+
+    run: Run
+    plan: Plan
+    number: int
+    _open: dict[str, int] = field(default_factory=dict)  # file -> handle
+
+    def table(self, folder: str, record: type[R]) -> Iterator[R]:
+        return tables.read(table_path(self.run.folder, folder, self.number), record)
+
+    def query(self, sql: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a SELECT over this shard's own tables (see manifests/views.sql)."""
+        connection = database.connect(self.run.folder, files=f"{self.number:05d}.parquet")
+        try:
+            yield from database.rows(connection, sql)
+        finally:
+            connection.close()
+
+    def raws(self) -> Iterator[Raw]:
+        """The inputs of the plan, read from the corpus, in the plan's order."""
+        source = self.run.source
+        for piece in self.plan.pieces(self.number):
+            yield from source.module.read(piece, source.config)
+
+    def data(self, image: Image) -> bytes:
+        """The image file's bytes.
+
+        Raises:
+            OSError: the tar has gone or has been cut since ingest; the message says which.
+        """
+        assert image.file is not None and image.offset is not None and image.num_bytes is not None
+        data = os.pread(self._handle(image.file), image.num_bytes, image.offset)
+        if len(data) != image.num_bytes:
+            raise OSError(f"{image.file} ends before byte {image.offset + image.num_bytes}: it changed since ingest")
+        return data
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _handle(self, file: str) -> int:
+        if file not in self._open:
+            self.close()  # a shard's images lie in file order: one open file is enough
+            self._open[file] = os.open(self.run.folder / file, os.O_RDONLY)
+            os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._open[file]

@@ -1,0 +1,96 @@
+"""Decides what a person sees while it runs: everything here goes to stderr, for stdout is data."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from pipeline.records import Record
+
+QUIET = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
+
+
+def say(message: str) -> None:
+    """One line for the user, above any progress bar."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def short(num: float) -> str:
+    """A count as people read it.
+
+    >>> short(1234567)
+    '1,234,567'
+    """
+    return f"{num:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(3725)
+    '1 h 02 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Meter:
+    """Counts the rows of one pass: a bar in a terminal, a line a minute elsewhere. Safe for several threads."""
+
+    def __init__(self, title: str, *, num_shards: int, num_rows: int | None) -> None:
+        self.title, self.num_shards, self.num_rows = title, num_shards, num_rows
+        self.rows = self.failed = self.shards = 0
+        self._lock = threading.Lock()
+        self._start = self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Meter:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.num_rows, desc=self.title, unit=" rows", file=sys.stderr, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._line()
+
+    def count(self, row: Record) -> None:
+        self.add(1, int(getattr(row, "status", "ok") in row.failed))
+
+    def add(self, rows: int, failed: int) -> None:
+        with self._lock:
+            self.rows += rows
+            self.failed += failed
+            if self._bar is not None:
+                self._bar.update(rows)
+            elif time.monotonic() - self._said > QUIET:
+                self._line()
+
+    def shard_done(self) -> None:
+        with self._lock:
+            self.shards += 1
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"shard {self.shards}/{self.num_shards}, {short(self.failed)} failed")
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        seconds = max(self._said - self._start, 1e-9)
+        rate = self.rows / seconds
+        unfinished = max(0, (self.num_rows or 0) - self.rows)
+        left = f", {duration(unfinished / rate)} left" if unfinished and rate else ""
+        say(
+            f"{self.title}: shard {self.shards}/{self.num_shards}, {short(self.rows)} rows, "
+            f"{rate:,.1f} rows/s, {short(self.failed)} failed{left}"
+        )
