@@ -198,8 +198,9 @@ def _a(words: str) -> str:
 
 
 def _counted(number: int, what: str) -> str:
-    plural = what.removesuffix("s") if number == 1 else _plurals().get(what, what)
-    return f"{NUMBERS[number]} {plural}"
+    if number == 1:
+        return f"one {'object' if what == THINGS else what}"
+    return f"{NUMBERS[number]} {_plurals().get(what, what)}"
 
 
 @cache

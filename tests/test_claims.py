@@ -1,5 +1,6 @@
 """The promises of the grammar: what is said is what is understood, and no wording fools the measure."""
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -15,7 +16,9 @@ scenes = st.builds(scene, st.integers(0, 3), st.integers(0, 10_000))
 @st.composite
 def subsets(draw: st.DrawFn) -> list[Claim]:
     """Some of what is true of a scene, in any order, as whole sentences."""
-    groups = grouped(facts(draw(scenes)))
+    true = draw(scenes)
+    counts = Counter(thing.shape for thing in true.things)
+    groups = grouped([*facts(true), *(Claim("count", shape, str(number)) for shape, number in counts.items())])
     chosen = draw(st.permutations(groups))[: draw(st.integers(0, len(groups)))]
     return [claim for group in chosen for claim in group[: draw(st.integers(1, len(group)))]]
 
