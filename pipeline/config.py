@@ -20,16 +20,10 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pipeline import plugins
+from pipeline.errors import ConfigError, UnknownName
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
-
-class ConfigError(ValueError):
-    """The user's input is wrong: exit 2."""
-
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(f"{where}: {message}")
 
 
 class Located(str):
@@ -82,20 +76,34 @@ class Plugin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What `[source]` has, whatever its kind."""
+
+    shard_size: int = key(
+        1000,
+        "images in a shard, the unit of work; a tar is always a shard of its own",
+        stamp=False,
+        least=1,
+        most=10**6,
+    )
+    min_side: int = key(1, "pixels; smaller images get the status too_small", least=1)
+    max_pixels: int = key(2**28, "width times height; larger images are refused undecoded, as too_large", least=1)
+    max_error_share: float | None = key(None, "of images that cannot be read, in a shard", stamp=False, least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """run.toml, understood."""
+    """run.toml, understood. Relative names in it are looked up beside it; the tables may lie elsewhere."""
 
     file: Path
+    folder: Path  # of the tables
     seed: int
     max_error_share: float  # [0, 1]
     source: Plugin
+    corpus: Corpus
     engines: Mapping[str, Plugin]
     sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
     slurm: Mapping[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        return self.file.parent
 
 
 class Section:
@@ -113,6 +121,10 @@ class Section:
         if not isinstance(values, dict):
             raise self.error(name, f"{values!r} is not a table; write [{name}]")
         return Section(values, file=self.file, field=f"{self.field}.{name}" if self.field else name)
+
+    def only(self, names: frozenset[str]) -> Section:
+        """The part of the section that has these keys."""
+        return Section({k: v for k, v in self.values.items() if k in names}, file=self.file, field=self.field)
 
     def named(self) -> dict[str, Section]:
         """The tables in this one, by name.
@@ -168,7 +180,7 @@ class Section:
             raise self.error("kind", f"is missing; it is one of {choices}, or a module of your own with a dot")
         try:
             module = plugins.load(package, kind)
-        except plugins.UnknownName as error:
+        except UnknownName as error:
             raise self.error("kind", str(error)) from error
         return Plugin(kind=kind, module=module, config=self.parse(module.Config, ignore=common | {"kind"}))
 
@@ -213,15 +225,18 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     """A run.toml already read; see `load`."""
     top = Section(values, file=file, field="")
     stages = plugins.available("stages")
-    sections = [name for name in stages if hasattr(_stage(name), "Config")]
+    sections = [name for name in stages if hasattr(_stage(name), "passes") and hasattr(_stage(name), "Config")]
     top.refuse_unknown(["seed", "max_error_share", "source", "engines", "slurm", *sections])
-    plain = Section({k: v for k, v in values.items() if k in ("seed", "max_error_share")}, file=file, field="")
     if "source" not in values:
         raise top.error("source", "is missing; write [source] with a kind and a path")
+    source = top.sub("source")
+    common = frozenset(f.name for f in dataclasses.fields(Corpus))
     return Run(
         file=file,
-        **dataclasses.asdict(plain.parse(_Top)),
-        source=top.sub("source").plugin("pipeline.sources"),
+        folder=file.parent,
+        **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(_Top)),
+        source=source.plugin("pipeline.sources", common=common),
+        corpus=source.only(common).parse(Corpus),
         engines={name: section.plugin("pipeline.engines") for name, section in top.sub("engines").named().items()},
         sections={name: _sections(top, name) for name in sections},
         slurm=top.sub("slurm").values,

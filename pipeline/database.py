@@ -8,16 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import QueryError
 from pipeline.records import Caption, Exported, Image, Record, Score, Stat, Verdict, schema
 
 if TYPE_CHECKING:
     import duckdb
 
 RECORDS: tuple[type[Record], ...] = (Image, Caption, Score, Verdict, Stat, Exported)
-
-
-class QueryError(ValueError):
-    """SQL that does not parse, does not bind, or would do more than read: the user's error."""
 
 
 def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
@@ -31,7 +28,7 @@ def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnect
 
     run = folder.absolute()
     connection = duckdb.connect(config={"threads": 2 if files != "*.parquet" else 0} if files != "*.parquet" else {})
-    connection.execute(f"SET allowed_directories = [{_quote(str(run) + '/')}]")
+    connection.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     for statement in views(run, files):
@@ -74,21 +71,27 @@ def rows(connection: duckdb.DuckDBPyConnection, sql: str, *, size: int = 2_000) 
         yield from batch
 
 
-def names_in(expression: str) -> set[str]:
+def names_in(expression: str, *, clause: str) -> set[str]:
     """The column names that an SQL expression mentions.
 
+    Args:
+        expression: SQL of a user's.
+        clause: the statement that it is a part of, with {} for it.
+
     Raises:
-        QueryError: it is no expression.
+        QueryError: it does not fit.
     """
     import json
 
     import duckdb
 
     with duckdb.connect() as connection:
-        (text,) = connection.execute("SELECT json_serialize_sql(?)", [f"SELECT ({expression})"]).fetchone() or ("",)
+        (text,) = connection.execute("SELECT json_serialize_sql(?)", [clause.format(expression)]).fetchone() or ("",)
     tree = json.loads(text)
     if tree["error"] or len(tree["statements"]) != 1:
-        raise QueryError(f"{expression!r} is no SQL condition: {tree.get('error_message', 'more than one statement')}")
+        raise QueryError(
+            f"{expression!r} is no SQL that fits here: {tree.get('error_message', 'more than one statement')}"
+        )
     return set(_columns(tree))
 
 
@@ -122,5 +125,6 @@ def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
         connection.execute(f"CREATE VIEW {name} AS SELECT * FROM no_{name}")
 
 
-def _quote(text: str) -> str:
+def literal(text: str) -> str:
+    """Text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"

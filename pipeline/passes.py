@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline import plugins
-from pipeline.config import ConfigError, Run
+from pipeline import database, plugins
+from pipeline.config import Run
 from pipeline.engine import Engine
-from pipeline.records import Record
+from pipeline.errors import ConfigError, QueryError, UnknownName
+from pipeline.records import Caption, Image, Record, columns
 
 if TYPE_CHECKING:
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
 ORDER = ("ingest", "caption", "rubric", "score", "filter", "export")  # ties are broken this way
+CONDITION, ORDER_BY = "SELECT ({})", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
 ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs
 
 
@@ -75,7 +77,8 @@ def all_passes(run: Run) -> list[Pass]:
     Raises:
         ConfigError: a pass reads what no pass makes, or two passes wait for each other.
     """
-    passes = [p for stage in ORDER if stage in plugins.available("stages") for p in _passes(stage, run)]
+    others = [name for name in plugins.available("stages") if name not in ORDER]
+    passes = [p for stage in (*ORDER, *others) for p in _passes(stage, run)]
     makers = {p.folder: p for p in passes}
     for p in passes:
         for folder in p.reads:
@@ -95,7 +98,7 @@ def select(passes: list[Pass], what: str) -> list[Pass]:
     """The passes that STAGE, STAGE:NAME, STAGE:NAME:CAPTION or `all` names, in their order.
 
     Raises:
-        ValueError: it names none; the message lists what there is.
+        UnknownName: it names none; the message lists what there is.
     """
     if what == "all":
         return [p for p in passes if p.stage in ALL]
@@ -103,12 +106,39 @@ def select(passes: list[Pass], what: str) -> list[Pass]:
     found = [p for p in passes if [p.stage, p.name, p.caption][: len(wanted)] == wanted]
     if not found:
         titles = sorted({p.stage for p in passes} | {f"{p.stage}:{p.name}" for p in passes if p.name})
-        raise ValueError(f"STAGE: {plugins.unknown(what, ['all', *titles])}")
+        raise UnknownName(f"STAGE: {plugins.unknown(what, ['all', *titles])}")
     return found
 
 
+def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
+    """The score passes that an SQL condition of run.toml mentions, beside columns of image and caption.
+
+    Raises:
+        ConfigError: it is no SQL, or mentions a column that there is not.
+    """
+    try:
+        names = database.names_in(sql, clause=clause)
+    except QueryError as error:
+        raise ConfigError(f"{run.file}: {field}", str(error)) from error
+    known = {*run.sections["score"], *columns(Caption), *columns(Image), "caption", "num_words"}
+    if unknown := sorted(names - known):
+        message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
+        raise ConfigError(f"{run.file}: {field}", message)
+    return names & set(run.sections["score"])
+
+
+def score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:
+    """Where the tables of these score passes lie: one folder for each caption pass that is scored."""
+    for score in sorted(scores):
+        for caption in run.sections["score"][score].captions or run.sections["caption"]:
+            yield f"score/{score}/{caption}"
+
+
 def _passes(stage: str, run: Run) -> Iterable[Pass]:
-    found: Iterable[Pass] = plugins.load("stages", stage).passes(run)
+    if stage not in plugins.available("stages"):
+        return ()
+    module = plugins.load("stages", stage)
+    found: Iterable[Pass] = module.passes(run) if hasattr(module, "passes") else ()
     return found
 
 

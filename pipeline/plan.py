@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import tables
+from pipeline.errors import SpecError, UserError
 from pipeline.records import Piece, Planned
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 MAX_SHARDS = 1_000_000  # six digits in the key
 MAX_SHARD_SIZE = 1_000_000
-
-
-class SpecError(ValueError):
-    """A set of shards that cannot be read, or that the plan does not have: the user's error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +125,7 @@ def assign(pieces: Iterable[Piece], *, shard_size: int, first: int = 0) -> Itera
 
 def _planned(shard: int, piece: Piece, start: int, stop: int | None) -> Planned:
     if shard >= MAX_SHARDS:
-        raise ValueError(f"the corpus needs more than {MAX_SHARDS} shards; raise source.shard_size")
+        raise UserError(f"the corpus needs more than {MAX_SHARDS} shards; raise source.shard_size")
     return Planned(shard=shard, file=piece.file, start=start, stop=stop, num_bytes=piece.num_bytes)
 
 

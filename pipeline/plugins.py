@@ -12,9 +12,7 @@ from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
-
-class UnknownName(ValueError):
-    """A name that no file answers to."""
+from pipeline.errors import UnknownName
 
 
 def available(package: str) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline import config, tables
 from pipeline.engine import Engine, EngineDied
+from pipeline.errors import Refused
 from pipeline.ledger import Ledger, State
 from pipeline.parts import Parts, leave_word
 from pipeline.passes import Pass, all_passes, select
@@ -38,10 +39,6 @@ SETTLED = 200  # rows of a shard before its share of failures means anything
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
 
 Stale = Literal["stop", "redo", "keep"]
-
-
-class Refused(ValueError):
-    """What was asked cannot be done as asked: exit 2."""
 
 
 class Stopped(Exception):
@@ -109,18 +106,18 @@ class Engines(Mapping[str, Engine]):
 class Runner:
     """Makes passes of one run."""
 
-    folder: Path
+    run: config.Run
     shards: str = "all"
+    limit: int | None = None  # inputs of a shard, for a trial
     workers: int = 1  # processes, for passes without an engine
     stale: Stale = "stop"
     retry: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self.run = config.load(self.folder)
         self.passes = all_passes(self.run)
         path = self.run.folder / "plan.parquet"
         if not path.exists():
-            raise Refused(f"{path} is missing; `recap plan --run {self.folder}` makes it")
+            raise Refused(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
         self.plan, self.wanted = Plan.load(path, self.shards)
         self.ledger = Ledger(self.run, self.plan, self.passes, keep=self.stale == "keep")
         self.stop = threading.Event()
@@ -131,7 +128,7 @@ class Runner:
 
         Raises:
             Refused: something is stale and `stale` is "stop", or a status to retry does not exist.
-            ValueError: no pass is called that.
+            UnknownName: no pass is called that.
         """
         chosen = select(self.passes, what)
         self._check_retry(chosen)
@@ -251,7 +248,7 @@ class Runner:
             num,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_process,
-            initargs=(self.folder, self.shards, self.stale, self.retry),
+            initargs=(self.run.file.parent, self.shards, self.stale, self.retry),
         )
 
     def make(self, p: Pass, number: int, engines: Engines, meter: Meter) -> Made:
@@ -266,7 +263,7 @@ class Runner:
         recipe = self.ledger.recipe(p, number)
         path = table_path(self.run.folder, p.folder, number)
         parts = Parts(work_folder(self.run.folder, p, number), p.record, recipe)
-        shard = Shard(run=self.run, plan=self.plan, number=number)
+        shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit)
         tally = Tally(p, number, meter)
         with closing(shard):
             payload = p.payload(shard)
@@ -445,7 +442,7 @@ _runner: Runner  # in a worker process
 
 def _start_process(folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
     global _runner
-    _runner = Runner(folder=folder, shards=shards, stale=stale, retry=retry)
+    _runner = Runner(run=config.load(folder), shards=shards, stale=stale, retry=retry)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: _runner.stop.set())
 

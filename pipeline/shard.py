@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ class Shard:
     run: Run
     plan: Plan
     number: int
+    limit: int | None = None  # inputs that are read of the corpus, for a trial
     _open: dict[str, int] = field(default_factory=dict)  # file -> handle
 
     def table(self, folder: str, record: type[R]) -> Iterator[R]:
@@ -46,8 +48,8 @@ class Shard:
     def raws(self) -> Iterator[Raw]:
         """The inputs of the plan, read from the corpus, in the plan's order."""
         source = self.run.source
-        for piece in self.plan.pieces(self.number):
-            yield from source.module.read(piece, source.config)
+        pieces = self.plan.pieces(self.number)
+        return islice((raw for piece in pieces for raw in source.module.read(piece, source.config)), self.limit)
 
     def data(self, image: Image) -> bytes:
         """The image file's bytes.

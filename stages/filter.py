@@ -1,0 +1,121 @@
+"""Decides what is kept: named SQL conditions over the columns of image and caption and over the scores.
+
+A condition that is false refuses; the first that does names the reason. A condition that cannot be decided because a
+score is missing refuses too, as unscored:NAME, for an unjudged caption is not a good one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from pipeline import config, database
+from pipeline.config import key
+from pipeline.engine import Engine
+from pipeline.passes import ORDER_BY, Pass, score_folders, scores_in
+from pipeline.records import Caption, Image, Record, Verdict, columns
+from pipeline.shard import Shard
+
+VERSION = 1
+IMAGE_COLUMNS = tuple(name for name in columns(Image) if name not in columns(Caption))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rules: Mapping[str, str] = key(
+        factory=dict, help='NAME = "SQL condition" that a kept caption meets, tried in this order; a score is a column'
+    )
+    choose: str = key(
+        "candidate", 'SQL order among the kept captions of an image, e.g. "judge DESC": the first is exported'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A caption row with what the rules say of it."""
+
+    key: str
+    caption: str
+    candidate: int
+    reason: str | None
+    rank: int  # among the rows of its key, kept ones first
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.caption, self.candidate)
+
+
+def passes(run: config.Run) -> Iterable[Pass]:
+    settings: Config = run.sections["filter"][""]
+    captions = list(run.sections["caption"])
+    if not captions:
+        return
+    used = {rule: scores_in(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
+    named = {score for names in used.values() for score in names} | scores_in(
+        run, "filter.choose", settings.choose, clause=ORDER_BY
+    )
+    yield Pass(
+        stage="filter",
+        folder="verdict",
+        reads=("image", *score_folders(run, named), *(f"caption/{caption}" for caption in captions)),
+        version=VERSION,
+        slice={"rules": [[name, sql] for name, sql in settings.rules.items()], "choose": settings.choose},
+        record=Verdict,
+        max_error_share=1.0,
+        inputs=partial(inputs, sql=query(settings, used, sorted(named), captions)),
+        work=work,
+    )
+
+
+def inputs(shard: Shard, *, sql: str) -> Iterator[Judged]:
+    for name, caption, candidate, reason, rank in shard.query(sql):
+        yield Judged(key=name, caption=caption, candidate=candidate, reason=reason, rank=rank)
+
+
+def work(judged: Iterator[Judged], _engines: Mapping[str, Engine]) -> Iterator[Record]:
+    for row in judged:
+        keep = row.reason is None
+        yield Verdict(
+            key=row.key,
+            caption=row.caption,
+            candidate=row.candidate,
+            keep=keep,
+            reason=row.reason,
+            chosen=keep and row.rank == 1,
+        )
+
+
+def query(settings: Config, used: Mapping[str, set[str]], scores: list[str], captions: list[str]) -> str:
+    """One SELECT over a shard's views: key, caption, candidate, reason, rank of every caption row, sorted by those."""
+    quoted = [database.identifier(score) for score in scores]
+    values = "".join(f", {name}.value AS {name}" for name in quoted)
+    joins = "\n".join(
+        f"LEFT JOIN (FROM score WHERE name = {database.literal(score)}) AS {name}"
+        f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"
+        for score, name in zip(scores, quoted, strict=True)
+    )
+    image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
+    passes = ", ".join(database.literal(caption) for caption in captions)
+    return f"""
+        WITH wide AS (
+            SELECT c.*, c.name AS caption, len(regexp_extract_all(c.text, '\\S+')) AS num_words, {image}{values}
+            FROM caption AS c JOIN image AS i ON i.key = c.key
+            {joins}
+            WHERE c.name IN ({passes})
+        ), judged AS (
+            SELECT *, {_reason(settings.rules, used)} AS reason FROM wide
+        )
+        SELECT key, caption, candidate, reason,
+            row_number() OVER (PARTITION BY key ORDER BY reason IS NOT NULL, {settings.choose}, caption, candidate)
+        FROM judged ORDER BY key, caption, candidate"""
+
+
+def _reason(rules: Mapping[str, str], used: Mapping[str, set[str]]) -> str:
+    cases = ["WHEN status <> 'ok' THEN status"]
+    for name, sql in rules.items():
+        for score in sorted(used[name]):
+            missing = f"({sql}) IS NULL AND {database.identifier(score)} IS NULL"
+            cases.append(f"WHEN {missing} THEN {database.literal(f'unscored:{score}')}")
+        cases.append(f"WHEN ({sql}) IS NOT TRUE THEN {database.literal(name)}")
+    return f"CASE {' '.join(cases)} END"

@@ -1,0 +1,93 @@
+"""Decides what an input of the corpus is: usable, or why not. One row for each, whatever it is.
+
+It knows neither where the bytes came from nor where they will lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from pipeline.images import Limits, Probe, probe
+
+from pipeline import config
+from pipeline.engine import Engine
+from pipeline.passes import Pass
+from pipeline.records import Image, Raw, make_key
+from pipeline.shard import Shard
+from pipeline.writers import Pack, Packed
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One input of the plan, with its place."""
+
+    shard: int
+    index: int
+    source: str
+    raw: Raw
+
+    @property
+    def key(self) -> str:
+        return make_key(self.shard, self.index)
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
+
+
+def passes(run: config.Run) -> Iterable[Pass]:
+    corpus = run.corpus
+    limits = Limits(min_side=corpus.min_side, max_pixels=corpus.max_pixels)
+    yield Pass(
+        stage="ingest",
+        folder="image",
+        version=VERSION,
+        slice={"source": run.source.stamp, **config.stamped(corpus)},
+        record=Image,
+        max_error_share=run.max_error_share if corpus.max_error_share is None else corpus.max_error_share,
+        inputs=inputs,
+        work=partial(work, limits=limits),
+        payload=lambda shard: Pack(run.folder, shard.number),
+    )
+
+
+def inputs(shard: Shard) -> Iterator[Found]:
+    for index, raw in enumerate(shard.raws()):
+        yield Found(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
+
+
+def work(found: Iterator[Found], _engines: Mapping[str, Engine], *, limits: Limits) -> Iterator[Packed]:
+    for one in found:
+        yield packed(one, probe(one.raw.data, limits=limits) if one.raw.data is not None else None)
+
+
+def packed(found: Found, seen: Probe | None) -> Packed:
+    """The row of an input: what the source says of it, and what the decoder saw (None: there were no bytes)."""
+    raw, usable = found.raw, seen is not None and seen.status == "ok"
+    in_place = raw.offset is not None
+    row = Image(
+        key=found.key,
+        shard=found.shard,
+        index=found.index,
+        status=seen.status if seen else "unreadable",
+        error=seen.error if seen else raw.error,
+        source=found.source,
+        source_key=raw.source_key,
+        file=raw.file if usable and in_place else None,
+        offset=raw.offset if usable else None,
+        num_bytes=None if raw.data is None else len(raw.data),
+        format=seen.format if seen else None,
+        width=seen.width if seen else None,
+        height=seen.height if seen else None,
+        orientation=seen.orientation if seen else None,
+        num_frames=seen.num_frames if seen else None,
+        sha256=None if raw.data is None else hashlib.sha256(raw.data).hexdigest(),
+        alt_text=raw.alt_text,
+        metadata=raw.metadata,
+    )
+    return Packed(row=row, data=raw.data if usable and not in_place else None)
