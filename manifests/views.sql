@@ -1,6 +1,9 @@
 -- The tables of a run as views. Stand in the run's folder, then: duckdb -init PATH/TO/views.sql
 -- A view whose table does not exist yet fails to be created; the others work.
 
+-- Which inputs each shard has: frozen, growth only appends.
+CREATE VIEW plan AS SELECT * FROM read_parquet('plan.parquet');
+
 -- One row per input of the plan.
 CREATE VIEW image AS SELECT * FROM read_parquet('image/*.parquet', union_by_name = true);
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from pipeline.errors import QueryError
-from pipeline.records import Caption, Exported, Image, Record, Score, Stat, Verdict, schema
+from pipeline import plugins
+from pipeline.errors import QueryError, UnknownName
+from pipeline.records import Caption, Exported, Image, Planned, Record, Score, Stat, Verdict, schema
 
 if TYPE_CHECKING:
     import duckdb
 
-RECORDS: tuple[type[Record], ...] = (Image, Caption, Score, Verdict, Stat, Exported)
+RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Score, Verdict, Stat, Exported)
+MAX_CELL = 100  # characters of a value in a table for people
 
 
 def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
@@ -81,8 +86,6 @@ def names_in(expression: str, *, clause: str) -> set[str]:
     Raises:
         QueryError: it does not fit.
     """
-    import json
-
     import duckdb
 
     with duckdb.connect() as connection:
@@ -128,3 +131,64 @@ def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
 def literal(text: str) -> str:
     """Text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def named_queries() -> list[tuple[str, str]]:
+    """The named queries, each with the sentence it begins with."""
+    files = sorted((resources.files("manifests") / "queries").iterdir(), key=lambda file: file.name)
+    return [(file.name.removesuffix(".sql"), file.read_text().splitlines()[0].removeprefix("-- ")) for file in files]
+
+
+def named_query(name: str) -> str:
+    """The SQL of a named query.
+
+    Raises:
+        UnknownName: there is none of that name.
+    """
+    names = [known for known, _ in named_queries()]
+    if name not in names:
+        raise UnknownName(f"query {plugins.unknown(name, names)}")
+    return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
+
+
+def show(result: duckdb.DuckDBPyConnection, format: str, out: IO[bytes]) -> None:
+    """Prints a result: a table for people, csv, json (one object a row, in a list) or parquet."""
+    if format == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with pa.BufferOutputStream() as buffer:
+            pq.write_table(result.to_arrow_table(), buffer)
+            out.write(buffer.getvalue())
+        return
+    names = [column[0] for column in result.description or ()]
+    text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
+    PRINTERS[format](names, result.fetchall(), text)
+    text.detach()
+
+
+def _as_table(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
+    cells = [names, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
+
+
+def _as_csv(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+
+
+def _as_json(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
+    objects = [dict(zip(names, row, strict=True)) for row in rows]
+    print(json.dumps(objects, indent=2, ensure_ascii=False, default=str), file=out)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+
+
+PRINTERS = {"table": _as_table, "csv": _as_csv, "json": _as_json}

@@ -27,7 +27,7 @@ from pipeline.engine import Engine, EngineDied
 from pipeline.errors import Refused
 from pipeline.ledger import Ledger, State
 from pipeline.parts import Parts, leave_word
-from pipeline.passes import Pass, all_passes, select
+from pipeline.passes import Pass, all_passes
 from pipeline.plan import Plan
 from pipeline.records import Record, Stat
 from pipeline.shard import Shard, table_path
@@ -123,14 +123,12 @@ class Runner:
         self.stop = threading.Event()
         self.outcome = Outcome()
 
-    def execute(self, what: str) -> Outcome:
-        """Makes all that STAGE[:NAME] names and that is not done yet.
+    def execute(self, chosen: Sequence[Pass]) -> Outcome:
+        """Makes all of these passes that is not done yet, one after the other.
 
         Raises:
             Refused: something is stale and `stale` is "stop", or a status to retry does not exist.
-            UnknownName: no pass is called that.
         """
-        chosen = select(self.passes, what)
         self._check_retry(chosen)
         self._check_stale(chosen)
         engines = Engines(self.run.engines)
@@ -145,12 +143,12 @@ class Runner:
             engines.close_all_but(())
         return self.outcome
 
-    def _check_retry(self, chosen: list[Pass]) -> None:
+    def _check_retry(self, chosen: Sequence[Pass]) -> None:
         known = {status for p in chosen for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
         if unknown := self.retry - known:
             raise Refused(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
 
-    def _check_stale(self, chosen: list[Pass]) -> None:
+    def _check_stale(self, chosen: Sequence[Pass]) -> None:
         """Before anything is made: a run half of old words is the one thing that nobody wants."""
         if self.stale != "stop":
             return

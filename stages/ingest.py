@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.images import Limits, Probe, probe
-
 from pipeline import config
 from pipeline.engine import Engine
+from pipeline.images import Limits, Probe, probe
 from pipeline.passes import Pass
 from pipeline.records import Image, Raw, make_key
 from pipeline.shard import Shard

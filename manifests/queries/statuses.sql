@@ -1,0 +1,5 @@
+-- What became of every input and every caption that was asked for, with the commonest message.
+SELECT 'image' AS made, '' AS name, status, count(*) AS num_rows, mode(error) AS commonest_error FROM image GROUP BY ALL
+UNION ALL SELECT 'caption', name, status, count(*), mode(error) FROM caption GROUP BY ALL
+UNION ALL SELECT 'score', name, status, count(*), mode(error) FROM score GROUP BY ALL
+ORDER BY made, name, num_rows DESC

@@ -1,0 +1,171 @@
+"""Decides what the commands are called and how they end: stdout is data, all else is stderr, and the exit code tells.
+
+0: all asked for is done. 1: the machine failed on some shard. 2: the user's input is wrong. 75: stopped, resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.run import Outcome
+
+app = typer.Typer(
+    name="recap",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From an image corpus to a better-captioned training set: shard, caption, score, filter, export.",
+)
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default="the one you stand in")]
+
+
+@app.command(epilog="Example: recap init runs/photos --source ~/photos --engine vllm --model internlm/CapRL-3B")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder; it is made.")],
+    source: Annotated[str, typer.Option(help="A folder, tars, Parquet, a URL, hf:NAME, or scenes.")],
+    kind: Annotated[str | None, typer.Option(help="The kind of source, when the guess would be wrong.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What captions: vllm, transformers, openai; echo needs no model and makes words up.")
+    ] = "echo",
+    model: Annotated[str | None, typer.Option(help="The captioner: a Hugging Face name or a folder.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.", min=1)] = 1000,
+) -> None:
+    """Write DIR/run.toml, each line explained, and freeze DIR/plan.parquet."""
+    from pipeline import starter
+    from pipeline.terminal import say
+
+    guessed = starter.guess_source(source) | ({"kind": kind} if kind else {})
+    sections = starter.defaults({**guessed, "shard_size": shard_size}, engine=engine, model=model)
+    run, num_shards = starter.begin(folder, sections)
+    say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
+    if engine == "echo":
+        say("its engine is `echo`, which makes words up: good for a first look. Name your model in [engines.captioner]")
+    say(f"next: recap try caption:dense --run {folder}, then recap run all --run {folder}")
+
+
+@app.command(epilog="Example: recap plan --run runs/photos")
+def plan(run: RunOption = Path()) -> None:
+    """Extend the plan after the corpus grew: new shards at the end, no key moves."""
+    from pipeline import config, starter
+    from pipeline.terminal import say
+
+    before, after = starter.plan(config.load(run))
+    say(f"{after} shards, {after - before} of them new")
+
+
+@app.command("try", epilog="Example: recap try caption:dense --images 5")
+def attempt(
+    what: Annotated[str, typer.Argument(metavar="STAGE:NAME", help="A caption or score pass.")],
+    images: Annotated[int, typer.Option(help="How many images.", min=1)] = 20,
+    run: RunOption = Path(),
+) -> None:
+    """A pass on a few images, shown side by side; nothing is written into the run."""
+    from pipeline import config, trial
+
+    for line in trial.attempt(config.load(run), what, num_images=images):
+        print(line)
+
+
+@app.command("run", epilog="Example: recap run caption --shard 0-99 --run runs/photos")
+def run_stage(
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE[:NAME]", help="ingest, caption, rubric, score, filter, export, train or all."),
+    ],
+    run: RunOption = Path(),
+    shard: Annotated[str, typer.Option(help="7, 0-9, 0-99:10, 3,5,8-11, i/n (the i-th of n blocks) or all.")] = "all",
+    workers: Annotated[int, typer.Option(help="Processes, for stages without an engine.", min=1)] = 1,
+    stale: Annotated[
+        Literal["stop", "redo", "keep"],
+        typer.Option(help="What to do with tables that other words or inputs made."),
+    ] = "stop",
+    retry: Annotated[str, typer.Option(help="Ask again for the rows with these statuses, e.g. error,truncated.")] = "",
+) -> None:
+    """Make what is missing of a stage. What is done is skipped; what was killed goes on where it stopped."""
+    from pipeline import config
+    from pipeline.passes import select
+    from pipeline.run import Runner
+
+    statuses = frozenset(filter(None, retry.split(",")))
+    runner = Runner(run=config.load(run), shards=shard, workers=workers, stale=stale, retry=statuses)
+    outcome = runner.execute(select(runner.passes, stage))
+    _tell(outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")
+def status(
+    run: RunOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Per pass: done, missing, stale, failed rows, rate, time left; missing shards as a Slurm --array expression."""
+    from pipeline import config
+    from pipeline import status as report
+    from pipeline.run import Runner
+
+    passes = report.survey(Runner(run=config.load(run)))
+    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes))
+
+
+Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print; parquet is binary.")]
+
+
+@app.command(epilog="""Example: recap sql "SELECT status, count(*) FROM caption GROUP BY ALL" --run runs/photos""")
+def sql(
+    query: Annotated[
+        str, typer.Argument(metavar="SELECT", help="Over plan, image, caption, score, verdict, export, stats.")
+    ],
+    run: RunOption = Path(),
+    format: Format = "table",
+) -> None:
+    """Ask the run's tables in SQL, read-only."""
+    from pipeline import config, database
+
+    with database.connect(config.load(run).folder) as connection:
+        database.show(database.select(connection, query), format, sys.stdout.buffer)
+
+
+@app.command(epilog="Example: recap query yield --run runs/photos")
+def query(
+    name: Annotated[str, typer.Argument(help="One of the named queries; without it they are listed.")] = "",
+    run: RunOption = Path(),
+    format: Format = "table",
+) -> None:
+    """A named query of manifests/queries."""
+    from pipeline import config, database
+
+    if not name:
+        print("\n".join(f"{title:12} {sentence}" for title, sentence in database.named_queries()))
+        return
+    with database.connect(config.load(run).folder) as connection:
+        database.show(database.select(connection, database.named_query(name)), format, sys.stdout.buffer)
+
+
+def main() -> None:
+    """The command `recap`."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"recap: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `recap sql ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(outcome: Outcome) -> None:
+    from pipeline.terminal import say
+
+    made = f"{outcome.done} shard tables made, {outcome.skipped} done before"
+    failed = f", {len(outcome.failures)} failed" if outcome.failures else ""
+    say(f"{made}{failed}" + ("; stopped, the same command goes on" if outcome.stopped else ""))

@@ -1,0 +1,174 @@
+"""Decides how a run begins: which source a folder is, and the run.toml that explains itself line by line.
+
+The explanations are the help lines of the sections' own `Config` classes, so they cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pipeline import plugins, tables
+from pipeline.config import Corpus, Run, describe, load
+from pipeline.errors import Refused, UserError
+from pipeline.plan import freeze
+
+WIDTH = 110
+
+
+def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
+    """Writes `<folder>/run.toml` and freezes the plan; returns the run and its number of shards.
+
+    Raises:
+        Refused: there is a run already.
+        UserError: the source cannot be read as what it is said to be.
+    """
+    file = folder / "run.toml"
+    if file.exists():
+        raise Refused(f"{file} exists; edit it, or `recap plan --run {folder}` to take in what the corpus grew by")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tables.atomic(file) as out:
+        out.write(render(sections).encode())
+    try:
+        run = load(folder)
+        return run, plan(run)[1]
+    except UserError:
+        file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
+        raise
+
+
+def plan(run: Run) -> tuple[int, int]:
+    """Freezes the plan, or extends it; returns how many shards there were, and are.
+
+    Raises:
+        UserError: the source cannot be read, or there is nothing in it.
+    """
+    path = run.folder / "plan.parquet"
+    try:
+        before, after = freeze(path, run.source.module.pieces(run.source.config), shard_size=run.corpus.shard_size)
+    except ValueError as error:
+        raise UserError(f"{run.file}: source: {error}") from error
+    if after == 0:
+        path.unlink()
+        raise UserError(f"{run.file}: source: there are no images in it")
+    return before, after
+
+
+def guess_source(source: str) -> dict[str, Any]:
+    """The `[source]` of what a person points at: a folder, tars, Parquet, a URL, `hf:NAME`, `scenes`.
+
+    Raises:
+        UserError: a path that does not exist.
+    """
+    if source == "scenes":
+        return {"kind": "scenes"}
+    if source.startswith("hf:"):
+        return {"kind": "hf", "path": source[3:]}
+    path = Path(source).expanduser()
+    if "://" not in source and not any(c in source for c in "*?{") and not path.exists():
+        raise UserError(f"--source {source}: there is no such file or folder (hf:NAME is a Hugging Face dataset)")
+    place = source if "://" in source else str(path.absolute())
+    return {"kind": _kind(path, source), "path": place}
+
+
+def _kind(path: Path, source: str) -> str:
+    if not path.is_dir():
+        return "parquet" if source.endswith(".parquet") else "webdataset"
+    names = sorted(entry.name for entry in path.iterdir())
+    tars = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
+    if tars and any(name.endswith("_stats.json") for name in names):
+        return "img2dataset"
+    if tars:
+        return "webdataset"
+    parquet = [name for name in names if name.endswith(".parquet") and name != "metadata.parquet"]
+    return "parquet" if parquet else "folder"
+
+
+def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A run.toml with these values, all other keys of each section as comments with their defaults."""
+    return "\n".join([*_head(), *(line for name, values in sections.items() for line in _section(name, values))])
+
+
+def _head() -> Iterator[str]:
+    yield "# A run of recap. `recap run all` makes all of it; a line with # in front of a key shows its default."
+    yield "# Changing a key that decides rows makes the tables below it stale; time-outs, URLs and windows decide none."
+
+
+def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"[{name}]"
+    about = list(_classes(name, values))
+    if "kind" in values:
+        yield f"kind = {toml(values['kind'])}"
+    known = {field.name for cls in about for field in dataclasses.fields(cls)}
+    assert known >= set(values) - {"kind"}, f"{name}: {set(values) - known}"
+    for cls in about:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            yield from _key(field, hints[field.name], values)
+
+
+def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    yield from textwrap.wrap(
+        f"{field.metadata.get('help', '')} ({describe(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
+    )
+    if field.name in values:
+        yield f"{field.name} = {toml(values[field.name])}"
+        return
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    yield f"# {field.name} =" + ("" if default is MISSING or default is None else f" {toml(default)}")
+
+
+def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
+    """The dataclasses that a section's keys come from."""
+    top = name.split(".")[0]
+    packages = {"source": "pipeline.sources", "engines": "pipeline.engines", "score": "stages.scorers"}
+    if top != "engines" and top != "source":
+        yield plugins.load("stages", top).Config
+    if top in packages:
+        yield plugins.load(packages[top], values["kind"]).Config
+    if top == "source":
+        yield Corpus
+
+
+def toml(value: Any) -> str:
+    """A value as TOML, on one line.
+
+    >>> toml({"a": [1, "b"]})
+    '{ a = [1, "b"] }'
+    """
+    if dataclasses.is_dataclass(value):
+        value = {
+            f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) is not None
+        }
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_key(key)} = {toml(one)}" for key, one in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml(one) for one in value)}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> dict[str, dict[str, Any]]:
+    """The sections of a first run: dense captions, checked as text and judged with the image."""
+    asked = {"kind": engine, **({"model": model} if model else {})}
+    return {
+        "source": dict(source),
+        "engines.captioner": asked,
+        "caption.dense": {"recipe": "dense", "engine": "captioner"},
+        "score.text": {"kind": "text"},
+        "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},
+        "filter": {"rules": {"well_formed": "text >= 0.8", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
+        "export": {},
+    }

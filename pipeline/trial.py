@@ -1,0 +1,94 @@
+"""Decides what a trial is: a few images through one pass and all that it reads, shown, and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.config import Run
+from pipeline.errors import UserError
+from pipeline.passes import Pass, select
+from pipeline.plan import assign
+from pipeline.records import Caption, Image, Piece, Score
+from pipeline.run import Runner
+from pipeline.shard import Shard
+from pipeline.tables import Recipe, write
+
+INDENT = "    "
+
+
+def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
+    """Runs the passes that `what` names on the first images of the corpus; yields what came, image by image.
+
+    Raises:
+        UserError: `what` names no pass that writes captions or scores, or something failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
+        here = dataclasses.replace(run, folder=Path(folder))
+        _plan(here, num_images)
+        runner = Runner(run=here, limit=num_images)
+        wanted = select(runner.passes, what)
+        if failures := runner.execute(_with_inputs(runner.passes, wanted)).failures:
+            raise UserError("; ".join(failures.values()))
+        yield from _show(Shard(run=here, plan=runner.plan, number=0), wanted)
+
+
+def _plan(run: Run, num_images: int) -> None:
+    pieces: list[Piece] = []
+    for piece in run.source.module.pieces(run.source.config):
+        pieces.append(piece)
+        if piece.num_samples is None or sum(p.num_samples or 0 for p in pieces) >= num_images:
+            break
+    rows = [row for row in assign(pieces, shard_size=num_images) if row.shard == 0]
+    write(
+        run.folder / "plan.parquet", type(rows[0]), rows, Recipe(stage="plan", name="", version=1, slice={}, inputs={})
+    )
+
+
+def _with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
+    """The wanted passes and all that they read, in order."""
+    folders = {p.folder for p in wanted}
+    for p in reversed(passes):
+        if p.folder in folders:
+            folders.update(p.reads)
+    return [p for p in passes if p.folder in folders]
+
+
+def _show(shard: Shard, wanted: list[Pass]) -> Iterator[str]:
+    captions: dict[str, list[str]] = {}
+    for p in wanted:
+        for key, lines in _lines(shard, p):
+            captions.setdefault(key, []).append(lines)
+    for image in shard.table("image", Image):
+        size = f"{image.width} x {image.height}" if image.width else image.error
+        yield f"{image.key}  {image.source_key}  ({image.status}, {size})"
+        yield _wrap("alt text", image.alt_text or "(none)")
+        yield from captions.get(image.key, [])
+        yield ""
+
+
+def _lines(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
+    if p.record is Caption:
+        for row in shard.table(p.folder, Caption):
+            status = "" if row.status == "ok" else f" [{row.status}: {row.error}]"
+            yield (
+                row.key,
+                _wrap(f"{p.name} {row.candidate}{status}{' ' + ','.join(row.flags) if row.flags else ''}", row.text),
+            )
+    elif p.record is Score:
+        for mark in shard.table(p.folder, Score):
+            value = mark.status if mark.value is None else f"{mark.value:.2f}"
+            yield mark.key, _wrap(f"{p.title} {mark.candidate}", value)
+            for c in mark.criteria:
+                yield mark.key, _wrap(f"  {c.id}", f"{c.verdict or 'cannot say'}: {c.reason or ''}")
+    else:
+        raise UserError(f"STAGE: `recap try` shows captions and scores; {p.title} makes neither")
+
+
+def _wrap(title: str, text: str) -> str:
+    width = max(40, shutil.get_terminal_size((100, 24)).columns)
+    return textwrap.fill(text, width, initial_indent=f"{INDENT}{title}: ", subsequent_indent=INDENT * 2)
