@@ -1,0 +1,249 @@
+"""Decides what is asked about an image, and what becomes of the answer: one row for each candidate.
+
+It knows recipes and where they are asked; it does not know who answers, nor what makes a caption good.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from pipeline import database, plugins
+from pipeline.config import ConfigError, Run, key
+from pipeline.engine import Engine, Reply, Request
+from pipeline.passes import Pass
+from pipeline.records import Caption, Image, columns
+from pipeline.shard import Shard
+from stages import answers, recipes
+from stages.asking import Drawing, answered, engine_slice, seed_of
+from stages.recipes import Recipe
+
+NAMED = True
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[caption.NAME]`."""
+
+    recipe: str = key("dense", "what is asked: a file of recipes/, your own or one that ships")
+    engine: str = key(help="who is asked: a name in [engines]")
+    num_candidates: int = key(1, "captions of each image", least=1)
+    where: str | None = key(
+        None, "only these images: an SQL condition over image columns and, with `of`, the names of scores"
+    )
+    of: str | None = key(
+        None, "the caption pass whose scores `where` means; a score is that of an image's best candidate there"
+    )
+    temperature: float | None = key(None, "in the place of the recipe's", least=0, most=2)
+    top_p: float | None = key(None, "in the place of the recipe's", least=0, most=1)
+    top_k: int | None = key(None, "in the place of the recipe's", least=0)
+    repetition_penalty: float | None = key(None, "in the place of the recipe's", least=0.1, most=10)
+    max_tokens: int | None = key(None, "in the place of the recipe's", least=1)
+    ladder: tuple[float, ...] | None = key(None, "temperatures of the attempts after the first, like the recipe's")
+    max_error_share: float | None = key(None, "in the place of the run's", stamp=False, least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One candidate to be made."""
+
+    image: Image
+    candidate: int  # from 0
+    data: Callable[[], bytes]  # the image file, read when it is called
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.image.key, self.candidate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """A pass of the caption stage, with all that its questions and rows need."""
+
+    name: str
+    engine: str
+    seed: int  # the run's
+    recipe: Recipe
+    drawing: Drawing
+
+    def work(self, inputs: Iterator[Wanted], engines: Mapping[str, Engine]) -> Iterator[Caption]:
+        engine = engines[self.engine]
+        for wanted, reply in answered(engine, ((wanted, self.request(wanted)) for wanted in inputs)):
+            yield self.row(wanted, reply, engine)
+
+    def request(self, wanted: Wanted) -> Request:
+        """
+        Raises:
+            OSError: the image's bytes have gone.
+        """
+        return Request(
+            id=f"{wanted.image.key}/{wanted.candidate}",
+            system=self.recipe.words.system,
+            prompt=self.recipe.ask(wanted.image.alt_text).prompt,
+            images=(wanted.data(),),
+            source_key=wanted.image.source_key,
+            schema=self.recipe.schema,
+            ladder=self.drawing.rungs,
+            accept=lambda reply: answers.read(reply, self.recipe.form).error or "",
+            seed=seed_of(self.seed, wanted.image.key, self.name, wanted.candidate),
+        )
+
+    def row(self, wanted: Wanted, reply: Reply, engine: Engine) -> Caption:
+        answer = answers.read(reply, self.recipe.form)
+        asked = self.recipe.ask(wanted.image.alt_text)
+        return Caption(
+            key=wanted.image.key,
+            name=self.name,
+            candidate=wanted.candidate,
+            text=answer.text,
+            fields=answer.fields,
+            status=answer.status,
+            error=answer.error,
+            flags=self.recipe.noticed(answer.text, asked),
+            finish_reason=reply.finish_reason,
+            attempt=reply.attempt,
+            seed=reply.seed,
+            num_prompt_tokens=reply.num_prompt_tokens,
+            num_output_tokens=reply.num_output_tokens,
+            model=engine.model,
+            revision=engine.revision,
+            prompt_hash=asked.hash,
+            sampling=json.dumps(asdict(reply.sampling)),
+            engine=self.engine,
+        )
+
+
+def passes(run: Run) -> Iterable[Pass]:
+    """One for each `[caption.NAME]`.
+
+    Raises:
+        ConfigError: a section names what is not there, or its `where` is no condition.
+    """
+    return [_pass(run, name, config) for name, config in run.sections["caption"].items()]
+
+
+def _pass(run: Run, name: str, config: Config) -> Pass:
+    where = f"{run.file}: caption.{name}"
+    try:
+        recipe = recipes.load(config.recipe, run=run.folder)
+    except plugins.UnknownName as error:
+        raise ConfigError(f"{where}.recipe", str(error)) from error
+    drawing = _drawing(config, recipe, where)
+    engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
+    scores = _scores(run, name, config)
+    return Pass(
+        stage="caption",
+        name=name,
+        folder=f"caption/{name}",
+        reads=("image", *(f"score/{score}/{config.of}" for score in scores)),
+        engines=(config.engine,),
+        version=VERSION,
+        slice={
+            "recipe": recipe.slice,
+            "sampling": [asdict(rung) for rung in drawing.rungs],
+            "num_candidates": config.num_candidates,
+            "where": config.where,
+            "of": config.of,
+            "seed": run.seed,
+            "engine": engine,
+        },
+        record=Caption,
+        max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
+        inputs=partial(inputs, num_candidates=config.num_candidates, query=_query(config, scores)),
+        work=Asker(name=name, engine=config.engine, seed=run.seed, recipe=recipe, drawing=drawing).work,
+    )
+
+
+def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[Wanted]:
+    """The candidates to be made, those of one image adjacent, images in key order.
+
+    Args:
+        shard: the shard.
+        num_candidates: of each image.
+        query: SQL that gives the keys wanted, in order; None: those of all images that are ok.
+    """
+    images = shard.table("image", Image)
+    wanted = (image for image in images if image.status == "ok") if query is None else _chosen(shard, images, query)
+    for image in wanted:
+        for candidate in range(num_candidates):
+            yield Wanted(image=image, candidate=candidate, data=partial(shard.data, image))
+
+
+def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image]:
+    for (wanted,) in shard.query(query):
+        yield next(image for image in images if image.key == wanted)
+
+
+def _drawing(config: Config, recipe: Recipe, where: str) -> Drawing:
+    """The recipe's sampling with what the section says instead."""
+    instead = {name: value for name in columns(Drawing) if (value := getattr(config, name)) is not None}
+    try:
+        drawing = replace(recipe.words.sampling, **instead)
+    except ValueError as error:
+        raise ConfigError(where, str(error)) from error
+    if config.num_candidates > 1 and drawing.temperature == 0:
+        raise ConfigError(
+            f"{where}.num_candidates", f"{config.num_candidates} candidates would be equal: the temperature is 0"
+        )
+    return drawing
+
+
+def _scores(run: Run, name: str, config: Config) -> list[str]:
+    """The scores that `where` names.
+
+    Raises:
+        ConfigError: it is no condition, names something else, or `of` does not fit.
+    """
+    file, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
+    named = _names(config.where, f"{file}.where") - set(columns(Image))
+    known = run.sections.get("score", {})
+    for unknown in sorted(named - set(known)):
+        raise ConfigError(f"{file}.where", plugins.unknown(unknown, [*columns(Image), *sorted(known)]))
+    if named and config.of is None:
+        raise ConfigError(f"{file}.of", f"is missing: of which captions is {min(named)!r}? {', '.join(others)}")
+    if config.of is not None and config.of not in others:
+        raise ConfigError(f"{file}.of", plugins.unknown(config.of, others))
+    if config.of is not None and not named:
+        raise ConfigError(f"{file}.of", "says whose scores `where` means, but `where` names no score")
+    if config.where is not None:
+        _check_binds(run, _query(config, sorted(named)) or "", f"{file}.where")
+    return sorted(named)
+
+
+def _names(where: str | None, field: str) -> set[str]:
+    try:
+        return set() if where is None else database.names_in(where)
+    except database.QueryError as error:
+        raise ConfigError(field, str(error)) from error
+
+
+def _check_binds(run: Run, query: str, field: str) -> None:
+    """Types and functions too, before any shard is begun: over empty tables."""
+    connection = database.connect(run.folder, files="none.parquet")
+    try:
+        database.select(connection, f"EXPLAIN {query}")
+    except database.QueryError as error:
+        raise ConfigError(field, str(error)) from error
+    finally:
+        connection.close()
+
+
+def _query(config: Config, scores: list[str]) -> str | None:
+    """The keys of the images that are wanted, in order."""
+    if config.where is None:
+        return None
+    joined = ""
+    if scores:
+        best = ", ".join(f"max(value) FILTER (name = {_literal(s)}) AS {database.identifier(s)}" for s in scores)
+        joined = (
+            f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {_literal(config.of or '')} GROUP BY key)"
+            " AS scores USING (key)"
+        )
+    return f"SELECT key FROM image{joined} WHERE status = 'ok' AND ({config.where}) ORDER BY key"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

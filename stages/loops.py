@@ -1,0 +1,100 @@
+"""Decides when a text loops: it says again what it has said, for so long that no writer would.
+
+Four signs, each in linear time: a run of words that were all said before; most of a text said before; sentences that
+come again; one short string without end. Numbered items ("chair 1, chair 2, ...") loop when only the number changes.
+It does not know whether a text is any good.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from stages.sentences import sentences
+
+GRAM = 4  # words that must come again in the same order to count as said before
+RUN = 24  # words said before in a row
+NUMBERED_RUN = 36  # the same with all numbers taken for one: panels and tables do count to ten
+SHARE, ENOUGH = 2 / 3, 48  # more than this share of a text of at least so many words
+SENTENCE_SHARE, SENTENCE_WORDS = 1 / 3, 8  # more than this share, and so many words, in sentences that come again
+CHARACTERS = 50  # times one string of up to 12 characters without white space
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,'’-][^\W_]+)*")
+_STUTTER = re.compile(rf"(\S{{1,12}}?)\1{{{CHARACTERS - 1},}}")
+_NUMBER = re.compile(r"\d[\d.,]*")
+
+
+def loop_in(text: str) -> str:
+    """What is repeated, in words for a person; "" when nothing is."""
+    return next(filter(None, _signs(text)), "")
+
+
+def _signs(text: str) -> Iterator[str]:
+    words = words_of(text)
+    yield _stutter(text)
+    yield _run(words, RUN)
+    yield _mostly_said_before(words)
+    yield _sentences_again(text, len(words))
+    yield _numbered(words)
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case without punctuation; 3.5 and it's are one, each Chinese or Japanese character is one."""
+    return _WORD.findall(text.lower())
+
+
+def _stutter(text: str) -> str:
+    found = _STUTTER.search(text)
+    return f"{found[1]!r} comes {len(found[0]) // len(found[1])} times in a row" if found else ""
+
+
+def _said_before(words: Sequence[str]) -> Iterator[bool]:
+    """For each word, whether it ends a gram that has come before."""
+    seen, last = set[tuple[str, ...]](), deque[str](maxlen=GRAM)
+    for word in words:
+        last.append(word)
+        gram = tuple(last)
+        yield gram in seen
+        if len(gram) == GRAM:
+            seen.add(gram)
+
+
+def _run(words: Sequence[str], limit: int) -> str:
+    length = 0
+    for i, before in enumerate(_said_before(words)):
+        length = length + 1 if before else 0
+        if length == limit:
+            return f"{' '.join(words[i - 7 : i + 1])!r} goes on saying what was said before"
+    return ""
+
+
+def _mostly_said_before(words: Sequence[str]) -> str:
+    again = sum(_said_before(words))
+    if len(words) < ENOUGH or again <= SHARE * len(words):
+        return ""
+    return f"{again} of its {len(words)} words only repeat what was said before"
+
+
+def _sentences_again(text: str, num_words: int) -> str:
+    seen, num_again, example = set[tuple[str, ...]](), 0, ""
+    for sentence in sentences(text):
+        words = tuple(words_of(sentence))
+        if words in seen:
+            num_again, example = num_again + len(words), sentence
+        seen.add(words)
+    if num_again < SENTENCE_WORDS or num_again <= SENTENCE_SHARE * num_words:
+        return ""
+    return f"{example[:80]!r} is said again"
+
+
+def _numbered(words: Sequence[str]) -> str:
+    """Numbers beside each other are a row of numbers, which may be long: they are left as they are."""
+    masked = [
+        "#" if _NUMBER.fullmatch(word) and not _is_beside_number(words, i) else word for i, word in enumerate(words)
+    ]
+    return _run(masked, NUMBERED_RUN) if masked != words else ""
+
+
+def _is_beside_number(words: Sequence[str], i: int) -> bool:
+    return any(0 <= j < len(words) and _NUMBER.fullmatch(words[j]) is not None for j in (i - 1, i + 1))

@@ -1,0 +1,127 @@
+"""Decides what a recipe is: the words that ask for a caption, the form of the answer, and how its tokens are drawn.
+
+The recipes are the TOML files of this folder and of `<run>/recipes`. A recipe knows no engine and no image but the alt
+text that came with one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import plugins
+from pipeline.config import ConfigError, Section, key
+from stages import flags, schemas
+from stages.answers import Form
+from stages.asking import Drawing, check_fields, fenced, fields_in, fill, hash_of
+
+FIELDS = ("alt_text",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What one request says, and the hash of the words that are the same for every image."""
+
+    prompt: str
+    template: str
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """A recipe's TOML."""
+
+    system: str = key("", "the system message; empty: none")
+    prompt: str = key(help="what is asked; {alt_text} stands for the sample's alt text, fenced")
+    prompt_without_alt_text: str | None = key(None, "what is asked where a sample has no alt text")
+    max_alt_text: int = key(1000, "characters of alt text that are shown", least=1)
+    schema: dict[str, Any] | None = key(None, "JSON schema of a structured answer, an object")
+    text: str = key("", "how the fields of a structured answer make prose")
+    flags: str = key("english", "what is noticed in answers: a file of flags/")
+    sampling: Drawing = key(factory=Drawing)
+
+    def __post_init__(self) -> None:
+        check_fields(self.prompt, FIELDS, where="prompt")
+        if "alt_text" in fields_in(self.prompt) and self.prompt_without_alt_text is None:
+            raise ValueError("prompt uses {alt_text}: prompt_without_alt_text must say what to ask where there is none")
+        check_fields(self.prompt_without_alt_text or "", (), where="prompt_without_alt_text")
+        if self.schema is not None:
+            schemas.check(self.schema)
+            check_fields(self.text, self.schema.get("properties", {}), where="text")
+        if (self.schema is None) != (not self.text):
+            raise ValueError("schema and text belong together: text says how the fields make prose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe, ready to ask."""
+
+    words: Words
+    flags: flags.Patterns
+
+    @property
+    def slice(self) -> dict[str, Any]:
+        """All that it decides of a caption but the sampling, as JSON values; the schema's order of fields counts."""
+        return {
+            "system": self.words.system,
+            "prompt": self.words.prompt,
+            "prompt_without_alt_text": self.words.prompt_without_alt_text,
+            "max_alt_text": self.words.max_alt_text,
+            "schema": self.schema,
+            "text": self.words.text,
+            "flags": {flag: list(expressions) for flag, expressions in self.flags.items()},
+        }
+
+    @property
+    def schema(self) -> str | None:
+        return None if self.words.schema is None else json.dumps(self.words.schema, ensure_ascii=False)
+
+    @property
+    def form(self) -> Form | None:
+        return None if self.words.schema is None else Form(schema=self.words.schema, prose=self._prose)
+
+    def ask(self, alt_text: str | None) -> Asked:
+        """What to ask about an image with this alt text."""
+        template = self.words.prompt
+        if "alt_text" in fields_in(template) and not (alt_text and alt_text.strip()):
+            assert self.words.prompt_without_alt_text is not None
+            template = self.words.prompt_without_alt_text
+        shown = fenced(alt_text or "", limit=self.words.max_alt_text)
+        return Asked(
+            prompt=fill(template, {"alt_text": shown}).strip(),
+            template=template,
+            hash=hash_of(self.words.system, template, self.schema or ""),
+        )
+
+    def noticed(self, text: str, asked: Asked) -> tuple[str, ...]:
+        return flags.noticed(text, self.flags, prompt=f"{self.words.system}\n{asked.template}") if text else ()
+
+    def _prose(self, value: Mapping[str, Any]) -> str:
+        said = {name: _said(value.get(name)) for name in fields_in(self.words.text)}
+        return " ".join(fill(self.words.text, said).split())
+
+
+def load(name: str, *, run: Path | None) -> Recipe:
+    """The recipe called `name`, the run's own before the ones that ship.
+
+    Raises:
+        UnknownName: there is no such recipe, or its flags are not there.
+        ConfigError: something in it is wrong.
+    """
+    file = Path(f"recipes/{name}.toml")
+    try:
+        values = tomllib.loads(plugins.words(name, folder="recipes", run=run))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(file), f"is not TOML: {error}") from error
+    words = Section(values, file=file, field="").parse(Words)
+    return Recipe(words=words, flags=flags.load(words.flags, run=run))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    return "" if value is None else str(value).strip()
