@@ -5,7 +5,6 @@ It knows neither where the bytes came from nor where they will lie.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +84,7 @@ def packed(found: Found, seen: Probe | None) -> Packed:
         height=seen.height if seen else None,
         orientation=seen.orientation if seen else None,
         num_frames=seen.num_frames if seen else None,
-        sha256=None if raw.data is None else hashlib.sha256(raw.data).hexdigest(),
+        sha256=seen.sha256 if seen else None,
         alt_text=raw.alt_text,
         metadata=raw.metadata,
     )

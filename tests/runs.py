@@ -1,0 +1,109 @@
+"""Makes corpora and runs for the tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline import config, starter
+from pipeline.passes import select
+from pipeline.run import Outcome, Runner
+
+ROOT = Path(__file__).parent.parent
+GOOD, BAD = ["jpg", "png", "webp"], ["cut", "empty", "text"]
+
+
+def picture(seed: int, format: str = "jpeg", size: tuple[int, int] = (40, 30)) -> bytes:
+    """A small picture that no other seed gives."""
+    noise = random.Random(seed)
+    image = Image.new("RGB", size, tuple(noise.randrange(256) for _ in range(3)))
+    image.paste(tuple(noise.randrange(256) for _ in range(3)), (5, 5, noise.randrange(8, 36), noise.randrange(8, 26)))
+    out = BytesIO()
+    image.save(out, format)
+    return out.getvalue()
+
+
+def corpus(folder: Path, kinds: Iterable[str], *, first: int = 0) -> Path:
+    """A folder of files, one of each kind in GOOD or BAD, in the order of their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, kind in enumerate(kinds, first):
+        data = {"cut": lambda i: picture(i, size=(400, 300))[:500], "empty": lambda _: b"", "text": lambda _: b"words"}
+        name = f"{i:05d}.{kind if kind in GOOD else 'jpg'}"
+        made = data.get(kind, lambda i, kind=kind: picture(i, "jpeg" if kind == "jpg" else kind))(i)
+        (folder / name).write_bytes(made)
+        if i % 3 == 0 and kind in GOOD:
+            (folder / f"{i:05d}.txt").write_text(f"alt text of number {i}")
+    return folder
+
+
+def sections(source: Path, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A run.toml with everything in it, on the echo engine; `a__b={...}` changes [a.b]."""
+    made: dict[str, dict[str, Any]] = {
+        "source": {"kind": "folder", "path": str(source), "shard_size": 10},
+        "engines.captioner": {"kind": "echo"},
+        "engines.judge": {"kind": "echo"},
+        "caption.dense": {"recipe": "dense", "engine": "captioner"},
+        "score.text": {"kind": "text"},
+        "score.judge": {"kind": "judge", "engine": "judge", "rubric": "dense"},
+        "filter": {"rules": {"judged": "judge >= 0.4"}, "choose": "judge DESC"},
+        "export": {},
+    }
+    for name, values in changes.items():
+        made.setdefault(name.replace("__", "."), {}).update(values)
+    return made
+
+
+def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
+    """run.toml, whatever was there before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{key} = {starter.toml(value)}\n" for key, value in top.items())
+    for name, values in parts.items():
+        text += f"\n[{name}]\n" + "".join(f"{key} = {starter.toml(value)}\n" for key, value in values.items())
+    (folder / "run.toml").write_text(text)
+    return folder
+
+
+def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
+    """A run with its plan."""
+    write(folder, parts, **top)
+    starter.plan(config.load(folder))
+    return folder
+
+
+def make(folder: Path, what: str = "all", **options: Any) -> Outcome:
+    """What `recap run` does, in this process."""
+    runner = Runner(run=config.load(folder), **options)
+    return runner.execute(select(runner.passes, what))
+
+
+def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line, as a user has it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=check,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
+
+
+def files(folder: Path, *, without: tuple[str, ...] = ("stats", ".work")) -> dict[str, bytes]:
+    """Every file below a folder, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in without
+    }
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When every file below a folder was written, by name; nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
