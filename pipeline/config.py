@@ -198,7 +198,7 @@ class Section:
         return self._located(result, about.get("locate"))
 
     def _located(self, value: Any, how: str | None) -> Any:
-        if how is None or value is None:
+        if how is None or not value:  # nothing, or the empty string, means no place
             return value
         if isinstance(value, tuple):
             return tuple(self._located(one, how) for one in value)

@@ -1,0 +1,43 @@
+"""Decides how tars that webdataset wrote are a corpus: one tar is one piece, and a plain local one stays in its place.
+
+It refuses to know what is in a tar: `_tars` does. How many samples it has is not known before it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from pipeline.config import key
+from pipeline.records import Piece, Raw
+from pipeline.sources import _common, _files, _tars
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    path: str | tuple[str, ...] = key(
+        help="tars: files, folders, globs, ranges as in {00000..00099}.tar, URLs that fsspec opens, or a list of those",
+        stamp=False,
+        locate="path",
+    )
+    image: str = key("", "the extension of the image where a sample has several; empty: the first that is an image's")
+    alt_text: str = key("", _common.ALT_TEXT_HELP)
+    scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
+    max_tar_bytes: int = key(1 << 37, _tars.MAX_TAR_HELP, least=1)
+
+
+def pieces(config: Config) -> Iterator[Piece]:
+    """The tars, none of them opened.
+
+    Raises:
+        ConfigError: a path means no tar.
+    """
+    return _files.find(config.path, _tars.ENDINGS)
+
+
+def read(piece: Piece, config: Config) -> Iterator[Raw]:
+    """The samples of a tar, in its order."""
+    with _tars.opened(piece.file, scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
+        for sample in islice(tar.samples(), piece.start, piece.stop):
+            yield tar.raw(sample, column=config.alt_text, wanted=config.image)
