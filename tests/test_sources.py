@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import plan
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.records import Raw
 from pipeline.sources import folder, webdataset
 

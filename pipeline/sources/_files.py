@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from pipeline.records import Piece
 
 FIELD = "source.path"

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ConfigError, key
+from pipeline.config import key
+from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sources import _common, _files
 
