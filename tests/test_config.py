@@ -1,0 +1,73 @@
+"""run.toml: read strictly, and what is wrong is said with file, field, value and choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import config, starter
+from pipeline.errors import ConfigError
+from tests.runs import recap, sections, write
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source": {"pth": "x"}}, ["source.pth", "unknown key", "did you mean 'path'"]),
+        ({"source": {"kind": "foldr"}}, ["source.kind", "'foldr'", "did you mean 'folder'", "webdataset"]),
+        ({"source": {"shard_size": 0}}, ["source.shard_size", "0", "the least is 1"]),
+        ({"source": {"shard_size": "many"}}, ["source.shard_size", "'many'", "an integer"]),
+        ({"engines__captioner": {"kind": "ecko"}}, ["engines.captioner.kind", "'ecko'", "did you mean 'echo'"]),
+        ({"engines__captioner": {"error_share": 2.0}}, ["engines.captioner.error_share", "2.0", "the most is 1"]),
+        ({"caption__dense": {"engine": "captoner"}}, ["caption.dense", "'captoner'", "captioner"]),
+        ({"caption__dense": {"recipe": "dens"}}, ["caption.dense", "'dens'", "dense"]),
+        ({"caption__dense": {"where": "widht > 3"}}, ["caption.dense.where", "widht", "width"]),
+        ({"caption__dense": {"where": "width >"}}, ["caption.dense.where", "width >"]),
+        ({"filter": {"rules": {"x": "jugde > 0.1"}}}, ["filter.rules.x", "jugde", "judge"]),
+        ({"filter": {"rules": {"x": "1; DROP TABLE image"}}}, ["filter.rules.x"]),
+        ({"filter": {"choose": "nothing DESC"}}, ["filter.choose", "nothing"]),
+        ({"export": {"formats": ["tfrecord"]}}, ["export.formats", "tfrecord", "webdataset"]),
+        ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),
+        ({"score__judge": {"kind": "juge"}}, ["score.judge.kind", "'juge'", "judge"]),
+        ({"caption__a/b": {"recipe": "dense", "engine": "captioner"}}, ["caption.a/b", "letters, digits"]),
+        ({"captions__dense": {"recipe": "dense"}}, ["captions", "unknown key", "did you mean 'caption'"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, dict[str, object]], says: list[str]) -> None:
+    parts = {(f'"{k}"' if "/" in k else k): v for k, v in sections(tmp_path / "photos", **changes).items()}
+    parts = {k.strip('"').replace("a/b", '"a/b"'): v for k, v in parts.items()}
+    (tmp_path / "photos").mkdir()
+    run = write(tmp_path / "run", parts)
+    done = recap("run", "all", "--run", run, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "run.toml" in done.stderr
+    for words in says:
+        assert words in done.stderr
+
+
+def test_no_run_and_no_toml_are_named(tmp_path: Path) -> None:
+    done = recap("status", "--run", tmp_path, check=False)
+    assert (done.returncode, "recap init" in done.stderr) == (2, True)
+    (tmp_path / "run.toml").write_text("source = [")
+    with pytest.raises(ConfigError, match=r"run\.toml: is not TOML"):
+        config.load(tmp_path)
+
+
+def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -> None:
+    meant = starter.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(starter.render(meant))
+    run = config.load(tmp_path)
+    assert run.sections["caption"]["dense"].recipe == meant["caption.dense"]["recipe"]
+    assert dict(run.sections["filter"][""].rules) == meant["filter"]["rules"]
+    assert config.stamped(run.corpus) == config.stamped(config.Corpus())
+    commented = [line for line in (tmp_path / "run.toml").read_text().splitlines() if line.startswith("# ")]
+    assert len(commented) > 30
+
+
+def test_defaults_and_urls_decide_no_rows(tmp_path: Path) -> None:
+    meant = starter.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(starter.render(meant))
+    stamp = config.load(tmp_path).source.stamp
+    (tmp_path / "run.toml").write_text(starter.render({**meant, "source": {"kind": "folder", "path": "elsewhere"}}))
+    assert config.load(tmp_path).source.stamp == stamp
