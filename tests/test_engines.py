@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.engine import Engine, EngineDied, Reply, Request, Sampling
-from pipeline.engines import echo
+from pipeline.engines import echo, transformers
+from tests import tiny
 
-HOT = Sampling(temperature=1.0, max_tokens=24)
+HOT = Sampling(temperature=1.0, max_tokens=16)
 SCHEMA = json.dumps(
     {
         "type": "object",
@@ -29,14 +32,43 @@ SCHEMA = json.dumps(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An engine with what the test must know of it."""
+
+    engine: Engine
+    num_ahead: int  # requests that it may draw beyond the replies that were taken
+
+
+def open_echo(_: Path) -> Opened:
+    return Opened(engine=echo.open(echo.Config()), num_ahead=1)
+
+
+def open_transformers(model: Path) -> Opened:
+    config = transformers.Config(model=str(model), dtype="float32", batch_size=4)
+    return Opened(engine=transformers.open(config), num_ahead=24)
+
+
+@pytest.fixture(scope="module", params=[open_echo, open_transformers], ids=lambda opened: opened.__name__[5:])
+def opened(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Opened]:
+    found: Opened = request.param(tiny_model)
+    yield found
+    found.engine.close()
+    found.engine.close()  # closing twice is closing
+
+
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    with closing(echo.open(echo.Config())) as opened:
-        yield opened
+def engine(opened: Opened) -> Engine:
+    return opened.engine
+
+
+@cache
+def picture(n: int) -> bytes:
+    return tiny.photograph(n)
 
 
 def request(n: int, **changes: Any) -> Request:
-    plain = Request(id=str(n), prompt=f"Describe picture {n}.", ladder=(HOT,), seed=n)
+    plain = Request(id=str(n), prompt="Describe it.", images=(picture(n),), ladder=(HOT,), seed=n)
     return replace(plain, **changes)
 
 
@@ -52,9 +84,15 @@ def test_there_are_as_many_replies_as_requests_and_in_their_order(engine: Engine
 
 
 def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_answered(engine: Engine) -> None:
-    replies = ask(engine, request(0), request(1, images=(b"",)), request(2))
-    assert [reply.error is None for reply in replies] == [True, False, True]
-    assert replies[1].text == "" and replies[1].attempt == 1
+    cut = picture(1)[: len(picture(1)) // 2]
+    bad = [{"images": (b"",)}, {"schema": "{"}] + ([] if engine.model == "echo" else [{"images": (cut,)}, LONG])
+    requests = [part for n, change in enumerate(bad) for part in (request(n, **change), request(n))]
+    replies = ask(engine, *requests)
+    assert [reply.error is None for reply in replies] == [False, True] * len(bad)
+    assert all(reply.text == "" and reply.attempt == 1 for reply in replies if reply.error)
+
+
+LONG: dict[str, Any] = {"prompt": "Describe it, please. " * 200}
 
 
 def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Engine) -> None:
@@ -72,21 +110,23 @@ def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Eng
     assert (reply.attempt, reply.problem, reply.sampling, reply.seed) == (3, "never", ladder[2], 7)
 
 
-def test_a_seed_decides_the_answer(engine: Engine) -> None:
-    first, again, other = (ask(engine, request(0, seed=seed))[0].text for seed in (1, 1, 2))
-    assert first == again != other
+def test_a_seed_decides_the_answer_whoever_is_asked_beside(engine: Engine) -> None:
+    (first,) = ask(engine, request(0, seed=1))
+    crowd = ask(engine, *(request(n) for n in range(1, 7)), request(0, seed=1), request(0, seed=2))
+    assert crowd[-2].text == first.text != crowd[-1].text
 
 
 def test_a_schema_is_followed(engine: Engine) -> None:
-    for reply in ask(engine, *(request(n, schema=SCHEMA, ladder=(replace(HOT, max_tokens=64),)) for n in range(6))):
+    ladder = (replace(HOT, max_tokens=64),)
+    for reply in ask(engine, *(request(n, schema=SCHEMA, ladder=ladder) for n in range(6))):
         values = json.loads(reply.text)
         assert sorted(values) == ["stars", "verdict"]
         assert values["verdict"] in ("yes", "partly", "no") and 1 <= values["stars"] <= 5
 
 
-def test_log_probabilities_come_when_asked_for_one_a_token(engine: Engine) -> None:
+def test_counts_and_log_probabilities_are_of_the_tokens(engine: Engine) -> None:
     without, with_them = ask(engine, request(0), request(0, logprobs=True))
-    assert without.logprobs is None
+    assert without.logprobs is None and without.num_prompt_tokens
     assert with_them.logprobs is not None and max(with_them.logprobs) <= 0
     assert len(with_them.logprobs) == with_them.num_output_tokens
 
@@ -103,35 +143,59 @@ def test_two_threads_share_an_engine(engine: Engine) -> None:
     for thread in threads:
         thread.join()
     for first in (0, 100):
-        assert answers[first] == [ask(engine, request(n))[0].text for n in range(first, first + 10)]
+        assert answers[first] == [reply.text for reply in ask(engine, *(request(first + n) for n in range(10)))]
 
 
-def test_closing_twice_is_closing(engine: Engine) -> None:
-    engine.close()
-    engine.close()
-
-
-def test_what_an_engine_is_stands_in_its_name_and_revision(engine: Engine) -> None:
+def test_an_engine_has_a_name(engine: Engine) -> None:
     assert isinstance(engine, Engine) and engine.model
 
 
-def drawn_ahead(engine: Engine, num_requests: int) -> int:
-    """How many requests were drawn, at most, beyond the replies that had been taken."""
-    drawn, most = 0, 0
+def test_requests_are_drawn_lazily(opened: Opened) -> None:
+    drawn = 0
 
     def draw() -> Iterator[Request]:
         nonlocal drawn
-        for n in range(num_requests):
+        for n in range(3 * opened.num_ahead):
             drawn += 1
-            yield request(n)
+            yield request(n % 8)
 
-    for taken, _ in enumerate(engine.generate(draw())):
-        most = max(most, drawn - taken)
-    return most
+    replies = opened.engine.generate(draw())
+    assert drawn == 0
+    next(replies)
+    time.sleep(0.5)
+    assert drawn <= 1 + opened.num_ahead
+    for taken, _ in enumerate(replies, 2):
+        assert drawn <= taken + opened.num_ahead
+    assert drawn == 3 * opened.num_ahead
 
 
-def test_requests_are_drawn_lazily(engine: Engine) -> None:
-    assert drawn_ahead(engine, 20) == 1
+def test_the_caller_may_stop_early_and_ask_again(engine: Engine) -> None:
+    replies = engine.generate(request(n % 8) for n in range(1000))
+    next(replies)
+    replies.close()  # type: ignore[attr-defined]
+    assert len(ask(engine, request(0), request(1))) == 2
+
+
+def test_what_the_callers_iterator_raises_reaches_the_caller_after_the_replies_before(engine: Engine) -> None:
+    def broken() -> Iterator[Request]:
+        yield request(0)
+        raise ZeroDivisionError
+
+    replies = engine.generate(broken())
+    assert next(replies).error is None
+    with pytest.raises(ZeroDivisionError):
+        next(replies)
+
+
+def test_transformers_answers_greedily_whatever_else_is_in_the_batch(tiny_model: Path) -> None:
+    greedy = Sampling(max_tokens=32)
+    requests = [request(n, ladder=(greedy,), prompt="Describe it. " * (n % 3 + 1)) for n in range(24)]
+    texts = []
+    for batch_size in (1, 8):
+        engine = transformers.open(transformers.Config(model=str(tiny_model), dtype="float32", batch_size=batch_size))
+        texts.append([reply.text for reply in ask(engine, *requests)])
+        engine.close()
+    assert texts[0] == texts[1]
 
 
 FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [
@@ -146,9 +210,10 @@ FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [
 @pytest.mark.parametrize(("share", "failed"), FAILURES)
 def test_echo_fails_as_often_as_it_is_told_to(share: str, failed: Callable[[Reply], bool]) -> None:
     schema = SCHEMA if share == "invalid_share" else None
-    replies = ask(echo.open(echo.Config(**{share: 0.25})), *(request(n, schema=schema) for n in range(400)))
+    requests = [request(0, seed=seed, schema=schema) for seed in range(400)]
+    replies = ask(echo.open(echo.Config(**{share: 0.25})), *requests)
     assert 60 < sum(map(failed, replies)) < 140
-    assert replies == ask(echo.open(echo.Config(**{share: 0.25})), *(request(n, schema=schema) for n in range(400)))
+    assert replies == ask(echo.open(echo.Config(**{share: 0.25})), *requests)
 
 
 def test_echo_dies_when_told_to() -> None:

@@ -1,0 +1,126 @@
+"""Decides what a model in this process is shown: the chat messages of a request, and the pixels of its images.
+
+It takes chat template and rounding rule from the model's own processor. It knows nothing of generating.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline import images
+from pipeline.engine import Request
+from pipeline.engines._window import BadRequest, Once
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
+NUM_KEPT = 16  # pictures: candidates and verdicts of one image are asked one after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRule:
+    """How a model sizes pictures."""
+
+    max_pixels: int
+    factor: int = 1  # sides are multiples of it
+    min_pixels: int = 1
+
+    @classmethod
+    def of(cls, processor: Any, *, max_pixels: int) -> PixelRule:
+        """The model's own rule, where it is the Qwen-VL family's, with the lesser of the two budgets."""
+        own = getattr(processor, "image_processor", None)
+        patch, merge = getattr(own, "patch_size", None), getattr(own, "merge_size", None)
+        least, most = (_edge(own, name) for name in ("shortest_edge", "longest_edge"))
+        if not (isinstance(patch, int) and isinstance(merge, int) and least and most):
+            return cls(max_pixels=max_pixels)
+        return cls(max_pixels=min(max_pixels, most), factor=patch * merge, min_pixels=least)
+
+
+def _edge(image_processor: Any, name: str) -> int | None:
+    """Qwen's `size` counts pixels under the names of edges."""
+    size = getattr(image_processor, "size", None) or {}
+    value = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
+    return value if isinstance(value, int) else None
+
+
+class Prompter:
+    """Makes requests into prompt texts and pictures; those that neighbours have in common once."""
+
+    def __init__(self, processor: Any, *, max_pixels: int) -> None:
+        self._processor = processor
+        self._rule = PixelRule.of(processor, max_pixels=max_pixels)
+        self._decoded: Once[Picture] = Once(NUM_KEPT)
+
+    def text(self, request: Request) -> str:
+        """The request in the words of the model's chat template, with a place for each image.
+
+        Raises:
+            BadRequest: the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._processor.apply_chat_template(
+                messages(request), add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise BadRequest(f"the chat template refuses it: {error}") from error
+        return str(rendered)
+
+    def pictures(self, request: Request) -> tuple[Picture, ...]:
+        """The images as the model sees them.
+
+        Raises:
+            BadRequest: one cannot be decoded.
+        """
+        try:
+            return tuple(self._decoded(image, partial(self._decode, image)) for image in request.images)
+        except images.Undecodable as error:
+            raise BadRequest(f"an image cannot be shown: {error}") from error
+
+    def _decode(self, image: bytes) -> Picture:
+        rule = self._rule
+        return images.pixels(image, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels)
+
+
+def messages(request: Request) -> list[dict[str, Any]]:
+    """The request as a chat, images before words, so that what is asked about one image shares a prefix."""
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    parts = [*({"type": "image"} for _ in request.images), {"type": "text", "text": request.prompt}]
+    return [*system, {"role": "user", "content": parts}]
+
+
+def processor(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model's processor.
+
+    Raises:
+        ConfigError: there is no such model, or it has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        loaded = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise unloadable(model, error) from error
+    if not loaded.chat_template:
+        raise ConfigError(f"model {model!r}", "has no chat template; take an instruction-tuned model")
+    return loaded
+
+
+def unloadable(model: str, error: Exception) -> ConfigError:
+    return ConfigError(f"model {model!r}", f"cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def num_threads(asked: int) -> int:
+    """How many threads decode: as many as there are cores to run on, unless told otherwise."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asked or cores or 1

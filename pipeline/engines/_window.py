@@ -1,0 +1,334 @@
+"""Decides how many questions are under way at once, in what order answers leave, and who waited for whom.
+
+It knows nothing of models or wires: it is given `prepare`, which runs in threads ahead of the model, and `ask`, which
+is awaited on an event loop of its own. All calls of `generate` share one window, so that nothing drains between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.engine import EngineDied, Reply, Request, Sampling, settle
+
+T = TypeVar("T")
+P = TypeVar("P")  # what `prepare` makes of a request
+P_in = TypeVar("P_in", contravariant=True)
+
+
+class BadRequest(Exception):
+    """This request cannot be answered; the next one can."""
+
+
+class Ask(Protocol[P_in]):
+    """One attempt at a request. Raises BadRequest, or EngineDied when no attempt can succeed any more."""
+
+    async def __call__(self, prepared: P_in, request: Request, sampling: Sampling, seed: int) -> Reply: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How much of everything there is at most, counted in requests."""
+
+    max_in_flight: int  # asked and not answered, over all calls
+    enough: int  # with this many in flight the engine has all it can use
+    num_ahead: int  # drawn and being prepared, over all calls
+    max_unordered: int  # drawn by one call and not yet taken from it: the reorder buffer and what is in flight
+    num_threads: int  # that prepare
+
+
+class Window(Generic[P]):
+    """Answers requests through `ask`, many at once, and gives the replies back in order."""
+
+    def __init__(self, bounds: Bounds, *, prepare: Callable[[Request], P], ask: Ask[P], loop: Loop) -> None:
+        self._bounds, self._prepare, self._ask, self._loop = bounds, prepare, ask, loop
+        self._pool = ThreadPoolExecutor(bounds.num_threads, thread_name_prefix="prepare")
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._in_flight = asyncio.Semaphore(bounds.max_in_flight)
+        self._calls: set[_Call] = set()
+        self._num_drawn = 0  # and not answered
+        self._num_asking = 0
+        self._meter = _Meter()
+        self._closed = False
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        call = _Call(self._lock)
+        with self._lock:
+            self._refuse_when_closed()
+            self._calls.add(call)
+        feeder = threading.Thread(target=self._feed, args=(call, iter(requests)), name="feeder", daemon=True)
+        feeder.start()
+        try:
+            yield from self._replies(call)
+        finally:
+            self._end(call)
+            feeder.join(timeout=1)  # it may be held up in the caller's own iterator; then it ends when that goes on
+
+    def waiting(self) -> float | None:
+        with self._lock:
+            return self._meter.share(busy=bool(self._calls))
+
+    def close(self) -> None:
+        """Ends all calls. Idempotent."""
+        with self._lock:
+            self._closed = True
+            for call in self._calls:
+                call.fail(EngineDied("the engine was closed while it was asked"))
+            self._room.notify_all()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise EngineDied("the engine is closed")
+
+    def _replies(self, call: _Call) -> Iterator[Reply]:
+        while (reply := call.take()) is not None:
+            with self._lock:
+                self._room.notify_all()
+            yield reply
+
+    def _end(self, call: _Call) -> None:
+        with self._lock:
+            call.stopped = True
+            self._calls.discard(call)
+            self._room.notify_all()
+            self._measure()
+        self._loop.soon(call.cancel)
+
+    # The feeder's thread.
+
+    def _feed(self, call: _Call, requests: Iterator[Request]) -> None:
+        error: Exception | None = None
+        try:
+            while self._wait_for_room(call) and (request := next(requests, None)) is not None:
+                self._start(call, request)
+        except Exception as raised:  # the caller's own: it is raised again where the caller takes its replies
+            error = raised
+        with self._lock:
+            self._num_drawn -= call.drawing
+            call.ended(error)
+            self._measure()
+
+    def _wait_for_room(self, call: _Call) -> bool:
+        """Waits until one more request may be drawn; False when nobody wants its reply any more."""
+        limit = self._bounds.max_in_flight + self._bounds.num_ahead
+        with self._lock:
+            self._room.wait_for(
+                lambda: call.over or (self._num_drawn < limit and call.num_held < self._bounds.max_unordered)
+            )
+            if call.over:
+                return False
+            self._num_drawn += 1
+            call.drawing = True
+            self._measure()
+        return True
+
+    def _start(self, call: _Call, request: Request) -> None:
+        with self._lock:
+            n = call.draw()
+        prepared = self._pool.submit(self._prepare, request)
+        self._loop.soon(lambda: call.spawn(self._answer(request, prepared), lambda task: self._finish(call, n, task)))
+
+    # The loop's thread.
+
+    def _finish(self, call: _Call, n: int, task: asyncio.Task[Reply]) -> None:
+        with self._lock:
+            self._num_drawn -= 1
+            if not task.cancelled():
+                call.put(n, task)
+            self._room.notify_all()
+            self._measure()
+
+    async def _answer(self, request: Request, prepared: Future[P]) -> Reply:
+        try:
+            ready = await asyncio.wrap_future(prepared)
+        except BadRequest as error:
+            return settle(request, Reply(error=str(error)), 1)[0]
+        async with self._in_flight:
+            self._count(+1)
+            try:
+                return await self._climb(request, ready)
+            finally:
+                self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._num_asking += change
+            self._measure()
+
+    async def _climb(self, request: Request, ready: P) -> Reply:
+        """Asks again, up the ladder, without leaving the window: the engine never sees a tail of retries."""
+        attempt, final = 0, False
+        while not final:
+            attempt += 1
+            try:
+                reply = await self._ask(ready, request, request.ladder[attempt - 1], request.seed + attempt - 1)
+            except BadRequest as error:
+                reply = Reply(error=str(error))
+            reply, final = settle(request, reply, attempt)
+        return reply
+
+    def _measure(self) -> None:
+        """Notes whether the engine is idle for lack of input: room in the window, and whatever is next not ready."""
+        coming = self._num_drawn > self._num_asking
+        self._meter.note(starved=coming and self._num_asking < self._bounds.enough, busy=bool(self._calls))
+
+
+class _Call:
+    """One `generate`: which replies are there, which is next, and how it ends. Guarded by the window's lock."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._news = threading.Condition(lock)
+        self._replies: dict[int, Reply] = {}
+        self._num_started = 0
+        self._num_taken = 0
+        self._last = False  # no more requests will come
+        self._error: BaseException | None = None  # at once
+        self._error_at_end: Exception | None = None  # after all replies
+        self._tasks: set[asyncio.Task[Reply]] = set()  # the loop's alone
+        self.drawing = False
+        self.stopped = False
+
+    @property
+    def over(self) -> bool:
+        return self.stopped or self._error is not None
+
+    @property
+    def num_held(self) -> int:
+        return self._num_started - self._num_taken
+
+    def draw(self) -> int:
+        self.drawing = False
+        self._num_started += 1
+        return self._num_started - 1
+
+    def ended(self, error: Exception | None) -> None:
+        self.drawing = False
+        self._last, self._error_at_end = True, error
+        self._news.notify_all()
+
+    def put(self, n: int, task: asyncio.Task[Reply]) -> None:
+        if error := task.exception():  # the engine's death, or a fault in `accept`: the call cannot go on
+            self.fail(error)
+            return
+        self._replies[n] = task.result()
+        if n == self._num_taken:
+            self._news.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._news.notify_all()
+
+    def take(self) -> Reply | None:
+        """The next reply, waited for; None at the end."""
+        with self._news:
+            self._news.wait_for(lambda: self._num_taken in self._replies or self._error or self._complete)
+            if self._num_taken in self._replies:
+                self._num_taken += 1
+                return self._replies.pop(self._num_taken - 1)
+            if error := self._error or self._error_at_end:
+                raise error
+            return None
+
+    @property
+    def _complete(self) -> bool:
+        return self._last and self._num_taken == self._num_started
+
+    def spawn(self, work: Coroutine[Any, Any, Reply], done: Callable[[asyncio.Task[Reply]], None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(done)
+        if self.stopped:
+            task.cancel()
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+class _Meter:
+    """Which share of the time, of that in which anything was asked at all, went by with the engine starved."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._starved = self._busy = False
+        self._starved_for = self._busy_for = 0.0  # seconds
+
+    def note(self, *, starved: bool, busy: bool) -> None:
+        now = time.monotonic()
+        self._starved_for += (now - self._since) * self._starved
+        self._busy_for += (now - self._since) * self._busy
+        self._since, self._starved, self._busy = now, starved, busy
+
+    def share(self, *, busy: bool) -> float | None:
+        self.note(starved=self._starved, busy=busy)
+        share = self._starved_for / self._busy_for if self._busy_for else None
+        self._starved_for = self._busy_for = 0.0
+        return share
+
+
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def soon(self, do: Callable[[], object]) -> None:
+        """Has something done on the loop; nothing when that has been closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(do)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits, in the caller's thread, for what is done on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Cancels what is left and ends the thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self.run(_cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Once(Generic[T]):
+    """Does what neighbours have in common once: the last few results are kept; who comes second waits for the first."""
+
+    def __init__(self, num_kept: int) -> None:
+        self._num_kept = num_kept
+        self._lock = threading.Lock()
+        self._results: OrderedDict[Hashable, Future[T]] = OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], T]) -> T:
+        with self._lock:
+            if (found := self._results.get(key)) is None:
+                mine = self._results[key] = Future()
+                while len(self._results) > self._num_kept:
+                    self._results.popitem(last=False)
+        if found is not None:
+            return found.result()
+        try:
+            mine.set_result(make())
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        return mine.result()

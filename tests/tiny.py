@@ -1,0 +1,143 @@
+"""Makes an untrained Qwen2.5-VL that any engine can load: a folder with weights, tokenizer, processor, chat template.
+
+Its answers mean nothing, but they are ASCII, hang on the picture, and end by themselves now and then.
+"""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from random import Random
+from typing import Any
+
+PIXELS = 112  # edge of a picture: 16 image tokens
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+PADS = ("<|image_pad|>", "<|video_pad|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'image_url') or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
+    """Writes the model into `folder`, which is returned."""
+    tokenizer = _tokenizer()
+    _processor(tokenizer).save_pretrained(folder)
+    _model(tokenizer, seed=seed, hidden=hidden, num_layers=num_layers).save_pretrained(folder)
+    return folder
+
+
+def photograph(n: int, *, edge: int = PIXELS) -> bytes:
+    """Picture `n`, as the bytes of a PNG file: rectangles of random colours."""
+    from PIL import Image, ImageDraw
+
+    random = Random(f"picture {n}")
+    image = Image.new("RGB", (edge, edge), _colour(random))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = random.randrange(edge), random.randrange(edge)
+        draw.rectangle((x, y, x + edge // 3, y + edge // 3), fill=_colour(random))
+    out = BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _colour(random: Random) -> tuple[int, int, int]:
+    return random.randrange(256), random.randrange(256), random.randrange(256)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: n for n, token in enumerate([*SPECIAL, *PADS, *alphabet])}
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[*SPECIAL, *PADS],
+        model_max_length=2048,
+    )
+
+
+def _processor(tokenizer: Any) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    sizes = {"min_pixels": 28 * 28, "max_pixels": PIXELS * PIXELS}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _model(tokenizer: Any, *, seed: int, hidden: int, num_layers: int) -> Any:
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, *PADS)}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 2,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+        "initializer_range": 0.15,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.15,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], bos_token_id=ids["<|endoftext|>"]
+    )
+    with torch.no_grad():
+        model.lm_head.weight.copy_(_head(tokenizer, model.lm_head.weight, ids["<|im_end|>"]))
+    return model.to(torch.float32)
+
+
+def _head(tokenizer: Any, weight: Any, end: int) -> Any:
+    """A head that says printable ASCII, and <|im_end|> now and then."""
+    import torch
+
+    head = torch.randn_like(weight) * 0.4
+    for token, n in tokenizer.get_vocab().items():
+        if token in (*SPECIAL, *PADS) or not (len(token) == 1 and (token.isascii() or token == "Ġ")):
+            head[n] = 0
+    head[end] = torch.randn_like(head[end]) * 0.4
+    return head
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(json.dumps({"model": str(make(Path(sys.argv[1])))}))
