@@ -30,6 +30,21 @@ app = typer.Typer(
 RunOption = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default="the one you stand in")]
 
 
+@app.command(epilog="Example: recap demo runs/demo --images 1000")
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the run is made.")] = Path("runs/demo"),
+    images: Annotated[int | None, typer.Option(help="How many images.", min=1, show_default="400")] = None,
+) -> None:
+    """The whole pipeline on the embedded default."""
+    from pipeline import demo
+
+    outcome, summary = demo.show(folder, num_images=images)
+    _tell(outcome)
+    if outcome.exit_code == 0:
+        print("\n".join(summary))
+    raise typer.Exit(outcome.exit_code)
+
+
 @app.command(epilog="Example: recap init runs/photos --source ~/photos --engine vllm --model internlm/CapRL-3B")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder; it is made.")],
