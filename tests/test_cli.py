@@ -1,0 +1,163 @@
+"""The command line: every command helps, stdout is data, exit codes tell, and nothing reads outside the run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+
+from pipeline import database
+from pipeline.cli import app
+from tests.runs import ROOT, begin, corpus, files, make, recap, sections, times
+
+COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
+GROUPS = [group.name for group in app.registered_groups]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    run = begin(folder / "run", sections(corpus(folder / "photos", ["jpg", "png", "cut", "webp"] * 6)))
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_helps_with_an_example_and_stands_in_the_readme(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help
+    assert f"Example: recap {name}" in command.epilog
+    assert all(param.help for param in command.params if param.name not in ("help",))
+    assert f"recap {name}" in (ROOT / "README.md").read_text()
+
+
+def test_an_unknown_option_is_the_users_error() -> None:
+    assert recap("status", "--jsn", check=False).returncode == 2
+
+
+def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "cut", "png"] * 4)
+    recap("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
+    done = recap("run", "all", "--run", tmp_path / "run")
+    assert done.stdout == ""
+    status = {p["title"]: p for p in json.loads(recap("status", "--run", tmp_path / "run", "--json").stdout)}
+    assert status["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
+    assert all(p["num_missing"] == p["stale"] == 0 for p in status.values())
+    assert (tmp_path / "run" / "export" / "README.md").exists()
+
+
+def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> None:
+    again = recap("init", run, "--source", "scenes", check=False)
+    assert (again.returncode, "exists" in again.stderr) == (2, True)
+    nowhere = recap("init", tmp_path / "run", "--source", tmp_path / "nowhere", check=False)
+    assert (nowhere.returncode, "nowhere" in nowhere.stderr) == (2, True)
+    empty = recap("init", tmp_path / "run", "--source", tmp_path, "--kind", "folder", check=False)
+    assert empty.returncode == 2
+    assert "no images" in empty.stderr
+
+
+def test_the_plan_grows_at_its_end(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 12)
+    run = begin(tmp_path / "run", sections(photos))
+    make(run)
+    before = {k: v for k, v in files(run).items() if k not in ("plan.parquet", "export/README.md", "export/stats.json")}
+    corpus(photos, ["png"] * 5, first=3 * 10**4)
+    assert "3 shards, 1 of them new" in recap("plan", "--run", run).stderr
+    assert "missing ingest: --array=2" in recap("status", "--run", run).stdout
+    assert make(run).exit_code == 0
+    assert {name: data for name, data in files(run).items() if name in before} == before
+    assert len(json.loads(recap("sql", "SELECT key FROM image", "--run", run, "--format", "json").stdout)) == 17
+
+
+def test_shards_are_made_as_they_are_asked_for(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 45)))
+    recap("run", "all", "--run", run, "--shard", "1-3:2")
+    assert sorted(path.name for path in (run / "image").iterdir()) == ["00001.parquet", "00003.parquet"]
+    recap("run", "all", "--run", run, "--shard", "0/2")
+    assert sorted(path.name[:5] for path in (run / "verdict").iterdir()) == ["00000", "00001", "00003"]
+    wrong = recap("run", "all", "--run", run, "--shard", "9", check=False)
+    assert (wrong.returncode, "0-4" in wrong.stderr) == (2, True)
+
+
+def test_sql_speaks_every_format(run: Path) -> None:
+    query = "SELECT key, status FROM image ORDER BY key"
+    rows = [{"key": k, "status": s} for k, s in database.rows(database.connect(run), query)]
+    assert json.loads(recap("sql", query, "--run", run, "--format", "json").stdout) == rows
+    assert list(csv.DictReader(io.StringIO(recap("sql", query, "--run", run, "--format", "csv").stdout))) == rows
+    table = recap("sql", query, "--run", run).stdout.splitlines()
+    assert (table[0].split(), len(table)) == (["key", "status"], 1 + len(rows))
+
+
+def test_sql_as_parquet_can_be_piped(run: Path, tmp_path: Path) -> None:
+    with database.connect(run) as connection, open(tmp_path / "out.parquet", "wb") as out:
+        database.show(database.select(connection, "FROM verdict"), "parquet", out)
+    assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 18
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "COPY image TO '{run}/x.parquet'",
+        "CREATE TABLE x AS SELECT 1",
+        "SELECT * FROM read_text('/etc/hostname')",
+        "SELECT * FROM read_text('{run}/../../secret')",
+        "ATTACH '{run}/x.db'",
+        "SELECT 1; SELECT 2",
+        "SET enable_external_access = true",
+        "SELECT nothing FROM image",
+        "SELEC",
+    ],
+)
+def test_sql_only_reads_and_only_the_run(run: Path, query: str) -> None:
+    before = times(run)
+    done = recap("sql", query.format(run=run), "--run", run, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("recap: ")
+    assert times(run) == before
+
+
+def test_every_named_query_answers_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
+    bare = begin(tmp_path / "bare", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
+    names = [name for name, sentence in database.named_queries() if sentence.endswith(".")]
+    assert names == [line.split()[0] for line in recap("query").stdout.splitlines()]
+    assert {"yield", "refusals", "lengths", "worst", "cost"} <= set(names)
+    for name in names:
+        for folder in (run, bare):
+            with database.connect(folder) as connection:
+                found = database.select(connection, database.named_query(name)).fetchall()
+        assert found or name not in ("yield", "cost")
+    steps = {
+        row["step"]: row["images"]
+        for row in json.loads(recap("query", "yield", "--run", run, "--format", "json").stdout)
+    }
+    assert (steps["images"], steps["usable"], steps["captioned"]) == (24, 18, 18)
+    wrong = recap("query", "yeild", "--run", run, check=False)
+    assert (wrong.returncode, "did you mean 'yield'" in wrong.stderr) == (2, True)
+
+
+def test_a_trial_shows_captions_and_scores_and_leaves_nothing(run: Path) -> None:
+    before = times(run)
+    shown = recap("try", "score:judge:dense", "--images", 3, "--run", run).stdout
+    assert times(run) == before
+    assert shown.count("alt text: ") == 3
+    assert shown.count("score:judge:dense") == 2  # the third image is cut
+    captions = recap("try", "caption:dense", "--images", 2, "--run", run).stdout
+    with database.connect(run) as connection:
+        (text,) = database.select(connection, "SELECT text FROM caption ORDER BY key LIMIT 1").fetchone() or ("",)
+    assert " ".join(text.split()) in " ".join(captions.split())
+
+
+def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        connection.execute(f"SET file_search_path = '{run}'")
+        connection.execute((ROOT / "manifests" / "views.sql").read_text())
+        assert connection.execute("SELECT count(*) FROM caption JOIN image USING (key)").fetchone() == (18,)
+        globbed = f"SELECT count(*) FROM read_parquet('{run}/caption/*/*.parquet')"
+        assert connection.execute(globbed).fetchone() == (18,)
