@@ -10,15 +10,18 @@ import json
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline import plugins
-from pipeline.config import ConfigError, Run, key
-from pipeline.engine import Engine, Reply, Request, Sampling
+from pipeline.config import Run, key
+from pipeline.engine import Sampling
+from pipeline.errors import ConfigError
 
 T = TypeVar("T")
+Q = TypeVar("Q")
+A = TypeVar("A")
 FIELD = re.compile(r"\{([a-z_]+)\}")
 JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji are spelt with them
 ROOM = 64  # seeds above a request's own, one for each further attempt
@@ -122,17 +125,17 @@ def hash_of(*words: str) -> str:
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
-def answered(engine: Engine, questions: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Reply]]:
-    """Asks lazily, and gives each reply back together with what it was asked for."""
+def paired(work: Callable[[Iterator[Q]], Iterator[A]], questions: Iterable[tuple[T, Q]]) -> Iterator[tuple[T, A]]:
+    """Hands questions to `work`, which answers them lazily and in order; gives each answer with what it is about."""
     asked: deque[T] = deque()
 
-    def requests() -> Iterator[Request]:
-        for about, request in questions:
+    def handed() -> Iterator[Q]:
+        for about, question in questions:
             asked.append(about)
-            yield request
+            yield question
 
-    for reply in engine.generate(requests()):
-        yield asked.popleft(), reply
+    for answer in work(handed()):
+        yield asked.popleft(), answer
 
 
 def engine_slice(run: Run, name: str, *, field: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from pipeline import database, plugins
-from pipeline.config import ConfigError, Run, key
+from pipeline.config import Run, key
 from pipeline.engine import Engine, Reply, Request
-from pipeline.passes import Pass
+from pipeline.errors import ConfigError, QueryError, UnknownName
+from pipeline.passes import Pass, scores_in
 from pipeline.records import Caption, Image, columns
 from pipeline.shard import Shard
 from stages import answers, recipes
-from stages.asking import Drawing, answered, engine_slice, seed_of
+from stages.asking import Drawing, engine_slice, paired, seed_of
 from stages.recipes import Recipe
 
 NAMED = True
@@ -71,7 +72,7 @@ class Asker:
 
     def work(self, inputs: Iterator[Wanted], engines: Mapping[str, Engine]) -> Iterator[Caption]:
         engine = engines[self.engine]
-        for wanted, reply in answered(engine, ((wanted, self.request(wanted)) for wanted in inputs)):
+        for wanted, reply in paired(engine.generate, ((wanted, self.request(wanted)) for wanted in inputs)):
             yield self.row(wanted, reply, engine)
 
     def request(self, wanted: Wanted) -> Request:
@@ -128,8 +129,8 @@ def passes(run: Run) -> Iterable[Pass]:
 def _pass(run: Run, name: str, config: Config) -> Pass:
     where = f"{run.file}: caption.{name}"
     try:
-        recipe = recipes.load(config.recipe, run=run.folder)
-    except plugins.UnknownName as error:
+        recipe = recipes.load(config.recipe, run=run.file.parent)
+    except UnknownName as error:
         raise ConfigError(f"{where}.recipe", str(error)) from error
     drawing = _drawing(config, recipe, where)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
@@ -197,27 +198,18 @@ def _scores(run: Run, name: str, config: Config) -> list[str]:
     Raises:
         ConfigError: it is no condition, names something else, or `of` does not fit.
     """
-    file, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
-    named = _names(config.where, f"{file}.where") - set(columns(Image))
-    known = run.sections.get("score", {})
-    for unknown in sorted(named - set(known)):
-        raise ConfigError(f"{file}.where", plugins.unknown(unknown, [*columns(Image), *sorted(known)]))
+    if config.where is None and config.of is None:
+        return []
+    field, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
+    named = sorted(scores_in(run, f"caption.{name}.where", config.where or "true"))
     if named and config.of is None:
-        raise ConfigError(f"{file}.of", f"is missing: of which captions is {min(named)!r}? {', '.join(others)}")
+        raise ConfigError(f"{field}.of", f"is missing: {named[0]} of which captions? {', '.join(others)}")
     if config.of is not None and config.of not in others:
-        raise ConfigError(f"{file}.of", plugins.unknown(config.of, others))
+        raise ConfigError(f"{field}.of", plugins.unknown(config.of, others))
     if config.of is not None and not named:
-        raise ConfigError(f"{file}.of", "says whose scores `where` means, but `where` names no score")
-    if config.where is not None:
-        _check_binds(run, _query(config, sorted(named)) or "", f"{file}.where")
-    return sorted(named)
-
-
-def _names(where: str | None, field: str) -> set[str]:
-    try:
-        return set() if where is None else database.names_in(where)
-    except database.QueryError as error:
-        raise ConfigError(field, str(error)) from error
+        raise ConfigError(f"{field}.of", "says whose scores `where` means, but `where` names no score")
+    _check_binds(run, _query(config, named) or "", f"{field}.where")
+    return named
 
 
 def _check_binds(run: Run, query: str, field: str) -> None:
@@ -225,7 +217,7 @@ def _check_binds(run: Run, query: str, field: str) -> None:
     connection = database.connect(run.folder, files="none.parquet")
     try:
         database.select(connection, f"EXPLAIN {query}")
-    except database.QueryError as error:
+    except QueryError as error:
         raise ConfigError(field, str(error)) from error
     finally:
         connection.close()
@@ -237,13 +229,9 @@ def _query(config: Config, scores: list[str]) -> str | None:
         return None
     joined = ""
     if scores:
-        best = ", ".join(f"max(value) FILTER (name = {_literal(s)}) AS {database.identifier(s)}" for s in scores)
-        joined = (
-            f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {_literal(config.of or '')} GROUP BY key)"
-            " AS scores USING (key)"
+        best = ", ".join(
+            f"max(value) FILTER (name = {database.literal(s)}) AS {database.identifier(s)}" for s in scores
         )
+        of = database.literal(config.of or "")
+        joined = f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {of} GROUP BY key) AS scores USING (key)"
     return f"SELECT key FROM image{joined} WHERE status = 'ok' AND ({config.where}) ORDER BY key"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

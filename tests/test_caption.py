@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline import config, plan, tables
 from pipeline.engines import echo
+from pipeline.errors import ConfigError
 from pipeline.passes import Pass
-from pipeline.records import Caption, Image, Piece, make_key
+from pipeline.records import Caption, Image, Piece, Score, make_key
 from pipeline.shard import Shard, table_path
 from stages import caption
 
@@ -104,3 +105,45 @@ def test_a_row_says_how_it_came(tmp_path: Path) -> None:
         "max_tokens": 512,
     }
     assert row.num_output_tokens == len(row.text.split()) and len(row.prompt_hash) == 16 and row.flags == ()
+
+
+def score(index: int, candidate: int, value: float | None, **changes: Any) -> Score:
+    about: dict[str, Any] = {"caption": "short", "name": "judge", "criteria": (), "error": None}
+    status = "unknown" if value is None else "ok"
+    return Score(
+        **about | {"key": make_key(0, index), "candidate": candidate, "value": value, "status": status} | changes
+    )
+
+
+def keys_where(folder: Path, where: str, *, of: str | None = None) -> list[int]:
+    section = {"where": where} | ({} if of is None else {"of": of})
+    captions = {"dense": {"engine": "model"} | section, "short": {"engine": "model"}}
+    judge = {"judge": {"kind": "text"}} if of else {}
+    (p,) = (p for p in caption.passes(run_of(folder, caption=captions, score=judge)) if p.name == "dense")
+    images = [image(i, status="empty" if i == 4 else "ok", alt_text="a cat" if i == 5 else None) for i in range(6)]
+    with shard_of(folder, images) as shard:
+        return [int(wanted.image.key) for wanted in p.inputs(shard)]
+
+
+def test_where_chooses_by_image_columns(tmp_path: Path) -> None:
+    assert keys_where(tmp_path, "width > 101 AND alt_text IS NULL") == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"engine": "modell"}, "caption.dense.engine: 'modell' is none of model; did you mean 'model'"),
+        ({"recipe": "dens"}, "caption.dense.recipe: 'dens' is none of .*did you mean 'dense'"),
+        ({"where": "width >"}, "caption.dense.where: .*syntax"),
+        ({"where": "widht > 3"}, "caption.dense.where: .*mentions widht"),
+        ({"where": "width LIKE 3 + '{}'::BLOB"}, "caption.dense.where"),
+        ({"where": "finish_reason = 'stop'"}, "caption.dense.where: .*finish_reason"),
+        ({"of": "dens"}, "caption.dense.of"),
+        ({"num_candidates": 0}, "caption.dense.num_candidates: 0 is too small; the least is 1"),
+        ({"num_candidates": 2, "temperature": 0}, "caption.dense.num_candidates: 2 candidates would be equal"),
+        ({"top_p": 0}, "caption.dense: top_p"),
+    ],
+)
+def test_what_is_wrong_in_a_section_is_named(tmp_path: Path, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pass_of(tmp_path, section)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
-from pipeline.config import ConfigError
+from pipeline.errors import ConfigError
 from stages.loops import words_of
 
 LEAK = 8  # words in a row that an answer shares with what was asked
@@ -45,9 +45,9 @@ def noticed(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str, ..
         patterns: flag -> regular expressions.
         prompt: what was asked, without the sample's own words; an answer that quotes it has the flag prompt_leak.
     """
-    plain = " ".join(text.translate(_STRAIGHT).split())
+    plain = "\n".join(" ".join(line.split()) for line in text.translate(_STRAIGHT).splitlines())
     found = [flag for flag, expressions in patterns.items() if _compiled(expressions).search(plain)]
-    if "prompt_leak" not in found and _grams(text) & _grams(prompt):
+    if "prompt_leak" not in found and _grams(text) & _grams_of_prompt(prompt):
         found.append("prompt_leak")
     return tuple(found)
 
@@ -66,7 +66,12 @@ def _expressions(where: str, given: Any) -> tuple[str, ...]:
 @cache
 def _compiled(expressions: tuple[str, ...]) -> re.Pattern[str]:
     """All at once; `(?!)`, which matches nothing, stands for an empty list."""
-    return re.compile("|".join(f"(?:{one})" for one in expressions) or "(?!)", re.IGNORECASE)
+    return re.compile("|".join(f"(?:{one})" for one in expressions) or "(?!)", re.IGNORECASE | re.MULTILINE)
+
+
+@lru_cache(maxsize=64)
+def _grams_of_prompt(prompt: str) -> frozenset[tuple[str, ...]]:
+    return frozenset(_grams(prompt))
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:

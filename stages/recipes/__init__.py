@@ -10,11 +10,13 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
-from pipeline.config import ConfigError, Section, key
+from pipeline.config import Section, key
+from pipeline.errors import ConfigError
 from stages import flags, schemas
 from stages.answers import Form
 from stages.asking import Drawing, check_fields, fenced, fields_in, fill, hash_of
@@ -76,11 +78,11 @@ class Recipe:
             "flags": {flag: list(expressions) for flag, expressions in self.flags.items()},
         }
 
-    @property
+    @cached_property
     def schema(self) -> str | None:
         return None if self.words.schema is None else json.dumps(self.words.schema, ensure_ascii=False)
 
-    @property
+    @cached_property
     def form(self) -> Form | None:
         return None if self.words.schema is None else Form(schema=self.words.schema, prose=self._prose)
 

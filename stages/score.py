@@ -1,0 +1,126 @@
+"""Decides which captions a scorer sees: every usable one of the passes that its section names, with its image.
+
+It does not know how a caption is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from pipeline import plugins
+from pipeline.config import Plugin, Run, Section, key, stamped
+from pipeline.engine import Engine
+from pipeline.errors import ConfigError
+from pipeline.passes import Pass
+from pipeline.records import Caption, Image, Score, columns
+from pipeline.shard import Shard
+from stages import scorers
+from stages.asking import engine_slice, paired, seed_of
+from stages.scorers import Mark, Sample, Scorer
+
+NAMED = True
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[score.NAME]`, whatever its kind."""
+
+    captions: tuple[str, ...] | None = key(None, "the caption passes that it scores; by default all")
+    max_error_share: float | None = key(None, "in the place of the run's", stamp=False, least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Config):
+    """A section, read: the common keys and the scorer's own."""
+
+    scorer: Plugin
+
+
+def read_section(section: Section) -> Scored:
+    """
+    Raises:
+        ConfigError: the kind is unknown, or a key fits neither the stage nor the scorer.
+    """
+    common = frozenset(columns(Config))
+    plugin = section.plugin("stages.scorers", common=common)
+    return Scored(**vars(section.only(common).parse(Config)), scorer=plugin)
+
+
+def passes(run: Run) -> Iterable[Pass]:
+    """One for each `[score.NAME]` and caption pass.
+
+    Raises:
+        ConfigError: a section names what is not there.
+    """
+    for name, config in run.sections["score"].items():
+        scorer = scorers.load(config.scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
+        for caption in _captions(run, name, config):
+            yield _pass(run, name, caption, config, scorer)
+
+
+def inputs(shard: Shard, *, name: str, caption: str, seed: int) -> Iterator[Sample]:
+    """The captions to be marked: those of pass `caption` that are ok, in their order."""
+    images = shard.table("image", Image)
+    rows = (row for row in shard.table(f"caption/{caption}", Caption) if row.status == "ok")
+    for image_key, candidates in groupby(rows, lambda row: row.key):
+        image = next(image for image in images if image.key == image_key)
+        for row in candidates:
+            yield Sample(
+                key=row.key,
+                candidate=row.candidate,
+                text=row.text,
+                alt_text=image.alt_text,
+                source_key=image.source_key,
+                data=partial(shard.data, image),
+                seed=seed_of(seed, row.key, name, caption, row.candidate),
+            )
+
+
+def work(
+    samples: Iterator[Sample], engines: Mapping[str, Engine], *, name: str, caption: str, scorer: Scorer
+) -> Iterator[Score]:
+    for sample, mark in paired(partial(scorer.score, engines=engines), ((sample, sample) for sample in samples)):
+        yield _row(sample, mark, name=name, caption=caption)
+
+
+def _row(sample: Sample, mark: Mark, *, name: str, caption: str) -> Score:
+    return Score(key=sample.key, caption=caption, candidate=sample.candidate, name=name, **vars(mark))
+
+
+def _captions(run: Run, name: str, config: Scored) -> tuple[str, ...]:
+    known = tuple(run.sections["caption"])
+    for caption in config.captions or ():
+        if caption not in known:
+            raise ConfigError(f"{run.file}: score.{name}.captions", plugins.unknown(caption, sorted(known)))
+    return config.captions or known
+
+
+def _pass(run: Run, name: str, caption: str, config: Scored, scorer: Scorer) -> Pass:
+    return Pass(
+        stage="score",
+        name=name,
+        caption=caption,
+        folder=f"score/{name}/{caption}",
+        reads=("image", f"caption/{caption}"),
+        engines=scorer.engines,
+        version=VERSION,
+        slice=_slice(run, name, config, scorer),
+        record=Score,
+        max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
+        inputs=partial(inputs, name=name, caption=caption, seed=run.seed),
+        work=partial(work, name=name, caption=caption, scorer=scorer),
+    )
+
+
+def _slice(run: Run, name: str, config: Scored, scorer: Scorer) -> dict[str, Any]:
+    """The seed decides something only where a model is asked."""
+    kind = {"kind": config.scorer.kind, "version": getattr(scorer.module, "VERSION", 1), **stamped(scorer.config)}
+    if not scorer.engines:
+        return kind
+    asked = [engine_slice(run, engine, field=f"score.{name}.engine") for engine in scorer.engines]
+    return {**kind, "seed": run.seed, "engines": asked}

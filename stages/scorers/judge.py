@@ -1,0 +1,175 @@
+"""Decides how a rubric is put to a model, and when its verdicts count.
+
+All questions are asked in one request, or in one for each sentence; image and rubric stand first, the caption last. An
+illegal verdict is the judge's failure, never the caption's: it is asked again, and then it decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import key
+from pipeline.engine import Engine, Reply, Request
+from pipeline.errors import ConfigError, UnknownName
+from pipeline.records import Criterion
+from stages import rubrics
+from stages.answers import read_value
+from stages.asking import paired, seed_of
+from stages.rubrics import Question, Rubric
+from stages.scorers import Mark, Sample, weighted_mean
+from stages.sentences import sentences
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    engine: str = key(help="who judges: a name in [engines]")
+    rubric: str = key("dense", "what is asked: a file of rubrics/, your own or one that ships")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A rubric and who is asked."""
+
+    engine: str = key(help="a name in [engines]", stamp=False)
+    rubric: Rubric = key(help="its words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one request judges: a caption, or a sentence of it."""
+
+    sample: Sample
+    images: tuple[bytes, ...]
+    text: str
+    suffix: str  # of its criteria's ids: "/1" for the first sentence; "" for a caption
+    is_last: bool  # of its sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """What came back for one part."""
+
+    criteria: tuple[Criterion, ...]
+    reply: Reply
+    problem: str  # why they decide nothing
+
+
+def prepare(config: Config, *, run: Path | None, field: str) -> Judge:
+    """
+    Raises:
+        ConfigError: there is no such rubric, or it is wrong.
+    """
+    try:
+        return Judge(engine=config.engine, rubric=rubrics.load(config.rubric, run=run))
+    except UnknownName as error:
+        raise ConfigError(f"{field}.rubric", str(error)) from error
+
+
+def engines(config: Judge) -> tuple[str, ...]:
+    return (config.engine,)
+
+
+def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+    """One mark for each sample. Requests about one sample are adjacent, so that they share what stands before it."""
+    engine = engines[config.engine]
+    parts = (part for sample in samples for part in _parts(sample, config.rubric))
+    said: list[Verdicts] = []
+    for part, reply in paired(engine.generate, ((part, _request(part, config.rubric)) for part in parts)):
+        said.append(_verdicts(part, reply, config.rubric))
+        if part.is_last:
+            yield _mark(said, config, engine)
+            said = []
+
+
+def _parts(sample: Sample, rubric: Rubric) -> Iterator[Part]:
+    images = (sample.data(),) if rubric.words.with_image else ()
+    by_sentence = rubric.words.unit == "sentence"
+    texts = sentences(sample.text) if by_sentence else [sample.text]
+    for number, text in enumerate(texts, start=1):
+        suffix = f"/{number}" if by_sentence else ""
+        yield Part(sample=sample, images=images, text=text, suffix=suffix, is_last=number == len(texts))
+
+
+def _request(part: Part, rubric: Rubric) -> Request:
+    sample = part.sample
+    return Request(
+        id=f"{sample.key}/{sample.candidate}{part.suffix}",
+        system=rubric.words.system,
+        prompt=rubric.ask(caption=sample.text, sentence=part.text, alt_text=sample.alt_text),
+        images=part.images,
+        source_key=sample.source_key,
+        schema=json.dumps(rubric.schema, ensure_ascii=False),
+        ladder=rubric.words.sampling.rungs,
+        accept=lambda reply: _problem(reply, rubric),
+        seed=seed_of(sample.seed, part.suffix),
+    )
+
+
+def _problem(reply: Reply, rubric: Rubric) -> str:
+    try:
+        read_value(reply, rubric.schema)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _verdicts(part: Part, reply: Reply, rubric: Rubric) -> Verdicts:
+    problem = _problem(reply, rubric)
+    said = {} if problem else rubric.verdicts(read_value(reply, rubric.schema))
+    criteria = tuple(_criterion(q, said.get(q.id, {}), part.suffix) for q in rubric.criteria.values())
+    return Verdicts(criteria=criteria, reply=reply, problem=problem)
+
+
+def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Criterion:
+    verdict = said.get("verdict")
+    value = None if verdict is None else question.by_answer.get(verdict)
+    return Criterion(
+        id=f"{question.id}{suffix}",
+        verdict=None if value is None else verdict,
+        value=value,
+        weight=question.weighs,
+        reason=said.get("reason"),
+    )
+
+
+def _mark(said: Sequence[Verdicts], config: Judge, engine: Engine) -> Mark:
+    criteria = tuple(criterion for verdicts in said for criterion in verdicts.criteria)
+    failed = next((v.reply.error for v in said if v.reply.error is not None), None)
+    value = None if failed else _value(said, config.rubric)
+    unknown = next((v.problem for v in said if v.problem), "the judge could not say enough") if value is None else None
+    return Mark(
+        value=value,
+        criteria=criteria,
+        status="error" if failed else "unknown" if value is None else "ok",
+        error=failed or unknown,
+        num_prompt_tokens=_total([v.reply.num_prompt_tokens for v in said]),
+        num_output_tokens=_total([v.reply.num_output_tokens for v in said]),
+        attempt=max(v.reply.attempt for v in said),
+        model=engine.model,
+        revision=engine.revision,
+        engine=config.engine,
+    )
+
+
+def _value(said: Sequence[Verdicts], rubric: Rubric) -> float | None:
+    """The mean over what was decided, of all or of the worst sentence; None when too little was."""
+    criteria = [criterion for verdicts in said for criterion in verdicts.criteria]
+    decided = weighted_mean(
+        Criterion(id=c.id, verdict=None, value=float(c.value is not None), weight=c.weight, reason=None)
+        for c in criteria
+    )
+    if decided is None or decided < rubric.words.min_decided:
+        return None
+    if rubric.words.aggregate == "mean":
+        return weighted_mean(criteria)
+    return min((v for verdicts in said if (v := weighted_mean(verdicts.criteria)) is not None), default=None)
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
