@@ -114,7 +114,7 @@ class Section:
 
     def error(self, name: str, message: str) -> ConfigError:
         field = ".".join(part for part in (self.field, name) if part)
-        return ConfigError(f"{self.file}: {field}", message)
+        return ConfigError(f"{self.file}: {field}" if field else str(self.file), message)
 
     def sub(self, name: str) -> Section:
         values = self.values.get(name, {})
