@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import plan
 from pipeline.errors import ConfigError
 from pipeline.records import Raw
-from pipeline.sources import folder, webdataset
+from pipeline.sources import folder, hf, img2dataset, parquet, webdataset
+from tests.serving import served
 
 
 def photo(package: str, path: str) -> bytes:
@@ -62,7 +71,48 @@ def make_webdataset(root: Path, num: int) -> webdataset.Config:
     return webdataset.Config(path=str(root))
 
 
-SOURCES: dict[ModuleType, Maker] = {folder: make_folder, webdataset: make_webdataset}
+def make_parquet(root: Path, num: int) -> parquet.Config:
+    """In the layout that `datasets` writes, two rows in a group."""
+    root.mkdir(exist_ok=True)
+    for first in range(0, num, 5):
+        rows = samples(num)[first : first + 5]
+        images = [{"bytes": data, "path": name} for name, data, _ in rows]
+        table = pa.table({"image": images, "text": [text for *_, text in rows], "n": range(len(rows))})
+        pq.write_table(table, root / f"{first:05d}.parquet", row_group_size=2)
+    return parquet.Config(path=str(root))
+
+
+def make_hf(root: Path, num: int) -> hf.Config:
+    import datasets
+
+    rows = {
+        "image": [{"bytes": data, "path": name} for name, data, _ in samples(num)],
+        "text": [text for *_, text in samples(num)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(root)
+    return hf.Config(path=str(root))
+
+
+def make_img2dataset(root: Path, num: int) -> img2dataset.Config:
+    """The files that img2dataset leaves; `TestImg2dataset` has it make them itself."""
+    make_webdataset(root, num)
+    for first in range(0, num, 3):
+        columns = ("key", "caption", "status", "error_message")
+        rows = [(name[:4], text, "success", None) for name, _, text in samples(num)[first : first + 3]]
+        table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+        pq.write_table(table, root / f"{first // 3:05d}.parquet")
+        (root / f"{first // 3:05d}_stats.json").write_text("{}")
+    return img2dataset.Config(path=str(root))
+
+
+SOURCES: dict[ModuleType, Maker] = {
+    folder: make_folder,
+    webdataset: make_webdataset,
+    parquet: make_parquet,
+    hf: make_hf,
+    img2dataset: make_img2dataset,
+}
 
 
 @pytest.fixture(params=SOURCES, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -122,7 +172,7 @@ class TestEverySource:
             assert isinstance(json.loads(raw.metadata), dict)
 
     def test_a_path_that_is_not_there_is_named(self, source: ModuleType, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"source\.path: .*nowhere.* does not exist; write the path"):
+        with pytest.raises(ConfigError, match=r"source\.path: .*nowhere"):
             list(source.pieces(source.Config(path=str(tmp_path / "nowhere"))))
 
 
@@ -258,3 +308,271 @@ class TestFolder:
         theirs = theirs["train"].cast_column("image", datasets.Image(decode=False))
         expected = [(Path(row["image"]["path"]).name, row["caption"]) for row in theirs]
         assert [(raw.source_key, raw.alt_text) for raw in self.read(tmp_path / "corpus").values()] == expected
+
+
+class TestParquet:
+    def read(self, path: Path, **keys: Any) -> list[Raw]:
+        return read_all(parquet, parquet.Config(path=str(path), **keys))
+
+    def write(self, path: Path, columns: dict[str, Any], **options: Any) -> Path:
+        pq.write_table(pa.table(columns), path, **options)
+        return path
+
+    def test_reads_images_as_bytes_or_as_datasets_has_them(self, tmp_path: Path) -> None:
+        for kind in (pa.binary(), pa.large_binary()):
+            self.write(tmp_path / f"{kind}.parquet", {"jpg": pa.array([b"1", b"2"], kind), "TEXT": ["one", "two"]})
+        self.write(tmp_path / "struct.parquet", {"x": [{"bytes": b"1"}, {"bytes": b"2"}], "caption": ["one", "two"]})
+        raws = self.read(tmp_path)
+        assert [(raw.data, raw.alt_text) for raw in raws] == [(b"1", "one"), (b"2", "two")] * 3
+        assert [raw.source_key for raw in raws[:2]] == ["binary.parquet:0", "binary.parquet:1"]
+
+    @pytest.mark.parametrize(
+        ("columns", "keys"),
+        [
+            ({"id": [7, None], "uid": ["a", "b"]}, ["a", "b"]),
+            ({"id": [7, None]}, ["7", "name.jpg"]),
+            ({"__key__": ["k", ""], "key": ["x", "y"]}, ["k", "name.jpg"]),
+            ({}, ["p/1.jpg", "name.jpg"]),
+        ],
+    )
+    def test_keeps_the_name_that_the_corpus_gave(self, tmp_path: Path, columns: Any, keys: list[str]) -> None:
+        images = [{"bytes": b"1", "path": "p/1.jpg"}, {"bytes": b"2", "path": "name.jpg"}]
+        file = self.write(tmp_path / "a.parquet", {"image": images, **columns})
+        assert [raw.source_key for raw in self.read(file)] == keys
+
+    def test_keeps_what_json_can_hold_of_the_other_columns(self, tmp_path: Path) -> None:
+        columns = {
+            "image": pa.array([b"1"]),
+            "thumbnail": pa.array([b"2" * 100_000]),
+            "hash": pa.array([b"\x01\xff"], pa.binary(2)),
+            "score": [float("nan")],
+            "when": [datetime(2024, 2, 29, tzinfo=UTC)],
+            "tags": [[1.5, float("inf")]],
+            "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+            "price": [Decimal("1.10")],
+        }
+        (raw,) = self.read(self.write(tmp_path / "a.parquet", columns), image="image")
+        assert json.loads(raw.metadata) == {
+            "hash": "01ff",
+            "score": None,
+            "when": "2024-02-29T00:00:00+00:00",
+            "tags": [1.5, None],
+            "map": [["a", 1]],
+            "price": "1.10",
+        }
+
+    def test_nulls_and_wrong_types_are_errors_of_their_rows(self, tmp_path: Path) -> None:
+        images = [{"bytes": b"1", "path": None}, None, {"bytes": None, "path": None}, {"bytes": b"", "path": "a"}]
+        self.write(tmp_path / "a.parquet", {"image": images, "text": ["a", "b", None, "d"]})
+        self.write(tmp_path / "b.parquet", {"image": ["a string", "another"], "text": [1, 2]})
+        self.write(tmp_path / "c.parquet", {"picture": [b"1"]})
+        self.write(tmp_path / "d.parquet", {"image": pa.nulls(2)})
+        raws = self.read(tmp_path, image="image")
+        assert [raw.data for raw in raws] == [b"1", None, None, b"", *[None] * 5]
+        assert [raw.error for raw in raws] == [
+            None,
+            "the row has no image",
+            "the row has no image",
+            None,
+            *["source.image: column 'image' holds string, not image files"] * 2,
+            "source.image: there is no column 'image'; there are picture",
+            *["the row has no image"] * 2,
+        ]
+        assert [raw.alt_text for raw in raws] == ["a", "b", None, "d", *[None] * 5]
+
+    def test_text_that_is_no_utf8_costs_no_row(self, tmp_path: Path) -> None:
+        bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff"]).buffers())
+        raws = self.read(self.write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "text": bad}))
+        assert [raw.data for raw in raws] == [b"1", b"2"]
+        assert raws[0].alt_text == "fine"
+
+    def test_paths_are_opened_below_image_root_only(self, tmp_path: Path) -> None:
+        write(tmp_path, {"images/a.jpg": b"a", "secret.jpg": b"secret"})
+        paths = [
+            "a.jpg",
+            str(tmp_path / "images/a.jpg"),
+            "../secret.jpg",
+            str(tmp_path / "secret.jpg"),
+            "http://x/a.jpg",
+        ]
+        images = [{"bytes": None, "path": path} for path in paths]
+        file = self.write(
+            tmp_path / "a.parquet", {"image": pa.array(images, pa.struct({"bytes": "binary", "path": "string"}))}
+        )
+        assert [raw.data for raw in self.read(file)] == [None] * 5
+        assert "set source.image_root" in (self.read(file)[0].error or "")
+        raws = self.read(file, image_root=str(tmp_path / "images"))
+        assert [raw.data for raw in raws] == [b"a", b"a", None, None, None]
+        assert [raw.source_key for raw in raws[:2]] == ["a.jpg", "a.jpg"]
+        assert [raw.error and raw.error.rpartition(": ")[2] for raw in raws[2:]] == [
+            "it leads out of the folder",
+            "it leads out of the folder",
+            "URLs are not fetched",
+        ]
+
+    def test_a_broken_file_loses_what_is_broken_of_it(self, tmp_path: Path) -> None:
+        images = [bytes([number]) * 5000 for number in range(8)]
+        file = tmp_path / "a.parquet"
+        self.write(file, {"image": images}, row_group_size=2, compression="none", write_page_checksum=True)
+        whole = bytearray(file.read_bytes())
+        at = whole.index(images[3])
+        whole[at] ^= 1
+        file.write_bytes(whole)
+        (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+        raws = self.read(tmp_path)
+        assert [raw.data for raw in raws] == [*images[:2], None, None, *images[4:], None]
+        assert all((raw.error is None) != (raw.data is None) for raw in raws)
+        assert "cannot be read" in (raws[-1].error or "")
+
+    def test_a_file_that_became_shorter_still_has_all_its_rows(self, tmp_path: Path) -> None:
+        config = make_parquet(tmp_path / "corpus", 5)
+        (piece,) = parquet.pieces(config)
+        make_parquet(tmp_path / "corpus", 3)
+        raws = list(parquet.read(piece, config))
+        assert [raw.error for raw in raws] == [None] * 3 + ["the file now has 3 rows"] * 2
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"image": "img"}, r"source\.image: there is no column 'img'; there are a, b, text$"),
+            ({"image": "text"}, r"source\.image: column 'text' holds string, not image files"),
+            ({}, r"source\.image: which column holds the images\? image = \.\.\. is one of a, b$"),
+            ({"image": "a", "alt_text": "alt"}, r"source\.alt_text: there is no column 'alt'; there are a, b, text$"),
+            ({"image": "a", "source_key": "k"}, r"source\.source_key: there is no column 'k'; there are a, b, text$"),
+        ],
+    )
+    def test_the_user_is_told_of_columns_that_are_not_there(self, tmp_path: Path, keys: Any, message: str) -> None:
+        file = self.write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"], "text": ["words"]})
+        with pytest.raises(ConfigError, match=message):
+            self.read(file, **keys)
+
+    def test_reads_over_fsspec(self, tmp_path: Path) -> None:
+        import fsspec
+
+        make_parquet(tmp_path / "corpus", 8)
+        fsspec.filesystem("memory").put(f"{tmp_path}/corpus/", "/parquet/", recursive=True)
+        here, there = self.read(tmp_path / "corpus"), read_all(parquet, parquet.Config(path="memory://parquet"))
+        assert here == there
+
+    @pytest.mark.slow
+    def test_what_datasets_writes_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = make_hf(tmp_path / "saved", 8)
+        datasets.load_from_disk(rows.path).to_parquet(str(tmp_path / "a.parquet"))
+        raws = self.read(tmp_path / "a.parquet")
+        expected = [(name, data, text) for name, data, text in samples(8)]
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == expected
+
+
+class TestHf:
+    def test_reads_all_splits_or_the_one_named(self, tmp_path: Path) -> None:
+        import datasets
+
+        for name, text in (("train", "t"), ("test", "e")):
+            rows = {"picture": [{"bytes": b"1", "path": None}], "mask": [b"2"], "text": [text]}
+            features = {"mask": datasets.Value("binary"), "picture": datasets.Image(), "text": datasets.Value("string")}
+            split = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+            split.save_to_disk(tmp_path / "saved" / name)
+        (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        config = hf.Config(path=str(tmp_path / "saved"))
+        raws = read_all(hf, config)
+        assert [piece.file for piece in hf.pieces(config)] == ["train", "test"]
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == [
+            ("train:0", b"1", "t"),
+            ("test:0", b"1", "e"),
+        ]
+        assert read_all(hf, replace(config, split="test")) == raws[1:]
+        with pytest.raises(ConfigError, match=r"source\.split: 'dev' is not there; the splits are train, test"):
+            read_all(hf, replace(config, split="dev"))
+
+    @pytest.mark.slow
+    def test_reads_what_load_dataset_finds_in_a_folder(self, tmp_path: Path) -> None:
+        write(tmp_path / "corpus", {name: data for name, data, _ in samples(5)})
+        rows = [{"file_name": name, "caption": text} for name, _, text in samples(5)]
+        write_metadata(tmp_path / "corpus/metadata.jsonl", rows)
+        config = hf.Config(path=str(tmp_path / "corpus"), cache=str(tmp_path / "cache"), revision="v1")
+        raws = read_all(hf, config)
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == samples(5)
+        assert {raw.metadata for raw in raws} == {'{"revision": "v1"}'}
+        with pytest.raises(ConfigError, match=r"source\.path: .* cannot be loaded"):
+            read_all(hf, replace(config, split="dev"))
+
+
+class TestImg2dataset:
+    def test_failed_downloads_are_rows_and_unfinished_shards_wait(self, tmp_path: Path) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 7)
+        (tmp_path / "corpus/00002_stats.json").unlink()
+        rows = {"key": ["x", "0003", "y", "0004"], "status": ["failed_to_download", "success", "success", "success"]}
+        rows["error_message"] = ["HTTP Error 404: Not Found", None, None, None]
+        pq.write_table(pa.table(rows), tmp_path / "corpus/00001.parquet")
+        raws = read_all(img2dataset, config)
+        assert [raw.source_key for raw in raws] == ["0000", "0001", "0002", "x", "0003", "y", "0004", "0005"]
+        assert {raw.source_key: raw.error for raw in raws if raw.error} == {
+            "x": "failed_to_download: HTTP Error 404: Not Found",
+            "y": "img2dataset says success, but the tar has no such sample",
+        }
+        assert raws[-1].alt_text == samples(7)[5][2]
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
+    def test_without_its_parquet_the_tar_is_read_and_the_loss_is_told(self, tmp_path: Path, damage: Any) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 3)
+        damage(tmp_path / "corpus/00000.parquet")
+        *raws, last = read_all(img2dataset, config)
+        assert [(raw.data, raw.alt_text) for raw in raws] == [(data, text) for _, data, text in samples(3)]
+        assert (last.error or "").startswith("which downloads failed is not known: ")
+
+    def test_the_user_is_told_what_is_no_output_of_img2dataset(self, tmp_path: Path) -> None:
+        make_webdataset(tmp_path / "corpus", 3)
+        with pytest.raises(ConfigError, match=r"has no tar with its _stats\.json beside it; .* kind = \"webdataset\""):
+            read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
+        make_img2dataset(tmp_path / "corpus", 3)
+        with pytest.raises(ConfigError, match=r"source\.alt_text: there is no column 'alt'; there are key, caption, "):
+            read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus"), alt_text="alt"))
+
+    @pytest.mark.slow
+    def test_a_real_download_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
+        write(tmp_path / "served", {name: data for name, data, _ in samples(8)})
+        with served(tmp_path / "served") as address:
+            rows = [(f"{address}/{name}", text) for name, _, text in samples(8)]
+            rows[3:3] = [(f"{address}/gone.jpg", "nobody has it"), ("http://127.0.0.1:9/x.jpg", "nobody answers")]
+            download(tmp_path, rows)
+        raws = read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
+        by_text = {raw.alt_text: raw for raw in raws}
+        assert len(raws) == len(by_text) == 10
+        for _, data, text in samples(8):
+            raw, known = by_text[text], json.loads(by_text[text].metadata)
+            assert raw.data == data
+            assert known["status"] == "success"
+            assert known["sha256"] == sha256(data).hexdigest()
+            assert raw.file is not None and raw.offset is not None
+            assert Path(raw.file).read_bytes()[raw.offset :].startswith(data)
+        assert by_text["nobody has it"].error == "failed_to_download: HTTP Error 404: File not found"
+        assert "refused" in (by_text["nobody answers"].error or "")
+        assert json.loads(by_text["nobody has it"].metadata)["url"].endswith("/gone.jpg")
+        assert len({raw.source_key for raw in raws}) == 10
+
+
+def download(root: Path, rows: list[tuple[str, str]]) -> None:
+    """Runs img2dataset in a process of its own: it starts others, and is chatty."""
+    with (root / "urls.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("url", "caption"), *rows])
+    options = {
+        "url_list": root / "urls.csv",
+        "input_format": "csv",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_folder": root / "corpus",
+        "output_format": "webdataset",
+        "number_sample_per_shard": 4,
+        "processes_count": 1,
+        "thread_count": 2,
+        "resize_mode": "no",
+        "disable_all_reencoding": True,
+        "enable_wandb": False,
+    }
+    command = [
+        str(Path(sys.executable).parent / "img2dataset"),
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import http.server
 import io
 import lzma
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +18,7 @@ from pipeline import tar
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sources import webdataset
+from tests.serving import served
 
 LONG = "folder/" * 30 + "name" * 40  # fits in no plain header
 
@@ -258,20 +256,22 @@ class TestStaging:
         (tmp_path / "b.tar.gz").write_bytes(make_tar({"b.jpg": b"b"}))
         assert [raw.data for raw in read(tmp_path)] == [b"a", b"b"]
 
-    def test_fetches_what_is_remote(self, tmp_path: Path, served: str) -> None:
-        (tmp_path / "served/a.tar").write_bytes(make_tar(PLAIN))
-        (tmp_path / "served/b.tar.gz").write_bytes(gzip.compress(make_tar({"b.jpg": b"b"})))
-        config = webdataset.Config(path=(f"{served}/a.tar", f"{served}/{{b,b}}.tar.gz"))
-        pieces = list(webdataset.pieces(config))
-        assert pieces == [Piece(file=f"{served}/a.tar"), Piece(file=f"{served}/b.tar.gz")]
-        raws = [raw for piece in pieces for raw in webdataset.read(piece, config)]
+    def test_fetches_what_is_remote(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tar").write_bytes(make_tar(PLAIN))
+        (tmp_path / "b.tar.gz").write_bytes(gzip.compress(make_tar({"b.jpg": b"b"})))
+        with served(tmp_path) as address:
+            config = webdataset.Config(path=(f"{address}/a.tar", f"{address}/{{b,b}}.tar.gz"))
+            pieces = list(webdataset.pieces(config))
+            assert pieces == [Piece(file=f"{address}/a.tar"), Piece(file=f"{address}/b.tar.gz")]
+            raws = [raw for piece in pieces for raw in webdataset.read(piece, config)]
         assert [(raw.data, raw.file) for raw in raws] == [(data, None) for data in [*PLAIN.values(), b"b"]]
 
-    def test_a_remote_tar_that_is_not_there_is_the_machines_error(self, served: str) -> None:
-        config = webdataset.Config(path=f"{served}/gone.tar")
-        (piece,) = webdataset.pieces(config)
-        with pytest.raises(FileNotFoundError):
-            list(webdataset.read(piece, config))
+    def test_a_remote_tar_that_is_not_there_is_the_machines_error(self, tmp_path: Path) -> None:
+        with served(tmp_path) as address:
+            config = webdataset.Config(path=f"{address}/gone.tar")
+            (piece,) = webdataset.pieces(config)
+            with pytest.raises(FileNotFoundError):
+                list(webdataset.read(piece, config))
 
 
 class TestPaths:
@@ -310,23 +310,3 @@ class TestPaths:
             (tmp_path / f"{number:02d}.tar").write_bytes(b"")
         with pytest.raises(ConfigError, match=message):
             list(webdataset.pieces(webdataset.Config(path=path.replace("@", str(tmp_path)))))
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    """The address under which the files of `tmp_path / "served"` are served."""
-    (tmp_path / "served").mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path / "served"))  # type: ignore[arg-type]
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()

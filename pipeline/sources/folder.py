@@ -7,6 +7,7 @@ found out by whoever decodes it. One file is one piece, so that a file which com
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -16,16 +17,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config import key
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
-from pipeline.sources import _common, _files
+from pipeline.sources import _columns, _common, _files, _parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 SIDECARS = (*_common.TEXTS, "json")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls them in an imagefolder
@@ -50,7 +50,7 @@ def pieces(config: Config) -> Iterator[Piece]:
     for folder, names in _walk(str(root)):
         for name in METADATA:
             if name in names:
-                columns.update(_columns(root / folder / name))
+                columns.update(_named(root / folder / name))
         yield from (Piece(file=_printable(folder + name), stop=1) for name in _inputs(names))
     if config.alt_text and columns and config.alt_text not in columns:
         message = f"no metadata file has a column {config.alt_text!r}; they have {', '.join(sorted(columns))}"
@@ -168,24 +168,33 @@ def _table(path: Path, modified: int, size: int) -> _Table:  # noqa: ARG001
     return _Table(names=table["names"].combine_chunks(), rows=table["rows"].combine_chunks())
 
 
-def _columns(path: Path) -> Collection[str]:
+def _named(path: Path) -> Collection[str]:
     """The columns of a metadata file; those of a .jsonl are its first row's.
 
     Raises:
         ConfigError: the image's name is not among them.
     """
-    columns: Collection[str]
-    if path.suffix == ".parquet":
-        columns = _parquet(path).schema_arrow.names
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            columns = next(csv.reader(lines), [])
-    else:
-        with path.open("rb") as lines:
-            columns = _common.from_json(next(iter(lines), b"{}")).keys()
+    with path.open("rb") as stream:
+        columns = {".csv": _csv_columns, ".jsonl": _jsonl_columns, ".parquet": _parquet_columns}[path.suffix](stream)
     if FILE_NAME not in columns:
-        raise ConfigError(str(path), f"has no column {FILE_NAME!r}, only {', '.join(columns) or 'an empty first line'}")
+        raise ConfigError(str(path), f"has no column {FILE_NAME!r}, only {', '.join(columns) or 'what cannot be read'}")
     return columns
+
+
+def _csv_columns(stream: BinaryIO) -> Collection[str]:
+    return next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
+
+
+def _jsonl_columns(stream: BinaryIO) -> Collection[str]:
+    return _common.from_json(next(iter(stream), b"{}")).keys()
+
+
+def _parquet_columns(stream: BinaryIO) -> Collection[str]:
+    try:
+        names: list[str] = _parquet.table(stream).schema_arrow.names
+    except _parquet.Broken:
+        return []
+    return names
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -206,15 +215,8 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for batch in _parquet(path).iter_batches(NUM_ROWS):
-        yield from batch.to_pylist()
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ConfigError(str(path), f"is no Parquet file: {error}") from error
+    with path.open("rb") as stream:
+        table = _parquet.table(stream)
+        for group, _ in _parquet.groups(table):
+            for batch in _parquet.batches(table, table.schema_arrow.names, group=group, num_rows=NUM_ROWS):
+                yield from _columns.values(batch)

@@ -1,0 +1,69 @@
+"""Decides how a Parquet file is opened and read: little of it at a time, telling a broken file from a broken disk.
+
+It refuses to know what the columns are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+BUFFER_BYTES = 1 << 20  # of a column that is read at a time
+
+
+class Broken(ValueError):
+    """A file, or a stretch of one, that is no Parquet. The corpus' error, never the machine's."""
+
+
+def table(stream: BinaryIO) -> pq.ParquetFile:
+    """The file, of which only the footer is read.
+
+    Raises:
+        Broken: it has none.
+    """
+    import pyarrow.parquet as pq
+
+    with _decoding():
+        return pq.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+
+
+def groups(table: pq.ParquetFile) -> Iterator[tuple[int, range]]:
+    """The row groups, with the numbers of their rows."""
+    row = 0
+    for group in range(table.metadata.num_row_groups):
+        num = table.metadata.row_group(group).num_rows
+        yield group, range(row, row + num)
+        row += num
+
+
+def batches(table: pq.ParquetFile, columns: list[str], *, group: int, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """A row group, at most `num_rows` at a time.
+
+    Raises:
+        Broken: what comes next cannot be read.
+    """
+    with _decoding():
+        found = table.iter_batches(num_rows, row_groups=[group], columns=columns)
+    while True:
+        with _decoding():
+            batch = next(found, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's word; decoders give no number
+        raise Broken(f"the Parquet cannot be read: {error}") from error
