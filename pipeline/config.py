@@ -54,7 +54,8 @@ def key(
         help: one line that `recap init` writes above it.
         stamp: whether it decides rows. URLs, windows and time-outs do not.
         least, most: bounds of a number, inclusive.
-        locate: "path": relative to run.toml's folder; "model": also one of `<run>/models` or of stages/models.
+        locate: "path": relative to run.toml's folder; "model": also one of `<run>/models` or of stages/models;
+            "endpoint": a URL, or the word for the file that `recap serve` writes.
     """
     about = {"help": help, "stamp": stamp, "least": least, "most": most, "locate": locate}
     if factory is not MISSING:
@@ -202,7 +203,19 @@ class Section:
             return value
         if isinstance(value, tuple):
             return tuple(self._located(one, how) for one in value)
+        if how == "endpoint":
+            return Located(self._endpoint(value), value)
         return Located(_locate(value, how, self.file.parent), value)
+
+    def _endpoint(self, value: str) -> str:
+        """Of "endpoint", the file in which `recap serve` notes the URL of this section's server."""
+        name = self.field.rpartition(".")[2]
+        return str(endpoint(self.file.parent, name)) if value == "endpoint" else value
+
+
+def endpoint(run: Path, engine: str) -> Path:
+    """Where the server of an engine is to be found: {"base_url": ...}, while it runs."""
+    return run / "endpoints" / f"{engine}.json"
 
 
 def load(folder: Path) -> Run:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from pipeline.engine import Engine, EngineDied, Reply, Request, Sampling
-from pipeline.engines import echo, transformers
+from pipeline.engines import echo, openai, transformers
 from tests import tiny
+from tests.faults import Faulty
 
 HOT = Sampling(temperature=1.0, max_tokens=16)
 SCHEMA = json.dumps(
@@ -38,23 +40,33 @@ class Opened:
 
     engine: Engine
     num_ahead: int  # requests that it may draw beyond the replies that were taken
+    num_tokens: int | None = None  # of its context
 
 
-def open_echo(_: Path) -> Opened:
-    return Opened(engine=echo.open(echo.Config()), num_ahead=1)
+@contextmanager
+def open_echo(_: Path) -> Iterator[Opened]:
+    yield Opened(engine=echo.open(echo.Config()), num_ahead=1)
 
 
-def open_transformers(model: Path) -> Opened:
+@contextmanager
+def open_transformers(model: Path) -> Iterator[Opened]:
     config = transformers.Config(model=str(model), dtype="float32", batch_size=4)
-    return Opened(engine=transformers.open(config), num_ahead=24)
+    yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=2048)
 
 
-@pytest.fixture(scope="module", params=[open_echo, open_transformers], ids=lambda opened: opened.__name__[5:])
+@contextmanager
+def open_openai(_: Path) -> Iterator[Opened]:
+    with Faulty(share=0.1, faults=("500", "429", "broken", "closed")) as server:
+        config = openai.Config(model="echo", base_url=server.url, max_in_flight=4)
+        yield Opened(engine=openai.open(config), num_ahead=16)
+
+
+@pytest.fixture(scope="module", params=[open_echo, open_transformers, open_openai], ids=lambda way: way.__name__[5:])
 def opened(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Opened]:
-    found: Opened = request.param(tiny_model)
-    yield found
-    found.engine.close()
-    found.engine.close()  # closing twice is closing
+    with request.param(tiny_model) as found:
+        yield found
+        found.engine.close()
+        found.engine.close()  # closing twice is closing
 
 
 @pytest.fixture
@@ -83,16 +95,17 @@ def test_there_are_as_many_replies_as_requests_and_in_their_order(engine: Engine
     assert ask(engine) == []
 
 
-def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_answered(engine: Engine) -> None:
-    cut = picture(1)[: len(picture(1)) // 2]
-    bad = [{"images": (b"",)}, {"schema": "{"}] + ([] if engine.model == "echo" else [{"images": (cut,)}, LONG])
+def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:
+    bad: list[dict[str, Any]] = [{"images": (b"",)}, {"schema": "{"}]
+    if opened.num_tokens is not None:
+        bad += [
+            {"images": (picture(1)[: len(picture(1)) // 2],)},
+            {"prompt": "Describe it, please. " * (opened.num_tokens // 10)},
+        ]
     requests = [part for n, change in enumerate(bad) for part in (request(n, **change), request(n))]
-    replies = ask(engine, *requests)
+    replies = ask(opened.engine, *requests)
     assert [reply.error is None for reply in replies] == [False, True] * len(bad)
     assert all(reply.text == "" and reply.attempt == 1 for reply in replies if reply.error)
-
-
-LONG: dict[str, Any] = {"prompt": "Describe it, please. " * 200}
 
 
 def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Engine) -> None:

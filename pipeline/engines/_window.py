@@ -280,6 +280,7 @@ class Loop:
     """An event loop in a thread of its own."""
 
     def __init__(self, name: str) -> None:
+        self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
@@ -293,14 +294,17 @@ class Loop:
         """Waits, in the caller's thread, for what is done on the loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def close(self) -> None:
-        """Cancels what is left and ends the thread. Idempotent."""
-        if self._loop.is_closed():
-            return
-        self.run(_cancel_all())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Does `last`, cancels what is left and ends the thread. Idempotent."""
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            if last is not None:
+                self.run(last())
+            self.run(_cancel_all())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
 
 async def _cancel_all() -> None:
