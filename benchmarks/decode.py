@@ -1,0 +1,174 @@
+"""What it costs to decode images out of harm's way: `ProbePool` against bare loops on the same number of processes.
+
+    python benchmarks/decode.py [--seconds 2] [--pairs 5] [--procs N]
+
+Three ways to check the same JPEGs, held in memory, by turns:
+  plain   a loop over Pillow's full decode and sha256: what one would write without thinking
+  probe   a loop over `pipeline.images.probe`, in processes that share nothing and that a bad file would end
+  pool    `ProbePool`, fed by one parent over pipes
+The last line is JSON. Shares by CPU time count all processes, the parent too, and hardly mind a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.decoders import ProbePool, num_cores
+from pipeline.images import probe
+
+SIZES = {"64 px": (64, 64), "224 px": (224, 224), "640 px": (640, 427), "12 MP": (4000, 3000)}
+
+
+def corpus(size: tuple[int, int]) -> list[bytes]:
+    """A dozen photographs of `size`, no two alike, so that no cache serves them all."""
+    import sklearn.datasets
+    from PIL import Image
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    files = []
+    for name in ("china.jpg", "flower.jpg"):
+        photograph = Image.open(folder / name)
+        for crop in range(6 if size[0] < 1000 else 1):
+            file = io.BytesIO()
+            photograph.crop((crop * 8, crop * 4, 600, 400)).resize(size).save(file, "JPEG", quality=85)
+            files.append(file.getvalue())
+    return files
+
+
+def plain(data: bytes) -> str:
+    from PIL import Image
+
+    Image.open(io.BytesIO(data)).load()
+    return hashlib.sha256(data).hexdigest()
+
+
+WAYS: dict[str, Callable[[bytes], object]] = {"plain": plain, "probe": probe}
+
+
+def bare(way: str, file: str, num_images: int) -> None:
+    """One of the bare loops' processes: waits for a line, then works through its images."""
+    lengths, data = json.loads(Path(file).with_suffix(".json").read_text()), Path(file).read_bytes()
+    files = [data[start : start + length] for start, length in lengths]
+    WAYS[way](files[0])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for one in islice(cycle(files), num_images):
+        WAYS[way](one)
+    print("done", flush=True)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds that `work` took in this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def bare_seconds(way: str, file: Path, num_images: int, procs: int) -> tuple[float, float]:
+    command = [sys.executable, __file__, "--bare", way, str(file), str(num_images // procs)]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(procs)
+    ]
+    for process in started:
+        process.stdout.readline()
+    used = sum(cpu_seconds(process.pid) for process in started)
+
+    def work() -> None:
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in started:
+            process.stdout.readline()
+
+    wall, _ = timed(work)
+    used = sum(cpu_seconds(process.pid) for process in started) - used
+    for process in started:
+        process.communicate()
+    return wall, used
+
+
+def pool_seconds(pool: ProbePool, files: list[bytes], num_images: int) -> tuple[float, float]:
+    pids = [worker._process.pid for worker in pool._workers if worker._process]
+    used = sum(map(cpu_seconds, pids))
+    wall, own = timed(lambda: sum(1 for _ in pool.map(islice(cycle(files), num_images))))
+    return wall, own + sum(map(cpu_seconds, pids)) - used
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a living process, from the clock that the scheduler keeps in nanoseconds."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder, ProbePool(num_procs=procs) as pool:
+        file = Path(folder) / "corpus"
+        file.write_bytes(b"".join(files))
+        starts = [sum(map(len, files[:i])) for i in range(len(files))]
+        file.with_suffix(".json").write_text(json.dumps(list(zip(starts, map(len, files), strict=True))))
+        for _ in pool.map(islice(cycle(files), 200 * procs)):
+            pass  # all processes are up
+        one = min(timed(lambda: [probe(data) for data in files])[0] for _ in range(5)) / len(files)
+        num_images = int(seconds / one + 1) * procs
+        took: dict[str, list[tuple[float, float]]] = {"plain": [], "probe": [], "pool": []}
+        for _ in range(pairs):
+            for way in WAYS:
+                took[way].append(bare_seconds(way, file, num_images, procs))
+            took["pool"].append(pool_seconds(pool, files, num_images))
+    rate = {way: num_images / statistics.median(wall for wall, _ in took[way]) for way in took}
+    cost = {way: statistics.median(cpu for _, cpu in took[way]) / num_images for way in took}
+    return {
+        "images": name,
+        "num_bytes": len(files[0]),
+        "num_images": num_images,
+        **{f"{way}_images_per_s": round(rate[way], 1) for way in took},
+        **{f"{way}_cpu_ms": round(cost[way] * 1e3, 4) for way in took},
+        "pool_per_plain": round(rate["pool"] / rate["plain"], 3),
+        "pool_per_probe": round(rate["pool"] / rate["probe"], 3),
+        "cpu_pool_per_plain": round(cost["plain"] / cost["pool"], 3),
+        "cpu_pool_per_probe": round(cost["probe"] / cost["pool"], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each loop, about")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--procs", type=int, default=num_cores())
+    parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.bare:
+        bare(args.bare[0], args.bare[1], int(args.bare[2]))
+        return
+    print(f"{args.procs} processes; images/s, medians of {args.pairs}; share = pool / loop, by wall and by CPU time")
+    print(
+        f"{'JPEGs':8} {'KB':>6} {'plain':>8} {'probe':>8} {'pool':>8}   {'share of plain':>16} {'share of probe':>16}"
+    )
+    rows = []
+    for name, size in SIZES.items():
+        row = measure(name, corpus(size), seconds=args.seconds, pairs=args.pairs, procs=args.procs)
+        rows.append(row)
+        print(
+            f"{name:8} {row['num_bytes'] / 1000:6.1f}"
+            + "".join(f" {row[f'{way}_images_per_s']:8.0f}" for way in ("plain", "probe", "pool"))
+            + f" {row['pool_per_plain']:8.2f} {row['cpu_pool_per_plain']:7.2f}"
+            + f" {row['pool_per_probe']:8.2f} {row['cpu_pool_per_probe']:7.2f}",
+            flush=True,
+        )
+    print(json.dumps({"benchmark": "decode", "procs": args.procs, "pairs": args.pairs, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""A probe that does what hostile files do to decoders, on command; `tests/test_decoders.py` gives it to the pool."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from pipeline import images
+
+
+def probe(data: bytes, *, limits: images.Limits) -> images.Probe:
+    if data.startswith(b"crash"):
+        ctypes.string_at(0)
+    if data.startswith(b"hang"):
+        ctypes.PyDLL(None).sleep(3600)  # like a C library: no Python runs meanwhile
+    if data.startswith(b"leave"):
+        os._exit(3)
+    if data.startswith(b"raise"):
+        raise ZeroDivisionError
+    return images.probe(data, limits=limits)
