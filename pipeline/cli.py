@@ -148,7 +148,7 @@ def sql(
     from pipeline import config, database
 
     with database.connect(config.load(run).folder) as connection:
-        database.show(database.select(connection, query), format, sys.stdout.buffer)
+        database.show(connection, query, format, sys.stdout.buffer)
 
 
 @app.command(epilog="Example: recap query yield --run runs/photos")
@@ -164,7 +164,7 @@ def query(
         print("\n".join(f"{title:12} {sentence}" for title, sentence in database.named_queries()))
         return
     with database.connect(config.load(run).folder) as connection:
-        database.show(database.select(connection, database.named_query(name)), format, sys.stdout.buffer)
+        database.show(connection, database.named_query(name), format, sys.stdout.buffer)
 
 
 def main() -> None:

@@ -151,14 +151,19 @@ def named_query(name: str) -> str:
     return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
 
 
-def show(result: duckdb.DuckDBPyConnection, format: str, out: IO[bytes]) -> None:
-    """Prints a result: a table for people, csv, json (one object a row, in a list) or parquet."""
+def show(connection: duckdb.DuckDBPyConnection, sql: str, format: str, out: IO[bytes]) -> None:
+    """Prints what a reading statement gives: a table for people, csv, json (a list of objects) or parquet.
+
+    Raises:
+        QueryError: it is no reading statement, or it fails.
+    """
+    result = select(connection, sql)
     if format == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with pa.BufferOutputStream() as buffer:
-            pq.write_table(result.to_arrow_table(), buffer)
+            pq.write_table(connection.sql(sql).to_arrow_table(), buffer)
             out.write(buffer.getvalue())
         return
     names = [column[0] for column in result.description or ()]

@@ -58,7 +58,7 @@ class Parts:
         """Puts all finished rows on disk."""
         if self._rows:
             path = self.folder / f"{self._prefix}-{uuid.uuid4().hex[:12]}.parquet"
-            tables.write(path, self._record, self._rows, self._recipe)
+            tables.write(path, self._record, self._rows, self._recipe, durable=False)
             self._own.append(path)
             self._rows = []
         self._since = time.monotonic()
@@ -83,7 +83,7 @@ class Parts:
 
 def leave_word(folder: Path, message: str) -> None:
     """Keeps why a shard failed, for `recap status`, until the shard succeeds."""
-    with tables.atomic(folder / "failed.json") as file:
+    with tables.atomic(folder / "failed.json", durable=False) as file:
         file.write(json.dumps({"message": message, "time": time.time()}).encode())
 
 

@@ -120,11 +120,28 @@ def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set
         names = database.names_in(sql, clause=clause)
     except QueryError as error:
         raise ConfigError(f"{run.file}: {field}", str(error)) from error
-    known = {*run.sections["score"], *columns(Caption), *columns(Image), "caption", "num_words"}
+    taken = {*columns(Caption), *columns(Image), "caption", "num_words"}
+    for score in run.sections["score"]:
+        if score in taken:
+            raise ConfigError(f"{run.file}: score.{score}", f"{score} is a column in SQL already; choose another name")
+    known = {*run.sections["score"], *taken}
     if unknown := sorted(names - known):
         message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
         raise ConfigError(f"{run.file}: {field}", message)
     return names & set(run.sections["score"])
+
+
+def check_binds(run: Run, field: str, query: str) -> None:
+    """Finds wrong types and functions before any shard is begun: the query is planned over empty tables.
+
+    Raises:
+        ConfigError: it cannot be planned.
+    """
+    with database.connect(run.folder, files="none.parquet") as connection:
+        try:
+            database.select(connection, f"EXPLAIN {query}")
+        except QueryError as error:
+            raise ConfigError(f"{run.file}: {field}", str(error)) from error
 
 
 def score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:

@@ -336,7 +336,8 @@ class Runner:
 
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
-        tables.write(path, Stat, [stat], tables.Recipe(stage="stats", name="", version=1, slice={}, inputs={}))
+        recipe = tables.Recipe(stage="stats", name="", version=1, slice={}, inputs={})
+        tables.write(path, Stat, [stat], recipe, durable=False)
 
     def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
         place = f"{p.title} {shard:05d}"

@@ -31,6 +31,9 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     file = folder / "run.toml"
     if file.exists():
         raise Refused(f"{file} exists; edit it, or `recap plan --run {folder}` to take in what the corpus grew by")
+    source = Path(sections["source"].get("path", "/nowhere"))
+    if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
+        raise Refused(f"{folder} lies in the corpus, {source}: the run's own files would be taken for images")
     folder.mkdir(parents=True, exist_ok=True)
     with tables.atomic(file) as out:
         out.write(render(sections).encode())
@@ -167,8 +170,8 @@ def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> di
         "source": dict(source),
         "engines.captioner": asked,
         "caption.dense": {"recipe": "dense", "engine": "captioner"},
-        "score.text": {"kind": "text"},
+        "score.form": {"kind": "text"},
         "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},
-        "filter": {"rules": {"well_formed": "text >= 0.8", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
+        "filter": {"rules": {"well_formed": "form >= 0.8", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
         "export": {},
     }

@@ -81,9 +81,9 @@ def read_stamp(path: Path) -> Stamp | None:
     return Stamp(**{**values, "recipe": Recipe(**values["recipe"])})
 
 
-def write(path: Path, record: type[R], rows: Iterable[R], recipe: Recipe) -> Stamp:
-    """Writes a whole table at once; see `Writer`."""
-    with atomic(path) as file, Writer(file, record, recipe) as writer:
+def write(path: Path, record: type[R], rows: Iterable[R], recipe: Recipe, *, durable: bool = True) -> Stamp:
+    """Writes a whole table at once; see `Writer` and `atomic`."""
+    with atomic(path, durable=durable) as file, Writer(file, record, recipe) as writer:
         for row in rows:
             writer.add(row)
     return writer.stamp
@@ -172,12 +172,13 @@ def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:
 
 
 @contextmanager
-def atomic(path: Path, *, work: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file that appears under `path` whole and on disk, or not at all.
 
     Args:
         path: the final name.
         work: the folder for the unfinished file, on the same file system; beside `path` by default.
+        durable: whether it must survive a power cut; without, it survives the end of this process.
     """
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
@@ -187,12 +188,14 @@ def atomic(path: Path, *, work: Path | None = None) -> Iterator[IO[bytes]]:
         with open(unfinished, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -88,7 +88,7 @@ class Meter:
         self._said = time.monotonic()
         seconds = max(self._said - self._start, 1e-9)
         rate = self.rows / seconds
-        unfinished = max(0, (self.num_rows or 0) - self.rows)
+        unfinished = max(0, (self.num_rows or 0) - self.rows) if self.shards < self.num_shards else 0
         left = f", {duration(unfinished / rate)} left" if unfinished and rate else ""
         say(
             f"{self.title}: shard {self.shards}/{self.num_shards}, {short(self.rows)} rows, "

@@ -13,8 +13,8 @@ from functools import partial
 from pipeline import database, plugins
 from pipeline.config import Run, key
 from pipeline.engine import Engine, Reply, Request
-from pipeline.errors import ConfigError, QueryError, UnknownName
-from pipeline.passes import Pass, scores_in
+from pipeline.errors import ConfigError, UnknownName
+from pipeline.passes import Pass, check_binds, scores_in
 from pipeline.records import Caption, Image, columns
 from pipeline.shard import Shard
 from stages import answers, recipes
@@ -208,19 +208,8 @@ def _scores(run: Run, name: str, config: Config) -> list[str]:
         raise ConfigError(f"{field}.of", plugins.unknown(config.of, others))
     if config.of is not None and not named:
         raise ConfigError(f"{field}.of", "says whose scores `where` means, but `where` names no score")
-    _check_binds(run, _query(config, named) or "", f"{field}.where")
+    check_binds(run, f"caption.{name}.where", _query(config, named) or "SELECT 1")
     return named
-
-
-def _check_binds(run: Run, query: str, field: str) -> None:
-    """Types and functions too, before any shard is begun: over empty tables."""
-    connection = database.connect(run.folder, files="none.parquet")
-    try:
-        database.select(connection, f"EXPLAIN {query}")
-    except QueryError as error:
-        raise ConfigError(field, str(error)) from error
-    finally:
-        connection.close()
 
 
 def _query(config: Config, scores: list[str]) -> str | None:

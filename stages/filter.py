@@ -13,7 +13,7 @@ from functools import partial
 from pipeline import config, database
 from pipeline.config import key
 from pipeline.engine import Engine
-from pipeline.passes import ORDER_BY, Pass, score_folders, scores_in
+from pipeline.passes import ORDER_BY, Pass, check_binds, score_folders, scores_in
 from pipeline.records import Caption, Image, Record, Verdict, columns
 from pipeline.shard import Shard
 
@@ -55,6 +55,8 @@ def passes(run: config.Run) -> Iterable[Pass]:
     named = {score for names in used.values() for score in names} | scores_in(
         run, "filter.choose", settings.choose, clause=ORDER_BY
     )
+    sql = query(settings, used, sorted(named), captions)
+    check_binds(run, "filter", sql)
     yield Pass(
         stage="filter",
         folder="verdict",
@@ -63,7 +65,7 @@ def passes(run: config.Run) -> Iterable[Pass]:
         slice={"rules": [[name, sql] for name, sql in settings.rules.items()], "choose": settings.choose},
         record=Verdict,
         max_error_share=1.0,
-        inputs=partial(inputs, sql=query(settings, used, sorted(named), captions)),
+        inputs=partial(inputs, sql=sql),
         work=work,
     )
 

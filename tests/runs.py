@@ -44,14 +44,14 @@ def corpus(folder: Path, kinds: Iterable[str], *, first: int = 0) -> Path:
     return folder
 
 
-def sections(source: Path, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def sections(photos: Path, /, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A run.toml with everything in it, on the echo engine; `a__b={...}` changes [a.b]."""
     made: dict[str, dict[str, Any]] = {
-        "source": {"kind": "folder", "path": str(source), "shard_size": 10},
+        "source": {"kind": "folder", "path": str(photos), "shard_size": 10},
         "engines.captioner": {"kind": "echo"},
         "engines.judge": {"kind": "echo"},
         "caption.dense": {"recipe": "dense", "engine": "captioner"},
-        "score.text": {"kind": "text"},
+        "score.form": {"kind": "text"},
         "score.judge": {"kind": "judge", "engine": "judge", "rubric": "dense"},
         "filter": {"rules": {"judged": "judge >= 0.4"}, "choose": "judge DESC"},
         "export": {},
