@@ -11,8 +11,6 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from stages.sentences import sentences
-
 GRAM = 4  # words that must come again in the same order to count as said before
 RUN = 24  # words said before in a row
 NUMBERED_RUN = 36  # the same with all numbers taken for one: panels and tables do count to ten
@@ -22,6 +20,7 @@ CHARACTERS = 50  # times one string of up to 12 characters without white space
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,'’-][^\W_]+)*")
 _STUTTER = re.compile(rf"(\S{{1,12}}?)\1{{{CHARACTERS - 1},}}")
+_ENDS = re.compile(r"[.!?…]+\s+|[。！？\n]+")
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
@@ -32,9 +31,10 @@ def loop_in(text: str) -> str:
 
 def _signs(text: str) -> Iterator[str]:
     words = words_of(text)
+    before = list(_said_before(words))
     yield _stutter(text)
-    yield _run(words, RUN)
-    yield _mostly_said_before(words)
+    yield _run(words, before, RUN)
+    yield _mostly_said_before(before)
     yield _sentences_again(text, len(words))
     yield _numbered(words)
 
@@ -60,29 +60,30 @@ def _said_before(words: Sequence[str]) -> Iterator[bool]:
             seen.add(gram)
 
 
-def _run(words: Sequence[str], limit: int) -> str:
+def _run(words: Sequence[str], before: Sequence[bool], limit: int) -> str:
     length = 0
-    for i, before in enumerate(_said_before(words)):
-        length = length + 1 if before else 0
+    for i, again in enumerate(before):
+        length = length + 1 if again else 0
         if length == limit:
             return f"{' '.join(words[i - 7 : i + 1])!r} goes on saying what was said before"
     return ""
 
 
-def _mostly_said_before(words: Sequence[str]) -> str:
-    again = sum(_said_before(words))
-    if len(words) < ENOUGH or again <= SHARE * len(words):
+def _mostly_said_before(before: Sequence[bool]) -> str:
+    again = sum(before)
+    if len(before) < ENOUGH or again <= SHARE * len(before):
         return ""
-    return f"{again} of its {len(words)} words only repeat what was said before"
+    return f"{again} of its {len(before)} words only repeat what was said before"
 
 
 def _sentences_again(text: str, num_words: int) -> str:
-    seen, num_again, example = set[tuple[str, ...]](), 0, ""
-    for sentence in sentences(text):
-        words = tuple(words_of(sentence))
-        if words in seen:
-            num_again, example = num_again + len(words), sentence
-        seen.add(words)
+    """Where exactly a sentence ends matters little here: a wrong end is wrong each time."""
+    seen, num_again, example = set[str](), 0, ""
+    for sentence in _ENDS.split(text.lower()):
+        plain = sentence.strip(" \t.!?")
+        if plain in seen:
+            num_again, example = num_again + len(words_of(plain)), plain
+        seen.add(plain)
     if num_again < SENTENCE_WORDS or num_again <= SENTENCE_SHARE * num_words:
         return ""
     return f"{example[:80]!r} is said again"
@@ -90,11 +91,9 @@ def _sentences_again(text: str, num_words: int) -> str:
 
 def _numbered(words: Sequence[str]) -> str:
     """Numbers beside each other are a row of numbers, which may be long: they are left as they are."""
-    masked = [
-        "#" if _NUMBER.fullmatch(word) and not _is_beside_number(words, i) else word for i, word in enumerate(words)
-    ]
-    return _run(masked, NUMBERED_RUN) if masked != words else ""
-
-
-def _is_beside_number(words: Sequence[str], i: int) -> bool:
-    return any(0 <= j < len(words) and _NUMBER.fullmatch(words[j]) is not None for j in (i - 1, i + 1))
+    is_number = [word[0].isdigit() and _NUMBER.fullmatch(word) is not None for word in words]
+    if not any(is_number):
+        return ""
+    beside = [a or b for a, b in zip([False, *is_number], [*is_number[1:], False], strict=False)]
+    masked = ["#" if own and not other else word for word, own, other in zip(words, is_number, beside, strict=True)]
+    return _run(masked, list(_said_before(masked)), NUMBERED_RUN)

@@ -149,7 +149,7 @@ def test_a_request_that_fails_is_an_error(dense: Rubric) -> None:
     assert (mark.value, mark.status, mark.error) == (None, "error", "too many tokens")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.randoms(use_true_random=False), st.data())
 def test_the_order_of_the_criteria_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, random: Random, data: st.DataObject
@@ -327,7 +327,7 @@ found = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(found, st.sampled_from(["text", "judge"]))
 def test_every_usable_caption_leaves_a_score(
     tmp_path_factory: pytest.TempPathFactory, found: list[tuple[bool, list[str]]], kind: str

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.config import Section, key
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnknownName
 from stages import flags, schemas
 from stages.answers import Form
 from stages.asking import Drawing, check_fields, fenced, fields_in, fill, hash_of
@@ -111,7 +111,7 @@ def load(name: str, *, run: Path | None) -> Recipe:
     """The recipe called `name`, the run's own before the ones that ship.
 
     Raises:
-        UnknownName: there is no such recipe, or its flags are not there.
+        UnknownName: there is no such recipe.
         ConfigError: something in it is wrong.
     """
     file = Path(f"recipes/{name}.toml")
@@ -120,7 +120,10 @@ def load(name: str, *, run: Path | None) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error
     words = Section(values, file=file, field="").parse(Words)
-    return Recipe(words=words, flags=flags.load(words.flags, run=run))
+    try:
+        return Recipe(words=words, flags=flags.load(words.flags, run=run))
+    except UnknownName as error:
+        raise ConfigError(f"{file}: flags", str(error)) from error
 
 
 def _said(value: Any) -> str:
