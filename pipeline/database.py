@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -58,15 +59,8 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyCo
     Raises:
         QueryError: it is none, or it fails.
     """
-    import duckdb
-
-    try:
-        statements = connection.extract_statements(sql)
-        if [s.type for s in statements] not in ([duckdb.StatementType.SELECT], [duckdb.StatementType.EXPLAIN]):
-            raise QueryError("only one reading statement is allowed: SELECT, FROM, DESCRIBE, SUMMARIZE, EXPLAIN")
-        return connection.execute(statements[0])
-    except duckdb.Error as error:
-        raise QueryError(str(error)) from error
+    with _users_errors():
+        return connection.execute(_reading(connection, sql))
 
 
 def rows(connection: duckdb.DuckDBPyConnection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
@@ -100,6 +94,26 @@ def names_in(expression: str, *, clause: str) -> set[str]:
 
 def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _reading(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    import duckdb
+
+    statements = connection.extract_statements(sql)
+    if [s.type for s in statements] not in ([duckdb.StatementType.SELECT], [duckdb.StatementType.EXPLAIN]):
+        raise QueryError("only one reading statement is allowed: SELECT, FROM, DESCRIBE, SUMMARIZE, EXPLAIN")
+    return statements[0]
+
+
+@contextmanager
+def _users_errors() -> Iterator[None]:
+    """What DuckDB says against a statement is its author's error, not ours."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise QueryError(str(error)) from error
 
 
 def _columns(node: Any) -> Iterator[str]:
@@ -157,15 +171,15 @@ def show(connection: duckdb.DuckDBPyConnection, sql: str, format: str, out: IO[b
     Raises:
         QueryError: it is no reading statement, or it fails.
     """
-    result = select(connection, sql)
     if format == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pa.BufferOutputStream() as buffer:
-            pq.write_table(connection.sql(sql).to_arrow_table(), buffer)
+        with _users_errors(), pa.BufferOutputStream() as buffer:
+            pq.write_table(connection.sql(_reading(connection, sql)).to_arrow_table(), buffer)
             out.write(buffer.getvalue())
         return
+    result = select(connection, sql)
     names = [column[0] for column in result.description or ()]
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     PRINTERS[format](names, result.fetchall(), text)
