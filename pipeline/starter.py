@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from pipeline import plugins, tables
 from pipeline.config import Corpus, Run, describe, load
-from pipeline.errors import Refused, UserError
+from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.plan import freeze
 
 WIDTH = 110
@@ -54,6 +54,8 @@ def plan(run: Run) -> tuple[int, int]:
     path = run.folder / "plan.parquet"
     try:
         before, after = freeze(path, run.source.module.pieces(run.source.config), shard_size=run.corpus.shard_size)
+    except ConfigError as error:  # it names its field
+        raise UserError(f"{run.file}: {error}") from error
     except ValueError as error:
         raise UserError(f"{run.file}: source: {error}") from error
     if after == 0:

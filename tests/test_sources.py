@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -446,6 +447,12 @@ class TestParquet:
         with pytest.raises(ConfigError, match=message):
             self.read(file, **keys)
 
+    def test_what_stands_beside_the_schema_is_not_trusted(self, tmp_path: Path) -> None:
+        for name, about in (("a", b'{"info": [1]}'), ("b", b"{"), ("c", b'{"info": {"features": {"text": 1}}}')):
+            table = pa.table({"jpg": [b"1"], "text": ["words"]}).replace_schema_metadata({b"huggingface": about})
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert [(raw.data, raw.alt_text) for raw in self.read(tmp_path)] == [(b"1", "words")] * 3
+
     def test_reads_over_fsspec(self, tmp_path: Path) -> None:
         import fsspec
 
@@ -513,6 +520,14 @@ class TestImg2dataset:
             "y": "img2dataset says success, but the tar has no such sample",
         }
         assert raws[-1].alt_text == samples(7)[5][2]
+
+    def test_samples_of_one_name_are_both_rows(self, tmp_path: Path) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 3)
+        with tarfile.open(tmp_path / "corpus/00000.tar", "a") as tar:
+            tar.add(tmp_path / "corpus/00000_stats.json", "0000.jpg")
+        raws = read_all(img2dataset, config)
+        assert [(raw.source_key, raw.data) for raw in raws[3:]] == [("0000", b"{}")]
+        assert len(raws) == 4
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
     def test_without_its_parquet_the_tar_is_read_and_the_loss_is_told(self, tmp_path: Path, damage: Any) -> None:

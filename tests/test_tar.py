@@ -130,9 +130,16 @@ class TestSamples:
     def test_words_come_from_texts_then_from_json(self, tmp_path: Path) -> None:
         said = b'{"caption": "json", "url": "http://x", "deep": {"nan": NaN}}'
         members = {"a.jpg": b"1", "a.txt": b"text\n", "a.json": said, "b.jpg": b"2", "b.json": said, "c.jpg": b"3"}
-        members |= {"c.json": b"[" * 100_000, "d.jpg": b"4", "d.re.txt": b"re", "d.json": b'{"bad": "\\ud800"}'}
+        members |= {
+            "c.json": b"[" * 100_000,
+            "e.jpg": b"5",
+            "e.json": b"[" * 65 + b"]" * 65,
+            "d.jpg": b"4",
+            "d.re.txt": b"re",
+            "d.json": b'{"bad": "\\ud800"}',
+        }
         (tmp_path / "a.tar").write_bytes(make_tar(members))
-        a, b, c, d = read(tmp_path)
+        a, b, c, e, d = read(tmp_path)
         assert (a.alt_text, a.metadata) == (
             "text",
             '{"caption": "json", "url": "http://x", "deep": {"nan": null}}',
@@ -140,9 +147,10 @@ class TestSamples:
         assert (b.alt_text, b.metadata) == ("json", '{"url": "http://x", "deep": {"nan": null}}')
         assert c.alt_text is None
         assert c.metadata == '{"json": "' + "[" * 100_000 + '"}'
+        assert e.metadata == '{"json": "' + "[" * 65 + "]" * 65 + '"}'
         assert (d.alt_text, d.metadata) == (None, '{"bad": "\ufffd"}')
-        assert [raw.alt_text for raw in read(tmp_path, alt_text="re.txt")] == [None, None, None, "re"]
-        assert [raw.alt_text for raw in read(tmp_path, alt_text="url")] == ["http://x", "http://x", None, None]
+        assert [raw.alt_text for raw in read(tmp_path, alt_text="re.txt")] == [None, None, None, None, "re"]
+        assert [raw.alt_text for raw in read(tmp_path, alt_text="url")] == ["http://x", "http://x", None, None, None]
 
     def test_have_the_image_that_is_asked_for(self, tmp_path: Path) -> None:
         members = {"a.seg.png": b"mask", "a.jpg": b"photo", "b.jpg": b"photo", "c.cls": b"1"}
@@ -236,7 +244,7 @@ class TestStaging:
 
     @pytest.mark.parametrize("ending", PACKERS)
     def test_yields_what_a_broken_archive_has_and_says_what_is_wrong(self, tmp_path: Path, ending: str) -> None:
-        packed = PACKERS[ending](make_tar({f"{n}.jpg": bytes(range(n, 256)) * 3000 for n in range(9)}))
+        packed = PACKERS[ending](make_tar({f"{n}.jpg": bytes(range(n, 256)) * 300 for n in range(9)}))
         (tmp_path / f"a.tar.{ending}").write_bytes(packed[: len(packed) * 2 // 3])
         *_, last = read(tmp_path)
         assert last.data is None

@@ -69,8 +69,10 @@ def _image(schema: pa.Schema) -> str:
 
 def _features(schema: pa.Schema) -> list[str]:
     """The columns that `datasets` wrote as images: it says so beside the schema."""
-    about = _common.from_json((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
+    found: Any = _common.from_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for name in ("info", "features"):
+        found = found.get(name) if isinstance(found, dict) else None
+    features = found if isinstance(found, dict) else {}
     return [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Image"]
 
 

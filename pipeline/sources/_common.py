@@ -22,6 +22,7 @@ TEXTS = ("txt", "caption")  # extensions of a text about the image beside it
 ALT_TEXTS = ("caption", "text", "TEXT", "txt")  # columns and JSON keys
 MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, for it is held in memory
 MAX_TEXT_BYTES = 1 << 24  # of one text or JSON file
+MAX_LEVELS = 64  # of JSON: deeper than anybody means, and less deep than other readers bear
 MAX_HEX_BYTES = 64  # binary values up to this (hashes, ids) are kept as hex; longer ones are no metadata
 ALT_TEXT_HELP = "the column or key that holds the alt text; empty: caption, text, TEXT or txt, the first there is"
 
@@ -66,13 +67,19 @@ def text(data: bytes) -> str:
 
 
 def from_json(data: bytes) -> dict[str, Any]:
-    """The object in a JSON file. What is no object, or no JSON, is kept under the name "json"."""
+    """The object in a JSON file. What is no object is kept under the name "json"; what cannot be read, as text."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
-        to_json({"json": value})
     except (ValueError, RecursionError):
         return {"json": text(data)}
+    if not _is_shallow(value):
+        return {"json": text(data)}
     return value if isinstance(value, dict) else {"json": value}
+
+
+def _is_shallow(value: Any, levels: int = MAX_LEVELS) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
 def to_json(fields: Mapping[str, Any]) -> str:

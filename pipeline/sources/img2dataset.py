@@ -25,7 +25,7 @@ class Config:
     path: str = key(help="img2dataset's output folder, its output_format webdataset", stamp=False, locate="path")
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
-    max_tar_bytes: int = key(1 << 37, _tars.MAX_TAR_HELP, least=1)
+    max_tar_bytes: int = key(10**11, _tars.MAX_TAR_HELP, least=1)
 
 
 def pieces(config: Config) -> Iterator[Piece]:
@@ -52,7 +52,8 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
 
 
 def _raws(piece: Piece, tar: _tars.Tar, column: str) -> Iterator[Raw]:
-    samples = {sample.key: sample for sample in tar.samples()}
+    samples: dict[str, _tars.Sample] = {}
+    doubles = [sample for sample in tar.samples() if samples.setdefault(sample.key, sample) is not sample]
     unknown = None
     try:
         for row in _rows(piece):
@@ -61,7 +62,7 @@ def _raws(piece: Piece, tar: _tars.Tar, column: str) -> Iterator[Raw]:
             yield _common.describe(raw, row, column=column)
     except (_parquet.Broken, FileNotFoundError) as error:
         unknown = f"which downloads failed is not known: {error}"
-    yield from (tar.raw(sample, column=column) for sample in samples.values())
+    yield from (tar.raw(sample, column=column) for sample in (*samples.values(), *doubles))
     if unknown:
         yield Raw(source_key=_table_of(piece).rpartition("/")[2], data=None, error=unknown)
 

@@ -24,7 +24,7 @@ class Config:
     image: str = key("", "the extension of the image where a sample has several; empty: the first that is an image's")
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
-    max_tar_bytes: int = key(1 << 37, _tars.MAX_TAR_HELP, least=1)
+    max_tar_bytes: int = key(10**11, _tars.MAX_TAR_HELP, least=1)
 
 
 def pieces(config: Config) -> Iterator[Piece]:
