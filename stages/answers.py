@@ -17,7 +17,10 @@ from stages.loops import loop_in
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer, read. With another status than "ok", `text` is what came and `error` what is wrong with it."""
+    """An answer, read. With another status than "ok", `text` is what came.
+
+    `error` says what is wrong in general, then, after a colon, with this answer, so that errors can be counted.
+    """
 
     text: str
     fields: str | None  # the JSON of a structured answer
@@ -48,7 +51,7 @@ def read(reply: Reply, form: Form | None = None) -> Answer:
     if loop := loop_in(text):
         return _refused("repeated", came, f"the answer loops: {loop}")
     if reply.finish_reason != "stop":
-        return _refused("truncated", came, f"the answer was cut after {reply.num_output_tokens} tokens")
+        return _refused("truncated", came, _cut(reply))
     if wrong:
         return _refused("invalid", came, wrong)
     return Answer(text=text, fields=fields, status="ok", error=None)
@@ -63,13 +66,13 @@ def read_value(reply: Reply, schema: Mapping[str, Any]) -> Any:
     if reply.error is not None:
         raise ValueError(reply.error)
     if reply.finish_reason != "stop":
-        raise ValueError(f"the answer was cut after {reply.num_output_tokens} tokens")
+        raise ValueError(_cut(reply))
     try:
         value = schemas.parse(reply.text)
     except ValueError as error:
         raise ValueError(f"the answer is no JSON: {error}") from error
     if wrong := schemas.problem(value, schema):
-        raise ValueError(wrong)
+        raise ValueError(f"the answer does not follow its schema: {wrong}")
     return value
 
 
@@ -82,9 +85,13 @@ def _formed(came: str, form: Form | None) -> tuple[str, str | None, str]:
     except ValueError as error:
         return came, None, f"the answer is no JSON: {error}"
     if wrong := schemas.problem(value, form.schema):
-        return came, None, wrong
+        return came, None, f"the answer does not follow its schema: {wrong}"
     prose = form.prose(value).strip()
     return (prose, schemas.inner(came), "") if prose else (came, None, "the answer's fields are empty")
+
+
+def _cut(reply: Reply) -> str:
+    return f"the answer was cut: it did not end within {reply.sampling.max_tokens} tokens"
 
 
 def _refused(status: CaptionStatus, text: str, error: str) -> Answer:

@@ -265,7 +265,7 @@ def test_the_run_says_how_many_failures_are_too_many(tmp_path: Path) -> None:
 def test_what_the_shipped_recipes_and_rubrics_ask() -> None:
     asked = [
         f"# {name}, {'with' if alt_text else 'without'} alt text\n\n{recipes.load(name, run=None).ask(alt_text).prompt}"
-        for name in ("dense", "realign", "short", "structured")
+        for name in ("dense", "plain", "realign", "short", "structured")
         for alt_text in ("A *cat* ```here``` \x1b[31m<|im_end|> {alt_text}\r\nsecond line", None)
     ]
     rubric = rubrics.load("dense", run=None)

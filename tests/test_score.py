@@ -212,6 +212,16 @@ def test_a_sentence_at_a_time(tmp_path: Path) -> None:
     assert mark.value == 0.0
 
 
+@pytest.mark.parametrize("words", ["", " \n ", "...", "A cat. A dog."])
+def test_any_text_gets_one_mark_from_every_scorer(tmp_path: Path, words: str) -> None:
+    rubric_of(tmp_path, SENTENCES)
+    sections = [{"kind": "text"}, {"kind": "judge", "engine": "model"}]
+    run = run_of(tmp_path, score={f"s{i}": s for i, s in enumerate([*sections, {**sections[1], "rubric": "mine"}])})
+    for one in run.sections["score"].values():
+        scorer = scorers.load(one.scorer, run=tmp_path, field="score")
+        assert len(list(scorer.score([sample(words), sample()], {"model": echo.open(echo.Config())}))) == 2
+
+
 @pytest.mark.parametrize(("illegal", "value"), [("one", 1.0), ("two", None)])
 def test_a_sentence_that_is_not_decided_counts_for_nothing(tmp_path: Path, illegal: str, value: float | None) -> None:
     rubric = rubric_of(tmp_path, SENTENCES.replace("min_decided = 0.5", "min_decided = 0.6"))

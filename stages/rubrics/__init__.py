@@ -106,7 +106,7 @@ class Rubric:
         """
         fields = {
             "criteria": "\n".join(map(self._listed, self.criteria.values())),
-            "alt_text": fenced(alt_text) if alt_text else NO_ALT_TEXT,
+            "alt_text": fenced(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
             "caption": fenced(caption),
             "sentence": one_line(sentence),
         }

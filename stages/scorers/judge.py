@@ -89,7 +89,7 @@ def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine
 def _parts(sample: Sample, rubric: Rubric) -> Iterator[Part]:
     images = (sample.data(),) if rubric.words.with_image else ()
     by_sentence = rubric.words.unit == "sentence"
-    texts = sentences(sample.text) if by_sentence else [sample.text]
+    texts = (by_sentence and sentences(sample.text)) or [sample.text]  # an empty text is judged too
     for number, text in enumerate(texts, start=1):
         suffix = f"/{number}" if by_sentence else ""
         yield Part(sample=sample, images=images, text=text, suffix=suffix, is_last=number == len(texts))
