@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -23,6 +23,7 @@ from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownName
 
 T = TypeVar("T")
+STAGES = ("ingest", "caption", "rubric", "score", "filter", "export", "train")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -237,8 +238,7 @@ def load(folder: Path) -> Run:
 def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     """A run.toml already read; see `load`."""
     top = Section(values, file=file, field="")
-    stages = plugins.available("stages")
-    sections = [name for name in stages if hasattr(_stage(name), "passes") and hasattr(_stage(name), "Config")]
+    sections = [name for name in stages_of(values) if hasattr(plugins.load("stages", name), "Config")]
     top.refuse_unknown(["seed", "max_error_share", "source", "engines", "slurm", *sections])
     if "source" not in values:
         raise top.error("source", "is missing; write [source] with a kind and a path")
@@ -264,12 +264,22 @@ class _Top:
     )
 
 
-def _stage(name: str) -> ModuleType:
-    return plugins.load("stages", name)
+def stages_of(sections: Iterable[str]) -> list[str]:
+    """The stages that ship, in their usual order, and those of the user's own that have a section.
+
+    No other module of stages/ is imported: `recap status` ought to be quick.
+    """
+    there = plugins.available("stages")
+    own = [name for name in sections if name in there and name not in STAGES and _is_stage(name)]
+    return [name for name in STAGES if name in there] + own
+
+
+def _is_stage(name: str) -> bool:
+    return hasattr(plugins.load("stages", name), "passes")
 
 
 def _sections(top: Section, stage: str) -> dict[str, Any]:
-    module = _stage(stage)
+    module = plugins.load("stages", stage)
     read = getattr(module, "read_section", lambda section: section.parse(module.Config))
     if getattr(module, "NAMED", False):
         return {name: read(section) for name, section in top.sub(stage).named().items()}

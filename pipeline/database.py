@@ -18,6 +18,7 @@ from pipeline.records import Caption, Exported, Image, Planned, Record, Score, S
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Score, Verdict, Stat, Exported)
 MAX_CELL = 100  # characters of a value in a table for people
@@ -138,8 +139,18 @@ def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
             raise
         name = re.split(r"\W+", statement)[2]
         record = next(r for r in RECORDS if r.table == name)
-        connection.register(f"no_{name}", schema(record).empty_table())
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM no_{name}")
+        nothing = ", ".join(f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in schema(record))
+        connection.execute(f"CREATE VIEW {name} AS SELECT {nothing} WHERE false")
+
+
+def _sql_type(type: pa.DataType) -> str:
+    import pyarrow as pa
+
+    if pa.types.is_list(type):
+        return f"{_sql_type(type.value_type)}[]"
+    if pa.types.is_struct(type):
+        return f"STRUCT({', '.join(f'{identifier(field.name)} {_sql_type(field.type)}' for field in type)})"
+    return {"string": "VARCHAR", "int64": "BIGINT", "double": "DOUBLE", "bool": "BOOLEAN"}[str(type)]
 
 
 def literal(text: str) -> str:

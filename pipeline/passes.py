@@ -17,7 +17,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline import database, plugins
-from pipeline.config import Run
+from pipeline.config import Run, stages_of
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, QueryError, UnknownName
 from pipeline.records import Caption, Image, Record, columns
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
-ORDER = ("ingest", "caption", "rubric", "score", "filter", "export")  # ties are broken this way
 CONDITION, ORDER_BY = "SELECT ({})", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
 ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs
 
@@ -77,8 +76,7 @@ def all_passes(run: Run) -> list[Pass]:
     Raises:
         ConfigError: a pass reads what no pass makes, or two passes wait for each other.
     """
-    others = [name for name in plugins.available("stages") if name not in ORDER]
-    passes = [p for stage in (*ORDER, *others) for p in _passes(stage, run)]
+    passes = [p for stage in stages_of(run.sections) for p in _passes(stage, run)]
     makers = {p.folder: p for p in passes}
     for p in passes:
         for folder in p.reads:
@@ -152,8 +150,6 @@ def score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:
 
 
 def _passes(stage: str, run: Run) -> Iterable[Pass]:
-    if stage not in plugins.available("stages"):
-        return ()
     module = plugins.load("stages", stage)
     found: Iterable[Pass] = module.passes(run) if hasattr(module, "passes") else ()
     return found
