@@ -88,7 +88,7 @@ def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
     except _Refused as refused:
         return found.probe(refused.status, str(refused))
     except MemoryError:
-        return found.probe("unreadable", f"a {found.format} image that needs more memory than there is")
+        return found.probe("unreadable", f"a {found.format} file that needs more memory than decoding may take")
     except BROKEN as error:
         return found.probe("unreadable", _sentence(found.format, error))
     return found.probe("ok", None)
@@ -132,6 +132,7 @@ def _check(found: _Found, limits: Limits) -> None:
     found.size = _displayed(header, found.orientation, found.format)
     _refuse_size(found.size, limits)
     if found.format == "JPEG":
+        _refuse_emptiness(found.size, len(found.data))
         image.draft(None, (1, 1))
     _load(image)
     if found.format == "PNG":  # its EXIF may stand behind the pixels
@@ -146,6 +147,13 @@ def _refuse_size(size: tuple[int, int], limits: Limits) -> None:
         raise _Refused("too_small", f"{width}x{height} is too small; the least side is {limits.min_side}")
     if width * height > limits.max_pixels:
         raise _Refused("too_large", f"{width}x{height} is {width * height} pixels; the most is {limits.max_pixels}")
+
+
+def _refuse_emptiness(size: tuple[int, int], num_bytes: int) -> None:
+    """libjpeg fills with grey what the data does not reach; but 8x8 pixels take at least one bit."""
+    width, height = size
+    if width * height > 64 * 8 * num_bytes:
+        raise _Refused("unreadable", f"a JPEG file of {num_bytes} bytes cannot hold the {width}x{height} it claims")
 
 
 def _format(data: bytes) -> str:
@@ -183,7 +191,7 @@ def _bombs_refused() -> Iterator[None]:
 def _sentence(name: str | None, error: Exception) -> str:
     words = " ".join(str(error).split())[:200]
     told = isinstance(error, OSError | SyntaxError | ValueError) and words
-    return f"a corrupt {name} file: {words if told else f'{type(error).__name__} {words}'.strip()}"
+    return f"a {name} file that cannot be read: {words if told else f'{type(error).__name__} {words}'.strip()}"
 
 
 def _orientation(image: ImageFile) -> int:
