@@ -1,0 +1,202 @@
+"""Decides what a new small vision-language model is: a Qwen2.5-VL of a few million parameters, and its way on a CPU.
+
+Its folder loads in transformers and vLLM unchanged: architecture, tokenizer, processor and chat template are ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from pipeline.sources.scenes import scene
+from stages.claims import facts, verbalise
+from stages.teachers import answer, caption, statement
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+PATCH, MERGE = 8, 2
+CELL = PATCH * MERGE  # pixels of an image token's side
+MIN_PIXELS, MAX_PIXELS = 4096, 10240  # a picture is scaled to so many
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+NUM_WORDS = 1024  # tokens, with the special ones and the 256 bytes
+# What is one token where it can be: the fixed parts of a verdict, a word with the space before it, a digit, the rest.
+SPLIT = r'\{"reason": "|", "verdict": "|"\}| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+'
+ENGLISH = """
+Describe the picture. Name everything in this image. Does the sentence hold? Is this true of the picture? Answer with
+JSON: first a short reason, then the verdict, yes or no. Caption: Sentence: Question: statement about what can be seen.
+You are a careful judge of image captions. Look at the image and decide. Reply only with JSON. One of: unknown.
+"""
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def create(folder: Path, *, seed: int = 0, **shape: int) -> None:
+    """Writes an untrained model with its tokenizer, processor and chat template. `shape`: see `config`."""
+    import torch
+
+    processor = new_processor()
+    torch.manual_seed(seed)
+    model = new_model(processor, **shape)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def new_model(processor: Qwen2_5_VLProcessor, **shape: int) -> Qwen2_5_VLForConditionalGeneration:
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    architecture = config(len(tokenizer), **shape)
+    architecture.image_token_id, architecture.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+    architecture.vision_start_token_id, architecture.vision_end_token_id = (
+        ids["<|vision_start|>"],
+        ids["<|vision_end|>"],
+    )
+    text = architecture.text_config
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = None, ids["<|im_end|>"], ids["<|endoftext|>"]
+    model = Qwen2_5_VLForConditionalGeneration(architecture)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    return model
+
+
+def new_processor() -> Qwen2_5_VLProcessor:
+    """A byte-level tokenizer whose merges come from the scenes world, so that its words are single tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_WORDS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(name, special=True) for name in SPECIAL],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=2048,
+        extra_special_tokens=list(SPECIAL[3:]),
+    )
+    pixels = {
+        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+    }
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=fast,
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+        chat_template=TEMPLATE,
+    )
+
+
+def _texts() -> Iterator[str]:
+    """What the tokenizer is made from: captions, statements and verdicts of a few scenes, and words of prompts."""
+    rng = Random(0)
+    for index in range(400):
+        shown = scene(0, index)
+        yield verbalise(facts(shown), rng)
+        yield caption("hasty", shown, 0)
+        sentence = statement(shown, rng)
+        reason, true = answer(sentence, shown)
+        yield f'{sentence}\n{{"reason": "{reason}", "verdict": "{"yes" if true else "no"}"}}'
+    for _ in range(5):
+        yield ENGLISH
+
+
+def config(
+    vocab_size: int, *, hidden: int = 192, layers: int = 4, vision_hidden: int = 128, vision_layers: int = 4
+) -> Qwen2_5_VLConfig:
+    """The architecture. Heads have 32 dimensions, the smallest that vLLM's kernels know."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {
+        "vocab_size": vocab_size,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": vision_layers,
+        "hidden_size": vision_hidden,
+        "intermediate_size": vision_hidden * 2,
+        "num_heads": vision_hidden // 32,
+        "out_hidden_size": hidden,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "window_size": 8192,  # every image is one window
+        "fullatt_block_indexes": list(range(vision_layers)),
+    }
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+def vision_attention(
+    self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None, **_: Any
+) -> torch.Tensor:
+    """Qwen2_5_VLVisionAttention.forward for images of one size, as one product instead of one per image."""
+    import torch
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
+
+    num_images, rows = cu_seqlens.numel() - 1, hidden_states.shape[0]
+    parts = self.qkv(hidden_states).reshape(num_images, rows // num_images, 3, self.num_heads, -1)
+    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    cos, sin = (p.view(num_images, 1, rows // num_images, -1).to(q.dtype) for p in position_embeddings)
+    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    weights = torch.softmax(torch.matmul(q * self.scaling, k.transpose(2, 3)), -1)
+    mixed: torch.Tensor = self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(rows, -1))
+    return mixed
+
+
+def text_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as plain products: on a CPU the backward pass of the fused kernel takes half of a training step."""
+    import torch
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv
+
+    key, value = (repeat_kv(part, module.num_key_value_groups) for part in (key, value))
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    return torch.matmul(torch.softmax(weights, -1), value).transpose(1, 2).contiguous(), None
