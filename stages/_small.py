@@ -159,10 +159,32 @@ def config(
         "out_hidden_size": hidden,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
-        "window_size": 8192,  # every image is one window
+        "window_size": 256,  # pixels; every layer looks at the whole image all the same
         "fullatt_block_indexes": list(range(vision_layers)),
     }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+def quicken(model: Any) -> None:
+    """Makes training on a CPU about twice as fast: plain products in the place of kernels that a CPU is slow at.
+
+    The numbers stay those of the model's own code, and so does what is saved.
+    """
+    import torch
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
+
+    code.Qwen2_5_VLVisionAttention.forward = vision_attention
+    code.eager_attention_forward = text_attention
+    code.Qwen2_5_VisionPatchEmbed.forward = embed_patches
+    model.set_attn_implementation("eager")
+    for block in model.model.visual.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def embed_patches(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Qwen2_5_VisionPatchEmbed.forward without a convolution: a patch is as large as the kernel."""
+    weight = self.proj.weight
+    return hidden_states.to(weight.dtype) @ weight.view(weight.shape[0], -1).T
 
 
 def vision_attention(
