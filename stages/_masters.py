@@ -14,7 +14,7 @@ from torch import nn
 SMALLEST = 60  # a matrix with a shorter side, an embedding and every vector are AdamW's
 
 
-class Masters(torch.optim.Optimizer):
+class Masters(torch.optim.Optimizer):  # type: ignore[misc]
     """AdamW and Muon in one, so that one schedule and one file of state serve both."""
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.01, muon: float = 16.0) -> None:
@@ -29,8 +29,8 @@ class Masters(torch.optim.Optimizer):
             groups.append({"params": matrices, "lr": lr * muon, "kind": "muon"})
         super().__init__(groups, {"weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         for group in self.param_groups:
             move = _muon if group["kind"] == "muon" else _adamw

@@ -44,7 +44,7 @@ def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtyp
     return answers.reshape(-1, len(NUM_ANSWERS))
 
 
-class Reader(nn.Module):
+class Reader(nn.Module):  # type: ignore[misc]
     """Reads the answers off the image tokens of a vision tower, linearly; it is thrown away after training."""
 
     def __init__(self, visual: nn.Module, hidden: int) -> None:

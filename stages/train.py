@@ -9,17 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config import key
+from pipeline import images, tables
+from pipeline.config import Run, key, stamped
+from pipeline.engine import Request
+from pipeline.engines import _prompt
+from pipeline.records import Caption, Image
+from stages import recipes
 
 if TYPE_CHECKING:
     import datasets
     import torch
 
 IGNORED = -100  # a label that is not learnt
+VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,7 @@ class Config:
     model: str = key("new", "a model's folder or name on the Hub; new: a small Qwen2.5-VL, untrained", locate="model")
     output: str = key("model", "the folder in the run that the trained model is written to", stamp=False)
     captions: tuple[str, ...] = key(("main",), "caption passes whose texts, or whose scores, are learnt")
+    recipe: str = key("", "what the model is asked; empty: what the captions' own pass asked")
     scores: str = key("", "a score pass by a judge: its verdicts are learnt; empty: the captions' texts are")
     turns: int = key(1, "questions about one image in one lesson", least=1)
     regions: float = key(0.0, "weight of naming what lies under each image token (labelled scenes only)", least=0)
@@ -43,9 +51,12 @@ class Config:
     optimizer: Literal["adamw", "masters"] = key(
         "adamw", "masters: weights in 16 bits stepped on 32-bit copies, matrices by Muon: for small models on a CPU"
     )
+    muon: float = key(16.0, "its learning rate over the others' (masters only); 0: matrices by AdamW too", least=0)
+    freeze_vision: bool = key(False, "leave the vision tower as it is")
     precision: Literal["float32", "bfloat16"] = key("float32", "of the computation")
     eval_images: int = key(256, "images held out of training, to measure on", least=0)
     eval_steps: int = key(100, "steps between measurements", least=1, stamp=False)
+    log_steps: int = key(20, "steps between points of the curve", least=1, stamp=False)
     save_steps: int = key(100, "steps between checkpoints", least=1, stamp=False)
     seed: int = key(0, "of the order of lessons and of new weights", least=0)
     num_workers: int = key(1, "processes that prepare lessons", least=0, stamp=False)
@@ -56,6 +67,7 @@ class Lesson:
     """An image with questions about it and their answers."""
 
     source_key: str
+    sha256: str
     file: str  # the tar that holds the image
     offset: int
     num_bytes: int
@@ -71,6 +83,7 @@ class Collator:
 
     def __init__(self, processor: Any, *, folder: Path, regions: bool = False) -> None:
         self._processor, self._folder, self._regions = processor, folder, regions
+        self._rule = _prompt.PixelRule.of(processor, max_pixels=_prompt.MAX_PIXELS)
 
     def __call__(self, lessons: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -94,11 +107,11 @@ class Collator:
         return batch
 
     def picture(self, lesson: Mapping[str, Any]) -> Any:
-        import io
-
-        from PIL import Image
-
-        return Image.open(io.BytesIO(self.data(lesson))).convert("RGB")
+        """As the engines show it."""
+        rule = self._rule
+        return images.pixels(
+            self.data(lesson), max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
+        )
 
     def data(self, lesson: Mapping[str, Any]) -> bytes:
         with open(self._folder / lesson["file"], "rb") as file:
@@ -109,11 +122,14 @@ class Collator:
         tokenizer = self._processor.tokenizer
         ids: list[int] = []
         labels: list[int] = []
-        messages: list[dict[str, Any]] = [{"role": "system", "content": lesson["system"]}] if lesson["system"] else []
+        messages: list[dict[str, Any]] = []
         asked = ""
         for turn, (question, answer) in enumerate(zip(lesson["questions"], lesson["answers"], strict=True)):
-            content = [{"type": "image"}] * (turn == 0) + [{"type": "text", "text": question}]
-            messages.append({"role": "user", "content": content})
+            first = turn == 0
+            request = Request(
+                id="", prompt=question, system=lesson["system"] if first else "", images=(b"",) if first else ()
+            )
+            messages += _prompt.messages(request)
             prompt = self._processor.apply_chat_template(messages, add_generation_prompt=True)
             messages.append({"role": "assistant", "content": answer})
             told = self._processor.apply_chat_template(messages)
@@ -167,33 +183,69 @@ def arranged(sizes: Sequence[int], *, num_batches: int, batch_size: int, seed: i
     return [lesson for batch in batches[:num_batches] for lesson in batch]
 
 
+# The training
+
+
+def train(run: Run) -> Path:
+    """Trains what `[train]` says and returns the model's folder. A training that was killed goes on where it was saved.
+
+    Raises:
+        UserError: there is nothing to learn from.
+    """
+    config: Config = run.sections["train"][""]
+    work, output = run.folder / "train", run.folder / config.output
+    model, processor = _start(config)
+    learnt, measured = held_out(list(lessons(run, config)), num_images=config.eval_images)
+    if not learnt:
+        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
+    order = _arranged(learnt, config, processor, num_batches=config.steps * config.accumulate)
+    made = trainer(
+        config,
+        model=model,
+        processor=processor,
+        collator=Collator(processor, folder=run.folder, regions=config.regions > 0),
+        learnt=_dataset(learnt, order),
+        measured=_dataset(measured, _arranged(measured, config, processor)) if measured else None,
+        folder=work,
+        curve=Curve(run.folder, config),
+    )
+    made.train(resume_from_checkpoint=_last_checkpoint(work))
+    _save(made, processor, output)
+    (output / "README.md").write_text(card(run, config, made.state.log_history, num_lessons=len(learnt)))
+    return output
+
+
 def trainer(
     config: Config,
     *,
     model: Any,
     processor: Any,
     collator: Collator,
-    train: datasets.Dataset,
-    held_out: datasets.Dataset | None,
+    learnt: datasets.Dataset,
+    measured: datasets.Dataset | None,
     folder: Path,
-    callbacks: Sequence[Any] = (),
+    curve: Curve | None = None,
 ) -> Any:
-    """TRL's trainer for lessons that are already in order."""
+    """TRL's trainer, for lessons that are already in order."""
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from stages._masters import Masters
-
     class Trainer(SFTTrainer):  # type: ignore[misc]
-        reader: Any = None
-
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             regions = inputs.pop("regions", None)
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if regions is None or self.reader is None:
+            if regions is None:
                 return loss
-            named = self.reader.loss(regions)
+            named = self.model.region_reader.loss(regions)
             self._metrics["train" if model.training else "eval"]["regions_loss"].append(named.item())
             return loss + config.regions * named if model.training else loss
+
+    class Keeper(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if curve is not None:
+                curve.write(state.log_history)
+
+        on_train_end = on_save
 
     args = SFTConfig(
         output_dir=str(folder),
@@ -207,11 +259,11 @@ def trainer(
         weight_decay=config.weight_decay,
         bf16=config.precision == "bfloat16" and config.optimizer == "adamw",
         use_cpu=not _has_gpu(),
-        eval_strategy="steps" if held_out is not None else "no",
+        eval_strategy="steps" if measured is not None else "no",
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
-        logging_steps=20,
+        logging_steps=config.log_steps,
         seed=config.seed,
         gradient_checkpointing=False,
         max_length=None,
@@ -224,36 +276,228 @@ def trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    reader = None
     if config.regions:
         from stages._regions import Reader
 
-        reader = Reader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
-        model.add_module("region_reader", reader)  # so that its weights are stepped and kept with the model's
-    optimizer = None
-    if config.optimizer == "masters":
-        optimizer = Masters(model, lr=config.learning_rate, weight_decay=config.weight_decay)
-    made = Trainer(
+        # as a part of the model, so that its weights are stepped and kept with the others
+        model.add_module(
+            "region_reader", Reader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
+        )
+    return Trainer(
         model=model,
         args=args,
         processing_class=processor,
         data_collator=collator,
-        train_dataset=train,
-        eval_dataset=held_out,
-        optimizers=(optimizer, None),
-        callbacks=list(callbacks),
+        train_dataset=learnt,
+        eval_dataset=measured,
+        optimizers=(_optimizer(config, model), None),
+        callbacks=[Keeper()],
     )
-    made.reader = reader
-    return made
+
+
+def _optimizer(config: Config, model: Any) -> Any:
+    """None: the trainer's own AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    from stages._masters import Masters
+
+    return Masters(model, lr=config.learning_rate, weight_decay=config.weight_decay, muon=config.muon)
+
+
+def _start(config: Config) -> tuple[Any, Any]:
+    """The model to begin with, and its processor."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from stages import _small
+
+    torch.manual_seed(config.seed)
+    if config.model == "new":
+        processor = _small.new_processor()
+        model: Any = _small.new_model(processor)
+    else:
+        processor = AutoProcessor.from_pretrained(config.model)
+        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+    if config.optimizer == "masters":
+        model = model.bfloat16()
+        if not _has_gpu():
+            _small.quicken(model)
+    if config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return model, processor
 
 
 def _has_gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
-def rows(lessons: Iterator[Lesson]) -> datasets.Dataset:
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the trainer writes its state last."""
+    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    return str(found[-1].parent) if found else None
+
+
+def _save(made: Any, processor: Any, output: Path) -> None:
+    """The model alone, as transformers and vLLM load it."""
+    if hasattr(made.model, "region_reader"):
+        del made.model.region_reader
+    made.model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+# What is kept of a training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Record):
+    """One point of a learning curve."""
+
+    table: ClassVar[str] = "step"
+
+    step: int
+    name: str  # loss, eval_loss, learning_rate, ...
+    value: float
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.step, self.name)
+
+
+class Curve:
+    """Writes `step/00000.parquet` anew at each checkpoint: all points so far, those from before a kill included."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._path = folder / "step" / "00000.parquet"
+        self._recipe = tables.Recipe(stage="train", name="", version=VERSION, slice=stamped(config), inputs={})
+
+    def write(self, log: Sequence[Mapping[str, Any]]) -> None:
+        tables.write(self._path, Step, points(log), self._recipe)
+
+
+def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """The trainer's log as points, in order, each once."""
+    found = {
+        (int(entry["step"]), name): float(value)
+        for entry in log
+        for name, value in entry.items()
+        if name not in ("step", "epoch")
+    }
+    return [Step(step=step, name=name, value=value) for (step, name), value in sorted(found.items())]
+
+
+def card(run: Run, config: Config, log: Sequence[Mapping[str, Any]], *, num_lessons: int) -> str:
+    """The model's README.md: what it learnt from, how, and how far it got."""
+    last = {name: value for entry in log for name, value in entry.items() if name.startswith("eval_")}
+    figures = "".join(
+        f"| {name.removeprefix('eval_').replace('_', ' ')} | {last[name]:.4g} |\n"
+        for name in ("eval_loss", "eval_mean_token_accuracy", "eval_regions_loss")
+        if name in last
+    )
+    settings = "".join(f"| {name} | `{value}` |\n" for name, value in stamped(config).items())
+    return CARD.format(
+        name=config.output,
+        learnt=config.scores or "the texts",
+        captions=", ".join(config.captions),
+        source=run.source.kind,
+        num_lessons=num_lessons,
+        samples=config.steps * config.accumulate * config.batch_size,
+        figures=figures,
+        settings=settings,
+        folder=run.folder.name,
+    )
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+---
+# {name}
+
+Learnt {learnt} of the caption passes {captions} over a corpus of kind `{source}`: {num_lessons} lessons, {samples}
+drawn in all, an epoch after the other, in an order that follows from the seed.
+
+| on held-out images | |
+|---|---|
+{figures}
+| `[train]` | |
+|---|---|
+{settings}
+To make it again: `recap run train --run {folder}`, after the passes it learns from.
+"""
+
+
+# Lessons
+
+
+def _dataset(taught: Sequence[Lesson], order: Sequence[int]) -> datasets.Dataset:
     import datasets
 
-    return datasets.Dataset.from_generator(lambda: (vars(lesson) for lesson in lessons))
+    return datasets.Dataset.from_list([asdict(lesson) for lesson in taught]).select(order)
+
+
+def _arranged(taught: Sequence[Lesson], config: Config, processor: Any, *, num_batches: int | None = None) -> list[int]:
+    """The order of the lessons; without `num_batches` every one once, as they come."""
+    rule = _prompt.PixelRule.of(processor, max_pixels=_prompt.MAX_PIXELS)
+    sizes = [_num_pixels(lesson, rule) for lesson in taught]
+    if num_batches is None:
+        return sorted(range(len(taught)), key=lambda number: sizes[number])
+    return arranged(sizes, num_batches=num_batches, batch_size=config.batch_size, seed=config.seed)
+
+
+def _num_pixels(lesson: Lesson, rule: _prompt.PixelRule) -> int:
+    """Of the picture as the model sees it."""
+    width, height = images.target_size(
+        lesson.width, lesson.height, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
+    )
+    return width * height
+
+
+def lessons(run: Run, config: Config) -> Iterator[Lesson]:
+    """What the tables of the run teach, in key order."""
+    for file in sorted((run.folder / "image").glob("*.parquet")):
+        shown = {image.key: image for image in tables.read(file, Image) if image.status == "ok"}
+        for name in config.captions:
+            pairs = _verdicts(run, config, name, file.name) if config.scores else _texts(run, config, name, file.name)
+            for image_key, group in groupby(pairs, key=lambda pair: pair[0]):
+                asked = [pair[1:] for pair in group]
+                for start in range(0, len(asked), config.turns):
+                    yield _lesson(shown[image_key], asked[start : start + config.turns])
+
+
+def _lesson(image: Image, asked: Sequence[tuple[str, str, str]]) -> Lesson:
+    assert image.file is not None and image.offset is not None and image.num_bytes is not None
+    assert image.width is not None and image.height is not None and image.sha256 is not None
+    return Lesson(
+        source_key=image.source_key,
+        sha256=image.sha256,
+        file=image.file,
+        offset=image.offset,
+        num_bytes=image.num_bytes,
+        width=image.width,
+        height=image.height,
+        system=asked[0][0],
+        questions=tuple(question for _, question, _ in asked),
+        answers=tuple(answer for _, _, answer in asked),
+    )
+
+
+def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[tuple[str, str, str, str]]:
+    """Key, system message, question and answer of every good caption."""
+    recipe = recipes.load(config.recipe or run.sections["caption"][name].recipe, run=run.folder)
+    images_of = {image.key: image for image in tables.read(run.folder / "image" / file, Image)}
+    for caption in tables.read(run.folder / "caption" / name / file, Caption):
+        if caption.status == "ok":
+            question = recipe.ask(images_of[caption.key].alt_text).prompt
+            yield caption.key, recipe.words.system, question, caption.fields or caption.text
+
+
+def held_out(taught: Sequence[Lesson], *, num_images: int) -> tuple[list[Lesson], list[Lesson]]:
+    """Lessons to learn and lessons to measure on; copies of one picture are on one side."""
+    chosen = set(sorted({lesson.sha256 for lesson in taught})[:num_images])
+    return (
+        [lesson for lesson in taught if lesson.sha256 not in chosen],
+        [lesson for lesson in taught if lesson.sha256 in chosen],
+    )
