@@ -6,25 +6,29 @@ teacher's captions and a judge's verdicts are tables like all others.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pipeline import images, tables
 from pipeline.config import Run, key, stamped
 from pipeline.engine import Request
 from pipeline.engines import _prompt
-from pipeline.records import Caption, Image
-from stages import recipes
+from pipeline.errors import UserError
+from pipeline.records import Caption, Criterion, Image, Record, Score
+from stages import recipes, rubrics
+from stages.sentences import sentences
 
 if TYPE_CHECKING:
     import datasets
     import torch
 
+T = TypeVar("T")
 IGNORED = -100  # a label that is not learnt
 VERSION = 1
 
@@ -241,7 +245,7 @@ def trainer(
             return loss + config.regions * named if model.training else loss
 
     class Keeper(TrainerCallback):  # type: ignore[misc]
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_save(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
             if curve is not None:
                 curve.write(state.log_history)
 
@@ -455,19 +459,28 @@ def _num_pixels(lesson: Lesson, rule: _prompt.PixelRule) -> int:
     return width * height
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question about an image with the answer to be learnt."""
+
+    key: str
+    system: str
+    question: str
+    answer: str
+
+
 def lessons(run: Run, config: Config) -> Iterator[Lesson]:
     """What the tables of the run teach, in key order."""
+    read = _verdicts if config.scores else _texts
     for file in sorted((run.folder / "image").glob("*.parquet")):
         shown = {image.key: image for image in tables.read(file, Image) if image.status == "ok"}
         for name in config.captions:
-            pairs = _verdicts(run, config, name, file.name) if config.scores else _texts(run, config, name, file.name)
-            for image_key, group in groupby(pairs, key=lambda pair: pair[0]):
-                asked = [pair[1:] for pair in group]
-                for start in range(0, len(asked), config.turns):
-                    yield _lesson(shown[image_key], asked[start : start + config.turns])
+            for image_key, group in groupby(read(run, config, name, file.name), key=lambda asked: asked.key):
+                for turns in batched(group, config.turns):
+                    yield _lesson(shown[image_key], turns)
 
 
-def _lesson(image: Image, asked: Sequence[tuple[str, str, str]]) -> Lesson:
+def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
     assert image.file is not None and image.offset is not None and image.num_bytes is not None
     assert image.width is not None and image.height is not None and image.sha256 is not None
     return Lesson(
@@ -478,20 +491,59 @@ def _lesson(image: Image, asked: Sequence[tuple[str, str, str]]) -> Lesson:
         num_bytes=image.num_bytes,
         width=image.width,
         height=image.height,
-        system=asked[0][0],
-        questions=tuple(question for _, question, _ in asked),
-        answers=tuple(answer for _, _, answer in asked),
+        system=turns[0].system,
+        questions=tuple(asked.question for asked in turns),
+        answers=tuple(asked.answer for asked in turns),
     )
 
 
-def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[tuple[str, str, str, str]]:
-    """Key, system message, question and answer of every good caption."""
+def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Runs of `size` items, the last one shorter."""
+    rest = iter(items)
+    while run := tuple(islice(rest, size)):
+        yield run
+
+
+def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
+    """Every good caption, as the answer to what its recipe asks."""
     recipe = recipes.load(config.recipe or run.sections["caption"][name].recipe, run=run.folder)
-    images_of = {image.key: image for image in tables.read(run.folder / "image" / file, Image)}
-    for caption in tables.read(run.folder / "caption" / name / file, Caption):
-        if caption.status == "ok":
-            question = recipe.ask(images_of[caption.key].alt_text).prompt
-            yield caption.key, recipe.words.system, question, caption.fields or caption.text
+    alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
+    for caption in _captions(run, name, file):
+        question = recipe.ask(alt_texts[caption.key]).prompt
+        yield Asked(
+            key=caption.key,
+            system=recipe.words.system,
+            question=question,
+            answer=caption.fields or caption.text,
+        )
+
+
+def _verdicts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
+    """Every verdict of the score pass, as the answer to what its rubric asks."""
+    rubric = rubrics.load(run.sections["score"][config.scores].scorer.config.rubric, run=run.folder)
+    alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
+    captions = {caption.id: caption for caption in _captions(run, name, file)}
+    for score in tables.read(run.folder / "score" / config.scores / name / file, Score):
+        if score.status != "ok":
+            continue
+        text = captions[score.key, score.candidate].text
+        parts = sentences(text) if rubric.words.unit == "sentence" else [text]
+        for part, criteria in zip(parts, batched(score.criteria, len(rubric.criteria)), strict=True):
+            if all(criterion.verdict is not None for criterion in criteria):
+                question = rubric.ask(caption=text, sentence=part, alt_text=alt_texts[score.key])
+                yield Asked(
+                    key=score.key, system=rubric.words.system, question=question, answer=_answer(rubric, criteria)
+                )
+
+
+def _answer(rubric: rubrics.Rubric, criteria: Sequence[Criterion]) -> str:
+    """The JSON by which a judge would have given these verdicts."""
+    said = [{"reason": criterion.reason or "", "verdict": criterion.verdict} for criterion in criteria]
+    return json.dumps(said[0] if len(said) == 1 else dict(zip(rubric.criteria, said, strict=True)), ensure_ascii=False)
+
+
+def _captions(run: Run, name: str, file: str) -> Iterator[Caption]:
+    return (row for row in tables.read(run.folder / "caption" / name / file, Caption) if row.status == "ok")
 
 
 def held_out(taught: Sequence[Lesson], *, num_images: int) -> tuple[list[Lesson], list[Lesson]]:
