@@ -33,7 +33,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"grey": (142, 142, 142), "pink": (246, 176, 196), "brown": (126, 84, 52), "teal": (70, 176, 176)}
 TEXTURES = ("solid", "striped", "dotted")
-RADII = {"small": (0.12, 0.145), "large": (0.21, 0.26)}  # of a thing, in short sides of the picture
+RADII = {"small": (0.14, 0.165), "large": (0.225, 0.27)}  # of a thing, in short sides of the picture
 SIZES = tuple(RADII)
 # shape -> the share of its radius within which it surely has pixels in every direction
 SHAPES = {
@@ -47,7 +47,7 @@ SHAPES = {
     "heart": 0.62,
 }
 CONTAINERS = ("circle", "square", "diamond", "heart")
-NUM_THINGS = (1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6)  # drawn evenly
+NUM_THINGS = (1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 5, 6)  # drawn evenly
 ASPECTS = ((1, 1), (1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
 APART = 1.12  # two things are clearly apart when their distance is this many times the sum of their radii
 ASIDE = 0.06  # in short sides: a smaller offset is neither left nor right, neither above nor below
@@ -296,7 +296,7 @@ def _fill(rng: Random, thing: Thing, radius: int) -> Image.Image:
 
 def _tone(name: str, colour: tuple[int, ...]) -> tuple[int, ...]:
     light = name in ("black", "blue", "purple", "red", "green")
-    return tuple(round(c + 0.62 * (255 - c)) if light else round(c * 0.42) for c in colour)
+    return tuple(round(c + 0.55 * (255 - c)) if light else round(c * 0.5) for c in colour)
 
 
 def _jittered(rng: Random, colour: tuple[int, ...], amount: int) -> tuple[int, ...]:

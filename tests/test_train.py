@@ -1,0 +1,197 @@
+"""The promises of training: lessons come from tables, only answers are learnt, and a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import config
+from stages import train
+from stages.train import IGNORED, Collator, Config, Lesson, Step, arranged, held_out, lessons, points
+from tests.runs import begin, make
+
+torch = pytest.importorskip("torch")
+
+
+def sections(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A run on scenes whose captions come from a teacher, and whose statements are labelled."""
+    made: dict[str, dict[str, Any]] = {
+        "source": {"kind": "scenes", "num_images": 60, "seed": 7, "shard_size": 30},
+        "engines.hasty": {"kind": "stages.teachers", "teacher": "hasty"},
+        "engines.speaker": {"kind": "stages.teachers", "teacher": "speaker"},
+        "engines.labeller": {"kind": "stages.teachers", "teacher": "labeller"},
+        "caption.main": {"recipe": "scenes", "engine": "hasty"},
+        "caption.statements": {"recipe": "scenes", "engine": "speaker", "num_candidates": 3, "temperature": 1.0},
+        "score.labels": {"kind": "judge", "engine": "labeller", "rubric": "scenes", "captions": ["statements"]},
+        "train": {
+            "steps": 6,
+            "batch_size": 4,
+            "eval_images": 6,
+            "save_steps": 2,
+            "eval_steps": 3,
+            "log_steps": 1,
+            "optimizer": "masters",
+            "learning_rate": 1e-3,
+            "num_workers": 0,
+        },
+    }
+    for name, values in changes.items():
+        made[name] = {**made[name], **values}
+    return made
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = begin(tmp_path_factory.mktemp("lessons") / "run", sections())
+    for what in ("ingest", "caption", "score"):
+        assert make(folder, what).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    from stages import _small
+
+    return _small.new_processor()
+
+
+def taught(folder: Path, **settings: Any) -> list[Lesson]:
+    return list(lessons(config.load(folder), Config(**settings)))
+
+
+def test_captions_become_lessons(tables: Path) -> None:
+    found = taught(tables)
+    assert 50 <= len(found) <= 60
+    assert all(lesson.questions == ("Describe the picture.",) and len(lesson.answers) == 1 for lesson in found)
+
+
+def test_verdicts_become_lessons(tables: Path) -> None:
+    found = taught(tables, captions=("statements",), scores="labels", turns=3)
+    answers = [json.loads(answer) for lesson in found for answer in lesson.answers]
+    assert all(lesson.questions[0].startswith("Does the sentence hold?\n") for lesson in found)
+    assert all(list(answer) == ["reason", "verdict"] and answer["reason"] for answer in answers)
+    assert {answer["verdict"] for answer in answers} == {"yes", "no"}
+    assert max(len(lesson.questions) for lesson in found) == 3
+
+
+def test_copies_are_on_one_side(tables: Path) -> None:
+    learnt, measured = held_out(taught(tables), num_images=10)
+    assert len({lesson.sha256 for lesson in measured}) == 10
+    assert not {lesson.sha256 for lesson in learnt} & {lesson.sha256 for lesson in measured}
+
+
+def test_only_answers_are_labels(tables: Path, processor: Any) -> None:
+    found = taught(tables, captions=("statements",), scores="labels", turns=3)[:5]
+    batch = Collator(processor, folder=tables)([vars(lesson) for lesson in found])
+    for lesson, labels in zip(found, batch["labels"], strict=True):
+        learnt = processor.tokenizer.decode(labels[labels != IGNORED])
+        assert learnt == "".join(f"{answer}<|im_end|>\n" for answer in lesson.answers)
+
+
+def test_the_model_is_asked_as_the_engines_ask(tables: Path, processor: Any) -> None:
+    """The ids before the answer are those of the processor's own way, image tokens once."""
+    (lesson,) = taught(tables)[:1]
+    collator = Collator(processor, folder=tables)
+    batch = collator([vars(lesson)])
+    before = int((batch["labels"][0] == IGNORED).sum())
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": lesson.questions[0]}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    own = processor(text=[text], images=[collator.picture(vars(lesson))], return_tensors="pt")
+    assert batch["input_ids"][0, :before].tolist() == own["input_ids"][0].tolist()
+    assert torch.equal(batch["pixel_values"], own["pixel_values"])
+    assert torch.equal(batch["mm_token_type_ids"][0, :before], own["mm_token_type_ids"][0])
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=40), st.integers(1, 20), st.integers(1, 5), st.integers(0, 9))
+def test_a_batch_has_images_of_one_size(sizes: list[int], num_batches: int, batch_size: int, seed: int) -> None:
+    order = arranged(sizes, num_batches=num_batches, batch_size=batch_size, seed=seed)
+    assert order == arranged(sizes, num_batches=num_batches, batch_size=batch_size, seed=seed)
+    assert len(order) == num_batches * batch_size
+    for start in range(0, len(order), batch_size):
+        assert len({sizes[lesson] for lesson in order[start : start + batch_size]}) == 1
+
+
+@given(st.text(max_size=60))
+def test_the_small_tokenizer_loses_nothing(processor: Any, text: str) -> None:
+    tokenizer = processor.tokenizer
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_words_of_the_world_are_single_tokens(processor: Any) -> None:
+    text = '{"reason": "no small dotted purple triangle", "verdict": "yes"}'
+    assert len(processor.tokenizer(text).input_ids) <= 9
+
+
+def test_points_are_in_order_and_single() -> None:
+    log = [{"step": 2, "loss": 1.0, "epoch": 0.1}, {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 3.0, "loss": 1.0}]
+    assert points(log) == [
+        Step(step=1, name="loss", value=2.0),
+        Step(step=2, name="eval_loss", value=3.0),
+        Step(step=2, name="loss", value=1.0),
+    ]
+
+
+def test_masters_keep_what_16_bits_lose() -> None:
+    from torch import nn
+
+    from stages._masters import Masters
+
+    model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64)).bfloat16()
+    optimizer = Masters(model, lr=1e-6, weight_decay=0.0)
+    before = model[0].weight.detach().float().clone()
+    for _ in range(3):
+        model(torch.arange(8)).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    masters = {name: optimizer.state[p]["master"] for name, p in model.named_parameters()}
+    assert all(master.dtype == torch.float32 for master in masters.values())
+    assert not torch.equal(masters["0.weight"], before)
+    again = Masters(model, lr=1e-6, weight_decay=0.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(again.state[p]["master"], masters[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_path: Path) -> None:
+    """Its checkpoint after step 4 is all that is left; the model and the curve come out the same."""
+    folders = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        shutil.copytree(tables, folder)
+        folders.append(folder)
+        train.train(config.load(folder))
+    whole, killed = folders
+    shutil.rmtree(killed / "model")
+    shutil.rmtree(killed / "train" / "checkpoint-6")
+    (killed / "train" / "checkpoint-9").mkdir()  # cut short
+    train.train(config.load(killed))
+    assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
+    assert "held-out" in (killed / "model/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path) -> None:
+    """The model folder answers as the captioner of the next run, after learning regions too."""
+    parts = sections(train={"regions": 1.0, "steps": 3})
+    folder = tmp_path / "run"
+    shutil.copytree(tables, folder)
+    begin(folder, parts)
+    output = train.train(config.load(folder))
+    parts["engines.tiny"] = {"kind": "transformers", "model": str(output)}
+    parts["caption.tiny"] = {"recipe": "scenes", "engine": "tiny", "max_tokens": 5, "max_error_share": 1.0}
+    begin(folder, parts)
+    assert make(folder, "caption:tiny", shards="0").exit_code == 0
+    assert not any("region" in name for name in _weights(output))
+
+
+def _weights(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return list(file.keys())
