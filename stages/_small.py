@@ -165,10 +165,11 @@ def config(
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
-def quicken(model: Any) -> None:
+def quicken(model: Any, *, compiled: bool) -> None:
     """Makes training on a CPU about twice as fast: plain products in the place of kernels that a CPU is slow at.
 
-    The numbers stay those of the model's own code, and so does what is saved.
+    The numbers stay those of the model's own code, and so does what is saved. `compiled` gains another third, for a
+    minute at the start and a C++ compiler.
     """
     import torch
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
@@ -177,8 +178,11 @@ def quicken(model: Any) -> None:
     code.eager_attention_forward = text_attention
     code.Qwen2_5_VisionPatchEmbed.forward = embed_patches
     model.set_attn_implementation("eager")
-    for block in model.model.visual.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+    if compiled:
+        for block in model.model.visual.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        for layer in model.model.language_model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def embed_patches(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from pipeline.config import Run, key, stamped
 from pipeline.engine import Request
 from pipeline.engines import _prompt
 from pipeline.errors import UserError
+from pipeline.passes import Pass
 from pipeline.records import Caption, Criterion, Image, Record, Score
 from stages import recipes, rubrics
 from stages.sentences import sentences
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 IGNORED = -100  # a label that is not learnt
 VERSION = 1
+READER = "region_reader"  # the part of the model that is thrown away in the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,9 @@ class Config:
     eval_steps: int = key(100, "steps between measurements", least=1, stamp=False)
     log_steps: int = key(20, "steps between points of the curve", least=1, stamp=False)
     save_steps: int = key(100, "steps between checkpoints", least=1, stamp=False)
+    compile: bool = key(
+        False, "compile the layers (masters on a CPU only): a slower start, then a third faster", stamp=False
+    )
     seed: int = key(0, "of the order of lessons and of new weights", least=0)
     num_workers: int = key(1, "processes that prepare lessons", least=0, stamp=False)
 
@@ -190,6 +195,11 @@ def arranged(sizes: Sequence[int], *, num_batches: int, batch_size: int, seed: i
 # The training
 
 
+def passes(_: Run) -> Iterable[Pass]:
+    """None: a model is made from all shards at once, not shard by shard."""
+    return ()
+
+
 def train(run: Run) -> Path:
     """Trains what `[train]` says and returns the model's folder. A training that was killed goes on where it was saved.
 
@@ -243,6 +253,10 @@ def trainer(
             named = self.model.region_reader.loss(regions)
             self._metrics["train" if model.training else "eval"]["regions_loss"].append(named.item())
             return loss + config.regions * named if model.training else loss
+
+        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+            """By the names that the model itself saves under: the trainer's own way finds none of a Qwen2.5-VL's."""
+            _reload(self.model if model is None else model, Path(folder))
 
     class Keeper(TrainerCallback):  # type: ignore[misc]
         def on_save(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
@@ -325,7 +339,7 @@ def _start(config: Config) -> tuple[Any, Any]:
     if config.optimizer == "masters":
         model = model.bfloat16()
         if not _has_gpu():
-            _small.quicken(model)
+            _small.quicken(model, compiled=config.compile)
     if config.freeze_vision:
         model.model.visual.requires_grad_(False)
     return model, processor
@@ -343,10 +357,24 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(found[-1].parent) if found else None
 
 
+def _reload(model: Any, folder: Path) -> None:
+    """The weights of a checkpoint, those of the region reader too.
+
+    Raises:
+        RuntimeError: the checkpoint lacks some.
+    """
+    from safetensors.torch import load_file
+
+    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    for file in folder.glob("*.safetensors"):
+        saved |= {name: value for name, value in load_file(file).items() if name.startswith(READER)}
+    model.load_state_dict(saved)
+
+
 def _save(made: Any, processor: Any, output: Path) -> None:
     """The model alone, as transformers and vLLM load it."""
-    if hasattr(made.model, "region_reader"):
-        del made.model.region_reader
+    if hasattr(made.model, READER):
+        delattr(made.model, READER)
     made.model.save_pretrained(output)
     processor.save_pretrained(output)
 
