@@ -334,8 +334,8 @@ def _start(config: Config) -> tuple[Any, Any]:
         processor = _small.new_processor()
         model: Any = _small.new_model(processor)
     else:
-        processor = AutoProcessor.from_pretrained(config.model)
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(str(config.model))
+        model = AutoModelForImageTextToText.from_pretrained(str(config.model), dtype=torch.float32)
     if config.optimizer == "masters":
         model = model.bfloat16()
         if not _has_gpu():

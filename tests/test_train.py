@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import config
+from pipeline.engine import Request, Sampling
+from pipeline.engines import transformers as engines
 from stages import train
 from stages.train import IGNORED, Collator, Config, Lesson, Step, arranged, held_out, lessons, points
 from tests.runs import begin, make
@@ -176,17 +178,24 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_
 
 
 @pytest.mark.slow
-def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path) -> None:
-    """The model folder answers as the captioner of the next run, after learning regions too."""
+def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: Any) -> None:
+    """The model folder answers through an engine, after learning regions too."""
     parts = sections(train={"regions": 1.0, "steps": 3})
     folder = tmp_path / "run"
     shutil.copytree(tables, folder)
     begin(folder, parts)
     output = train.train(config.load(folder))
-    parts["engines.tiny"] = {"kind": "transformers", "model": str(output)}
-    parts["caption.tiny"] = {"recipe": "scenes", "engine": "tiny", "max_tokens": 5, "max_error_share": 1.0}
-    begin(folder, parts)
-    assert make(folder, "caption:tiny", shards="0").exit_code == 0
+    engine = engines.open(engines.Config(model=str(output)))
+    lesson = taught(folder)[0]
+    request = Request(
+        id="x",
+        prompt=lesson.questions[0],
+        images=(Collator(processor, folder=folder).data(vars(lesson)),),
+        ladder=(Sampling(max_tokens=5),),
+    )
+    (reply,) = engine.generate([request])
+    engine.close()
+    assert (reply.error, reply.num_output_tokens) == (None, 5)
     assert not any("region" in name for name in _weights(output))
 
 
