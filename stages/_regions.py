@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, cells
+from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, cells, scene_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,6 +42,15 @@ def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtyp
             away = np.round(centre - 0.5 - here[there])
             answers[there, place] = np.clip(away, -REACH, REACH) + REACH
     return answers.reshape(-1, len(NUM_ANSWERS))
+
+
+def answers_of(source_keys: Iterable[str], grids: torch.Tensor, *, merge: int) -> torch.Tensor:
+    """Of a batch of pictures, in the order of their image tokens. `grids`: frames, rows and columns of patches."""
+    parts = [
+        torch.from_numpy(targets(scene_of(name), rows=int(grid[1]) // merge, columns=int(grid[2]) // merge))
+        for name, grid in zip(source_keys, grids, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 class Reader(nn.Module):  # type: ignore[misc]

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
-from pipeline.sources.scenes import scene
-from stages.claims import facts, verbalise
-from stages.teachers import answer, caption, statement
+from stages.teachers import sayings
 
 if TYPE_CHECKING:
     import torch
@@ -119,15 +116,8 @@ def new_processor() -> Qwen2_5_VLProcessor:
 
 
 def _texts() -> Iterator[str]:
-    """What the tokenizer is made from: captions, statements and verdicts of a few scenes, and words of prompts."""
-    rng = Random(0)
-    for index in range(400):
-        shown = scene(0, index)
-        yield verbalise(facts(shown), rng)
-        yield caption("hasty", shown, 0)
-        sentence = statement(shown, rng)
-        reason, true = answer(sentence, shown)
-        yield f'{sentence}\n{{"reason": "{reason}", "verdict": "{"yes" if true else "no"}"}}'
+    """What the tokenizer is made from: what is said in the scenes world, and words of prompts."""
+    yield from sayings(400)
     for _ in range(5):
         yield ENGLISH
 

@@ -26,6 +26,7 @@ from pipeline.sources.scenes import (
     Thing,
     related,
     relation,
+    scene,
     scene_of,
 )
 from stages.claims import (
@@ -307,6 +308,21 @@ def _closest(group: Sequence[Claim], scene: Scene) -> str:
     return f"{thing.size} {thing.texture} {thing.name}"
 
 
+def sayings(num_scenes: int) -> Iterator[str]:
+    """What is said in this world: captions, statements and verdicts of so many scenes."""
+    rng = Random(0)
+    for index in range(num_scenes):
+        shown = scene(0, index)
+        yield verbalise(facts(shown), rng)
+        yield caption("hasty", shown, 0)
+        sentence = statement(shown, rng)
+        yield f"{sentence}\n{verdict(*answer(sentence, shown))}"
+
+
+def verdict(reason: str, true: bool) -> str:
+    return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
+
+
 # The engine
 
 
@@ -342,18 +358,17 @@ class Committee:
 
     def _answer(self, request: Request, seed: int) -> Reply:
         try:
-            scene = scene_of(request.source_key)
+            shown = scene_of(request.source_key)
         except ValueError as error:
             return Reply(error=str(error))
-        text = self._text(request.prompt, scene, seed)
+        text = self._text(request.prompt, shown, seed)
         return Reply(text=text, finish_reason="stop", num_output_tokens=len(text.split()))
 
-    def _text(self, prompt: str, scene: Scene, seed: int) -> str:
+    def _text(self, prompt: str, shown: Scene, seed: int) -> str:
         if self._voice == "labeller":
-            reason, true = answer(prompt.strip().splitlines()[-1], scene)
-            return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
+            return verdict(*answer(prompt.strip().splitlines()[-1], shown))
         if self._voice == "speaker":
-            rng = Random(f"speaker/{scene.seed}/{scene.index}/{seed}")
-            heard = caption(rng.choice(list(TEACHERS)), scene, seed) if rng.random() < 0.5 else None
-            return statement(scene, rng, text=heard)
-        return caption(self._voice, scene, seed)
+            rng = Random(f"speaker/{shown.seed}/{shown.index}/{seed}")
+            heard = caption(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
+            return statement(shown, rng, text=heard)
+        return caption(self._voice, shown, seed)

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pipeline import images, tables
 from pipeline.config import Run, key, stamped
-from pipeline.engine import Request
-from pipeline.engines import _prompt
 from pipeline.errors import UserError
 from pipeline.passes import Pass
 from pipeline.records import Caption, Criterion, Image, Record, Score
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 IGNORED = -100  # a label that is not learnt
 VERSION = 1
+MAX_PIXELS = 1280 * 28 * 28  # of a picture, as the engines have it by default
 READER = "region_reader"  # the part of the model that is thrown away in the end
 
 
@@ -87,12 +86,30 @@ class Lesson:
     answers: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelRule:
+    """How the model sizes pictures: as the engines do it, by the processor's own numbers."""
+
+    max_pixels: int
+    factor: int
+    min_pixels: int
+
+    @classmethod
+    def of(cls, processor: Any) -> PixelRule:
+        own = processor.image_processor
+        return cls(
+            max_pixels=min(own.size["longest_edge"], MAX_PIXELS),
+            factor=own.patch_size * own.merge_size,
+            min_pixels=own.size["shortest_edge"],
+        )
+
+
 class Collator:
     """Turns lessons into a batch of tensors; only answers are labels."""
 
     def __init__(self, processor: Any, *, folder: Path, regions: bool = False) -> None:
         self._processor, self._folder, self._regions = processor, folder, regions
-        self._rule = _prompt.PixelRule.of(processor, max_pixels=_prompt.MAX_PIXELS)
+        self._rule = PixelRule.of(processor)
 
     def __call__(self, lessons: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -112,7 +129,12 @@ class Collator:
             **pixels,
         }
         if self._regions:
-            batch["regions"] = self._answers(lessons, pixels["image_grid_thw"])
+            from stages._regions import answers_of
+
+            names = [lesson["source_key"] for lesson in lessons]
+            batch["regions"] = answers_of(
+                names, pixels["image_grid_thw"], merge=self._processor.image_processor.merge_size
+            )
         return batch
 
     def picture(self, lesson: Mapping[str, Any]) -> Any:
@@ -131,14 +153,14 @@ class Collator:
         tokenizer = self._processor.tokenizer
         ids: list[int] = []
         labels: list[int] = []
-        messages: list[dict[str, Any]] = []
+        told = lesson["system"]
+        messages: list[dict[str, Any]] = (
+            [{"role": "system", "content": [{"type": "text", "text": told}]}] if told else []
+        )
         asked = ""
         for turn, (question, answer) in enumerate(zip(lesson["questions"], lesson["answers"], strict=True)):
-            first = turn == 0
-            request = Request(
-                id="", prompt=question, system=lesson["system"] if first else "", images=(b"",) if first else ()
-            )
-            messages += _prompt.messages(request)
+            shown = [{"type": "image"}] if turn == 0 else []
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
             prompt = self._processor.apply_chat_template(messages, add_generation_prompt=True)
             messages.append({"role": "assistant", "content": answer})
             told = self._processor.apply_chat_template(messages)
@@ -153,21 +175,6 @@ class Collator:
     def _expanded(self, ids: list[int], num_image_tokens: int) -> list[int]:
         image = self._processor.image_token_id
         return [one for i in ids for one in ([i] * num_image_tokens if i == image else [i])]
-
-    def _answers(self, lessons: Sequence[Mapping[str, Any]], grids: Any) -> torch.Tensor:
-        import torch
-
-        from pipeline.sources.scenes import scene_of
-        from stages._regions import targets
-
-        merge = self._processor.image_processor.merge_size
-        parts = [
-            torch.from_numpy(
-                targets(scene_of(lesson["source_key"]), rows=int(grid[1]) // merge, columns=int(grid[2]) // merge)
-            )
-            for lesson, grid in zip(lessons, grids, strict=True)
-        ]
-        return torch.cat(parts)
 
 
 def arranged(sizes: Sequence[int], *, num_batches: int, batch_size: int, seed: int) -> list[int]:
@@ -472,14 +479,14 @@ def _dataset(taught: Sequence[Lesson], order: Sequence[int]) -> datasets.Dataset
 
 def _arranged(taught: Sequence[Lesson], config: Config, processor: Any, *, num_batches: int | None = None) -> list[int]:
     """The order of the lessons; without `num_batches` every one once, as they come."""
-    rule = _prompt.PixelRule.of(processor, max_pixels=_prompt.MAX_PIXELS)
+    rule = PixelRule.of(processor)
     sizes = [_num_pixels(lesson, rule) for lesson in taught]
     if num_batches is None:
         return sorted(range(len(taught)), key=lambda number: sizes[number])
     return arranged(sizes, num_batches=num_batches, batch_size=config.batch_size, seed=config.seed)
 
 
-def _num_pixels(lesson: Lesson, rule: _prompt.PixelRule) -> int:
+def _num_pixels(lesson: Lesson, rule: PixelRule) -> int:
     """Of the picture as the model sees it."""
     width, height = images.target_size(
         lesson.width, lesson.height, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
