@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 import types
@@ -99,6 +100,7 @@ class Run:
 
     file: Path
     folder: Path  # of the tables
+    num_cores: int  # that this process may use
     seed: int
     max_error_share: float  # [0, 1]
     source: Plugin
@@ -247,6 +249,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     return Run(
         file=file,
         folder=file.parent,
+        num_cores=len(os.sched_getaffinity(0)),
         **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(_Top)),
         source=source.plugin("pipeline.sources", common=common),
         corpus=source.only(common).parse(Corpus),

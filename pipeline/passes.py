@@ -63,6 +63,7 @@ class Pass:
     work: Work = field(repr=False)
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
     finish: Callable[[Run], None] | None = field(default=None, repr=False)  # once, after its last shard
+    close: Callable[[], None] | None = field(default=None, repr=False)  # gives back what its work holds open
 
     @property
     def title(self) -> str:

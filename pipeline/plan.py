@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +42,15 @@ class Plan:
             FileNotFoundError: nothing is planned.
             SpecError: the spec is wrong, or names a shard that the plan does not have.
         """
-        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         num_shards = count(path)
         wanted = parse_spec(shards, num_shards)
         lo, hi = (wanted[0], wanted[-1]) if wanted else (0, -1)
-        rows = pq.read_table(path, filters=(pc.field("shard") >= lo) & (pc.field("shard") <= hi))
-        return cls(num_shards=num_shards, rows=rows), wanted
+        with pq.ParquetFile(path) as file:
+            spans = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
+            groups = [i for i, span in enumerate(spans) if span.max >= lo and span.min <= hi]
+            return cls(num_shards=num_shards, rows=file.read_row_groups(groups)), wanted
 
     def pieces(self, shard: int) -> list[Piece]:
         return [Planned(**row).piece for row in self._slice(shard)]
@@ -61,12 +65,14 @@ class Plan:
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def _slice(self, shard: int) -> list[dict[str, Any]]:
-        import numpy as np
-
-        column = self.rows.column("shard").to_numpy()
-        start, stop = np.searchsorted(column, [shard, shard + 1])
+        column = self._shards
+        start, stop = bisect_left(column, shard), bisect_left(column, shard + 1)
         rows: list[dict[str, Any]] = self.rows.slice(start, stop - start).to_pylist()
         return rows
+
+    @cached_property
+    def _shards(self) -> array[int]:
+        return array("q", self.rows.column("shard").to_pylist())
 
 
 def freeze(path: Path, pieces: Iterable[Piece], *, shard_size: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -136,7 +136,8 @@ class Runner:
             with stopping(self.stop):
                 for p in chosen:
                     engines.close_all_but(p.engines)
-                    self._make_pass(p, engines, alone=len(chosen) == 1)
+                    with closing_after(p):
+                        self._make_pass(p, engines, alone=len(chosen) == 1)
         except Stopped:
             self.outcome.stopped = True
         finally:
@@ -246,7 +247,7 @@ class Runner:
             num,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_process,
-            initargs=(self.run.file.parent, self.shards, self.stale, self.retry),
+            initargs=(self.run.file.parent, max(1, self.run.num_cores // num), self.shards, self.stale, self.retry),
         )
 
     def make(self, p: Pass, number: int, engines: Engines, meter: Meter) -> Made:
@@ -261,7 +262,9 @@ class Runner:
         recipe = self.ledger.recipe(p, number)
         path = table_path(self.run.folder, p.folder, number)
         parts = Parts(work_folder(self.run.folder, p, number), p.record, recipe)
-        shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit)
+        before = tables.read_stamp(path) if self.retry else None
+        again = (before.digest,) if before else ()
+        shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit, again=again)
         tally = Tally(p, number, meter)
         with closing(shard):
             payload = p.payload(shard)
@@ -361,6 +364,7 @@ class Tally:
         self.rows = self.new = self.failed = self.errors = 0
         self.retries = self.prompt_tokens = self.output_tokens = 0
         self.messages: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
 
     def keep(self, row: Record) -> bool:
         self.rows += 1
@@ -377,9 +381,15 @@ class Tally:
         if _status(row) in row.failed:
             self.failed += 1
             self.errors += 1
-            self.messages[f"{_status(row)}: {getattr(row, 'error', None) or 'no message'}"] += 1
+            self._note(_status(row), getattr(row, "error", None) or "no message")
         if self.rows >= SETTLED and self.errors > self.p.max_error_share * self.rows:
             raise ShardFailed(self._why())
+
+    def _note(self, status: str, error: str) -> None:
+        """Errors begin with what they have in common: "the answer is no JSON: Expecting value at 7"."""
+        common = f"{status}: {error.partition(': ')[0]}"
+        self.messages[common] += 1
+        self.examples.setdefault(common, error)
 
     def stat(self, started_at: float, seconds: float, waiting: float | None) -> Stat:
         return Stat(
@@ -403,9 +413,10 @@ class Tally:
 
     def _why(self) -> str:
         commonest, num = self.messages.most_common(1)[0] if self.messages else ("of an earlier attempt", self.errors)
+        example = f", e.g. {self.examples[commonest]}" if commonest in self.examples else ""
         return (
             f"{self.errors} of its first {self.rows} rows failed, more than max_error_share = {self.p.max_error_share}"
-            f"; the commonest message ({num} times): {commonest}"
+            f"; the commonest message ({num} times): {commonest}{example}"
         )
 
 
@@ -436,12 +447,22 @@ def stopping(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def closing_after(p: Pass) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if p.close:
+            p.close()
+
+
 _runner: Runner  # in a worker process
 
 
-def _start_process(folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
+def _start_process(folder: Path, num_cores: int, shards: str, stale: Stale, retry: frozenset[str]) -> None:
     global _runner
-    _runner = Runner(run=config.load(folder), shards=shards, stale=stale, retry=retry)
+    run = replace(config.load(folder), num_cores=num_cores)
+    _runner = Runner(run=run, shards=shards, stale=stale, retry=retry)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: _runner.stop.set())
 

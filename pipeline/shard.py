@@ -32,6 +32,7 @@ class Shard:
     plan: Plan
     number: int
     limit: int | None = None  # inputs that are read of the corpus, for a trial
+    again: tuple[str, ...] = ()  # digest of the table whose failed rows are asked for again, with other seeds
     _open: dict[str, int] = field(default_factory=dict)  # file -> handle
 
     def table(self, folder: str, record: type[R]) -> Iterator[R]:

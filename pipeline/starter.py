@@ -174,6 +174,6 @@ def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> di
         "caption.dense": {"recipe": "dense", "engine": "captioner"},
         "score.form": {"kind": "text"},
         "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},
-        "filter": {"rules": {"well_formed": "form >= 0.8", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
+        "filter": {"rules": {"well_formed": "form > 0.9", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
         "export": {},
     }

@@ -54,6 +54,7 @@ class Wanted:
     image: Image
     candidate: int  # from 0
     data: Callable[[], bytes]  # the image file, read when it is called
+    again: tuple[str, ...] = ()  # see Shard
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -89,7 +90,7 @@ class Asker:
             schema=self.recipe.schema,
             ladder=self.drawing.rungs,
             accept=lambda reply: answers.read(reply, self.recipe.form).error or "",
-            seed=seed_of(self.seed, wanted.image.key, self.name, wanted.candidate),
+            seed=seed_of(self.seed, wanted.image.key, self.name, wanted.candidate, *wanted.again),
         )
 
     def row(self, wanted: Wanted, reply: Reply, engine: Engine) -> Caption:
@@ -170,7 +171,7 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[
     wanted = (image for image in images if image.status == "ok") if query is None else _chosen(shard, images, query)
     for image in wanted:
         for candidate in range(num_candidates):
-            yield Wanted(image=image, candidate=candidate, data=partial(shard.data, image))
+            yield Wanted(image=image, candidate=candidate, data=partial(shard.data, image), again=shard.again)
 
 
 def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import config
+from pipeline.decoders import ProbePool
 from pipeline.engine import Engine
-from pipeline.images import Limits, Probe, probe
+from pipeline.images import Limits, Probe
 from pipeline.passes import Pass
 from pipeline.records import Image, Raw, make_key
 from pipeline.shard import Shard
 from pipeline.writers import Pack, Packed
+from stages.asking import paired
 
 VERSION = 1
 
@@ -41,6 +43,7 @@ class Found:
 def passes(run: config.Run) -> Iterable[Pass]:
     corpus = run.corpus
     limits = Limits(min_side=corpus.min_side, max_pixels=corpus.max_pixels)
+    decoders = ProbePool(limits=limits, num_procs=run.num_cores)  # its processes start with the first file
     yield Pass(
         stage="ingest",
         folder="image",
@@ -49,7 +52,8 @@ def passes(run: config.Run) -> Iterable[Pass]:
         record=Image,
         max_error_share=run.max_error_share if corpus.max_error_share is None else corpus.max_error_share,
         inputs=inputs,
-        work=partial(work, limits=limits),
+        work=partial(work, decoders=decoders),
+        close=decoders.close,
         payload=lambda shard: Pack(run.folder, shard.number),
     )
 
@@ -59,9 +63,9 @@ def inputs(shard: Shard) -> Iterator[Found]:
         yield Found(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 
-def work(found: Iterator[Found], _engines: Mapping[str, Engine], *, limits: Limits) -> Iterator[Packed]:
-    for one in found:
-        yield packed(one, probe(one.raw.data, limits=limits) if one.raw.data is not None else None)
+def work(found: Iterator[Found], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[Packed]:
+    for one, seen in paired(decoders.map, ((one, one.raw.data or b"") for one in found)):
+        yield packed(one, None if one.raw.data is None else seen)
 
 
 def packed(found: Found, seen: Probe | None) -> Packed:

@@ -77,7 +77,7 @@ def inputs(shard: Shard, *, name: str, caption: str, seed: int) -> Iterator[Samp
                 alt_text=image.alt_text,
                 source_key=image.source_key,
                 data=partial(shard.data, image),
-                seed=seed_of(seed, row.key, name, caption, row.candidate),
+                seed=seed_of(seed, row.key, name, caption, row.candidate, *shard.again),
             )
 
 
