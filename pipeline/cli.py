@@ -167,6 +167,37 @@ def query(
         database.show(connection, database.named_query(name), format, sys.stdout.buffer)
 
 
+slurm = typer.Typer(help="The run as chained Slurm array jobs.", no_args_is_help=True)
+app.add_typer(slurm, name="slurm")
+Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE[:NAME]]...", show_default="all")]
+StaleOption = Annotated[Literal["stop", "redo", "keep"], typer.Option(help="What to do with stale tables.")]
+
+
+@slurm.command(epilog="Example: recap slurm script caption --run runs/photos")
+def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
+    """Print the scripts of what is missing, as `submit` would submit them."""
+    from pipeline import config, submit
+
+    runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
+    print("\n".join(submit.script(runner, chosen)), end="")
+
+
+@slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
+def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
+    """Submit what is missing and not in the queue yet; safe to repeat."""
+    from pipeline import config, submit
+    from pipeline.queue import SlurmFailed
+    from pipeline.terminal import say
+
+    runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
+    try:
+        num = submit.submit(runner, chosen)
+    except SlurmFailed as error:
+        say(f"recap: {error}")
+        raise typer.Exit(1) from error
+    say(f"{num} tasks submitted" if num else "nothing to submit: all is done, or on its way")
+
+
 def main() -> None:
     """The command `recap`."""
     try:

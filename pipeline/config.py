@@ -18,10 +18,13 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownName
+
+if TYPE_CHECKING:
+    from pipeline import slurm
 
 T = TypeVar("T")
 STAGES = ("ingest", "caption", "rubric", "score", "filter", "export", "train")
@@ -107,7 +110,7 @@ class Run:
     corpus: Corpus
     engines: Mapping[str, Plugin]
     sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
-    slurm: Mapping[str, Any]
+    slurm: slurm.Config
 
 
 class Section:
@@ -255,7 +258,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         corpus=source.only(common).parse(Corpus),
         engines={name: section.plugin("pipeline.engines") for name, section in top.sub("engines").named().items()},
         sections={name: _sections(top, name) for name in sections},
-        slurm=top.sub("slurm").values,
+        slurm=plugins.load("pipeline", "slurm").read_section(top.sub("slurm")),
     )
 
 

@@ -130,7 +130,7 @@ class Runner:
             Refused: something is stale and `stale` is "stop", or a status to retry does not exist.
         """
         self._check_retry(chosen)
-        self._check_stale(chosen)
+        self.check_stale(chosen)
         engines = Engines(self.run.engines)
         try:
             with stopping(self.stop):
@@ -149,7 +149,7 @@ class Runner:
         if unknown := self.retry - known:
             raise Refused(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
 
-    def _check_stale(self, chosen: Sequence[Pass]) -> None:
+    def check_stale(self, chosen: Sequence[Pass]) -> None:
         """Before anything is made: a run half of old words is the one thing that nobody wants."""
         if self.stale != "stop":
             return
@@ -180,7 +180,7 @@ class Runner:
         if todo:
             with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
-        if p.finish and not blocked and not self.outcome.failures:
+        if p.finish and len(self.wanted) == self.plan.num_shards and not blocked and not self.outcome.failures:
             p.finish(self.run)
 
     def _is_due(self, state: State) -> bool:

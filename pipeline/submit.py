@@ -1,0 +1,226 @@
+"""Decides which jobs a run becomes: their blocks of shards, and what waits for what.
+
+It keeps no queue of its own: what is on its way is what Slurm says, what is done is what the tables say.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from pipeline import queue
+from pipeline.config import Run
+from pipeline.errors import Refused
+from pipeline.passes import Pass, select
+from pipeline.run import Runner, Stale
+from pipeline.slurm import Array, Cluster, Job
+from pipeline.terminal import say
+
+
+def jobs(passes: Sequence[Pass]) -> list[Job]:
+    """The jobs of these passes, each after those that it reads from."""
+    runs = [list(found) for _, found in groupby(passes, key=lambda p: p.stage)]
+    stages = [run[0].stage for run in runs]
+    parts = [part for run in runs for part in ([run] if stages.count(run[0].stage) == 1 else [[p] for p in run])]
+    whole = [stages.count(part[0].stage) == 1 for part in parts]
+    titles = [part[0].stage if one else part[0].title for part, one in zip(parts, whole, strict=True)]
+    makers = {p.folder: title for part, title in zip(parts, titles, strict=True) for p in part}
+    return [
+        Job(
+            title=title,
+            stage=part[0].stage,
+            passes=tuple(part),
+            reads=frozenset(makers[folder] for p in part for folder in p.reads if folder in makers) - {title},
+            engines=frozenset(engine for p in part for engine in p.engines),
+        )
+        for part, title in zip(parts, titles, strict=True)
+    ]
+
+
+def block_of(shard: int, num_blocks: int, num_shards: int) -> int:
+    """Which of the blocks i/n of `parse_spec` has a shard."""
+    return ((shard + 1) * num_blocks - 1) // num_shards
+
+
+Put = Callable[[str, str, str], str]  # title, script, dependency -> the job's id
+Busy = Mapping[tuple[str, int], str]  # title, block -> the array in Slurm's queue that has it
+
+
+@dataclass(kw_only=True)
+class Chain:
+    """The jobs of one submission, each after those that it waits for."""
+
+    cluster: Cluster
+    jobs: Sequence[Job]  # of the whole run
+    window: int  # tasks in an array, at most
+    due: Mapping[str, Sequence[int]]  # title of any job of the run -> its blocks that lack a table
+    busy: Busy
+    servers: Mapping[str, str]  # engine -> the job in the queue that serves it
+    put: Put
+
+    def lay(self, chosen: Sequence[Job]) -> int:
+        """Puts into the queue all that is due and not there yet; returns how many tasks that is."""
+        self._owner, self._servers = dict(self.busy), dict(self.servers)
+        for job in chosen:
+            before = len(self._owner)
+            self._arrays(job)
+            if len(self._owner) > before and any(p.finish for p in job.passes) and self.cluster.num_blocks > 1:
+                self.put(f"{job.title}-whole", self.cluster.whole(job), f"afterok:{':'.join(self._ids([job]))}")
+        num = len(self._owner) - len(self.busy)
+        for engine in sorted(self.cluster.served):
+            users = self._ids(job for job in self.jobs if engine in job.engines)
+            if users and (num or engine not in self.servers):
+                script = self.cluster.release(engine, self._server(engine))
+                self.put(f"release-{engine}", script, f"afterany:{':'.join(users)}")
+        return num
+
+    def _arrays(self, job: Job) -> None:
+        previous = max(self._ids([job]), key=int, default="") if self.busy else ""
+        for (number, waits), blocks in sorted(self._groups(job).items()):
+            conditions = [f"aftercorr:{':'.join(waits)}"] if waits else []
+            conditions += [f"after:{self._server(name)}" for name in sorted(job.engines & self.cluster.served)]
+            if previous and self.cluster.resources(job).max_running:
+                conditions.append(f"afterany:{previous}")
+            array = Array(job=job, offset=number * self.window, blocks=tuple(blocks))
+            title = job.title + (f".{number}" if number else "")
+            previous = self.put(title, self.cluster.array(array), ",".join(conditions))
+            self._owner.update({(job.title, block): previous for block in blocks})
+
+    def _groups(self, job: Job) -> dict[tuple[int, tuple[str, ...]], list[int]]:
+        """Blocks to make by their window and the arrays that they wait for; not those whose inputs nobody makes."""
+        groups = defaultdict(list)
+        for block in self.due[job.title]:
+            lacking = [title for title in job.reads if block in self.due[title] and (title, block) not in self._owner]
+            if (job.title, block) not in self._owner and not lacking:
+                waits = sorted({self._owner[title, block] for title in job.reads if (title, block) in self._owner})
+                groups[block // self.window, tuple(waits)].append(block)
+        return groups
+
+    def _server(self, engine: str) -> str:
+        if engine not in self._servers:
+            self._servers[engine] = self.put(f"serve-{engine}", self.cluster.server(engine), "")
+        return self._servers[engine]
+
+    def _ids(self, found: Iterable[Job]) -> list[str]:
+        titles = {job.title for job in found}
+        return sorted({array for (title, _), array in self._owner.items() if title in titles})
+
+
+def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
+    """The run and the jobs that `what` names, each STAGE, STAGE:NAME or `all`.
+
+    Raises:
+        UserError: the run is not right, a name is unknown, or something is stale and `stale` is "stop".
+    """
+    runner = Runner(run=run, stale=stale)
+    chosen = {p.folder for one in what for p in select(runner.passes, one)}
+    runner.check_stale([p for p in runner.passes if p.folder in chosen])
+    return runner, [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+
+
+def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
+    """What `submit` would submit if nothing were in the queue, for people to read and to change."""
+    texts: list[str] = []
+
+    def put(title: str, text: str, dependency: str) -> str:
+        shebang, rest = text.split("\n", 1)
+        wait = f"# submit with: sbatch --dependency='{dependency}'\n" if dependency else ""
+        texts.append(f"{shebang}\n{wait}{rest}\n")
+        return f"<{title}>"
+
+    cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
+    window = queue.max_array_size() if queue.installed() else queue.MAX_ARRAY_SIZE
+    due = missing_blocks(cluster, runner, found)
+    Chain(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
+    yield from texts
+
+
+def submit(runner: Runner, chosen: Sequence[Job]) -> int:
+    """Submits what is missing and not in the queue already; returns how many tasks that is.
+
+    Raises:
+        Refused: jobs of this run with other blocks are in the queue, or somebody else submits right now.
+        SlurmFailed: Slurm would not take a job; those before it are in the queue, and another `submit` goes on.
+    """
+    cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
+    placed: list[str] = []
+
+    def put(title: str, text: str, dependency: str) -> str:
+        job = queue.submit(text, [f"--dependency={dependency}"] if dependency else [])
+        placed.append(cluster.prefix + title)
+        cluster.keep(title, job, text, dependency)
+        say(f"{job}: {title}" + (f", after {dependency}" if dependency else ""))
+        return job
+
+    with alone(cluster.folder):
+        queued = queue.tasks(cluster.names(found))
+        chain = Chain(
+            cluster=cluster,
+            jobs=found,
+            window=queue.max_array_size(),
+            due=missing_blocks(cluster, runner, found),
+            busy=blocks_in(cluster, queued),
+            servers={t.name.removeprefix(f"{cluster.prefix}serve-"): t.array for t in queued if "-serve-" in t.name},
+            put=put,
+        )
+        num = chain.lay(chosen)
+        queue.cancel(t.array for t in queued if t.index is None and t.name in placed)  # their successors wait for more
+    return num
+
+
+def blocks_in(cluster: Cluster, queued: Iterable[queue.Task]) -> dict[tuple[str, int], str]:
+    """Title and block of every task that waits or runs -> its array.
+
+    Raises:
+        Refused: its blocks are not those that would be submitted now.
+    """
+    found = {}
+    for task in queued:
+        blocks = re.fullmatch(r"blocks=(\d+),offset=(\d+)", task.comment)
+        if blocks is None or task.index is None:
+            continue
+        if int(blocks[1]) != cluster.num_blocks:
+            raise Refused(
+                f"{task.name} {task.id} is in the queue with {blocks[1]} blocks, now there would be "
+                f"{cluster.num_blocks}: wait for it, `scancel` it, or set slurm.num_tasks = {blocks[1]}"
+            )
+        found[task.name.removeprefix(cluster.prefix), int(blocks[2]) + task.index] = task.array
+    return found
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process submits for a run at a time; the lock ends with the process.
+
+    Raises:
+        Refused: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(f"{folder}: another `recap slurm submit` is at work on this run; wait for it") from error
+        yield
+
+
+def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, list[int]]:
+    """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
+    num = cluster.num_blocks
+    blocks = {}
+    for job in found:
+        shards = {shard for p in job.passes for shard in lacking(runner, p)}
+        blocks[job.title] = sorted({block_of(shard, num, cluster.num_shards) for shard in shards})
+    return blocks
+
+
+def lacking(runner: Runner, p: Pass) -> list[int]:
+    """The shards whose table of this pass is to be made."""
+    kinds = {"missing", "behind", "blocked", *(["stale"] if runner.stale == "redo" else [])}
+    return [shard for shard in runner.wanted if runner.ledger.state(p, shard).kind in kinds]
