@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from pipeline import queue
 from pipeline.config import Run
-from pipeline.errors import Refused
+from pipeline.errors import Refused, UserError
 from pipeline.passes import Pass, select
+from pipeline.plan import format_spec
 from pipeline.run import Runner, Stale
 from pipeline.slurm import Array, Cluster, Job
 from pipeline.terminal import say
@@ -59,7 +60,7 @@ class Chain:
     cluster: Cluster
     jobs: Sequence[Job]  # of the whole run
     window: int  # tasks in an array, at most
-    due: Mapping[str, Sequence[int]]  # title of any job of the run -> its blocks that lack a table
+    due: Mapping[str, Collection[int]]  # title of any job of the run -> its blocks that lack a table
     busy: Busy
     servers: Mapping[str, str]  # engine -> the job in the queue that serves it
     put: Put
@@ -95,12 +96,21 @@ class Chain:
     def _groups(self, job: Job) -> dict[tuple[int, tuple[str, ...]], list[int]]:
         """Blocks to make by their window and the arrays that they wait for; not those whose inputs nobody makes."""
         groups = defaultdict(list)
-        for block in self.due[job.title]:
-            lacking = [title for title in job.reads if block in self.due[title] and (title, block) not in self._owner]
-            if (job.title, block) not in self._owner and not lacking:
+        without: dict[str, list[int]] = defaultdict(list)
+        for block in sorted(self.due[job.title]):
+            if (job.title, block) in self._owner:
+                continue
+            for title in (lacking := [t for t in sorted(job.reads) if self._lacks(t, block)]):
+                without[title].append(block)
+            if not lacking:
                 waits = sorted({self._owner[title, block] for title in job.reads if (title, block) in self._owner})
                 groups[block // self.window, tuple(waits)].append(block)
+        for title, blocks in without.items():
+            say(f"{job.title}: blocks {format_spec(blocks)} left out, they need {title}, which nobody is making")
         return groups
+
+    def _lacks(self, title: str, block: int) -> bool:
+        return block in self.due[title] and (title, block) not in self._owner
 
     def _server(self, engine: str) -> str:
         if engine not in self._servers:
@@ -135,8 +145,12 @@ def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
         return f"<{title}>"
 
     cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
-    window = queue.max_array_size() if queue.installed() else queue.MAX_ARRAY_SIZE
-    due = missing_blocks(cluster, runner, found)
+    try:
+        window = queue.max_array_size()
+    except (queue.SlurmFailed, UserError):  # a machine without Slurm may still show what would be submitted
+        window = queue.MAX_ARRAY_SIZE
+    asked = {job.title for job in chosen}  # what the others lack is not this script's concern
+    due = {title: blocks if title in asked else [] for title, blocks in missing_blocks(cluster, runner, found).items()}
     Chain(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
     yield from texts
 
@@ -201,7 +215,7 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         Refused: another one does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)  # Slurm does not make it
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,13 +224,13 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, list[int]]:
+def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
     num = cluster.num_blocks
-    blocks = {}
+    blocks: dict[str, Collection[int]] = {}
     for job in found:
         shards = {shard for p in job.passes for shard in lacking(runner, p)}
-        blocks[job.title] = sorted({block_of(shard, num, cluster.num_shards) for shard in shards})
+        blocks[job.title] = {block_of(shard, num, cluster.num_shards) for shard in shards}
     return blocks
 
 

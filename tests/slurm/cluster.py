@@ -2,7 +2,7 @@
 
 It needs root and Debian's slurm-wlm and munge. Only the processes that it started are ever ended.
 
-    python -m tests.slurm.cluster FOLDER        # runs until Ctrl-C or SIGTERM; `export SLURM_CONF=FOLDER/slurm.conf` to use it
+    python -m tests.slurm.cluster FOLDER        # until Ctrl-C or SIGTERM; SLURM_CONF=FOLDER/slurm.conf is what to set
 """
 
 from __future__ import annotations
