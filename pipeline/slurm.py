@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pipeline import tables
+from pipeline import config, tables
 from pipeline.config import Run, Section, key
-from pipeline.passes import ORDER, Pass
+from pipeline.passes import Pass
 from pipeline.plan import format_spec
 
-STAGES = (*ORDER, "train", "serve")  # what may have a table of its own in [slurm]
+STAGES = (*config.STAGES, "serve")  # what may have a table of its own in [slurm]
 NO_GPU = frozenset({"echo", "openai"})  # engines that compute elsewhere, or nothing
 MAX_TASKS = 1000  # of an array, unless num_tasks says otherwise
 

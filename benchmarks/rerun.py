@@ -1,0 +1,50 @@
+"""Measures what it costs to find that nothing is to be done: `recap run all` on a finished run of many shards.
+
+    python benchmarks/rerun.py [--shards 1000]
+
+Prints the seconds of the whole command and of `recap --help`, medians of five; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.scale import make_photos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        photos, run = Path(folder) / "photos", Path(folder) / "run"
+        make_photos(photos, args.shards)
+        recap("init", run, "--source", photos, "--shard-size", 1)
+        recap("run", "all", "--run", run, "--workers", 2)
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        seconds = [(recap("run", "all", "--run", run), recap("--help")) for _ in range(args.pairs)]
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "a rerun touched files"
+    rerun, help = (median(pair[i] for pair in seconds) for i in (0, 1))
+    print(f"{args.shards:,} shards, {len(before):,} files: a rerun takes {rerun:.2f} s, `recap --help` {help:.2f} s")
+    print(json.dumps({"benchmark": "rerun", "shards": args.shards, "rerun_seconds": rerun, "help_seconds": help}))
+
+
+def recap(*args: object) -> float:
+    """Wall seconds of a command."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "pipeline", *map(str, args)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
