@@ -34,9 +34,9 @@ def main() -> None:
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         seconds = [(recap("run", "all", "--run", run), recap("--help")) for _ in range(args.pairs)]
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "a rerun touched files"
-    rerun, help = (median(pair[i] for pair in seconds) for i in (0, 1))
-    print(f"{args.shards:,} shards, {len(before):,} files: a rerun takes {rerun:.2f} s, `recap --help` {help:.2f} s")
-    print(json.dumps({"benchmark": "rerun", "shards": args.shards, "rerun_seconds": rerun, "help_seconds": help}))
+    rerun, help_ = (median(pair[i] for pair in seconds) for i in (0, 1))
+    print(f"{args.shards:,} shards, {len(before):,} files: a rerun takes {rerun:.2f} s, `recap --help` {help_:.2f} s")
+    print(json.dumps({"benchmark": "rerun", "shards": args.shards, "rerun_seconds": rerun, "help_seconds": help_}))
 
 
 def recap(*args: object) -> float:

@@ -122,6 +122,7 @@ class Runner:
         self.ledger = Ledger(self.run, self.plan, self.passes, keep=self.stale == "keep")
         self.stop = threading.Event()
         self.outcome = Outcome()
+        self._executor: Executor | None = None
 
     def execute(self, chosen: Sequence[Pass]) -> Outcome:
         """Makes all of these passes that is not done yet, one after the other.
@@ -142,6 +143,8 @@ class Runner:
             self.outcome.stopped = True
         finally:
             engines.close_all_but(())
+            if self._executor is not None:
+                self._executor.shutdown()
         return self.outcome
 
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
@@ -226,7 +229,7 @@ class Runner:
         in_processes = self.workers > 1 and not p.engines and len(shards) > 1
         limit = self.workers if in_processes else OVERLAP if p.engines else 1
         waiting, running = deque(shards), dict[Future[Made], int]()
-        with self._processes(limit) if in_processes else ThreadPoolExecutor(limit) as executor:
+        with self._processes() if in_processes else ThreadPoolExecutor(limit) as executor:
             while waiting or running:
                 while waiting and len(running) < limit and not self.stop.is_set():
                     shard = waiting.popleft()
@@ -242,7 +245,14 @@ class Runner:
                     meter.add(result.stat.num_new_rows, result.failed)
                 yield running.pop(future), result
 
-    def _processes(self, num: int) -> Executor:
+    @contextmanager
+    def _processes(self) -> Iterator[Executor]:
+        """Started once, for they import much; they end with `execute`."""
+        if self._executor is None:
+            self._executor = self._start_processes(self.workers)
+        yield self._executor
+
+    def _start_processes(self, num: int) -> Executor:
         return ProcessPoolExecutor(
             num,
             mp_context=multiprocessing.get_context("spawn"),
