@@ -118,7 +118,7 @@ def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs:
         file.write_bytes(b"".join(files))
         starts = [sum(map(len, files[:i])) for i in range(len(files))]
         file.with_suffix(".json").write_text(json.dumps(list(zip(starts, map(len, files), strict=True))))
-        for _ in pool.map(islice(cycle(files), 200 * procs)):
+        for _ in pool.map(islice(cycle(files), (200 if len(files) > 2 else 8) * procs)):
             pass  # all processes are up
         one = min(timed(lambda: [probe(data) for data in files])[0] for _ in range(5)) / len(files)
         num_images = int(seconds / one + 1) * procs

@@ -12,8 +12,10 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, fields
 from functools import partial
 from hashlib import sha256
@@ -22,9 +24,12 @@ from operator import attrgetter
 from pathlib import Path
 from queue import LifoQueue
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
-from pipeline.images import Limits, Probe, ahead
+from pipeline.images import Limits, Probe
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FIELDS = tuple(field.name for field in fields(Probe))
 VALUES = attrgetter(*FIELDS)
@@ -74,7 +79,7 @@ class ProbePool:
         for worker in self._workers:
             self._idle.put(worker)
 
-    def map(self, items: Iterable[bytes]) -> Iterator[Probe]:
+    def map(self, items: Iterable[bytes]) -> Generator[Probe, None, None]:
         """A probe of each item, in order, lazily: at most a few batches of about a mebibyte are drawn ahead.
 
         May be called from several threads; they share the processes.
@@ -82,11 +87,12 @@ class ProbePool:
         Raises:
             DecodersBroken: the processes cannot be started.
         """
-        batches = ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
-        for answers in batches:
-            if isinstance(answers, Exception):
-                raise answers
-            yield from answers
+        work = ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
+        with closing(work) as batches:
+            for answers in batches:
+                if isinstance(answers, Exception):
+                    raise answers
+                yield from answers
 
     def close(self) -> None:
         """Ends the processes. Idempotent; no `map` may be under way."""
@@ -123,6 +129,34 @@ class ProbePool:
             error = f"the decoder ended (exit status {exit_status})"
         unknown = dict.fromkeys(("format", "width", "height", "orientation", "num_frames"))
         return Probe(status="unreadable", error=error, sha256=sha256(data).hexdigest(), **unknown)
+
+
+def ahead(
+    items: Iterable[T], work: Callable[[T], R], *, num_threads: int, depth: int
+) -> Generator[R | Exception, None, None]:
+    """`work` of each item, in order, up to `depth` items ahead of the consumer; an exception of `work` is its result.
+
+    `items` are drawn one by one, in the consumer's thread, and only as far as `depth` reaches. The threads end with the
+    iterator, also when the consumer stops early and closes it.
+    """
+
+    def outcome(item: T) -> R | Exception:
+        try:
+            return work(item)
+        except Exception as error:
+            return error
+
+    pending: deque[Future[R | Exception]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="ahead") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(outcome, item))
+                if len(pending) >= depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def num_cores() -> int:

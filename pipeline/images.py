@@ -11,12 +11,10 @@ import io
 import math
 import struct
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pipeline import formats
 
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
     from pipeline.records import ImageStatus
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 # What Pillow's readers raise on corrupt files: they parse with struct and plain indexing and promise no one type.
 # RuntimeError covers NotImplementedError; a MemoryError is a size that the header claimed and nobody can give.
@@ -358,29 +353,3 @@ def encode_lossless(picture: Picture) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def ahead(items: Iterable[T], work: Callable[[T], R], *, num_threads: int, depth: int) -> Iterator[R | Exception]:
-    """`work` of each item, in order, up to `depth` items ahead of the consumer; an exception of `work` is its result.
-
-    `items` are drawn one by one, in the consumer's thread, and only as far as `depth` reaches. The threads end with the
-    iterator, also when the consumer stops early and closes it.
-    """
-
-    def outcome(item: T) -> R | Exception:
-        try:
-            return work(item)
-        except Exception as error:
-            return error
-
-    pending: deque[Future[R | Exception]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="ahead") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(outcome, item))
-                if len(pending) >= depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

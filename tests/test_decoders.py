@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.decoders import BATCH_ITEMS, DecodersBroken, ProbePool
+from pipeline.decoders import BATCH_ITEMS, DecodersBroken, ProbePool, ahead
 from pipeline.images import Limits, probe
 
 MISBEHAVING = "tests.misbehaving:probe"
@@ -139,7 +139,7 @@ def test_files_are_drawn_lazily_and_a_consumer_may_stop() -> None:
         assert drawn == 0
         next(rows)
         assert drawn <= 5 * BATCH_ITEMS
-        rows.close()  # type: ignore[attr-defined]
+        rows.close()
         assert list(pool.map([picture(5)])) == [probe(picture(5))]
         assert len(decoders(os.getpid())) == 2
     assert decoders(os.getpid()) == set()
@@ -215,3 +215,30 @@ def test_decoders_leave_signals_to_their_parent_and_survive_none_of_its_pipes() 
         pids = decoders(process.pid)  # exec closed the pipes
         wait_until_dead(pids, 5)
         process.kill()
+
+
+def test_ahead_keeps_order_and_gives_errors_as_results() -> None:
+    def work(item: int) -> int:
+        time.sleep(0.002 * (item % 3))
+        if item == 5:
+            raise ValueError("five")
+        return item * item
+
+    results = list(ahead(range(20), work, num_threads=4, depth=6))
+    assert [r for r in results if isinstance(r, int)] == [i * i for i in range(20) if i != 5]
+    assert isinstance(results[5], ValueError)
+
+
+def test_ahead_draws_no_further_than_its_depth_and_ends_its_threads() -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            drawn.append(number)
+            yield number
+
+    results = ahead(items(), lambda item: item, num_threads=2, depth=8)
+    assert drawn == []
+    assert next(results) == 0 and len(drawn) == 8
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

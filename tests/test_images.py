@@ -1,12 +1,10 @@
-"""What `pipeline.images` promises of probing, decoding and feeding."""
+"""What `pipeline.images` promises of probing and of decoding."""
 
 from __future__ import annotations
 
 import io
-import threading
-import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.images import Limits, Undecodable, ahead, encode_lossless, fits, pixels, probe, target_size
+from pipeline.images import Limits, Undecodable, encode_lossless, fits, pixels, probe, target_size
 
 
 def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
@@ -201,30 +199,3 @@ def test_limits() -> None:
     picture = encoded(corners(), "PNG")
     found = probe(picture, limits=Limits(max_pixels=112 * 84 - 1))
     assert (found.status, found.width, found.height) == ("too_large", 112, 84)
-
-
-def test_ahead_keeps_order_and_gives_errors_as_results() -> None:
-    def work(item: int) -> int:
-        time.sleep(0.002 * (item % 3))
-        if item == 5:
-            raise ValueError("five")
-        return item * item
-
-    results = list(ahead(range(20), work, num_threads=4, depth=6))
-    assert [r for r in results if isinstance(r, int)] == [i * i for i in range(20) if i != 5]
-    assert isinstance(results[5], ValueError)
-
-
-def test_ahead_draws_no_further_than_its_depth_and_ends_its_threads() -> None:
-    drawn: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(1000):
-            drawn.append(number)
-            yield number
-
-    results = ahead(items(), lambda item: item, num_threads=2, depth=8)
-    assert drawn == []
-    assert next(results) == 0 and len(drawn) == 8
-    results.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
