@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from pipeline.engine import Engine, EngineDied, Reply, Request, Sampling
-from pipeline.engines import echo, openai, transformers
+from pipeline.engines import echo, openai, transformers, vllm
 from tests import tiny
 from tests.faults import Faulty
+from tests.served import serving
 
 HOT = Sampling(temperature=1.0, max_tokens=16)
 SCHEMA = json.dumps(
@@ -61,7 +63,33 @@ def open_openai(_: Path) -> Iterator[Opened]:
         yield Opened(engine=openai.open(config), num_ahead=16)
 
 
-@pytest.fixture(scope="module", params=[open_echo, open_transformers, open_openai], ids=lambda way: way.__name__[5:])
+VLLM: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
+
+
+@contextmanager
+def open_vllm(model: Path) -> Iterator[Opened]:
+    config = vllm.Config(model=str(model), **VLLM, max_in_flight=8, kv_cache_gib=1)
+    yield Opened(engine=vllm.open(config), num_ahead=32, num_tokens=512)
+
+
+@contextmanager
+def open_served(model: Path) -> Iterator[Opened]:
+    with serving(model, **VLLM) as server:
+        config = openai.Config(
+            model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
+        )
+        yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=512)
+
+
+MODELS = [
+    pytest.param(open_transformers, id="transformers"),
+    pytest.param(open_vllm, id="vllm", marks=pytest.mark.vllm),
+    pytest.param(open_served, id="served", marks=pytest.mark.vllm),
+]
+ENGINES = [pytest.param(open_echo, id="echo"), pytest.param(open_openai, id="openai"), *MODELS]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def opened(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Opened]:
     with request.param(tiny_model) as found:
         yield found
@@ -200,15 +228,26 @@ def test_what_the_callers_iterator_raises_reaches_the_caller_after_the_replies_b
         next(replies)
 
 
-def test_transformers_answers_greedily_whatever_else_is_in_the_batch(tiny_model: Path) -> None:
-    greedy = Sampling(max_tokens=32)
-    requests = [request(n, ladder=(greedy,), prompt="Describe it. " * (n % 3 + 1)) for n in range(24)]
-    texts = []
-    for batch_size in (1, 8):
-        engine = transformers.open(transformers.Config(model=str(tiny_model), dtype="float32", batch_size=batch_size))
-        texts.append([reply.text for reply in ask(engine, *requests)])
-        engine.close()
-    assert texts[0] == texts[1]
+GREEDY = Sampling(max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def greedy_texts(tiny_model: Path) -> list[str]:
+    """What transformers says of 200 pictures, one at a time."""
+    engine = transformers.open(transformers.Config(model=str(tiny_model), dtype="float32", batch_size=1))
+    texts = [reply.text for reply in ask(engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))]
+    engine.close()
+    return texts
+
+
+@pytest.mark.parametrize("opened", MODELS, indirect=True)
+def test_greedy_captions_agree(opened: Opened, greedy_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    replies = ask(opened.engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))
+    share = sum(reply.text == text for reply, text in zip(replies, greedy_texts, strict=True)) / 200
+    with capsys.disabled():
+        print(f" {type(opened.engine).__name__}: {share:.1%} of 200 greedy captions as transformers says them alone ")
+    assert share >= 0.99
+    assert len(set(greedy_texts)) > 150
 
 
 FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [
@@ -241,3 +280,41 @@ def test_echo_reads_every_part_of_a_request() -> None:
     engine = echo.open(echo.Config())
     changes = [{"prompt": "x"}, {"system": "x"}, {"images": (b"x",)}, {"images": (b"y",)}, {"seed": 1}, {}]
     assert len({ask(engine, request(0, **change))[0].text for change in changes}) == len(changes)
+
+
+@pytest.mark.vllm
+def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **VLLM, kv_cache_gib=1, num_restarts=1))
+    requests = [request(n % 50, ladder=(GREEDY,)) for n in range(150)]
+    undisturbed = [reply.text for reply in ask(engine, *requests)]
+    replies = engine.generate(requests)
+    texts = [next(replies).text for _ in range(5)]
+    kill_core()
+    texts += [reply.text for reply in replies]
+    assert texts == undisturbed
+    replies = engine.generate(requests)
+    next(replies)
+    kill_core()
+    with pytest.raises(EngineDied, match="vLLM died 2 times"):
+        list(replies)
+    engine.close()
+
+
+def kill_core() -> None:
+    (core,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
+    core.kill()
+
+
+@pytest.mark.vllm
+def test_a_server_behind_faults_and_killed_in_between_gives_the_same_answers(tiny_model: Path) -> None:
+    requests = [request(n % 50, ladder=(GREEDY,)) for n in range(200)]
+    with serving(tiny_model, **VLLM) as server, Faulty(upstream=server.address) as proxy:
+        config = openai.Config(model="tiny", base_url=proxy.url, timeout=5, max_pixels=tiny.PIXELS**2)
+        engine = openai.open(config)
+        undisturbed = [reply.text for reply in ask(engine, *requests)]
+        proxy.share = 0.1
+        disturbed = [reply.text for reply in ask(engine, *requests)]
+        engine.close()
+    assert sum(proxy.seen.values()) - proxy.seen[""] > 20
+    assert disturbed == undisturbed
+    assert not server.endpoint.exists()

@@ -25,10 +25,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
-    """Writes the model into `folder`, which is returned."""
+def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, edge: int = PIXELS) -> Path:
+    """Writes the model, which sees pictures of up to `edge` x `edge` pixels, into `folder`, which is returned."""
     tokenizer = _tokenizer()
-    _processor(tokenizer).save_pretrained(folder)
+    _processor(tokenizer, edge).save_pretrained(folder)
     _model(tokenizer, seed=seed, hidden=hidden, num_layers=num_layers).save_pretrained(folder)
     return folder
 
@@ -68,10 +68,10 @@ def _tokenizer() -> Any:
     )
 
 
-def _processor(tokenizer: Any) -> Any:
+def _processor(tokenizer: Any, edge: int) -> Any:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"min_pixels": 28 * 28, "max_pixels": PIXELS * PIXELS}
+    sizes = {"min_pixels": 28 * 28, "max_pixels": edge * edge}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,

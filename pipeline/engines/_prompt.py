@@ -5,12 +5,12 @@ It takes chat template and rounding rule from the model's own processor. It know
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline import images
+from pipeline.decoders import num_cores
 from pipeline.engine import Request
 from pipeline.engines._window import BadRequest, Once
 from pipeline.errors import ConfigError
@@ -122,5 +122,4 @@ def _first_line(error: Exception) -> str:
 
 def num_threads(asked: int) -> int:
     """How many threads decode: as many as there are cores to run on, unless told otherwise."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return asked or cores or 1
+    return asked or num_cores()

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import images
 from pipeline.config import key
@@ -39,8 +39,8 @@ MOST_SAID = 300  # characters of a server's answer that a message repeats
 class Serve:
     """`[engines.NAME.serve]`: how `recap serve NAME` starts vLLM. Nothing for servers that others run."""
 
-    dtype: str = key("auto", "of the weights: auto, float32, bfloat16, float16")
-    max_model_len: int = key(0, "tokens of prompt and answer; 0: what the model has", stamp=False, least=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
+    max_model_len: int = key(0, "tokens of prompt and answer; 0: as many as fit", stamp=False, least=0)
     max_num_seqs: int = key(128, "answers that are written at once", stamp=False, least=1)
     replicas: int = key(1, "copies of the model, each on its own GPU", stamp=False, least=1)
     tensor_parallel_size: int = key(1, "GPUs that share one copy", stamp=False, least=1)
@@ -72,6 +72,7 @@ class Config:
     give_up_after: float = key(600.0, "seconds without any answer after which the servers count as dead", stamp=False)
     num_tries: int = key(8, "for a request at which a server that is well fails again and again", stamp=False, least=1)
     num_threads: int = key(0, "threads that decode images; 0: one a core", stamp=False, least=0)
+    trust_remote_code: bool = key(False, "for `recap serve`: run Python code that comes with the model", stamp=False)
     serve: Serve = key(factory=Serve, help="how `recap serve` starts it")
 
     def __post_init__(self) -> None:

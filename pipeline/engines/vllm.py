@@ -1,0 +1,290 @@
+"""Decides how vLLM is asked in this process: its asynchronous engine behind one window, opened again when it dies.
+
+Prompts and pixels are made ready in threads ahead of it, once for all candidates of an image; it never drains between
+batches or shards. It does not know how tokens are scheduled: that is vLLM's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import key
+from pipeline.engine import EngineDied, Reply, Request, Sampling
+from pipeline.engines import _prompt
+from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window
+from pipeline.errors import ConfigError
+
+SHUTDOWN = 30.0  # seconds for vLLM's processes to end by themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[engines.NAME]` with kind = "vllm"."""
+
+    model: str = key(help="a folder, or a model's name on the Hugging Face hub", locate="model")
+    revision: str | None = key(None, "a branch, tag or commit of the hub; pin it")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
+    max_pixels: int = key(_prompt.MAX_PIXELS, "a picture is reduced to at most this many pixels", least=28 * 28)
+    trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    extra: dict[str, Any] = key(factory=dict, help="more arguments of vLLM's AsyncEngineArgs, such as quantization")
+    max_model_len: int = key(0, "tokens of prompt and answer; 0: as many as fit", stamp=False, least=0)
+    max_num_seqs: int = key(128, "answers that are written at once", stamp=False, least=1)
+    max_in_flight: int = key(0, "requests inside vLLM at once; 0: twice max_num_seqs", stamp=False, least=0)
+    images_per_prompt: int = key(1, "at most", stamp=False, least=1)
+    gpu_memory_utilization: float = key(0.9, "share of a GPU's memory", stamp=False, least=0.05, most=1)
+    tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
+    kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
+    enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
+    num_restarts: int = key(2, "times that an engine that died is opened again", stamp=False, least=0)
+    num_threads: int = key(0, "threads that make prompts and images ready; 0: one a core", stamp=False, least=0)
+
+
+def open(config: Config) -> Vllm:  # noqa: A001
+    """Loads the model; minutes for a large one.
+
+    Raises:
+        ConfigError: vLLM is not installed, there is no such model, or vLLM refuses the arguments.
+        EngineDied: vLLM did not start.
+    """
+    settle_environment(kv_cache_gib=config.kv_cache_gib)
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("kind 'vllm'", f"`make vllm` installs it, `pip install vllm` on a GPU ({error})") from error
+    processor = _prompt.processor(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    loop = Loop("vllm")
+    try:
+        return Vllm(config, processor, loop)
+    except BaseException:
+        loop.close()
+        raise
+
+
+def settle_environment(*, kv_cache_gib: int) -> None:
+    """What vLLM takes from the environment alone; what the user has set there stays."""
+    for name, value in {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads: a fork could inherit a held lock
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is data
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class Vllm:
+    """vLLM in this process, on an event loop of its own."""
+
+    def __init__(self, config: Config, processor: Any, loop: Loop) -> None:
+        self.model = str(getattr(config.model, "given", config.model))
+        self._loop = loop
+        self._prompter = _prompt.Prompter(processor, max_pixels=config.max_pixels)
+        self._prompts: Once[Any] = Once(_prompt.NUM_KEPT)
+        self._num_threads = _prompt.num_threads(config.num_threads)
+        self._core = _Core(config, num_threads=self._num_threads)
+        loop.run(self._core.start())
+        self.revision = str(config.revision or self._core.commit or "")
+        max_in_flight = config.max_in_flight or 2 * config.max_num_seqs
+        bounds = Bounds(
+            max_in_flight=max_in_flight,
+            enough=min(config.max_num_seqs, max_in_flight),
+            num_ahead=2 * self._num_threads + 4,
+            max_unordered=4 * max_in_flight,
+            num_threads=self._num_threads,
+        )
+        self._window = Window(bounds, prepare=self._prepare, ask=self._core.ask, loop=loop)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        return self._window.generate(requests)
+
+    def waiting(self) -> float | None:
+        return self._window.waiting()
+
+    def close(self) -> None:
+        self._window.close()
+        self._loop.close(self._core.stop)
+
+    def _prepare(self, request: Request) -> Any:
+        """The prompt as vLLM's processor makes it: tokens and pixel values. Candidates of an image share it."""
+        return self._prompts((request.system, request.prompt, request.images), partial(self._rendered, request))
+
+    def _rendered(self, request: Request) -> Any:
+        pictures = self._prompter.pictures(request)
+        prompt: dict[str, Any] = {"prompt": self._prompter.text(request)}
+        if pictures:
+            # vLLM need not hash the pixels: the bytes they come from say what they are.
+            names = [hashlib.sha256(image).hexdigest() for image in request.images]
+            prompt |= {"multi_modal_data": {"image": list(pictures)}, "multi_modal_uuids": {"image": names}}
+        try:
+            return self._core.render(prompt)
+        except Exception as error:  # the model's own processor, which promises no type
+            raise BadRequest(f"{type(error).__name__}: {error}") from error
+
+
+class _Core:
+    """The engine that is alive now, and how often it was opened. Lives on the loop, but for `render`."""
+
+    def __init__(self, config: Config, *, num_threads: int) -> None:
+        self._config, self._num_threads = config, num_threads
+        self._engine: Any = None
+        self._num_deaths = 0
+        self._starting: asyncio.Lock | None = None
+        self._numbers = itertools.count()
+
+    @property
+    def commit(self) -> str | None:
+        found = getattr(self._engine.model_config.hf_config, "_commit_hash", None)
+        return found if isinstance(found, str) else None
+
+    async def start(self) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            arguments = AsyncEngineArgs(**engine_arguments(self._config, num_threads=self._num_threads))
+            config = arguments.create_engine_config()
+        except (OSError, ValueError, TypeError) as error:
+            raise _prompt.unloadable(self._config.model, error) from error
+        with nullcontext() if self._config.enforce_eager else _compiling(self._config):
+            try:
+                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            except (RuntimeError, OSError, ValueError) as error:
+                raise EngineDied(f"vLLM did not start: {error}; its own log above says why") from error
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown(timeout=SHUTDOWN)
+            self._engine = None
+
+    def render(self, prompt: dict[str, Any]) -> Any:
+        """In any thread. vLLM has a tokenizer for each of `renderer_num_workers` threads."""
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        engine = self._engine
+        if engine is None:
+            raise EngineDied("the engine is closed")
+        renderer = engine.renderer
+        parameters = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        (rendered,) = renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)], parameters)
+        return rendered
+
+    async def ask(self, prepared: Any, request: Request, sampling: Sampling, seed: int) -> Reply:
+        """Asks again when the engine dies and could be opened again."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        while True:
+            engine, number = self._engine, next(self._numbers)
+            try:
+                return await _answer(engine, dict(prepared), _parameters(request, sampling, seed), f"recap-{number}")
+            except EngineDeadError as error:
+                await self._replace(engine, error)
+            except EngineGenerateError as error:
+                if not engine.errored:
+                    raise BadRequest(f"{error.__cause__ or error}") from error
+                await self._replace(engine, error)
+
+    async def _replace(self, dead: Any, error: Exception) -> None:
+        """Opens a new engine, once for all who noticed."""
+        self._starting = self._starting or asyncio.Lock()
+        async with self._starting:
+            if self._engine is not dead:
+                return
+            self._num_deaths += 1
+            dead.shutdown(timeout=SHUTDOWN)
+            if self._num_deaths > self._config.num_restarts:
+                raise EngineDied(f"vLLM died {self._num_deaths} times, the last time: {error}") from error
+            await self.start()
+
+
+def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
+    """vLLM's arguments, in process or as a server, for images that come once each."""
+    return {
+        "model": str(config.model),
+        "revision": config.revision,
+        "tokenizer_revision": config.revision,
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "max_model_len": config.max_model_len or -1,  # as many as the model has and the memory holds
+        "max_num_seqs": config.max_num_seqs,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": config.enforce_eager,
+        "limit_mm_per_prompt": {"image": config.images_per_prompt, "video": 0},
+        "mm_processor_cache_gb": 0,
+        # Free whitespace would let a weak model write blanks until its tokens run out.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        "renderer_num_workers": num_threads,
+        **config.extra,
+    }
+
+
+def _parameters(request: Request, sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_tokens,
+        seed=seed % 2**63 if sampling.temperature > 0 else None,
+        logprobs=0 if request.logprobs else None,
+        structured_outputs=StructuredOutputsParams(json=request.schema) if request.schema is not None else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+async def _answer(engine: Any, prompt: dict[str, Any], parameters: Any, name: str) -> Reply:
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        async for output in engine.generate(prompt, parameters, name):
+            last = output
+    except (VLLMClientError, ValueError, TypeError) as error:
+        raise BadRequest(str(error)) from error
+    (answer,) = last.outputs
+    return Reply(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        num_prompt_tokens=len(last.prompt_token_ids or ()),
+        num_output_tokens=len(answer.token_ids),
+        logprobs=_chosen(answer.token_ids, answer.logprobs),
+    )
+
+
+def _chosen(tokens: Iterable[int], logprobs: Any) -> tuple[float, ...] | None:
+    if logprobs is None:
+        return None
+    return tuple(float(step[token].logprob) for token, step in zip(tokens, logprobs, strict=True))
+
+
+@contextmanager
+def _compiling(config: Config) -> Iterator[None]:
+    """Lets one process on this machine compile a model first; those that start later find its cache and do not wait."""
+    import vllm
+
+    what = f"{vllm.__version__} {config.model} {config.revision} {config.dtype} {config.tensor_parallel_size}"
+    name = hashlib.sha256(f"{os.getuid()} {what} {sorted(config.extra.items())}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir())
+    compiled = folder / f"recap-vllm-{name}.compiled"
+    if compiled.exists():
+        yield
+        return
+    with (folder / f"recap-vllm-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if compiled.exists():
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        yield
+        compiled.touch()

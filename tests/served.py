@@ -1,0 +1,59 @@
+"""Starts `recap serve` in a process of its own, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = "import sys; from pathlib import Path; from pipeline import config, serve; "
+START += "serve.serve(config.load(Path(sys.argv[1])), 'tiny', ready_timeout=600)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    endpoint: Path  # the file that says where the server is
+    process: subprocess.Popen[bytes]
+
+    @property
+    def address(self) -> str:
+        return str(json.loads(self.endpoint.read_text())["base_url"]).removesuffix("/v1")
+
+
+@contextmanager
+def serving(model: Path, **keys: Any) -> Iterator[Served]:
+    """The model, served under the name "tiny" until the block ends. `keys` are those of `[engines.NAME.serve]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "models").mkdir()
+        (run / "models" / "tiny").symlink_to(model)
+        (run / "run.toml").write_text(_run_toml(keys))
+        process = subprocess.Popen([sys.executable, "-c", START, folder], start_new_session=True)
+        try:
+            served = Served(endpoint=run / "endpoints" / "tiny.json", process=process)
+            while not served.endpoint.exists():
+                assert process.poll() is None, "the server ended before it was ready"
+                time.sleep(0.2)
+            yield served
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=90)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+
+
+def _run_toml(keys: dict[str, Any]) -> str:
+    lines = ['[source]\nkind = "folder"\npath = "."', '[engines.tiny]\nkind = "openai"\nmodel = "tiny"']
+    lines += ['base_url = "endpoint"\n[engines.tiny.serve]\nkv_cache_gib = 1']
+    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in keys.items())])
