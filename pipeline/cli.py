@@ -167,6 +167,18 @@ def query(
         database.show(connection, database.named_query(name), format, sys.stdout.buffer)
 
 
+@app.command(epilog="Example: recap report --run runs/photos --images 60")
+def report(
+    run: RunOption = Path(),
+    images: Annotated[int, typer.Option(help="How many samples are shown.", min=1, max=1000)] = 36,
+) -> None:
+    """Write report.html into the run: what came of it in numbers and pictures, in one file; prints its path."""
+    from pipeline import config
+    from pipeline.report import page
+
+    print(page.write(config.load(run), num_images=images))
+
+
 slurm = typer.Typer(help="The run as chained Slurm array jobs.", no_args_is_help=True)
 app.add_typer(slurm, name="slurm")
 Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE[:NAME]]...", show_default="all")]

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from pipeline import config, database, starter, tables
+from pipeline.report import page
 from pipeline.run import Outcome, Runner
 from pipeline.terminal import duration, short
 
@@ -55,6 +56,7 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
         yield "  refused:   " + ", ".join(f"{reason} ({short(num)})" for reason, num in reasons)
     yield f"  {short(steps['images'] / max(seconds, 1e-9))} images/s over all stages, {duration(seconds)} in all"
     yield ""
+    yield f"  {page.write(config.load(folder))}   open it in a browser: all of this, and samples with their captions"
     yield f"  {folder}/export/webdataset   for webdataset:       wds.WebDataset(...)"
     yield f"  {folder}/export/parquet      for Hugging Face:     load_dataset('parquet', data_files=...)"
     yield ""
