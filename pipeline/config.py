@@ -41,6 +41,9 @@ class Located(str):
         self.given = given
         return self
 
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.given  # libraries copy the names that they are given
+
 
 def key(
     default: Any = MISSING,
@@ -92,7 +95,7 @@ class Corpus:
         least=1,
         most=10**6,
     )
-    min_side: int = key(8, "pixels; smaller images get the status too_small", least=1)
+    min_side: int = key(16, "pixels; smaller images get the status too_small", least=1)
     max_pixels: int = key(2**28, "width times height; larger images are refused undecoded, as too_large", least=1)
     max_error_share: float | None = key(None, "of images that cannot be read, in a shard", stamp=False, least=0, most=1)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline import config, tables
 from pipeline.engine import Engine, EngineDied
-from pipeline.errors import Refused
+from pipeline.errors import Refused, UserError
 from pipeline.ledger import Ledger, State
 from pipeline.parts import Parts, leave_word
 from pipeline.passes import Pass, all_passes
@@ -212,6 +212,9 @@ class Runner:
                 self.outcome.done += 1
                 meter.shard_done()
                 continue
+            if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
+                self.stop.set()
+                raise result
             if isinstance(result, Stopped):
                 self.outcome.stopped = True
                 continue
@@ -355,7 +358,7 @@ class Runner:
     def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
         place = f"{p.title} {shard:05d}"
         message = why if isinstance(why, str) else str(why) or type(why).__name__
-        if not isinstance(why, str | ShardFailed | EngineDied | OSError | tables.BrokenTable | ValueError):
+        if not isinstance(why, str | ShardFailed | EngineDied | OSError | tables.BrokenTable):
             assert isinstance(why, BaseException)
             message = "".join(traceback.format_exception(why)).rstrip()
         self.outcome.failures[place] = message

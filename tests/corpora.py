@@ -138,7 +138,7 @@ def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
         "cut.tif": (encoded(small, "TIFF")[:5000], "unreadable"),
         "zero_bytes.jpg": (b"", "empty"),
         "zeros.jpg": (bytes(5000), "unreadable"),
-        "text.txt": (b"Words, not pixels.\n", "unsupported"),
+        "notes.txt": (b"Words, not pixels.\n", "unsupported"),
         "page.jpg": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "unsupported"),
         "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unsupported"),
         "bomb.png": (bomb(), "too_large"),
