@@ -1,1 +1,1 @@
-"""The machine: files, processes and clusters. It does not know what a caption is for."""
+"""The machine: files, processes and clusters; it does not know what a caption is for."""

@@ -119,6 +119,7 @@ def _words(old: str, new: str) -> Iterator[str]:
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind != "equal":
             before = f"... {a[i - 1]} " if i else ""
-            yield f"{before}[{' '.join(a[i:j])}] -> [{' '.join(b[k:m])}]"
+            gone, come = f"[{' '.join(a[i:j])}]", f"[{' '.join(b[k:m])}]"
+            yield before + {"insert": f"+{come}", "delete": f"-{gone}"}.get(kind, f"{gone} -> {come}")
     if a == b:
         yield "white space changed"
