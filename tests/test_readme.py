@@ -16,9 +16,9 @@ def architecture() -> str:
     lines = []
     for room in ROOMS:
         lines.append(f"`{room}/`: {_says(ROOT / room / '__init__.py')}.\n")
-        for file in sorted((ROOT / room).glob("[!_]*.py")) + sorted((ROOT / room).glob("_[!_]*.py")):
-            lines.append(textwrap.fill(f"- `{file.name}`: {_says(file)}", 120, subsequent_indent="  "))
-        lines.append("")
+        files = sorted((ROOT / room).glob("[!_]*.py")) + sorted((ROOT / room).glob("_[!_]*.py"))
+        said = (f"- `{file.name}`: {_says(file)}" for file in files)
+        lines += [*(textwrap.fill(line, 120, subsequent_indent="  ") for line in said), ""]
     return "\n".join(lines).strip()
 
 
