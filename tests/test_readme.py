@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("pipeline", "pipeline/sources", "pipeline/engines", "stages", "stages/scorers")
+ROOMS = ("pipeline", "pipeline/sources", "pipeline/engines", "pipeline/report", "stages", "stages/scorers")
 
 
 def architecture() -> str:

@@ -79,6 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     parts = sections(
         corpus(folder / "photos", MIX * 4),
+        source={"shard_size": 14},
         caption__dense={"num_candidates": 2},
         caption__wide={"recipe": "dense", "engine": "judge"},
         engines__captioner={"truncated_share": 0.2, "error_share": 0.1},
@@ -184,7 +185,7 @@ def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None
     assert found == {"refused", "unusable"}
     assert "0 were kept" in report(run).text
     broken = begin(tmp_path / "broken", sections(corpus(tmp_path / "bad", ["cut", "empty"])), max_error_share=1.0)
-    make(broken)
+    make(broken, "ingest")
     assert "Of 2 images, 0 could be used" in report(broken).text
 
 
