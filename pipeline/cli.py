@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from pipeline.run import Outcome
@@ -198,15 +198,10 @@ def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = 
 def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
     """Submit what is missing and not in the queue yet; safe to repeat."""
     from pipeline import config, submit
-    from pipeline.queue import SlurmFailed
     from pipeline.terminal import say
 
     runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
-    try:
-        num = submit.submit(runner, chosen)
-    except SlurmFailed as error:
-        say(f"recap: {error}")
-        raise typer.Exit(1) from error
+    num = submit.submit(runner, chosen)
     say(f"{num} tasks submitted" if num else "nothing to submit: all is done, or on its way")
 
 
@@ -219,6 +214,9 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:  # `recap sql ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MachineError) as error:
+        print(f"recap: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _tell(outcome: Outcome) -> None:

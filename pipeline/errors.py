@@ -28,3 +28,7 @@ class QueryError(UserError):
 
 class Refused(UserError):
     """A command that would do what its user surely does not want."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed, not the user: exit 1, and the message says it all."""

@@ -20,9 +20,9 @@ Kind = Literal["done", "missing", "behind", "stale", "blocked"]
 class State:
     """Where one shard of one pass stands.
 
-    done: its table is what the run asks for. missing: there is none. behind: there is one, made without an engine,
-    and its inputs have changed or grown: it follows them unasked. stale: other words or inputs decided its rows.
-    blocked: a table that it reads is missing.
+    done: its table is what the run asks for. missing: there is none that is whole. behind: there is one, made without
+    an engine, and its inputs have changed or grown: it follows them unasked. stale: other words or inputs decided its
+    rows. blocked: a table that it reads is missing.
     """
 
     kind: Kind
@@ -38,6 +38,7 @@ class Ledger:
         self._makers = {p.folder: p for p in passes}
         self._stamps: dict[tuple[str, int], tables.Stamp | None] = {}
         self._states: dict[tuple[str, int], State] = {}
+        self._broken: dict[tuple[str, int], str] = {}  # what is wrong with a file that is as good as missing
 
     def state(self, p: Pass, shard: int) -> State:
         if (p.folder, shard) not in self._states:
@@ -46,7 +47,10 @@ class Ledger:
 
     def stamp(self, folder: str, shard: int) -> tables.Stamp | None:
         if (folder, shard) not in self._stamps:
-            self._stamps[folder, shard] = tables.read_stamp(table_path(self.run.folder, folder, shard))
+            try:
+                self._stamps[folder, shard] = tables.read_stamp(table_path(self.run.folder, folder, shard))
+            except tables.BrokenTable as error:
+                self._stamps[folder, shard], self._broken[folder, shard] = None, str(error)
         return self._stamps[folder, shard]
 
     def recipe(self, p: Pass, shard: int) -> tables.Recipe:
@@ -60,7 +64,7 @@ class Ledger:
 
     def forget(self, shard: int) -> None:
         """A table of this shard has changed."""
-        for cache in (self._stamps, self._states):
+        for cache in (self._stamps, self._states, self._broken):
             for place in [place for place in cache if place[1] == shard]:
                 del cache[place]
 
@@ -69,9 +73,10 @@ class Ledger:
         reads = {folder: self.state(self._makers[folder], shard) for folder in p.reads}
         for folder, state in reads.items():
             if state.stamp is None:
-                return State(kind="blocked", why=f"{folder}/{shard:05d}.parquet is missing", stamp=stamp)
+                why = self._broken.get((folder, shard), f"{folder}/{shard:05d}.parquet is missing")
+                return State(kind="blocked", why=why, stamp=stamp)
         if stamp is None:
-            return State(kind="missing")
+            return State(kind="missing", why=self._broken.get((p.folder, shard), ""))
         for folder, state in reads.items():
             if state.kind == "stale":
                 return State(kind="stale", why=f"its input {folder} is stale: {state.why}", stamp=stamp)

@@ -49,10 +49,13 @@ class Parts:
         yield from rows()
         self._adopted.append(rows)
 
-    def add(self, row: Record) -> None:
+    def add(self, row: Record) -> bool:
+        """Takes a finished row; says whether it was time to put rows on disk."""
         self._rows.append(row)
-        if len(self._rows) >= MAX_ROWS or time.monotonic() - self._since > MAX_AGE:
+        due = len(self._rows) >= MAX_ROWS or time.monotonic() - self._since > MAX_AGE
+        if due:
             self.flush()
+        return due
 
     def flush(self) -> None:
         """Puts all finished rows on disk."""

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 
 TIMEOUT = 120.0  # seconds that a command may take: a busy controller answers late
 MAX_ARRAY_SIZE = 1001  # Slurm's own default, where there is no Slurm to ask
@@ -21,7 +21,7 @@ ENDED = frozenset(
 )
 
 
-class SlurmFailed(RuntimeError):
+class SlurmFailed(MachineError):
     """A command of Slurm's did not do what it was asked; the message is Slurm's own."""
 
 

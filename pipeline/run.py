@@ -6,6 +6,7 @@ merging them into the table at the end. It knows neither what a caption is nor w
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import platform
@@ -38,11 +39,17 @@ OVERLAP = 2  # shards of one engine at a time, so that it does not drain between
 SETTLED = 200  # rows of a shard before its share of failures means anything
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
 
+INSIST = 1.0  # seconds after which a second signal is one more, no echo of the first
+
 Stale = Literal["stop", "redo", "keep"]
 
 
 class Stopped(Exception):
     """A signal asked to stop; finished rows are kept."""
+
+
+class Overtaken(Exception):
+    """Another process has put the table in place meanwhile."""
 
 
 class ShardFailed(RuntimeError):
@@ -55,6 +62,7 @@ class Made:
 
     stat: Stat
     failed: int  # rows made in this attempt whose status counts as failed
+    overtaken: bool = False  # another process was faster
 
 
 @dataclass(kw_only=True)
@@ -120,6 +128,7 @@ class Runner:
             raise Refused(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
         self.plan, self.wanted = Plan.load(path, self.shards)
         self.ledger = Ledger(self.run, self.plan, self.passes, keep=self.stale == "keep")
+        self._records = {p.folder: p.record for p in self.passes}
         self.stop = threading.Event()
         self.outcome = Outcome()
         self._executor: Executor | None = None
@@ -178,6 +187,9 @@ class Runner:
         todo = [shard for shard, state in states.items() if self._is_due(state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
+        for shard in todo:
+            if states[shard].kind == "missing" and states[shard].why:
+                say(f"recap: {states[shard].why}; it is made again")
         for shard in blocked:
             self._fail(p, shard, f"{states[shard].why}; run the stage that makes it first", quiet=not alone)
         if todo:
@@ -209,7 +221,8 @@ class Runner:
             self.ledger.forget(shard)
             if isinstance(result, Made):
                 failed_in_a_row = 0
-                self.outcome.done += 1
+                self.outcome.done += not result.overtaken
+                self.outcome.skipped += result.overtaken
                 meter.shard_done()
                 continue
             if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
@@ -274,31 +287,42 @@ class Runner:
         start, started_at = time.monotonic(), time.time()
         recipe = self.ledger.recipe(p, number)
         path = table_path(self.run.folder, p.folder, number)
+        before = _whole(path)
         parts = Parts(work_folder(self.run.folder, p, number), p.record, recipe)
-        before = tables.read_stamp(path) if self.retry else None
-        again = (before.digest,) if before else ()
+        again = (before.digest,) if before and self.retry else ()
         shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit, again=again)
-        tally = Tally(p, number, meter)
+        tally, overtaken = Tally(p, number, meter), False
         with closing(shard):
-            payload = p.payload(shard)
+            payload = None
             try:
+                if before and before.recipe == recipe and not self.retry:
+                    raise Overtaken
+                for folder in p.reads:
+                    tables.check(table_path(self.run.folder, folder, number), self._records[folder])
+                payload = p.payload(shard)
                 done = {
                     row.id for row in self._kept(p, path, recipe, parts, resumable=payload is None) if tally.keep(row)
                 }
                 for row in self._new_rows(p, shard, done, engines, payload):
-                    parts.add(row)
                     tally.count(row)
+                    if parts.add(row) and not self.retry and _replaced(path, before, recipe):
+                        raise Overtaken
+                if not self.retry and _replaced(path, before, recipe):
+                    raise Overtaken
                 self._commit(path, p.record, recipe, parts, payload)
             except BaseException as error:
+                overtaken = isinstance(error, Overtaken)  # or its parts went away under it, which is the same
+                overtaken |= isinstance(error, FileNotFoundError) and _replaced(path, before, recipe)
                 with suppress(OSError):
-                    parts.flush()
+                    parts.discard() if overtaken else parts.flush()
                 if payload:
                     payload.abandon()
-                if not isinstance(error, FileNotFoundError) or not self._done_by_another(path, recipe):
+                if not overtaken:
                     raise
         stat = tally.stat(started_at, time.monotonic() - start, engines.waiting(p.engines))
-        self._record(p, stat)
-        return Made(stat=stat, failed=tally.failed)
+        if not overtaken:
+            self._record(p, stat)
+        return Made(stat=stat, failed=tally.failed, overtaken=overtaken)
 
     def _kept(self, p: Pass, path: Path, recipe: tables.Recipe, parts: Parts, *, resumable: bool) -> Iterator[Record]:
         """The rows that need not be made again: of the table that is retried, and of unfinished attempts."""
@@ -334,21 +358,13 @@ class Runner:
     def _commit(
         self, path: Path, record: type[Record], recipe: tables.Recipe, parts: Parts, payload: Payload | None
     ) -> None:
-        if not self.retry and self._done_by_another(path, recipe):
+        with tables.atomic(path, work=parts.folder) as file:
+            with tables.Writer(file, record, recipe) as writer:
+                for row in parts.merged():
+                    writer.add(row)
             if payload:
-                payload.abandon()
-        else:
-            with tables.atomic(path, work=parts.folder) as file:
-                with tables.Writer(file, record, recipe) as writer:
-                    for row in parts.merged():
-                        writer.add(row)
-                if payload:
-                    payload.commit()
+                payload.commit()
         parts.discard()
-
-    def _done_by_another(self, path: Path, recipe: tables.Recipe) -> bool:
-        stamp = tables.read_stamp(path)
-        return stamp is not None and stamp.recipe == recipe
 
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
@@ -361,12 +377,21 @@ class Runner:
         if not isinstance(why, str | ShardFailed | EngineDied | OSError | tables.BrokenTable):
             assert isinstance(why, BaseException)
             message = "".join(traceback.format_exception(why)).rstrip()
+        if isinstance(why, tables.BrokenTable):
+            message += self._set_aside(why)
         self.outcome.failures[place] = message
         if not quiet:
             say(f"recap: {place} failed: {message}")
         if not isinstance(why, str):
             with suppress(OSError):
                 leave_word(work_folder(self.run.folder, p, shard), message)
+
+    def _set_aside(self, broken: tables.BrokenTable) -> str:
+        """Takes a table that does not read out of the way, so that the next run makes it again."""
+        aside = broken.path.with_name(f"{broken.path.name}.broken")
+        with suppress(FileNotFoundError):
+            os.replace(broken.path, aside)
+        return f"; it lies in {aside.name} now, and the same command again makes a new one"
 
 
 class Tally:
@@ -441,10 +466,15 @@ def work_folder(run: Path, p: Pass, shard: int) -> Path:
 @contextmanager
 def stopping(stop: threading.Event) -> Iterator[None]:
     """The first signal asks to stop, the second insists."""
+    first = math.inf
 
     def on_signal(number: int, _: object) -> None:
+        nonlocal first
         if stop.is_set():
-            raise KeyboardInterrupt
+            if time.monotonic() - first > INSIST:
+                raise KeyboardInterrupt
+            return  # Slurm signals a whole job, and a job's script passes on what it gets: one wish, heard twice
+        first = time.monotonic()
         say(f"recap: {signal.Signals(number).name}: finishing what is in flight (again: stop at once)")
         stop.set()
 
@@ -485,6 +515,20 @@ def _in_process(folder: str, shard: int) -> Made:
     p = next(p for p in _runner.passes if p.folder == folder)
     meter = Meter(p.title, num_shards=1, num_rows=None)
     return _runner.make(p, shard, Engines({}), meter)
+
+
+def _whole(path: Path) -> tables.Stamp | None:
+    """The stamp of a table; None where there is none that is whole."""
+    try:
+        return tables.read_stamp(path)
+    except tables.BrokenTable:
+        return None
+
+
+def _replaced(path: Path, before: tables.Stamp | None, recipe: tables.Recipe) -> bool:
+    """Whether somebody has put this table in place since `before`."""
+    now = _whole(path)
+    return now is not None and now != before and now.recipe == recipe
 
 
 def _status(row: Record) -> str:

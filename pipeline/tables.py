@@ -17,18 +17,29 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from pipeline.errors import MachineError
 from pipeline.records import Record, columns, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+TAIL = 1 << 16  # bytes read from the end of a table: its footer in all but the largest
 ROWS_PER_GROUP = 2_000  # rows are held in memory by the group, when written and when read
-STAMP = b"recap.stamp"
+STAMP = "recap.stamp"
+STAMP_KEY = b"\x18" + bytes([len(STAMP)]) + STAMP.encode() + b"\x18"  # as a footer has it, up to the value's length
+MAGIC = b"PAR1"
 
 
-class BrokenTable(RuntimeError):
-    """A file under a table's name that is not a whole table."""
+class BrokenTable(MachineError):
+    """A file under a table's name that is not a whole table, or has changed since it was written."""
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(f"{path} {message}")
+        self.path, self.message = path, message
+
+    def __reduce__(self) -> tuple[type[BrokenTable], tuple[Path, str]]:
+        return BrokenTable, (self.path, self.message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +75,58 @@ def read_stamp(path: Path) -> Stamp | None:
     """The stamp of a table file, from its footer alone; None when there is no file.
 
     Raises:
-        BrokenTable: the file is cut short, or no table of ours.
+        BrokenTable: the file is cut short, no table of ours, or its stamp has been damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        values = json.loads(_stamp_text(path))
+        whole = values.pop("check") == _check(values)
     except FileNotFoundError:
         return None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BrokenTable(f"{path} is not a whole Parquet file ({error}); delete it and run the stage again") from error
-    if STAMP not in metadata:
-        raise BrokenTable(f"{path} carries no stamp: recap did not write it; move it away and run the stage again")
-    values = json.loads(metadata[STAMP])
+    except (ValueError, LookupError) as error:
+        raise BrokenTable(path, f"has a damaged stamp ({error})") from error
+    if not whole:
+        raise BrokenTable(path, "has a damaged stamp")
     return Stamp(**{**values, "recipe": Recipe(**values["recipe"])})
+
+
+def _stamp_text(path: Path) -> bytes:
+    """The stamp's JSON, found in the footer's bytes: parsing all of a footer takes ten times as long.
+
+    A Parquet file ends with its footer, the footer's length and the magic. The footer, in Thrift's compact protocol,
+    has key and value as strings, each with its length before it, after all that comes from the data.
+    """
+    with open(path, "rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        tail = file.read(TAIL)
+        if len(tail) < 12 or tail[-4:] != MAGIC:
+            raise BrokenTable(path, "is not a whole Parquet file")
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if length > size:
+            raise BrokenTable(path, "is not a whole Parquet file")
+        if length > len(tail):
+            file.seek(size - length)
+            tail = file.read(length)
+    found = tail.rfind(STAMP_KEY, len(tail) - length)
+    if found < 0:
+        raise BrokenTable(path, "carries no stamp: recap did not write it")
+    num, start = _varint(tail, found + len(STAMP_KEY))
+    return tail[start : start + num]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number in Thrift's compact protocol, and where what follows it begins."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _check(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json(values).encode()).hexdigest()[:16]
 
 
 def write(path: Path, record: type[R], rows: Iterable[R], recipe: Recipe, *, durable: bool = True) -> Stamp:
@@ -93,17 +141,41 @@ def read(path: Path, record: type[R]) -> Iterator[R]:
     """The rows of a table file in order, a row group in memory at a time.
 
     Raises:
-        BrokenTable: the file does not read as a table of `record`.
+        BrokenTable: the file does not read as a table of `record`, or has changed since it was written.
     """
+    for batch in batches(path, record):
+        yield from from_arrow(record, batch)
+
+
+def batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
+    """The same as Arrow has it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    stamp, num_rows = read_stamp(path), 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns(record))):
-                yield from from_arrow(record, batch)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, TypeError) as error:
-        raise BrokenTable(f"{path} does not read as a {record.table} table ({error})") from error
+                num_rows += len(batch)
+                yield batch.select(list(columns(record)))
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise BrokenTable(path, f"does not read as a {record.table} table ({error})") from error
+    except OSError as error:
+        if error.errno is not None:  # the machine's: too many open files, no permission
+            raise
+        raise BrokenTable(path, f"does not read as a {record.table} table ({error})") from error
+    if stamp is not None and num_rows != stamp.num_rows:
+        raise BrokenTable(path, f"has {num_rows} rows and was written with {stamp.num_rows}")
+
+
+def check(path: Path, record: type[Record]) -> None:
+    """Reads a whole table for its checksums' sake: DuckDB, which stages read with too, does not look at them.
+
+    Raises:
+        BrokenTable: the file has changed since it was written.
+    """
+    for _ in batches(path, record):
+        pass
 
 
 class Writer:
@@ -114,7 +186,7 @@ class Writer:
     def __init__(self, file: IO[bytes], record: type[Record], recipe: Recipe) -> None:
         import pyarrow.parquet as pq
 
-        self._parquet = pq.ParquetWriter(file, schema(record), compression="zstd")
+        self._parquet = pq.ParquetWriter(file, schema(record), compression="zstd", write_page_checksum=True)
         self._record, self._recipe = record, recipe
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()
@@ -148,7 +220,8 @@ class Writer:
                 num_rows=self._num_rows,
                 statuses=dict(sorted(self._statuses.items())),
             )
-            self._parquet.add_key_value_metadata({STAMP.decode(): _json(asdict(self.stamp))})
+            values = asdict(self.stamp)
+            self._parquet.add_key_value_metadata({STAMP: _json({**values, "check": _check(values)})})
         self._parquet.close()
 
 

@@ -115,3 +115,35 @@ def test_a_table_of_another_kind_is_named(tmp_path: Path) -> None:
 
 def test_no_table_is_no_stamp(tmp_path: Path) -> None:
     assert tables.read_stamp(tmp_path / "none.parquet") is None
+
+
+def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [score(str(i)) for i in range(20)]
+    tables.write(path, Score, rows, RECIPE)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for at in range(4, footer, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            assert list(tables.read(path, Score)) == rows  # a byte that says nothing, as in a page's statistics
+        except tables.BrokenTable as error:
+            assert error.path == path
+
+
+def test_a_damaged_stamp_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    tables.write(path, Score, [score("1")], RECIPE)
+    whole = path.read_bytes()
+    first = whole.rindex(b'{"check"')
+    for at in range(first, whole.index(b"}}", first) + 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(tables.BrokenTable, match="damaged stamp"):
+            tables.read_stamp(path)
+
+
+def test_a_stamp_longer_than_what_is_read_at_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    recipe = dataclasses.replace(RECIPE, slice={"words": "wörter " * 50_000})
+    stamp = tables.write(path, Score, [score("1")], recipe)
+    assert tables.read_stamp(path) == stamp
