@@ -31,7 +31,7 @@ from pipeline.parts import Parts, leave_word
 from pipeline.passes import Pass, all_passes
 from pipeline.plan import Plan
 from pipeline.records import Record, Stat
-from pipeline.shard import Shard, table_path
+from pipeline.shard import Shard, table_path, work_folder
 from pipeline.terminal import Meter, say
 from pipeline.writers import Payload
 
@@ -288,7 +288,7 @@ class Runner:
         recipe = self.ledger.recipe(p, number)
         path = table_path(self.run.folder, p.folder, number)
         before = _whole(path)
-        parts = Parts(work_folder(self.run.folder, p, number), p.record, recipe)
+        parts = Parts(work_folder(self.run.folder, p.folder, number), p.record, recipe)
         again = (before.digest,) if before and self.retry else ()
         shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit, again=again)
         tally, overtaken = Tally(p, number, meter), False
@@ -384,7 +384,7 @@ class Runner:
             say(f"recap: {place} failed: {message}")
         if not isinstance(why, str):
             with suppress(OSError):
-                leave_word(work_folder(self.run.folder, p, shard), message)
+                leave_word(work_folder(self.run.folder, p.folder, shard), message)
 
     def _set_aside(self, broken: tables.BrokenTable) -> str:
         """Takes a table that does not read out of the way, so that the next run makes it again."""
@@ -456,11 +456,6 @@ class Tally:
             f"{self.errors} of its first {self.rows} rows failed, more than max_error_share = {self.p.max_error_share}"
             f"; the commonest message ({num} times): {commonest}{example}"
         )
-
-
-def work_folder(run: Path, p: Pass, shard: int) -> Path:
-    """Where a shard's unfinished rows lie: outside every table's glob."""
-    return run / ".work" / p.folder / f"{shard:05d}"
 
 
 @contextmanager

@@ -24,6 +24,11 @@ def table_path(run: Path, folder: str, shard: int) -> Path:
     return run / folder / f"{shard:05d}.parquet"
 
 
+def work_folder(run: Path, folder: str, shard: int) -> Path:
+    """Where what is unfinished of a table's shard lies: outside every table's glob, gone when the table is there."""
+    return run / ".work" / folder / f"{shard:05d}"
+
+
 @dataclass(kw_only=True)
 class Shard:
     """One shard of a run, as it is on disk now. Not for use by two threads at once, but for `data`."""

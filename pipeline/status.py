@@ -12,7 +12,8 @@ from pipeline.ledger import Ledger
 from pipeline.parts import last_words
 from pipeline.passes import Pass
 from pipeline.plan import format_spec
-from pipeline.run import Runner, work_folder
+from pipeline.run import Runner
+from pipeline.shard import work_folder
 from pipeline.terminal import duration, short
 
 
@@ -70,7 +71,7 @@ def _failures(ledger: Ledger, p: Pass, shards: Sequence[int]) -> Iterator[tuple[
     if not (ledger.run.folder / ".work" / p.folder).is_dir():
         return
     for shard in shards:
-        if (message := last_words(work_folder(ledger.run.folder, p, shard))) is not None:
+        if (message := last_words(work_folder(ledger.run.folder, p.folder, shard))) is not None:
             yield f"{shard:05d}", message
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.records import Exported, Image, Record, schema
+from pipeline.shard import work_folder
 from pipeline.tables import sync_folder
 
 if TYPE_CHECKING:
@@ -64,16 +65,17 @@ class Example:
 
 
 class Unfinished:
-    """A file being written next to its final name; nothing is there until the first byte."""
+    """A file being written outside its final folder; nothing is there until the first byte."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, work: Path) -> None:
         self.path = path
-        self._beside = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+        self._beside = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
         self._file: io.BufferedWriter | None = None
 
     def open(self) -> io.BufferedWriter:
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path.parent, self._beside.parent):
+                folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self._beside, "xb")
         return self._file
 
@@ -123,7 +125,7 @@ class Pack:
 
     def __init__(self, run: Path, shard: int) -> None:
         self._run = run
-        self._tar = Tar(Unfinished(run / "shards" / f"{shard:05d}.tar"))
+        self._tar = Tar(Unfinished(run / "shards" / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
 
     def take(self, output: Packed) -> Image:
         if output.data is None:
@@ -142,10 +144,10 @@ class TrainingSet:
     """`export/webdataset/00000.tar` and `export/parquet/00000.parquet`, as trainers load them."""
 
     def __init__(self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str) -> None:
-        export = run / "export"
+        export, work = run / "export", work_folder(run, "export/index", shard)
         self._extension = image_extension
-        self._tar = Tar(Unfinished(export / "webdataset" / f"{shard:05d}.tar"))
-        self._parquet = ImageParquet(Unfinished(export / "parquet" / f"{shard:05d}.parquet"))
+        self._tar = Tar(Unfinished(export / "webdataset" / f"{shard:05d}.tar", work=work))
+        self._parquet = ImageParquet(Unfinished(export / "parquet" / f"{shard:05d}.parquet", work=work))
         chosen: dict[str, Callable[[str, Example], None]] = {"webdataset": self._to_tar, "parquet": self._to_parquet}
         self._sinks = [chosen[name] for name in formats]
 
