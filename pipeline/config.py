@@ -41,7 +41,7 @@ class Located(str):
         self.given = given
         return self
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
         return str(self), self.given  # libraries copy the names that they are given
 
 
