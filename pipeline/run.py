@@ -145,6 +145,8 @@ class Runner:
         try:
             with stopping(self.stop):
                 for p in chosen:
+                    if self.stop.is_set():
+                        break
                     engines.close_all_but(p.engines)
                     with closing_after(p):
                         self._make_pass(p, engines, alone=len(chosen) == 1)
@@ -235,7 +237,7 @@ class Runner:
             failed_in_a_row += 1
             if isinstance(result, EngineDied) or (failed_in_a_row >= GIVE_UP and not self.outcome.done):
                 self.stop.set()
-        if self.outcome.stopped:
+        if self.outcome.stopped or (self.stop.is_set() and meter.shards < len(shards) and not self.outcome.failures):
             raise Stopped
 
     def _results(

@@ -211,6 +211,25 @@ def test_what_the_machine_is_asked_before_its_input_is_there_says_what_is_missin
     assert "image/00000.parquet is missing" in done.stderr
 
 
+def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before_the_next(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    names = {
+        f"engines__{n}": {"kind": "tests.recording", "name": n, "record": str(record)} for n in ("captioner", "judge")
+    }
+    names["engines__captioner"]["overlap"] = 2  # it would wait for ever if shards came one after the other
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 40), **names)
+    parts["caption.second"] = {"recipe": "short", "engine": "captioner"}
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    events = record.read_text().splitlines()
+    calls = [line for line in events if not line.startswith("generate")]
+    assert calls == ["open captioner", "close captioner", "open judge", "close judge"]
+    assert events.count("generate captioner") == 2 * 4  # two passes over four shards
+    record.unlink()
+    make(run)
+    assert not record.exists()  # what is done needs no engine
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path: Path, workers: int) -> None:
     run = tmp_path / "run"
@@ -259,13 +278,13 @@ def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, fin
     shutil.copy(finished / "plan.parquet", run)
     make(run, "ingest")
     child = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "run", "caption", "--run", str(run)],
+        [sys.executable, "-c", HASTY, "run", "caption", "--run", str(run)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not list(run.glob("caption/dense/*.parquet")):
-        time.sleep(0.05)
+    while not list((run / ".work" / "caption").rglob("*.parquet")):
+        time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
     _, words = child.communicate()
     assert child.returncode == 75
