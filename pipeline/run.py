@@ -1,7 +1,7 @@
 """Decides how what is missing gets made: one code path for what a person types and for what an array task executes.
 
-A shard of a pass is made by handing the stage only its unfinished inputs, keeping the finished rows as parts, and
-merging them into the table at the end. It knows neither what a caption is nor where models run.
+It chooses the shards that are due, overlaps and distributes them, and stops when asked or when nothing helps. How one
+shard is made is pipeline/attempt.py's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import platform
 import signal
 import threading
 import time
@@ -17,43 +16,29 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from pipeline import config, tables
+from pipeline.attempt import Attempt, ShardFailed, Stopped
 from pipeline.engine import Engine, EngineDied
 from pipeline.errors import Refused, UserError
 from pipeline.ledger import Ledger, State
-from pipeline.parts import Parts, leave_word
+from pipeline.parts import leave_word
 from pipeline.passes import Pass, all_passes
 from pipeline.plan import Plan
-from pipeline.records import Record, Stat
+from pipeline.records import Stat
 from pipeline.shard import Shard, table_path, work_folder
 from pipeline.terminal import Meter, say
-from pipeline.writers import Payload
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
-SETTLED = 200  # rows of a shard before its share of failures means anything
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
 
 INSIST = 1.0  # seconds after which a second signal is one more, no echo of the first
 
 Stale = Literal["stop", "redo", "keep"]
-
-
-class Stopped(Exception):
-    """A signal asked to stop; finished rows are kept."""
-
-
-class Overtaken(Exception):
-    """Another process has put the table in place meanwhile."""
-
-
-class ShardFailed(RuntimeError):
-    """One shard cannot be made; the others may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,94 +264,21 @@ class Runner:
         )
 
     def make(self, p: Pass, number: int, engines: Engines, meter: Meter) -> Made:
-        """Makes one shard of one pass.
-
-        Raises:
-            Stopped: a signal came; the finished rows are kept as parts.
-            ShardFailed: too many of its rows failed.
-            EngineDied, OSError, ...: the machine failed.
-        """
-        start, started_at = time.monotonic(), time.time()
-        recipe = self.ledger.recipe(p, number)
-        path = table_path(self.run.folder, p.folder, number)
-        before = _whole(path)
-        parts = Parts(work_folder(self.run.folder, p.folder, number), p.record, recipe)
-        again = (before.digest,) if before and self.retry else ()
-        shard = Shard(run=self.run, plan=self.plan, number=number, limit=self.limit, again=again)
-        tally, overtaken = Tally(p, number, meter), False
-        with closing(shard):
-            payload = None
-            try:
-                if before and before.recipe == recipe and not self.retry:
-                    raise Overtaken
-                for folder in p.reads:
-                    tables.check(table_path(self.run.folder, folder, number), self._records[folder])
-                payload = p.payload(shard)
-                done = {
-                    row.id for row in self._kept(p, path, recipe, parts, resumable=payload is None) if tally.keep(row)
-                }
-                for row in self._new_rows(p, shard, done, engines, payload):
-                    tally.count(row)
-                    if parts.add(row) and not self.retry and _replaced(path, before, recipe):
-                        raise Overtaken
-                if not self.retry and _replaced(path, before, recipe):
-                    raise Overtaken
-                self._commit(path, p.record, recipe, parts, payload)
-            except BaseException as error:
-                overtaken = isinstance(error, Overtaken)  # or its parts went away under it, which is the same
-                overtaken |= isinstance(error, FileNotFoundError) and _replaced(path, before, recipe)
-                with suppress(OSError):
-                    parts.discard() if overtaken else parts.flush()
-                if payload:
-                    payload.abandon()
-                if not overtaken:
-                    raise
-        stat = tally.stat(started_at, time.monotonic() - start, engines.waiting(p.engines))
+        """Makes one shard of one pass; raises what `Attempt.make` raises."""
+        attempt = Attempt(
+            p=p,
+            shard=Shard(run=self.run, plan=self.plan, number=number, limit=self.limit),
+            recipe=self.ledger.recipe(p, number),
+            records=self._records,
+            retry=self.retry,
+            stop=self.stop,
+            meter=meter,
+        )
+        overtaken = not attempt.make(engines)
+        stat = attempt.tally.stat(number, engines.waiting(p.engines))
         if not overtaken:
             self._record(p, stat)
-        return Made(stat=stat, failed=tally.failed, overtaken=overtaken)
-
-    def _kept(self, p: Pass, path: Path, recipe: tables.Recipe, parts: Parts, *, resumable: bool) -> Iterator[Record]:
-        """The rows that need not be made again: of the table that is retried, and of unfinished attempts."""
-        if not resumable:
-            return
-        stamp = tables.read_stamp(path) if self.retry else None
-        if stamp is not None and stamp.recipe == recipe:
-            yield from parts.carry(lambda: (r for r in tables.read(path, p.record) if _status(r) not in self.retry))
-        yield from parts.adopt()
-
-    def _new_rows(
-        self, p: Pass, shard: Shard, done: set[Any], engines: Engines, payload: Payload | None
-    ) -> Iterator[Record]:
-        asked: deque[Any] = deque()
-
-        def unfinished() -> Iterator[Any]:
-            for item in p.inputs(shard):
-                if item.id not in done:
-                    if self.stop.is_set():
-                        return
-                    asked.append(item.id)
-                    yield item
-
-        outputs = p.work(unfinished(), engines)
-        for output in outputs:
-            assert output.id == asked[0], f"{p.title} gave row {output.id} for input {asked[0]}"
-            asked.popleft()
-            yield payload.take(output) if payload else output
-        if self.stop.is_set():
-            raise Stopped
-        assert not asked, f"{p.title} gave no row for {len(asked)} inputs, {asked[0]} the first"
-
-    def _commit(
-        self, path: Path, record: type[Record], recipe: tables.Recipe, parts: Parts, payload: Payload | None
-    ) -> None:
-        with tables.atomic(path, work=parts.folder) as file:
-            with tables.Writer(file, record, recipe) as writer:
-                for row in parts.merged():
-                    writer.add(row)
-            if payload:
-                payload.commit()
-        parts.discard()
+        return Made(stat=stat, failed=attempt.tally.failed, overtaken=overtaken)
 
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
@@ -394,70 +306,6 @@ class Runner:
         with suppress(FileNotFoundError):
             os.replace(broken.path, aside)
         return f"; it lies in {aside.name} now, and the same command again makes a new one"
-
-
-class Tally:
-    """Counts one shard's rows, and stops it when too many have failed."""
-
-    def __init__(self, p: Pass, number: int, meter: Meter) -> None:
-        self.p, self.number, self.meter = p, number, meter
-        self.rows = self.new = self.failed = self.errors = 0
-        self.retries = self.prompt_tokens = self.output_tokens = 0
-        self.messages: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-
-    def keep(self, row: Record) -> bool:
-        self.rows += 1
-        self.errors += _status(row) in row.failed
-        return True
-
-    def count(self, row: Record) -> None:
-        self.rows += 1
-        self.new += 1
-        self.retries += max(0, getattr(row, "attempt", 1) - 1)
-        self.prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
-        self.output_tokens += getattr(row, "num_output_tokens", None) or 0
-        self.meter.count(row)
-        if _status(row) in row.failed:
-            self.failed += 1
-            self.errors += 1
-            self._note(_status(row), getattr(row, "error", None) or "no message")
-        if self.rows >= SETTLED and self.errors > self.p.max_error_share * self.rows:
-            raise ShardFailed(self._why())
-
-    def _note(self, status: str, error: str) -> None:
-        """Errors begin with what they have in common: "the answer is no JSON: Expecting value at 7"."""
-        common = f"{status}: {error.partition(': ')[0]}"
-        self.messages[common] += 1
-        self.examples.setdefault(common, error)
-
-    def stat(self, started_at: float, seconds: float, waiting: float | None) -> Stat:
-        return Stat(
-            stage=self.p.stage,
-            name=self.p.name,
-            caption=self.p.caption,
-            shard=self.number,
-            started_at=started_at,
-            seconds=seconds,
-            num_rows=self.rows,
-            num_new_rows=self.new,
-            num_errors=self.errors,
-            num_retries=self.retries,
-            num_prompt_tokens=self.prompt_tokens,
-            num_output_tokens=self.output_tokens,
-            waiting=waiting,
-            host=platform.node(),
-            pid=os.getpid(),
-            code_version=version("recap-pipeline"),
-        )
-
-    def _why(self) -> str:
-        commonest, num = self.messages.most_common(1)[0] if self.messages else ("of an earlier attempt", self.errors)
-        example = f", e.g. {self.examples[commonest]}" if commonest in self.examples else ""
-        return (
-            f"{self.errors} of its first {self.rows} rows failed, more than max_error_share = {self.p.max_error_share}"
-            f"; the commonest message ({num} times): {commonest}{example}"
-        )
 
 
 @contextmanager
@@ -512,21 +360,3 @@ def _in_process(folder: str, shard: int) -> Made:
     p = next(p for p in _runner.passes if p.folder == folder)
     meter = Meter(p.title, num_shards=1, num_rows=None)
     return _runner.make(p, shard, Engines({}), meter)
-
-
-def _whole(path: Path) -> tables.Stamp | None:
-    """The stamp of a table; None where there is none that is whole."""
-    try:
-        return tables.read_stamp(path)
-    except tables.BrokenTable:
-        return None
-
-
-def _replaced(path: Path, before: tables.Stamp | None, recipe: tables.Recipe) -> bool:
-    """Whether somebody has put this table in place since `before`."""
-    now = _whole(path)
-    return now is not None and now != before and now.recipe == recipe
-
-
-def _status(row: Record) -> str:
-    return getattr(row, "status", "ok")

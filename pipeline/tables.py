@@ -129,6 +129,14 @@ def _check(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(_json(values).encode()).hexdigest()[:16]
 
 
+def whole_stamp(path: Path) -> Stamp | None:
+    """The stamp of a table file; None when there is no file, or none that is whole."""
+    try:
+        return read_stamp(path)
+    except BrokenTable:
+        return None
+
+
 def write(path: Path, record: type[R], rows: Iterable[R], recipe: Recipe, *, durable: bool = True) -> Stamp:
     """Writes a whole table at once; see `Writer` and `atomic`."""
     with atomic(path, durable=durable) as file, Writer(file, record, recipe) as writer:
