@@ -38,14 +38,16 @@ READER = "region_reader"  # the part of the model that is thrown away in the end
 class Config:
     """`[train]`."""
 
-    method: Literal["sft"] = key("sft", "sft: learn the answers word by word")
+    method: Literal["sft", "regions"] = key(
+        "sft", "sft: learn the answers word by word; regions: the vision tower alone, on labelled scenes"
+    )
     model: str = key("new", "a model's folder or name on the Hub; new: a small Qwen2.5-VL, untrained", locate="model")
     output: str = key("model", "the folder in the run that the trained model is written to", stamp=False)
     captions: tuple[str, ...] = key(("main",), "caption passes whose texts, or whose scores, are learnt")
     recipe: str = key("", "what the model is asked; empty: what the captions' own pass asked")
     scores: str = key("", "a score pass by a judge: its verdicts are learnt; empty: the captions' texts are")
     turns: int = key(1, "questions about one image in one lesson", least=1)
-    regions: float = key(0.0, "weight of naming what lies under each image token (labelled scenes only)", least=0)
+    regions: float = key(0.0, "sft: weight of naming what lies under each image token besides", least=0)
     steps: int = key(1000, "steps of the optimizer", least=1)
     batch_size: int = key(64, "lessons in a step on one device", least=1)
     accumulate: int = key(1, "batches in a step", least=1)
@@ -68,6 +70,11 @@ class Config:
     )
     seed: int = key(0, "of the order of lessons and of new weights", least=0)
     num_workers: int = key(1, "processes that prepare lessons", least=0, stamp=False)
+
+    @property
+    def sees(self) -> bool:
+        """Whether regions are learnt, alone or besides."""
+        return self.method == "regions" or self.regions > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +231,7 @@ def train(run: Run) -> Path:
         config,
         model=model,
         processor=processor,
-        collator=Collator(processor, folder=run.folder, regions=config.regions > 0),
+        collator=Collator(processor, folder=run.folder, regions=config.sees),
         learnt=_dataset(learnt, order),
         measured=_dataset(measured, _arranged(measured, config, processor)) if measured else None,
         folder=work,
@@ -254,12 +261,20 @@ def trainer(
     class Trainer(SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             regions = inputs.pop("regions", None)
+            if config.method == "regions":
+                return self._regions_loss(inputs, regions)
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             if regions is None:
                 return loss
             named = self.model.region_reader.loss(regions)
             self._metrics["train" if model.training else "eval"]["regions_loss"].append(named.item())
             return loss + config.regions * named if model.training else loss
+
+        def _regions_loss(self, inputs: dict[str, Any], regions: torch.Tensor) -> torch.Tensor:
+            pixels = inputs["pixel_values"].to(self.model.dtype)
+            self.model.model.visual(pixels, grid_thw=inputs["image_grid_thw"])
+            loss: torch.Tensor = self.model.region_reader.loss(regions)
+            return loss
 
         def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
             """By the names that the model itself saves under: the trainer's own way finds none of a Qwen2.5-VL's."""
@@ -301,7 +316,7 @@ def trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    if config.regions:
+    if config.sees:
         from stages._regions import Reader
 
         # as a part of the model, so that its weights are stepped and kept with the others
@@ -506,6 +521,9 @@ class Asked:
 
 def lessons(run: Run, config: Config) -> Iterator[Lesson]:
     """What the tables of the run teach, in key order."""
+    if config.method == "regions":
+        yield from (_lesson(image, ()) for image in _images(run))
+        return
     read = _verdicts if config.scores else _texts
     for file in sorted((run.folder / "image").glob("*.parquet")):
         shown = {image.key: image for image in tables.read(file, Image) if image.status == "ok"}
@@ -513,6 +531,11 @@ def lessons(run: Run, config: Config) -> Iterator[Lesson]:
             for image_key, group in groupby(read(run, config, name, file.name), key=lambda asked: asked.key):
                 for turns in batched(group, config.turns):
                     yield _lesson(shown[image_key], turns)
+
+
+def _images(run: Run) -> Iterator[Image]:
+    for file in sorted((run.folder / "image").glob("*.parquet")):
+        yield from (image for image in tables.read(file, Image) if image.status == "ok")
 
 
 def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
@@ -526,7 +549,7 @@ def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
         num_bytes=image.num_bytes,
         width=image.width,
         height=image.height,
-        system=turns[0].system,
+        system=turns[0].system if turns else "",
         questions=tuple(asked.question for asked in turns),
         answers=tuple(asked.answer for asked in turns),
     )
