@@ -131,9 +131,12 @@ def status(
     from pipeline import config
     from pipeline import status as report
     from pipeline.run import Runner
+    from pipeline.watch import Watch
 
-    passes = report.survey(Runner(run=config.load(run)))
-    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes))
+    runner = Runner(run=config.load(run))
+    watch = Watch.of(runner)
+    passes = report.survey(runner, watch)
+    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes, watch))
 
 
 Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print; parquet is binary.")]

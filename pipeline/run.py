@@ -320,8 +320,8 @@ def stopping(stop: threading.Event) -> Iterator[None]:
                 raise KeyboardInterrupt
             return  # Slurm signals a whole job, and a job's script passes on what it gets: one wish, heard twice
         first = time.monotonic()
-        say(f"recap: {signal.Signals(number).name}: finishing what is in flight (again: stop at once)")
         stop.set()
+        say(f"recap: {signal.Signals(number).name}: finishing what is in flight (again: stop at once)")
 
     if threading.current_thread() is not threading.main_thread():
         yield

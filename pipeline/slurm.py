@@ -50,6 +50,9 @@ class Settings:
     notice: int = key(300, "seconds before the time limit at which a task is told to stop", least=10)
     max_requeues: int = key(50, "how often a task that was stopped goes back into the queue", least=0)
     serve: tuple[str, ...] = key((), "engines that a job of their own serves (`recap serve`) while arrays ask them")
+    serve_host: str = key(
+        "0.0.0.0", "the address that a served engine listens on; all but 127.0.0.1 demand a key (api_key_env)"
+    )
     serve_wait: int = key(3600, "seconds that a task waits for a served engine to be ready", least=1)
 
 
@@ -143,6 +146,14 @@ class Cluster:
         """Where the scripts and logs of its jobs lie."""
         return self.run.folder.resolve() / "slurm"
 
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def endpoint(self, engine: str) -> Path:
+        """The file that a served engine's server writes when it is ready."""
+        return config.endpoint(self.run.file.parent.resolve(), engine)
+
     def resources(self, job: Job) -> Resources:
         found: Resources = self.run.slurm.resources[job.stage]
         return found
@@ -186,8 +197,8 @@ class Cluster:
 
     def server(self, engine: str) -> str:
         """The script of the job that serves an engine until it is cancelled."""
-        resources = self.run.slurm.resources["serve"]
-        endpoint = shlex.quote(str(self._endpoint(engine)))
+        settings, resources = self.run.slurm.settings, self.run.slurm.resources["serve"]
+        endpoint = shlex.quote(str(self.endpoint(engine)))
         return "\n".join(
             [
                 *self._head(f"serve-{engine}", resources, gpus=True, log="%j"),
@@ -195,9 +206,9 @@ class Cluster:
                 "# Others find the server by the file that it writes when it is ready; that of a dead one misleads.",
                 *resources.setup,
                 f"rm -f {endpoint}",
-                *self._signals(),
-                f"{self._command(resources)} serve {engine} --run {self._folder} &",
-                *self._end('"$SLURM_JOB_ID"'),
+                *self._signals("TERM"),
+                f"{self._command(resources)} serve {engine} --host {settings.serve_host} --run {self._folder} &",
+                *self._end('"$SLURM_JOB_ID"', stopped='[ -n "$told" ]'),
             ]
         )
 
@@ -223,9 +234,6 @@ class Cluster:
     def _folder(self) -> str:
         return shlex.quote(str(self.run.file.parent.resolve()))
 
-    def _endpoint(self, engine: str) -> Path:
-        return self.run.folder.resolve() / "endpoints" / f"{engine}.json"
-
     def _needs_gpu(self, job: Job) -> bool:
         return any(self.run.engines[name].kind not in NO_GPU for name in job.engines - self.served)
 
@@ -235,7 +243,7 @@ class Cluster:
     def _head(self, title: str, resources: Resources, *, gpus: bool, log: str) -> Iterator[str]:
         yield "#!/bin/bash"
         settings = self.run.slurm.settings
-        output = str(self.folder / "logs" / f"{title.replace(':', '.')}-").replace("%", "%%")
+        output = str(self.logs / f"{title.replace(':', '.')}-").replace("%", "%%")
         options = {
             "job-name": self.prefix + title,
             "output": f'"{output}{log}.log"',
@@ -259,9 +267,9 @@ class Cluster:
         )
         yield from (f"#SBATCH {directive}" for directive in resources.directives)
 
-    def _signals(self) -> Iterator[str]:
+    def _signals(self, passed_on: str = "USR1") -> Iterator[str]:
         """Slurm's notice reaches this shell alone: it is passed on, and the shell waits for what it started."""
-        yield 'trap \'[ -n "$child" ] && kill -USR1 "$child" 2>/dev/null\' USR1 TERM'
+        yield f'trap \'told=yes; [ -n "$child" ] && kill -{passed_on} "$child" 2>/dev/null\' USR1 TERM'
 
     def _start(self, job: Job, resources: Resources, what: str) -> Iterator[str]:
         command = f"{self._command(resources)} run {what} --run {self._folder}"
@@ -275,27 +283,27 @@ class Cluster:
             wait = self.run.slurm.settings.serve_wait
             yield f"  # {engine} is served by another job; its file appears when it is ready."
             yield f"  for ((waited = 0; waited < {wait}; waited += 2)); do"
-            yield f"    [ -e {shlex.quote(str(self._endpoint(engine)))} ] && break; sleep 2"
+            yield f"    [ -e {shlex.quote(str(self.endpoint(engine)))} ] && break; sleep 2"
             yield "  done"
         yield f"  exec {command}"
         yield "} &"
 
-    def _end(self, me: str) -> Iterator[str]:
+    def _end(self, me: str, *, stopped: str = '[ "$code" = 75 ] || [ -n "$told" -a "$code" -gt 128 ]') -> Iterator[str]:
         bound = self.run.slurm.settings.max_requeues
         yield from f"""\
 child=$!
 while kill -0 "$child" 2>/dev/null; do wait "$child"; done
 wait "$child"
 code=$?
-# 75: told to stop, and what is finished is kept (138, 143: told before it had begun). This task alone goes back
-# into the queue, unless Slurm is ending it already (scancel, scontrol requeue) or it has been back {bound} times.
+# Told to stop, it has kept what is finished. This task alone goes back into the queue, unless Slurm is ending it
+# already (scancel, scontrol requeue) or it has been back {bound} times.
 me={me}
-case "$code" in 75|138|143)
+if {stopped}; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {bound} ]; then
-    echo "stopped {bound} times, not queued again" >&2
+    echo "told to stop after {bound} requeues: not queued again" >&2
   elif [ "$(squeue --noheader --jobs="$me" --format=%T)" = RUNNING ]; then
     scontrol requeue "$me"
   fi
-esac
+fi
 exit "$code"
 """.splitlines()

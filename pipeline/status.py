@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import database
@@ -15,6 +15,9 @@ from pipeline.plan import format_spec
 from pipeline.run import Runner
 from pipeline.shard import work_folder
 from pipeline.terminal import duration, short
+from pipeline.watch import Running, Watch
+
+MAX_LINES = 5  # of a kind, for people; the JSON has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +34,30 @@ class PassStatus:
     statuses: dict[str, int]  # status -> rows, of the shards that are there
     num_failed_rows: int
     rows_per_second: float | None  # of one process, over the shards made
-    seconds_left: float | None  # for one process
+    seconds_left: float | None  # for the tasks that run now, or one process
     reasons: tuple[str, ...]  # why what is stale is stale
     failures: dict[str, str]  # shard -> why it failed when it was last tried
+    running: tuple[Running, ...]  # tasks of Slurm's that make shards of it now
+    waiting: dict[str, int]  # why tasks wait, in Slurm's words -> tasks
 
 
-def survey(runner: Runner) -> list[PassStatus]:
+def survey(runner: Runner, watch: Watch) -> list[PassStatus]:
     """Every pass of the run, in order."""
     rates = _rates(runner)
-    return [_survey(runner, p, rates.get(p.folder)) for p in runner.passes]
+    return [_survey(runner, p, rates.get(p.folder), watch) for p in runner.passes]
 
 
-def _survey(runner: Runner, p: Pass, rate: tuple[float, float] | None) -> PassStatus:
+def _survey(runner: Runner, p: Pass, rate: tuple[float, float] | None, watch: Watch) -> PassStatus:
     states = {shard: runner.ledger.state(p, shard) for shard in runner.wanted}
     missing = [shard for shard, s in states.items() if s.kind in ("missing", "behind", "blocked")]
     stale = [s.why for s in states.values() if s.kind == "stale"]
     statuses: Counter[str] = Counter()
     for state in states.values():
         statuses.update(state.stamp.statuses if state.stamp else {})
-    per_shard = rate[1] if rate else None
+    per_shard, running = rate[1] if rate else None, watch.running(p)
+    broken = {f"{shard:05d}": s.why for shard, s in states.items() if s.kind == "missing" and s.why}
+    failures = {**broken, **dict(_failures(runner.ledger, p, missing))}
+    silent = watch.silent(p, [shard for shard in missing if states[shard].kind != "blocked"])
     return PassStatus(
         title=p.title,
         num_shards=len(states),
@@ -61,9 +69,11 @@ def _survey(runner: Runner, p: Pass, rate: tuple[float, float] | None) -> PassSt
         statuses=dict(statuses),
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
-        seconds_left=per_shard * (len(missing) + len(stale)) if per_shard is not None else None,
-        reasons=tuple(dict.fromkeys(stale))[:5],
-        failures=dict(_failures(runner.ledger, p, missing)),
+        seconds_left=per_shard * (len(missing) + len(stale)) / max(1, len(running)) if per_shard is not None else None,
+        reasons=tuple(dict.fromkeys(stale))[:MAX_LINES],
+        failures={**{f"{shard:05d}": why for shard, why in silent}, **failures},
+        running=tuple(running),
+        waiting=watch.waiting(p),
     )
 
 
@@ -84,7 +94,7 @@ def _rates(runner: Runner) -> dict[str, tuple[float, float]]:
     return {p.folder: found[key] for p in runner.passes if (key := (p.stage, p.name, p.caption)) in found}
 
 
-def table(passes: Sequence[PassStatus]) -> str:
+def table(passes: Sequence[PassStatus], watch: Watch) -> str:
     """For people."""
     head = ("pass", "done", "stale", "missing", "rows", "failed", "rows/s", "left")
     rows = [head, *(_row(p) for p in passes)]
@@ -95,7 +105,8 @@ def table(passes: Sequence[PassStatus]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, *_notes(passes)])
+    asked = [f"slurm: {watch.problem}"] if watch.problem else []
+    return "\n".join([*lines, *_notes(passes), *watch.served(), *asked])
 
 
 def _row(p: PassStatus) -> tuple[str, ...]:
@@ -115,11 +126,17 @@ def _notes(passes: Sequence[PassStatus]) -> Iterator[str]:
     for p in passes:
         if p.missing:
             yield f"missing {p.title}: --array={p.missing}"
+        for task in p.running[:MAX_LINES]:
+            yield f"running {p.title}: {task.shards} on {task.node} ({task.job})"
+        if len(p.running) > MAX_LINES:
+            yield f"running {p.title}: {len(p.running)} tasks in all"
+        for why, num in p.waiting.items():
+            yield f"waiting {p.title}: {num} tasks ({why})"
         for reason in p.reasons:
             yield f"stale {p.title}: {reason}"
-        for shard, why in list(p.failures.items())[:5]:
+        for shard, why in list(p.failures.items())[:MAX_LINES]:
             yield f"failed {p.title} {shard}: {why}"
 
 
 def as_json(passes: Sequence[PassStatus]) -> list[dict[str, Any]]:
-    return [vars(p) for p in passes]
+    return [asdict(p) for p in passes]

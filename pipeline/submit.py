@@ -196,16 +196,22 @@ def blocks_in(cluster: Cluster, queued: Iterable[queue.Task]) -> dict[tuple[str,
     """
     found = {}
     for task in queued:
-        blocks = re.fullmatch(r"blocks=(\d+),offset=(\d+)", task.comment)
-        if blocks is None or task.index is None:
+        if (place := place_of(task)) is None:
             continue
-        if int(blocks[1]) != cluster.num_blocks:
+        num, block = place
+        if num != cluster.num_blocks:
             raise Refused(
-                f"{task.name} {task.id} is in the queue with {blocks[1]} blocks, now there would be "
-                f"{cluster.num_blocks}: wait for it, `scancel` it, or set slurm.num_tasks = {blocks[1]}"
+                f"{task.name} {task.id} is in the queue with {num} blocks, now there would be "
+                f"{cluster.num_blocks}: wait for it, `scancel` it, or set slurm.num_tasks = {num}"
             )
-        found[task.name.removeprefix(cluster.prefix), int(blocks[2]) + task.index] = task.array
+        found[task.name.removeprefix(cluster.prefix), block] = task.array
     return found
+
+
+def place_of(task: queue.Task) -> tuple[int, int] | None:
+    """In how many blocks the shards were divided for this task, and which is its own; None: it has no shards."""
+    blocks = re.fullmatch(r"blocks=(\d+),offset=(\d+)", task.comment)
+    return (int(blocks[1]), int(blocks[2]) + task.index) if blocks and task.index is not None else None
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""Decides what is known of a run's jobs: which shards are being made where, which wait, and what ended without a word.
+
+It asks Slurm's queue and reads the logs of the run's jobs; tables and what is done are not its concern.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import queue
+from pipeline.passes import Pass
+from pipeline.plan import format_spec, parse_spec
+from pipeline.run import Runner
+from pipeline.slurm import Cluster, Job
+from pipeline.submit import block_of, jobs, place_of
+
+LAST_BYTES = 4096  # of a log: its last line is in them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A task at work on some shards."""
+
+    job: str  # 123_4
+    node: str
+    shards: str  # 40-49
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """A run's jobs at one moment."""
+
+    cluster: Cluster
+    jobs: tuple[Job, ...]
+    tasks: tuple[queue.Task, ...]
+    problem: str  # why Slurm could not be asked; "" when it could
+
+    @classmethod
+    def of(cls, runner: Runner) -> Watch:
+        """Asks only where there is a Slurm and the run has been submitted."""
+        cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards), tuple(jobs(runner.passes))
+        tasks, problem = list[queue.Task](), ""
+        if cluster.folder.is_dir() and queue.installed():
+            try:
+                tasks = queue.tasks(cluster.names(found))
+            except queue.SlurmFailed as error:
+                problem = str(error)
+        return cls(cluster=cluster, jobs=found, tasks=tuple(tasks), problem=problem)
+
+    def running(self, p: Pass) -> list[Running]:
+        return [
+            Running(job=task.id, node=task.node, shards=format_spec(self._shards(task)))
+            for task in self._of(p)
+            if task.state != "PENDING"
+        ]
+
+    def waiting(self, p: Pass) -> dict[str, int]:
+        """Why tasks wait, in Slurm's words -> how many."""
+        return dict(Counter(task.reason for task in self._of(p) if task.state == "PENDING"))
+
+    def served(self) -> Iterator[str]:
+        """A line for each engine that is served, or is going to be."""
+        for task in self.tasks:
+            engine = task.name.removeprefix(f"{self.cluster.prefix}serve-")
+            if engine != task.name:
+                ready = "ready" if self.cluster.endpoint(engine).exists() else "not ready yet"
+                yield f"serving {engine}: job {task.id}, {task.state} {task.node}".rstrip() + f", {ready}"
+
+    def silent(self, p: Pass, shards: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Shards whose task has ended and left no word but its log: killed, out of memory, lost with its node."""
+        title, num = self._title(p), self.cluster.num_blocks
+        queued = {place_of(task) for task in self._of(p)}
+        logs = self._logs().get(title.replace(":", "."), {}) if title else {}
+        for shard in shards:
+            block = block_of(shard, num, self.cluster.num_shards)
+            if (num, block) not in queued and (num, block) in logs:
+                log = logs[num, block]
+                yield shard, f"its task ended early ({_last_line(log) or 'without a word'}); see {log}"
+
+    def _of(self, p: Pass) -> Iterator[queue.Task]:
+        name = self.cluster.prefix + self._title(p)
+        return (task for task in self.tasks if task.name == name and place_of(task) is not None)
+
+    def _title(self, p: Pass) -> str:
+        return next((job.title for job in self.jobs if p in job.passes), "")
+
+    def _shards(self, task: queue.Task) -> Iterable[int]:
+        place = place_of(task)
+        assert place is not None
+        num, block = place
+        return parse_spec(f"{block}/{num}", self.cluster.num_shards)
+
+    def _logs(self) -> Mapping[str, Mapping[tuple[int, int], Path]]:
+        """Title -> number of blocks and block -> the log of the last task that had it."""
+        offsets = dict(self._submitted())
+        found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
+        parsed = (re.fullmatch(r"(.+)-(\d+)_(\d+)\.log", file.name) for file in self.cluster.logs.glob("*.log"))
+        for log in sorted((one for one in parsed if one), key=lambda one: int(one[2])):
+            if log[2] in offsets:
+                num, offset = offsets[log[2]]
+                found[log[1]][num, offset + int(log[3])] = self.cluster.logs / log[0]
+        return found
+
+    def _submitted(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Job -> number of blocks and offset, as its script has them."""
+        for script in self.cluster.folder.glob("*.sh"):
+            place = re.search(r"^#SBATCH --comment=blocks=(\d+),offset=(\d+)$", script.read_text(), re.MULTILINE)
+            if place:
+                yield script.stem.rpartition("-")[2], (int(place[1]), int(place[2]))
+
+
+def _last_line(log: Path) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,214 @@
+"""On a real Slurm: what a cluster does to a run, it ends at the tables of one undisturbed process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import ROOT, begin, corpus, files, make, sections
+from tests.slurm.cluster import cluster
+
+pytestmark = pytest.mark.slurm
+
+PATIENCE = 150.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster whose arrays hold five tasks at most."""
+    with cluster(tmp_path_factory.mktemp("slurm"), max_array_size=5) as found:
+        yield {**found, "PYTHONPATH": str(ROOT)}
+
+
+class Submitted:
+    """A run on the cluster, as a user handles it."""
+
+    def __init__(self, folder: Path, env: dict[str, str], parts: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder, self.env = begin(folder, parts), env
+
+    def recap(self, *args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline", *args, "--run", str(self.folder)]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
+
+    def submit(self) -> list[str]:
+        """Submits; returns what was said, the last line apart."""
+        done = self.recap("slurm", "submit")
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        return {p["title"]: p for p in json.loads(self.recap("status", "--json").stdout)}
+
+    def ask(self, *command: str) -> str:
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
+
+    def queue(self) -> list[tuple[str, str, str]]:
+        """Job name, task, state of all that waits or runs."""
+        lines = self.ask("squeue", "--noheader", "--array", "--format=%j|%F_%K|%T").splitlines()
+        return [(name.split("-", 2)[2], task, state) for name, task, state in (line.split("|") for line in lines)]
+
+    def wait_for(self, what: str, happens: Any) -> Any:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if found := happens():
+                return found
+            time.sleep(0.3)
+        raise AssertionError(f"{what} did not happen within {PATIENCE} s; the queue: {self.queue()}\n{self.words()}")
+
+    def wait_until_empty(self) -> None:
+        self.wait_for("an empty queue", lambda: not self.queue())
+
+    def task(self, stage: str, index: int) -> str:
+        """The id of a task in the first window of a stage."""
+        return next(task for name, task, _ in self.queue() if name == stage and task.endswith(f"_{index}"))
+
+    def words(self) -> str:
+        logs = sorted((self.folder / "slurm" / "logs").glob("*.log"))
+        return "\n".join(f"{log.name}: {log.read_text()}" for log in logs)
+
+    def process(self, what: str) -> int | None:
+        """The process that a task of ours has started, by its command line, when it listens to signals."""
+        for place in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = place.read_bytes().split(b"\0")
+                caught = int(re.findall(r"SigCgt:\s*(\w+)", (place.parent / "status").read_text())[0], 16)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if (
+                b"pipeline" in words
+                and what.encode() in b" ".join(words)
+                and str(self.folder).encode() in words
+                and caught >> 9 & 1
+            ):
+                return int(place.parent.name)
+        return None
+
+
+def expected(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+    """What a plain `recap run all` makes."""
+    run = begin(folder / "run", parts)
+    assert make(run).exit_code == 0
+    return tables(run)
+
+
+def tables(run: Path) -> dict[str, bytes]:
+    return files(run, without=("stats", ".work", "slurm", "run.toml"))
+
+
+def settings(folder: Path, num_shards: int, **slurm: Any) -> dict[str, dict[str, Any]]:
+    kinds = ["jpg", "png", "cut", "webp", "jpg", "png", "jpg", "jpg", "empty", "jpg"]
+    parts = sections(corpus(folder / "photos", kinds * num_shards), caption__dense={"num_candidates": 2})
+    return parts | {"slurm": {"gpus": 0, "cpus": 1, **slurm}}
+
+
+def test_twelve_shards_in_windows_with_a_throttle_submitted_twice(tmp_path: Path, env: dict[str, str]) -> None:
+    parts = settings(tmp_path, 12, max_running=3)
+    run = Submitted(tmp_path / "run", env, parts)
+    assert run.submit()[-1] == "60 tasks submitted"
+    windows = Counter(re.split(r"[.-]", path.name)[0] for path in (run.folder / "slurm").glob("*-[0-9]*.sh"))
+    assert windows == {"ingest": 3, "caption": 3, "score": 3, "filter": 3, "export": 4}  # 5 + 5 + 2 tasks, and the card
+    assert run.submit() == ["nothing to submit: all is done, or on its way"]
+    most: Counter[str] = Counter()
+
+    def watched() -> bool:
+        seen = run.queue()
+        tasks = [(name, task) for name, task, _ in seen]
+        assert len(tasks) == len(set(tasks))
+        for name, num in Counter(name for name, _, state in seen if state == "RUNNING").items():
+            most[name] = max(most[name], num)
+        return not seen
+
+    run.wait_for("an empty queue", watched)
+    assert max(most.values()) == 3
+    assert tables(run.folder) == expected(tmp_path / "plain", parts), run.words()
+    assert run.submit() == ["nothing to submit: all is done, or on its way"]
+    assert all(p["done"] == 12 and not p["missing"] for p in run.status().values())
+
+
+def test_requeued_and_killed_in_mid_shard_and_just_the_missing_submitted_again(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    parts = settings(tmp_path, 4)
+    parts["engines.captioner"] = {"kind": "echo", "delay": 0.4}
+    run = Submitted(tmp_path / "run", env, parts)
+    assert run.submit()[-1] == "20 tasks submitted"
+    run.wait_for("task 0", lambda: run.process("run caption --shard 0/4"))
+    victim = run.wait_for("task 1", lambda: run.process("run caption --shard 1/4"))
+    time.sleep(1.5)
+    status = run.status()["caption:dense"]
+    assert {task["shards"] for task in status["running"]} >= {"0", "1"}, status
+    assert {task["node"] for task in status["running"]} != {""}
+    requeued = run.task("caption", 0)
+    run.ask("scontrol", "requeue", requeued)
+    os.kill(victim, signal.SIGKILL)
+    run.wait_until_empty()
+    log = (run.folder / "slurm" / "logs" / f"caption-{requeued}.log").read_text()
+    assert re.search(r"SIG(TERM|USR1): finishing", log)
+    assert "1 shard tables made" in log
+    status = run.status()
+    assert {p["missing"] for p in status.values()} == {"", "1"}
+    assert {title.split(":")[0] for title, p in status.items() if p["missing"]} == {
+        *("caption", "score", "filter", "export")
+    }
+    assert "ended early" in status["caption:dense"]["failures"]["00001"]
+    said = run.submit()
+    assert said[-1] == "4 tasks submitted"
+    assert [line.split(", ")[0].split(": ")[1] for line in said[:-1]] == [
+        *("caption", "score", "filter", "export", "export-whole")
+    ]
+    run.wait_until_empty()
+    assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
+
+
+def test_a_task_that_gets_notice_stops_and_comes_back_alone(tmp_path: Path, env: dict[str, str]) -> None:
+    parts = settings(tmp_path, 2, time="00:10:00", notice=60)
+    parts["source"]["shard_size"] = 5
+    parts["engines.captioner"] = {"kind": "echo", "delay": 0.6}
+    run = Submitted(tmp_path / "run", env, parts)
+    run.submit()
+    run.wait_for("task 0", lambda: run.process("run caption --shard 0/4"))
+    time.sleep(1.5)
+    told = run.task("caption", 0)
+    before = {task for name, task, state in run.queue() if name == "caption" and state == "RUNNING"} - {told}
+    run.ask("scancel", "--batch", "--signal=USR1", told)  # what --signal=B:USR1@60 does a minute before the end
+    log = run.folder / "slurm" / "logs" / f"caption-{told}.log"
+    run.wait_for("leaving", lambda: "stopped, the same command goes on" in log.read_text())
+
+    def states() -> dict[str, str]:
+        return {task: state for name, task, state in run.queue() if name == "caption"}
+
+    run.wait_for("coming back", lambda: states().get(told) in ("PENDING", "COMPLETING"))
+    assert all(states().get(other, "done") in ("RUNNING", "COMPLETING", "done") for other in before)
+    run.wait_until_empty()
+    assert re.search(r"SIGUSR1.*stopped, the same command goes on.*1 shard tables made", log.read_text(), re.DOTALL)
+    assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
+
+
+def test_what_is_cancelled_stays_cancelled_and_requeues_are_bounded(tmp_path: Path, env: dict[str, str]) -> None:
+    parts = settings(tmp_path, 2, max_requeues=0)
+    parts["engines.captioner"] = {"kind": "echo", "delay": 0.5}
+    run = Submitted(tmp_path / "run", env, parts)
+    run.submit()
+    run.wait_for("task 0", lambda: run.process("run caption --shard 0/2"))
+    run.wait_for("task 1", lambda: run.process("run caption --shard 1/2"))
+    time.sleep(1.5)
+    run.ask("scancel", run.task("caption", 0))
+    told = run.task("caption", 1)
+    run.ask("scancel", "--batch", "--signal=USR1", told)
+    run.wait_until_empty()  # what waited for them is gone too
+    assert "not queued again" in (run.folder / "slurm" / "logs" / f"caption-{told}.log").read_text()
+    assert run.status()["filter"]["missing"] == "0-1", run.words()
+    assert run.submit()[-1] in ("8 tasks submitted", "7 tasks submitted")  # its last rows may have been in flight
+    run.wait_until_empty()
+    assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
