@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
-.PHONY: help demo test test-fast test-vllm check format vllm requirements clean
+.PHONY: help demo test test-fast test-vllm test-slurm disasters check format vllm requirements clean
 
 help:  ## What there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,7 +31,13 @@ format: $(VENV)/.test  ## Put the code into its usual form
 vllm: $(VENV)/.vllm  ## vLLM for this machine's CPU; on a GPU machine: pip install 'recap-pipeline[vllm]'
 
 test-vllm: $(VENV)/.vllm  ## The tests that serve models with vLLM
-	$(BIN)/python -m pytest -m vllm
+	$(BIN)/python -m pytest -m "vllm and not slurm"
+
+test-slurm: $(VENV)/.test  ## The tests on a real Slurm, started on this machine (root; apt-get install slurm-wlm munge)
+	$(BIN)/python -m pytest -m "slurm and not vllm"
+
+disasters: $(VENV)/.test  ## 300 kills of every stage, counted
+	$(BIN)/python -m tests.disasters --kills 300
 
 $(VENV)/.uv:
 	$(PYTHON) -m venv $(VENV)
