@@ -20,6 +20,7 @@ from pipeline.config import Run, key, stamped
 from pipeline.errors import UserError
 from pipeline.passes import Pass
 from pipeline.records import Caption, Criterion, Image, Record, Score
+from pipeline.terminal import say
 from stages import recipes, rubrics
 from stages.sentences import sentences
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 IGNORED = -100  # a label that is not learnt
 VERSION = 1
 MAX_PIXELS = 1280 * 28 * 28  # of a picture, as the engines have it by default
+TOLD = ("loss", "mean_token_accuracy", "eval_loss", "eval_mean_token_accuracy")  # in messages
 READER = "region_reader"  # the part of the model that is thrown away in the end
 
 
@@ -255,7 +257,7 @@ def trainer(
     curve: Curve | None = None,
 ) -> Any:
     """TRL's trainer, for lessons that are already in order."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -286,6 +288,14 @@ def trainer(
                 curve.write(state.log_history)
 
         on_train_end = on_save
+
+        def on_log(
+            self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+        ) -> None:
+            shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD}
+            if shown:
+                told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+                say(f"train: step {state.global_step}/{config.steps}, {told}")
 
     args = SFTConfig(
         output_dir=str(folder),
@@ -323,7 +333,7 @@ def trainer(
         model.add_module(
             "region_reader", Reader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
         )
-    return Trainer(
+    made = Trainer(
         model=model,
         args=args,
         processing_class=processor,
@@ -333,6 +343,8 @@ def trainer(
         optimizers=(_optimizer(config, model), None),
         callbacks=[Keeper()],
     )
+    made.remove_callback(PrinterCallback)  # it writes to stdout, where only data goes
+    return made
 
 
 def _optimizer(config: Config, model: Any) -> Any:
