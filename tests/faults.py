@@ -67,6 +67,7 @@ class Faulty:
         app = web.Application(client_max_size=2**28)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, shutdown_timeout=0.05)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
@@ -80,6 +81,9 @@ class Faulty:
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "echo", "object": "model"}]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self._num_in_flight += 1

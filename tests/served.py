@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-START = "import sys; from pathlib import Path; from pipeline import config, serve; "
-START += "serve.serve(config.load(Path(sys.argv[1])), 'tiny', ready_timeout=600)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ def serving(model: Path, **keys: Any) -> Iterator[Served]:
         (run / "models").mkdir()
         (run / "models" / "tiny").symlink_to(model)
         (run / "run.toml").write_text(_run_toml(keys))
-        process = subprocess.Popen([sys.executable, "-c", START, folder], start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", "tests.served", folder], start_new_session=True)
         try:
             served = Served(endpoint=run / "endpoints" / "tiny.json", process=process)
             while not served.endpoint.exists():
@@ -57,3 +55,17 @@ def _run_toml(keys: dict[str, Any]) -> str:
     lines = ['[source]\nkind = "folder"\npath = "."', '[engines.tiny]\nkind = "openai"\nmodel = "tiny"']
     lines += ['base_url = "endpoint"\n[engines.tiny.serve]\nkv_cache_gib = 1']
     return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in keys.items())])
+
+
+def _end_with(parent: int) -> None:
+    """No test that is killed leaves a server behind."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    from pipeline import config, serve
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    serve.serve(config.load(Path(sys.argv[1])), "tiny", ready_timeout=600)

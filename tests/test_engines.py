@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,30 @@ def test_echo_reads_every_part_of_a_request() -> None:
     assert len({ask(engine, request(0, **change))[0].text for change in changes}) == len(changes)
 
 
+def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
+    running, most = [0], []
+
+    def start() -> None:
+        with vllm.first_alone("a model", folder=tmp_path):
+            running[0] += 1
+            most.append(running[0])
+            time.sleep(0.2)
+            running[0] -= 1
+
+    first = threading.Thread(target=start)
+    first.start()
+    while not most:
+        time.sleep(0.01)
+    others = [threading.Thread(target=start) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    time.sleep(0.1)
+    assert most == [1]
+    for thread in (first, *others):
+        thread.join()
+    assert len(most) == 4 and max(most) > 1
+
+
 @pytest.mark.vllm
 def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path) -> None:
     engine = vllm.open(vllm.Config(model=str(tiny_model), **VLLM, kv_cache_gib=1, num_restarts=1))
@@ -289,20 +314,32 @@ def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path) ->
     undisturbed = [reply.text for reply in ask(engine, *requests)]
     replies = engine.generate(requests)
     texts = [next(replies).text for _ in range(5)]
-    kill_core()
+    core().kill()
     texts += [reply.text for reply in replies]
     assert texts == undisturbed
     replies = engine.generate(requests)
     next(replies)
-    kill_core()
+    core().kill()
     with pytest.raises(EngineDied, match="vLLM died 2 times"):
         list(replies)
     engine.close()
 
 
-def kill_core() -> None:
-    (core,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
-    core.kill()
+@pytest.mark.vllm
+def test_vllm_is_not_opened_again_when_it_was_told_to_end(tiny_model: Path) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **VLLM, kv_cache_gib=1))
+    replies = engine.generate(request(n % 50, ladder=(GREEDY,)) for n in range(150))
+    taken = [next(replies) for _ in range(5)]
+    core().terminate()
+    with pytest.raises(EngineDied, match="told to end"):
+        taken.extend(replies)
+    assert {reply.finish_reason for reply in taken} <= {"stop", "length"}
+    engine.close()
+
+
+def core() -> BaseProcess:
+    (found,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
+    return found
 
 
 @pytest.mark.vllm

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window
 from pipeline.errors import ConfigError
 
 SHUTDOWN = 30.0  # seconds for vLLM's processes to end by themselves
+TOLD_TO_END = "vLLM was told to end, by a signal or by an operator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ class _Core:
             config = arguments.create_engine_config()
         except (OSError, ValueError, TypeError) as error:
             raise _prompt.unloadable(self._config.model, error) from error
-        with nullcontext() if self._config.enforce_eager else _compiling(self._config):
+        with nullcontext() if self._config.enforce_eager else first_alone(_compiled(self._config)):
             try:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, OSError, ValueError) as error:
@@ -201,10 +203,22 @@ class _Core:
             if self._engine is not dead:
                 return
             self._num_deaths += 1
+            ended = _was_told_to_end(dead)
             dead.shutdown(timeout=SHUTDOWN)
+            if ended:
+                raise EngineDied(TOLD_TO_END) from error
             if self._num_deaths > self._config.num_restarts:
                 raise EngineDied(f"vLLM died {self._num_deaths} times, the last time: {error}") from error
             await self.start()
+
+
+def _was_told_to_end(engine: Any) -> bool:
+    """Whether the process of the engine ended as asked, by a signal that may have been meant for us all."""
+    manager = getattr(engine.engine_core.resources, "engine_manager", None)
+    processes = list(getattr(manager, "processes", ()))
+    for process in processes:
+        process.join(5)
+    return bool(processes) and all(p.exitcode in (0, -signal.SIGTERM, -signal.SIGINT) for p in processes)
 
 
 def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
@@ -227,6 +241,14 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "renderer_num_workers": num_threads,
         **config.extra,
     }
+
+
+def _compiled(config: Config) -> str:
+    """What vLLM's compile cache hangs on, as far as a run.toml decides it."""
+    import vllm
+
+    extra = sorted(config.extra.items())
+    return f"{vllm.__version__} {config.model} {config.revision} {config.dtype} {config.tensor_parallel_size} {extra}"
 
 
 def _parameters(request: Request, sampling: Sampling, seed: int) -> Any:
@@ -255,6 +277,8 @@ async def _answer(engine: Any, prompt: dict[str, Any], parameters: Any, name: st
     except (VLLMClientError, ValueError, TypeError) as error:
         raise BadRequest(str(error)) from error
     (answer,) = last.outputs
+    if answer.finish_reason == "abort":  # what there is of the answer is cut off
+        raise EngineDied(TOLD_TO_END)
     return Reply(
         text=answer.text,
         finish_reason=answer.finish_reason,
@@ -271,20 +295,16 @@ def _chosen(tokens: Iterable[int], logprobs: Any) -> tuple[float, ...] | None:
 
 
 @contextmanager
-def _compiling(config: Config) -> Iterator[None]:
-    """Lets one process on this machine compile a model first; those that start later find its cache and do not wait."""
-    import vllm
-
-    what = f"{vllm.__version__} {config.model} {config.revision} {config.dtype} {config.tensor_parallel_size}"
-    name = hashlib.sha256(f"{os.getuid()} {what} {sorted(config.extra.items())}".encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir())
-    compiled = folder / f"recap-vllm-{name}.compiled"
-    if compiled.exists():
-        yield
-        return
-    with (folder / f"recap-vllm-{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if compiled.exists():
+def first_alone(what: str, *, folder: Path | None = None) -> Iterator[None]:
+    """Lets the first process on this machine that starts `what` do it alone, for it fills the compile cache; those that
+    come meanwhile wait for it, and all later ones start at once."""
+    place = folder or Path(tempfile.gettempdir())
+    name = f"recap-vllm-{hashlib.sha256(f'{os.getuid()} {what}'.encode()).hexdigest()[:16]}"
+    done = place / f"{name}.done"
+    with (place / f"{name}.lock").open("w") as lock:
+        if not done.exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if done.exists():
             fcntl.flock(lock, fcntl.LOCK_UN)
         yield
-        compiled.touch()
+        done.touch()

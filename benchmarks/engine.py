@@ -1,0 +1,308 @@
+"""Measures what the pipeline costs around vLLM: the same images, flags and sampling, with and without it.
+
+(a) a bare loop over vLLM's asynchronous engine, images decoded in memory beforehand; (b) `recap run caption` with the
+engine in process, from tars to Parquet; (c) the same over a server; (d) datatrove's inference runner on that server,
+payloads prebuilt in memory. (a) and (b), and (c) and (d), take turns; start-up is excluded everywhere. Then (a) and (b)
+with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. The last
+line is JSON.
+
+    python -m benchmarks.engine [--images 2000] [--pairs 5] [--photographs 200] [--peer PEER/bin/python]
+
+PEER is an environment of its own, for datatrove's extras would replace vLLM: `python3 -m venv PEER` and
+`PEER/bin/pip install datatrove==0.10.1 httpx aiofiles aiosqlite orjson`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from benchmarks import held
+from pipeline import config, starter
+from pipeline.engine import Request, Sampling
+from pipeline.engines import openai, vllm
+from pipeline.images import target_size
+from pipeline.passes import select
+from pipeline.run import Runner
+from tests import tiny
+from tests.served import serving
+
+SIDE = 224  # pixels of a small image
+PHOTO = (4000, 3000)  # pixels of a photograph
+PROMPT = "Describe this image."
+GREEDY = Sampling(max_tokens=64)
+RECIPE = f'prompt = "{PROMPT}"\n[sampling]\ntemperature = 0.0\nmax_tokens = {GREEDY.max_tokens}\n'
+FLAGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--photographs", type=int, default=200, help="of 12 megapixels; 0: leave that part out")
+    parser.add_argument("--in-flight", type=int, default=128)
+    parser.add_argument("--peer", help="the Python of an environment with datatrove; without it (d) is left out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), args)
+    show(results, args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    model = tiny.make(folder / "model", hidden=128, num_layers=4, edge=SIDE)
+    small = make_run(folder / "small", [picture(n, (SIDE, SIDE)) for n in range(args.images)], model, args)
+    results: dict[str, list[float]] = {}
+    with engine_in_process(model, args) as engine:
+        pictures = [decoded(data) for data in images_of(small)]
+        ways = {"a": lambda: bare(engine, pictures, args), "b": lambda: captioned(small, "inside")}
+        results |= take_turns(ways, args.pairs)
+        if args.photographs:
+            large = make_run(folder / "large", [picture(n, PHOTO) for n in range(args.photographs)], model, args)
+            photographs = images_of(large)
+            ways = {"a12": lambda: bare(engine, photographs, args), "b12": lambda: captioned(large, "inside")}
+            results |= take_turns(ways, args.pairs)
+    with serving(model, **FLAGS) as server:
+        (small / "endpoints").mkdir()
+        (small / "endpoints" / "served.json").write_text(server.endpoint.read_text())
+        ways = {"c": lambda: captioned(small, "served")}
+        if args.peer:
+            payloads = make_payloads(small, folder / "payloads.jsonl")
+            ways["d"] = lambda: peer(args.peer, payloads, f"{server.address}/v1", args)
+        results |= take_turns(ways, args.pairs)
+    return results
+
+
+def take_turns(ways: dict[str, Callable[[], dict[str, float]]], num_pairs: int) -> dict[str, list[float]]:
+    """Each way once to warm up, then all of them in turn, forwards and backwards."""
+    found: dict[str, list[float]] = {}
+    for turn in range(num_pairs + 1):
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            measured = ways[name]()
+            print(f"  {name}: {measured}", flush=True)
+            for what, value in measured.items() if turn else ():
+                found.setdefault(name if what == "rate" else f"{name} {what}", []).append(value)
+    return found
+
+
+# (a)
+
+
+@contextmanager
+def engine_in_process(model: Path, args: argparse.Namespace) -> Iterator[vllm.Vllm]:
+    engine = vllm.open(vllm.Config(**inside(model, args)))
+    held.HELD[:] = [engine]
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def inside(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    # Without a prefix cache, for every round shows the same images.
+    extra = {"enable_prefix_caching": False}
+    return {**FLAGS, "model": str(model), "max_in_flight": args.in_flight, "max_pixels": SIDE * SIDE, "extra": extra}
+
+
+def bare(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict[str, float]:
+    """Images/s of the engine alone. Pictures that are still files are decoded in a pool of two threads."""
+    core = engine._core._engine
+    text = engine._prompter.text(Request(id="", prompt=PROMPT, images=(b"",)))
+    start = time.perf_counter()
+    num_tokens = engine._loop.run(ask_all(core, text, images, args.in_flight))
+    return {"rate": len(images) / (time.perf_counter() - start), "tokens": num_tokens}
+
+
+async def ask_all(core: Any, text: str, images: list[Any], in_flight: int) -> int:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=GREEDY.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
+    room, loop = asyncio.Semaphore(in_flight), asyncio.get_running_loop()
+    pool = ThreadPoolExecutor(2)
+
+    async def ask(n: int, image: Any) -> int:
+        async with room:
+            if isinstance(image, bytes):
+                image = await loop.run_in_executor(pool, drafted, image)
+            prompt = {"prompt": text, "multi_modal_data": {"image": image}}
+            async for output in core.generate(prompt, parameters, f"bare-{time.perf_counter_ns()}-{n}"):
+                last = output
+        return len(last.outputs[0].token_ids)
+
+    try:
+        return sum(await asyncio.gather(*(ask(n, image) for n, image in enumerate(images))))
+    finally:
+        pool.shutdown()
+
+
+def decoded(data: bytes) -> Image.Image:
+    with Image.open(BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def drafted(data: bytes) -> Image.Image:
+    with Image.open(BytesIO(data)) as image:
+        size = target_size(*image.size, max_pixels=SIDE * SIDE)
+        image.draft("RGB", size)
+        return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+# (b) and (c)
+
+
+def captioned(run: Path, name: str) -> dict[str, float]:
+    """Images/s of a caption pass, from tars to Parquet."""
+    for made in ("caption", "stats"):
+        shutil.rmtree(run / made, ignore_errors=True)
+    runner = Runner(run=config.load(run))
+    start = time.perf_counter()
+    outcome = runner.execute(select(runner.passes, f"caption:{name}"))
+    seconds = time.perf_counter() - start
+    if outcome.exit_code:
+        raise SystemExit(f"caption:{name} failed: {outcome.failures}")
+    num_rows, num_tokens, waiting = of_tables(run, name)
+    return {"rate": num_rows / seconds, "tokens": num_tokens, "waiting": waiting}
+
+
+def of_tables(run: Path, name: str) -> tuple[int, int, float]:
+    import duckdb
+
+    captions = f"'{run}/caption/{name}/*.parquet'"
+    rows, tokens = duckdb.sql(f"SELECT count(*), sum(num_output_tokens) FROM {captions}").fetchall()[0]
+    query = f"SELECT sum(waiting * seconds) / sum(seconds) FROM '{run}/stats/caption/{name}/*.parquet'"
+    ((waiting,),) = duckdb.sql(query).fetchall()
+    return rows, int(tokens or 0), round(waiting or 0.0, 4)
+
+
+# (d)
+
+
+def make_payloads(run: Path, file: Path) -> Path:
+    """The requests as the openai engine sends them."""
+    engine = openai.open(openai.Config(model="tiny", base_url="http://127.0.0.1:1/v1", max_pixels=SIDE * SIDE))
+    with file.open("w") as out:
+        for n, image in enumerate(images_of(run)):
+            request = Request(id=str(n), prompt=PROMPT, images=(image,), ladder=(GREEDY,))
+            rest = json.dumps(openai._sampled(GREEDY, 0, request, vllm=True))
+            out.write(f"{engine._prepare(request)}, {rest[1:]}\n")
+    engine.close()
+    return file
+
+
+def peer(python: str, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
+    script = Path(__file__).with_name("peer_datatrove.py")
+    command = [python, str(script), str(payloads), url.removesuffix("/v1"), "tiny", str(args.in_flight)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        raise SystemExit(f"datatrove failed:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"rate": found["num"] / found["seconds"]}
+
+
+# The corpus
+
+
+def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Namespace) -> Path:
+    """A run over `images` in tars, ingested."""
+    corpus, run = folder / "tars", folder / "run"
+    corpus.mkdir(parents=True)
+    for first in range(0, len(images), 500):
+        with tarfile.open(corpus / f"{first:06d}.tar", "w") as tar:
+            for n, image in enumerate(images[first : first + 500], first):
+                member = tarfile.TarInfo(f"{n:08d}.jpg")
+                member.size = len(image)
+                tar.addfile(member, BytesIO(image))
+    served = {"kind": "openai", "model": "tiny", "base_url": "endpoint", "max_in_flight": args.in_flight}
+    sections: dict[str, dict[str, Any]] = {
+        "": {"max_error_share": 1.0},
+        "source": {"kind": "webdataset", "path": str(corpus)},
+        "engines.inside": {"kind": "benchmarks.held", **inside(model, args)},
+        "engines.served": {**served, "max_pixels": SIDE * SIDE},
+        "caption.inside": {"recipe": "bench", "engine": "inside"},
+        "caption.served": {"recipe": "bench", "engine": "served"},
+    }
+    (run / "recipes").mkdir(parents=True)
+    (run / "recipes" / "bench.toml").write_text(RECIPE)
+    (run / "run.toml").write_text(toml(sections))
+    starter.plan(config.load(run))
+    runner = Runner(run=config.load(run))
+    if runner.execute(select(runner.passes, "ingest")).exit_code:
+        raise SystemExit("ingest failed")
+    return run
+
+
+def toml(sections: dict[str, dict[str, Any]]) -> str:
+    lines: list[str] = []
+    for section, keys in sections.items():
+        lines += [f"[{section}]"] if section else []
+        for name, value in keys.items():
+            shown = json.dumps(value) if not isinstance(value, dict) else table(value)
+            lines.append(f"{name} = {shown}")
+    return "\n".join(lines)
+
+
+def table(values: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in values.items()) + " }"
+
+
+def images_of(run: Path) -> list[bytes]:
+    found = []
+    for path in sorted((run.parent / "tars").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found += [file.read() for member in tar if (file := tar.extractfile(member))]
+    return found
+
+
+def picture(seed: int, size: tuple[int, int]) -> bytes:
+    """A JPEG with as much detail as a photograph has."""
+    noise = random.Random(seed)
+    coarse = Image.frombytes("RGB", (64, 48), noise.randbytes(64 * 48 * 3)).resize(size, Image.Resampling.BICUBIC)
+    grain = Image.frombytes("L", (256, 256), noise.randbytes(256 * 256)).resize(size).convert("RGB")
+    out = BytesIO()
+    Image.blend(coarse, grain, 0.1).save(out, "JPEG", quality=88)
+    return out.getvalue()
+
+
+def show(results: dict[str, list[float]], args: argparse.Namespace) -> None:
+    names = {
+        "a": "bare vLLM, decoded before",
+        "b": "recap run caption, in process",
+        "a12": "bare vLLM, 12 MP, drafted in two threads",
+        "b12": "recap run caption, 12 MP",
+        "c": "recap run caption, over a server",
+        "d": "datatrove, payloads prebuilt",
+    }
+    print(f"\n{args.images} images, {args.pairs} turns, {args.in_flight} in flight, {os.cpu_count()} cores; images/s")
+    for name, what in names.items():
+        if found := results.get(name):
+            print(f"  ({name}) {what:42} median {median(found):7.1f}   {min(found):7.1f} to {max(found):7.1f}")
+    ratios = {
+        f"{over}/{under}": round(median(x / y for x, y in zip(results[over], results[under], strict=True)), 3)
+        for over, under in (("b", "a"), ("b12", "a12"), ("c", "d"))
+        if over in results and under in results
+    }
+    waiting = {name: round(median(values), 4) for name, values in results.items() if name.endswith(" waiting")}
+    print(f"  ratios of neighbours, median: {ratios}\n  engine waiting for input, median share: {waiting}")
+    rates = {name: [round(rate, 2) for rate in results[name]] for name in names if name in results}
+    print(json.dumps({"benchmark": "engine", "images": args.images, "rates": rates, **ratios, **waiting}))
+
+
+if __name__ == "__main__":
+    main()
