@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +42,7 @@ class Server:
     engine: vllm.Config
     replicas: int
     args: tuple[str, ...]
-    key: str  # the API key; "" demands none
+    key: str = field(repr=False)  # the API key; "" demands none
 
     def command(self, *, host: str, port: int) -> list[str]:
         arguments = vllm.engine_arguments(self.engine, num_threads=1) | {

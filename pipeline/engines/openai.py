@@ -265,10 +265,8 @@ class _Servers:
                     self._check_soon(server)
             if up := [server for server in self._servers if not server.down]:
                 return min(up, key=lambda server: server.num_in_flight)
-            if not self._servers:
-                self._health.bad(f"no server has written {self._config.base_url}; `recap serve` does")
-            elif self._health.troubled_since is not None:
-                self._health.bad(self._health.last)
+            none = f"no server has written {self._config.base_url}; `recap serve` does"
+            self._health.bad(self._health.last if self._servers else none)
             await asyncio.sleep(self._delay(3))
 
     def _read_urls(self) -> None:
@@ -284,9 +282,11 @@ class _Servers:
     async def _send(self, server: _Server, body: bytes) -> Reply:
         server.num_in_flight += 1
         try:
-            return _reply(await self._post(server, body), server.url)
+            reply = _reply(await self._post(server, body), server.url)
         finally:
             server.num_in_flight -= 1
+        server.down = False
+        return reply
 
     async def _post(self, server: _Server, body: bytes) -> bytes:
         import aiohttp

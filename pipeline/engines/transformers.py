@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +52,8 @@ def open(config: Config) -> Transformers:  # noqa: A001
         import transformers
     except ImportError as error:
         raise ConfigError("kind 'transformers'", f"pip install 'recap-pipeline[transformers]' ({error})") from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     processor = _prompt.processor(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(

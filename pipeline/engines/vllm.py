@@ -23,6 +23,7 @@ from typing import Any, Literal
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
+from pipeline.engines._orphans import Guard
 from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window
 from pipeline.errors import ConfigError
 
@@ -140,6 +141,7 @@ class _Core:
     def __init__(self, config: Config, *, num_threads: int) -> None:
         self._config, self._num_threads = config, num_threads
         self._engine: Any = None
+        self._guard: Guard | None = None
         self._num_deaths = 0
         self._starting: asyncio.Lock | None = None
         self._numbers = itertools.count()
@@ -163,11 +165,17 @@ class _Core:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, OSError, ValueError) as error:
                 raise EngineDied(f"vLLM did not start: {error}; its own log above says why") from error
+        self._guard = Guard(process.pid for process in _processes(self._engine))
 
     async def stop(self) -> None:
         if self._engine is not None:
-            self._engine.shutdown(timeout=SHUTDOWN)
+            self._shut(self._engine)
             self._engine = None
+
+    def _shut(self, engine: Any) -> None:
+        engine.shutdown(timeout=SHUTDOWN)
+        if self._guard is not None:
+            self._guard.dismiss()
 
     def render(self, prompt: dict[str, Any]) -> Any:
         """In any thread. vLLM has a tokenizer for each of `renderer_num_workers` threads."""
@@ -204,7 +212,7 @@ class _Core:
                 return
             self._num_deaths += 1
             ended = _was_told_to_end(dead)
-            dead.shutdown(timeout=SHUTDOWN)
+            self._shut(dead)
             if ended:
                 raise EngineDied(TOLD_TO_END) from error
             if self._num_deaths > self._config.num_restarts:
@@ -212,10 +220,14 @@ class _Core:
             await self.start()
 
 
+def _processes(engine: Any) -> list[Any]:
+    """vLLM's engine cores; their workers end with them."""
+    return list(getattr(engine.engine_core.resources.engine_manager, "processes", ()))
+
+
 def _was_told_to_end(engine: Any) -> bool:
     """Whether the process of the engine ended as asked, by a signal that may have been meant for us all."""
-    manager = getattr(engine.engine_core.resources, "engine_manager", None)
-    processes = list(getattr(manager, "processes", ()))
+    processes = _processes(engine)
     for process in processes:
         process.join(5)
     return bool(processes) and all(p.exitcode in (0, -signal.SIGTERM, -signal.SIGINT) for p in processes)

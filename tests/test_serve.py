@@ -1,0 +1,62 @@
+"""What `recap serve` starts; that it starts, and ends, the tests marked vllm see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config, serve
+from pipeline.errors import ConfigError
+
+
+def run(tmp_path: Path, **engines: dict[str, Any]) -> config.Run:
+    values = {"source": {"kind": "folder", "path": "."}, "engines": engines}
+    return config.parse(values, file=tmp_path / "run.toml")
+
+
+JUDGE: dict[str, Any] = {"kind": "openai", "model": "some/judge", "base_url": "endpoint", "api_key_env": "JUDGE_KEY"}
+
+
+def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> None:
+    how = {"max_num_seqs": 32, "replicas": 2, "dtype": "bfloat16", "args": ["--quantization=fp8"]}
+    server = serve.describe(run(tmp_path, judge={**JUDGE, "serve": how}), "judge")
+    command = server.command(host="127.0.0.1", port=8123)
+    flags = dict(flag.partition("=")[::2] for flag in command if flag.startswith("--"))
+    assert flags["--model"] == flags["--served-model-name"] == "some/judge"
+    assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
+    assert json.loads(flags["--structured-outputs-config"])["disable_any_whitespace"] is True
+    asked = ("--host", "--port", "--mm-processor-cache-gb", "--max-model-len", "--max-num-seqs", "--data-parallel-size")
+    assert [flags[name] for name in asked] == ["127.0.0.1", "8123", "0", "auto", "32", "2"]
+    assert flags["--dtype"] == "bfloat16" and command[-1] == "--quantization=fp8"
+
+
+def test_a_vllm_engine_is_served_as_it_is_described(tmp_path: Path) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
+    command = serve.describe(run(tmp_path, captioner=engine), "captioner").command(host="127.0.0.1", port=1)
+    assert f"--model={tmp_path / 'models' / 'mine'}" in command
+    assert "--served-model-name=mine" in command and "--max-model-len=4096" in command
+
+
+def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sesame-1234")
+    server = serve.describe(run(tmp_path, judge=JUDGE), "judge")
+    assert server.key == "sesame-1234"
+    assert "sesame" not in f"{server!r} {server.command(host='127.0.0.1', port=1)}"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
+def test_a_server_that_others_can_reach_demands_a_key(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"engines\.judge.*api_key_env"):
+        serve.serve(run(tmp_path, judge=JUDGE), "judge", host=host)
+
+
+def test_an_engine_that_cannot_be_served_is_the_users_error(tmp_path: Path) -> None:
+    described = run(tmp_path, judge=JUDGE, echo={"kind": "echo"})
+    with pytest.raises(ConfigError, match="'echo' has no server"):
+        serve.describe(described, "echo")
+    with pytest.raises(ConfigError, match="did you mean 'judge'"):
+        serve.describe(described, "jugde")
