@@ -185,6 +185,29 @@ def report(
     print(page.write(config.load(run), num_images=images))
 
 
+@app.command(epilog="Example: recap serve judge --run runs/photos")
+def serve(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="A name in [engines].")],
+    run: RunOption = Path(),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; on any but loopback an API key is demanded.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds until a server that is not ready is given up.")] = 1800,
+) -> None:
+    """Start the vLLM server that an engine of run.toml describes; base_url = "endpoint" finds it."""
+    from pipeline import config
+    from pipeline import serve as server
+    from pipeline.engine import EngineDied
+    from pipeline.terminal import say
+
+    try:
+        server.serve(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
+    except EngineDied as error:
+        say(f"recap: {error}")
+        raise typer.Exit(1) from error
+
+
 slurm = typer.Typer(help="The run as chained Slurm array jobs.", no_args_is_help=True)
 app.add_typer(slurm, name="slurm")
 Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE[:NAME]]...", show_default="all")]
