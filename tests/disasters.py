@@ -146,7 +146,7 @@ def _until_done(run: Path, stage: str, noise: Random, seconds: float) -> int:
         kills += 1
 
 
-def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool) -> None:
+def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[str, ...] = ()) -> None:
     """Adds up what a run lacks, or has twice, against one that nobody disturbed."""
     for name in sorted({*_tables(quiet), *_tables(run)}):
         wanted, found = _ids(quiet / name), _ids(run / name)
@@ -155,7 +155,7 @@ def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool) -> None:
         toll.rows_doubled += sum((found - wanted).values())
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if path.is_file() and not name.startswith((".work", "stats")):
+        if path.is_file() and not name.startswith((".work", "stats")) and path.suffix not in but:
             if path.name.startswith("."):
                 toll.leftovers += 1
                 continue
