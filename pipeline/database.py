@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import plugins
-from pipeline.errors import QueryError, UnknownName
+from pipeline.errors import MachineError, QueryError, UnknownName
 from pipeline.records import Caption, Exported, Image, Planned, Record, Score, Stat, Verdict, schema
 
 if TYPE_CHECKING:
@@ -108,11 +108,15 @@ def _reading(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statemen
 
 @contextmanager
 def _users_errors() -> Iterator[None]:
-    """What DuckDB says against a statement is its author's error, not ours."""
+    """What DuckDB says against a statement is its author's error; that a file cannot be opened is the machine's."""
     import duckdb
 
     try:
         yield
+    except duckdb.IOException as error:
+        if "No files found" in str(error):
+            raise QueryError(str(error)) from error
+        raise MachineError(str(error)) from error
     except duckdb.Error as error:
         raise QueryError(str(error)) from error
 

@@ -24,7 +24,7 @@ from typing import Literal, get_args, get_type_hints
 from pipeline import config, tables
 from pipeline.attempt import Attempt, ShardFailed, Stopped
 from pipeline.engine import Engine, EngineDied
-from pipeline.errors import Refused, UserError
+from pipeline.errors import MachineError, Refused, UserError
 from pipeline.ledger import Ledger, State
 from pipeline.parts import leave_word
 from pipeline.passes import Pass, all_passes
@@ -177,6 +177,9 @@ class Runner:
         for shard in todo:
             if states[shard].kind == "missing" and states[shard].why:
                 say(f"recap: {states[shard].why}; it is made again")
+                if tables.whole_stamp(path := table_path(self.run.folder, p.folder, shard)) is None:
+                    self._set_aside(path)
+                self._set_aside(table_path(self.run.folder, p.folder, shard))
         for shard in blocked:
             self._fail(p, shard, f"{states[shard].why}; run the stage that makes it first", quiet=not alone)
         if todo:
@@ -288,11 +291,11 @@ class Runner:
     def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
         place = f"{p.title} {shard:05d}"
         message = why if isinstance(why, str) else str(why) or type(why).__name__
-        if not isinstance(why, str | ShardFailed | EngineDied | OSError | tables.BrokenTable):
+        if not isinstance(why, str | ShardFailed | EngineDied | OSError | MachineError):
             assert isinstance(why, BaseException)
             message = "".join(traceback.format_exception(why)).rstrip()
         if isinstance(why, tables.BrokenTable):
-            message += self._set_aside(why)
+            message += self._set_aside(why.path)
         self.outcome.failures[place] = message
         if not quiet:
             say(f"recap: {place} failed: {message}")
@@ -300,11 +303,11 @@ class Runner:
             with suppress(OSError):
                 leave_word(work_folder(self.run.folder, p.folder, shard), message)
 
-    def _set_aside(self, broken: tables.BrokenTable) -> str:
-        """Takes a table that does not read out of the way, so that the next run makes it again."""
-        aside = broken.path.with_name(f"{broken.path.name}.broken")
+    def _set_aside(self, path: Path) -> str:
+        """Takes a table that does not read out of the way, and out of the views; the next run makes it again."""
+        aside = path.with_name(f"{path.name}.broken")
         with suppress(FileNotFoundError):
-            os.replace(broken.path, aside)
+            os.replace(path, aside)
         return f"; it lies in {aside.name} now, and the same command again makes a new one"
 
 

@@ -20,6 +20,9 @@ from pipeline.records import Image, Raw, Record
 R = TypeVar("R", bound=Record)
 
 
+PACKED = "shards"  # the folder of the tars that ingest writes
+
+
 def table_path(run: Path, folder: str, shard: int) -> Path:
     return run / folder / f"{shard:05d}.parquet"
 
@@ -62,11 +65,15 @@ class Shard:
 
         Raises:
             OSError: the tar has gone or has been cut since ingest; the message says which.
+            BrokenTable: the same, and it is a tar of ours: ingest can make it, and its table, again.
         """
         assert image.file is not None and image.offset is not None and image.num_bytes is not None
         data = os.pread(self._handle(image.file), image.num_bytes, image.offset)
         if len(data) != image.num_bytes:
-            raise OSError(f"{image.file} ends before byte {image.offset + image.num_bytes}: it changed since ingest")
+            why = f"{image.file} ends before byte {image.offset + image.num_bytes}: it changed since ingest"
+            if Path(image.file).parts[0] == PACKED:
+                raise tables.BrokenTable(table_path(self.run.folder, "image", self.number), f"has lost images: {why}")
+            raise OSError(why)
         return data
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.records import Exported, Image, Record, schema
-from pipeline.shard import work_folder
+from pipeline.shard import PACKED, work_folder
 from pipeline.tables import sync_folder
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Pack:
 
     def __init__(self, run: Path, shard: int) -> None:
         self._run = run
-        self._tar = Tar(Unfinished(run / "shards" / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
+        self._tar = Tar(Unfinished(run / PACKED / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
 
     def take(self, output: Packed) -> Image:
         if output.data is None:

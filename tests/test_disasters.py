@@ -39,9 +39,7 @@ def recap(run: Path, what: str = "all", *, under: str = "") -> subprocess.Comple
     """The command line, in a shell that takes something away from it."""
     command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run)])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        ["bash", "-c", f"{under} exec {command}"], capture_output=True, text=True, env=env, check=False
-    )
+    return subprocess.run(["bash", "-c", f"{under} {command}"], capture_output=True, text=True, env=env, check=False)
 
 
 def ends_right(run: Path, quiet: Path) -> None:
