@@ -30,6 +30,7 @@ class Faulty:
 
     def __init__(self, *, upstream: str = "", share: float = 0.0, faults: tuple[str, ...] = FAULTS) -> None:
         self.upstream, self.share, self.faults = upstream, share, faults
+        self.delay = 0.0  # seconds that an answer takes
         self.status = 0  # answer everything with it
         self.key = ""  # demand it
         self.seen: Counter[str] = Counter()
@@ -104,6 +105,7 @@ class Faulty:
             return _error(self.status, "as it was told")
         if fault in ("500", "429"):
             return _error(int(fault), "a fault was injected")
+        await asyncio.sleep(self.delay)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "closed" and request.transport is not None:
