@@ -174,9 +174,10 @@ class Runner:
         todo = [shard for shard, state in states.items() if self._is_due(state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
-        for shard in todo:
-            if states[shard].kind == "missing" and states[shard].why:
-                say(f"recap: {states[shard].why}; it is made again")
+        broken = [states[shard].why for shard in todo if states[shard].kind == "missing" and states[shard].why]
+        if broken:
+            others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
+            say(f"recap: {broken[0]}{others}; it is made again")
                 if tables.whole_stamp(path := table_path(self.run.folder, p.folder, shard)) is None:
                     self._set_aside(path)
                 self._set_aside(table_path(self.run.folder, p.folder, shard))
