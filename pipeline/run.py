@@ -174,13 +174,13 @@ class Runner:
         todo = [shard for shard, state in states.items() if self._is_due(state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
-        broken = [states[shard].why for shard in todo if states[shard].kind == "missing" and states[shard].why]
+        broken = [shard for shard in todo if states[shard].kind == "missing" and states[shard].why]
+        for path in (table_path(self.run.folder, p.folder, shard) for shard in broken):
+            if tables.whole_stamp(path) is None:  # another process may have made it meanwhile
+                self._set_aside(path)
         if broken:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
-            say(f"recap: {broken[0]}{others}; it is made again")
-                if tables.whole_stamp(path := table_path(self.run.folder, p.folder, shard)) is None:
-                    self._set_aside(path)
-                self._set_aside(table_path(self.run.folder, p.folder, shard))
+            say(f"recap: {states[broken[0]].why}{others}; it is made again")
         for shard in blocked:
             self._fail(p, shard, f"{states[shard].why}; run the stage that makes it first", quiet=not alone)
         if todo:
