@@ -25,6 +25,7 @@ from typing import Any
 from pipeline import config, tables
 from pipeline.engine import EngineDied
 from pipeline.engines import openai, vllm
+from pipeline.engines._orphans import Guard
 from pipeline.errors import ConfigError
 from pipeline.plugins import unknown
 from pipeline.terminal import duration, say
@@ -176,11 +177,13 @@ def _child(command: list[str], *, key: str, kv_cache_gib: int) -> Iterator[_Chil
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
     environment |= {"VLLM_API_KEY": key} if key else {}
     child = _Child(command, env=environment, stdout=sys.stderr, start_new_session=True)
+    guard = Guard([child.pid])
     before = {number: signal.signal(number, child.ask_to_end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield child
     finally:
         _end(child)
+        guard.dismiss()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -54,7 +54,7 @@ def open_echo(_: Path) -> Iterator[Opened]:
 @contextmanager
 def open_transformers(model: Path) -> Iterator[Opened]:
     config = transformers.Config(model=str(model), dtype="float32", batch_size=4)
-    yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=2048)
+    yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=8192)
 
 
 @contextmanager

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pipeline.engines import _orphans
 from pipeline.engines._orphans import Guard, started
 
 PARENT = """
 import subprocess, sys
+import pytest
+
+from pipeline.engines import _orphans
 from pipeline.engines._orphans import Guard
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], start_new_session=sys.argv[1] == "leads")
 Guard([child.pid])
-print(child.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_child_ends_when_its_parent_is_killed() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+@pytest.mark.parametrize("leads", ["leads", "follows"])
+def test_a_child_ends_when_its_parent_is_killed_and_the_group_that_it_leads(leads: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, leads], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert started(child)
+    child, grandchild = map(int, parent.stdout.readline().split())
+    time.sleep(0.5)  # until the guard stands
     parent.kill()
-    parent.communicate()
+    parent.wait()
     assert ends(child)
+    if leads == "leads":
+        assert ends(grandchild)
+    else:
+        assert started(grandchild)
+        os.kill(grandchild, signal.SIGKILL)
+    parent.communicate()
 
 
 def test_a_guard_that_is_dismissed_lets_live() -> None:
@@ -40,8 +53,12 @@ def test_a_guard_that_is_dismissed_lets_live() -> None:
     child.wait()
 
 
-def test_another_process_under_the_same_number_is_left_alone() -> None:
-    assert started(os.getpid()) != started(os.getppid()) and not started(2**22 + 1)
+def test_another_process_that_has_got_the_number_is_left_alone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    subprocess.run([sys.executable, _orphans.__file__, f"{child.pid}:1"], stdin=subprocess.DEVNULL, check=True)
+    assert child.poll() is None
+    subprocess.run([sys.executable, _orphans.__file__, f"{child.pid}:{started(child.pid)}"], input=b"", check=True)
+    assert child.wait() == -signal.SIGKILL
 
 
 def ends(pid: int) -> bool:

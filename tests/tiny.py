@@ -64,7 +64,7 @@ def _tokenizer() -> Any:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=[*SPECIAL, *PADS],
-        model_max_length=2048,
+        model_max_length=8192,
     )
 
 
@@ -92,7 +92,7 @@ def _model(tokenizer: Any, *, seed: int, hidden: int, num_layers: int) -> Any:
         "num_hidden_layers": num_layers,
         "num_attention_heads": hidden // 32,
         "num_key_value_heads": hidden // 32,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
         "initializer_range": 0.15,
         "bos_token_id": ids["<|endoftext|>"],

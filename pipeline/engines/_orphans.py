@@ -1,7 +1,7 @@
 """Decides that an engine's processes end with the process that opened it, even when that one is killed outright.
 
-A small process of our own waits at the end of a pipe. When the pipe breaks, it kills those that it was told of, and
-nobody else. What they do, it does not know.
+A small process of our own waits at the end of a pipe. When the pipe breaks, it kills those that it was told of, with
+the groups that they lead, and nobody else. What they do, it does not know.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def main() -> None:
     if sys.stdin.buffer.read() == DISMISSED:
         return
     for ward in sys.argv[1:]:
-        pid, _, since = ward.partition(":")
-        if since and started(int(pid)) == since:
+        pid, since = int(ward.partition(":")[0]), ward.partition(":")[2]
+        if since and started(pid) == since:
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                kill = os.killpg if os.getpgid(pid) == pid else os.kill
+                kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
