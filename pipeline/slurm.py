@@ -19,7 +19,7 @@ from pipeline.config import Run, Section, key
 from pipeline.passes import Pass
 from pipeline.plan import format_spec
 
-STAGES = (*config.STAGES, "serve")  # what may have a table of its own in [slurm]
+STAGES = (*config.STAGES, "server")  # what may have a table of its own in [slurm]
 NO_GPU = frozenset({"echo", "openai"})  # engines that compute elsewhere, or nothing
 MAX_TASKS = 1000  # of an array, unless num_tasks says otherwise
 
@@ -197,7 +197,7 @@ class Cluster:
 
     def server(self, engine: str) -> str:
         """The script of the job that serves an engine until it is cancelled."""
-        settings, resources = self.run.slurm.settings, self.run.slurm.resources["serve"]
+        settings, resources = self.run.slurm.settings, self.run.slurm.resources["server"]
         endpoint = shlex.quote(str(self.endpoint(engine)))
         return "\n".join(
             [

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline import database
-from pipeline.ledger import Ledger
+from pipeline import tables
 from pipeline.parts import last_words
 from pipeline.passes import Pass
 from pipeline.plan import format_spec
+from pipeline.records import Stat
 from pipeline.run import Runner
-from pipeline.shard import work_folder
+from pipeline.shard import table_path, work_folder
+from pipeline.stamps import Overview
 from pipeline.terminal import duration, short
 from pipeline.watch import Running, Watch
 
+SAMPLE = 100  # shards whose statistics are read for a rate
 MAX_LINES = 5  # of a kind, for people; the JSON has all
 
 
@@ -43,55 +45,54 @@ class PassStatus:
 
 def survey(runner: Runner, watch: Watch) -> list[PassStatus]:
     """Every pass of the run, in order."""
-    rates = _rates(runner)
-    return [_survey(runner, p, rates.get(p.folder), watch) for p in runner.passes]
+    overview = Overview(runner.ledger, runner.plan, runner.passes)
+    return [_survey(runner, p, overview, watch) for p in runner.passes]
 
 
-def _survey(runner: Runner, p: Pass, rate: tuple[float, float] | None, watch: Watch) -> PassStatus:
-    states = {shard: runner.ledger.state(p, shard) for shard in runner.wanted}
-    missing = [shard for shard, s in states.items() if s.kind in ("missing", "behind", "blocked")]
-    stale = [s.why for s in states.values() if s.kind == "stale"]
-    statuses: Counter[str] = Counter()
-    for state in states.values():
-        statuses.update(state.stamp.statuses if state.stamp else {})
-    per_shard, running = rate[1] if rate else None, watch.running(p)
-    broken = {f"{shard:05d}": s.why for shard, s in states.items() if s.kind == "missing" and s.why}
-    failures = {**broken, **dict(_failures(runner.ledger, p, missing))}
-    silent = watch.silent(p, [shard for shard in missing if states[shard].kind != "blocked"])
+def _survey(runner: Runner, p: Pass, overview: Overview, watch: Watch) -> PassStatus:
+    run, missing = runner.run.folder, overview.shards(p, "missing", "behind", "blocked")
+    stale, done = overview.shards(p, "stale"), overview.shards(p, "done")
+    rate, running, statuses = _rate(run, p, done), watch.running(p), overview.statuses(p)
+    silent = watch.silent(p, overview.shards(p, "missing", "behind"))
+    broken = {shard: runner.ledger.state(p, shard).why for shard in overview.broken(p)}
+    failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
     return PassStatus(
         title=p.title,
-        num_shards=len(states),
-        done=len(states) - len(missing) - len(stale),
+        num_shards=runner.plan.num_shards,
+        done=len(done),
         stale=len(stale),
         missing=format_spec(missing),
         num_missing=len(missing),
-        num_rows=sum(s.stamp.num_rows for s in states.values() if s.stamp),
-        statuses=dict(statuses),
+        num_rows=overview.num_rows(p),
+        statuses=statuses,
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
-        seconds_left=per_shard * (len(missing) + len(stale)) / max(1, len(running)) if per_shard is not None else None,
-        reasons=tuple(dict.fromkeys(stale))[:MAX_LINES],
-        failures={**{f"{shard:05d}": why for shard, why in silent}, **failures},
+        seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, len(running)) if rate else None,
+        reasons=tuple(overview.reasons(p, "stale"))[:MAX_LINES],
+        failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(running),
         waiting=watch.waiting(p),
     )
 
 
-def _failures(ledger: Ledger, p: Pass, shards: Sequence[int]) -> Iterator[tuple[str, str]]:
-    if not (ledger.run.folder / ".work" / p.folder).is_dir():
-        return
-    for shard in shards:
-        if (message := last_words(work_folder(ledger.run.folder, p.folder, shard))) is not None:
-            yield f"{shard:05d}", message
+def _failures(run: Path, p: Pass, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Why shards that are missing failed when they were last tried."""
+    work = run / ".work" / p.folder
+    tried = {int(name.name) for name in work.iterdir() if name.name.isdigit()} if work.is_dir() else set()
+    for shard in sorted(tried.intersection(shards)):
+        if (message := last_words(work_folder(run, p.folder, shard))) is not None:
+            yield shard, message
 
 
-def _rates(runner: Runner) -> dict[str, tuple[float, float]]:
-    """Folder of a pass -> rows per second and seconds per shard, as measured."""
-    sql = """SELECT stage, name, caption, sum(num_new_rows) / greatest(sum(seconds), 1e-9), avg(seconds)
-        FROM stats WHERE num_new_rows > 0 GROUP BY ALL"""
-    with database.connect(runner.run.folder) as connection:
-        found = {row[:3]: row[3:] for row in database.rows(connection, sql)}
-    return {p.folder: found[key] for p in runner.passes if (key := (p.stage, p.name, p.caption)) in found}
+def _rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None:
+    """Rows per second and seconds per shard, as measured, over shards drawn evenly from those done."""
+    step = max(1, len(done) // SAMPLE)
+    paths = [table_path(run / "stats", p.folder, shard) for shard in done[::step]]
+    stats = [stat for path in paths if path.exists() for stat in tables.read(path, Stat) if stat.num_new_rows]
+    if not stats:
+        return None
+    seconds = sum(stat.seconds for stat in stats)
+    return sum(stat.num_new_rows for stat in stats) / max(seconds, 1e-9), seconds / len(stats)
 
 
 def table(passes: Sequence[PassStatus], watch: Watch) -> str:

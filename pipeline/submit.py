@@ -16,11 +16,13 @@ from pathlib import Path
 
 from pipeline import queue
 from pipeline.config import Run
-from pipeline.errors import Refused, UserError
+from pipeline.errors import ConfigError, Refused, UserError
+from pipeline.ledger import Kind
 from pipeline.passes import Pass, select
 from pipeline.plan import format_spec
 from pipeline.run import Runner, Stale
 from pipeline.slurm import Array, Cluster, Job
+from pipeline.stamps import Overview
 from pipeline.terminal import say
 
 
@@ -128,6 +130,10 @@ def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, lis
     Raises:
         UserError: the run is not right, a name is unknown, or something is stale and `stale` is "stop".
     """
+    if unknown := set(run.slurm.settings.serve) - set(run.engines):
+        raise ConfigError(
+            f"{run.file}: slurm.serve", f"{min(unknown)!r} is no engine; there is {', '.join(run.engines)}"
+        )
     runner = Runner(run=run, stale=stale)
     chosen = {p.folder for one in what for p in select(runner.passes, one)}
     runner.check_stale([p for p in runner.passes if p.folder in chosen])
@@ -232,15 +238,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
-    num = cluster.num_blocks
+    overview = Overview(runner.ledger, runner.plan, runner.passes)
+    kinds: tuple[Kind, ...] = ("missing", "behind", "blocked", *(("stale",) if runner.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
     for job in found:
-        shards = {shard for p in job.passes for shard in lacking(runner, p)}
-        blocks[job.title] = {block_of(shard, num, cluster.num_shards) for shard in shards}
+        shards = {shard for p in job.passes for shard in overview.shards(p, *kinds)}
+        blocks[job.title] = {block_of(shard, cluster.num_blocks, cluster.num_shards) for shard in shards}
     return blocks
-
-
-def lacking(runner: Runner, p: Pass) -> list[int]:
-    """The shards whose table of this pass is to be made."""
-    kinds = {"missing", "behind", "blocked", *(["stale"] if runner.stale == "redo" else [])}
-    return [shard for shard in runner.wanted if runner.ledger.state(p, shard).kind in kinds]

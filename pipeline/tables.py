@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(_json(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(json_of(asdict(self)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def read_stamp(path: Path) -> Stamp | None:
     """
     try:
         values = json.loads(_stamp_text(path))
-        whole = values.pop("check") == _check(values)
+        whole = values.pop("check") == check_of(values)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError) as error:
@@ -125,8 +125,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _check(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(values).encode()).hexdigest()[:16]
+def check_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_of(values).encode()).hexdigest()[:16]
 
 
 def whole_stamp(path: Path) -> Stamp | None:
@@ -229,7 +229,7 @@ class Writer:
                 statuses=dict(sorted(self._statuses.items())),
             )
             values = asdict(self.stamp)
-            self._parquet.add_key_value_metadata({STAMP: _json({**values, "check": _check(values)})})
+            self._parquet.add_key_value_metadata({STAMP: json_of({**values, "check": check_of(values)})})
         self._parquet.close()
 
 
@@ -294,7 +294,7 @@ def batched(rows: Iterable[R], size: int) -> Iterator[list[R]]:
         yield batch
 
 
-def _json(value: Any) -> str:
+def json_of(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -90,7 +90,7 @@ def test_a_folder_that_is_read_only(run: Path, quiet: Path) -> None:
 
 
 def test_no_file_handles_left(run: Path, quiet: Path) -> None:
-    failed_well(recap(run, under="ulimit -n 9;"), run, "Too many open files")
+    failed_well(recap(run, under="ulimit -n 7;"), run, "Too many open files")
     ends_right(run, quiet)
 
 

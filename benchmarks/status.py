@@ -1,0 +1,91 @@
+"""Measures how long `recap status` takes on a run of many shards: at first, again, after one file has changed.
+
+Every shard has all its tables; they are copies of one shard's, each with the stamp that its own place in the plan asks
+for. The last line is JSON.
+
+    python benchmarks/status.py [--shards 100000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline import config, starter, tables
+from pipeline.passes import select
+from pipeline.run import Runner
+
+SIZE = 4  # images in a shard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        run = Path(folder) / "run"
+        num_tables = make(run, args.shards)
+        os.sync()
+        time.sleep(3)
+        first, before = status(run)
+        assert all(p["done"] == args.shards for p in before), before
+        again, after = status(run)
+        assert after == before
+        (run / "verdict" / f"{args.shards // 2:05d}.parquet").write_bytes(b"")
+        changed, seen = status(run)
+        assert [p["missing"] for p in seen if p["title"] == "filter"] == [str(args.shards // 2)]
+        shutil.rmtree(run / ".work" / "stamps")
+        _, anew = status(run)
+        assert anew == seen
+    figures = {"first": first, "again": again, "one_changed": changed}
+    print(json.dumps({"shards": args.shards, "tables": num_tables, "seconds": figures}))
+
+
+def make(run: Path, num_shards: int) -> int:
+    """A run in which all is done; returns its number of tables."""
+    sections = starter.defaults(
+        {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
+    )
+    starter.begin(run, sections)
+    first = Runner(run=config.load(run), shards="0")
+    assert first.execute(select(first.passes, "all")).exit_code == 0
+    plan = Runner(run=config.load(run)).plan
+    old = plan.digest(0)
+    for p in first.passes:
+        for folder in (run / p.folder, run / "stats" / p.folder):
+            data = (folder / "00000.parquet").read_bytes()
+            for shard in range(1, num_shards, 50 if "stats" in folder.parts else 1):
+                own = data if p.reads or "stats" in folder.parts else stamped(data, old, plan.digest(shard))
+                (folder / f"{shard:05d}.parquet").write_bytes(own)
+    return num_shards * len(first.passes)
+
+
+def stamped(data: bytes, old: str, new: str) -> bytes:
+    """A table's bytes with another digest among its inputs."""
+    start = data.rindex(b'{"check"')
+    values, length = json.JSONDecoder().raw_decode(data[start:].decode("latin-1"))
+    end = start + length
+    values["recipe"]["inputs"] = {"plan": new}
+    values.pop("check")
+    text = tables.json_of({**values, "check": tables.check_of(values)}).encode()
+    assert old.encode() in data[start:end] and len(text) == end - start
+    return data[:start] + text + data[end:]
+
+
+def status(run: Path) -> tuple[float, list[dict[str, object]]]:
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "pipeline", "status", "--json", "--run", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(time.monotonic() - begun, 2), json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

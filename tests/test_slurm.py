@@ -1,0 +1,172 @@
+"""Slurm without a Slurm: the scripts as text, what waits for what, and `[slurm]` read strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import config
+from pipeline.errors import ConfigError
+from pipeline.passes import all_passes
+from pipeline.plan import parse_spec
+from pipeline.slurm import Array, Cluster, seconds
+from pipeline.submit import Chain, Job, block_of, jobs
+from tests.runs import ROOT, begin, corpus, recap, sections, write
+
+EXAMPLE = {
+    "partition": "gpu",
+    "account": "vision",
+    "cpus": 8,
+    "memory": "64G",
+    "time": "04:00:00",
+    "max_running": 64,
+    "setup": ["module load cuda/12.4"],
+    "command": "/data/venv/bin/recap",
+}
+
+
+def cluster(folder: Path, num_shards: int, slurm: dict[str, Any], **changes: Any) -> Cluster:
+    run = write(folder / "run", sections(folder, **changes) | {"slurm": slurm})
+    return Cluster(run=config.load(run), num_shards=num_shards)
+
+
+@given(num_shards=st.integers(1, 300), data=st.data())
+def test_every_shard_is_in_the_block_that_names_it(num_shards: int, data: st.DataObject) -> None:
+    num = data.draw(st.integers(1, num_shards))
+    for block in range(num):
+        assert {block_of(shard, num, num_shards) for shard in parse_spec(f"{block}/{num}", num_shards)} == {block}
+
+
+def test_the_script_in_the_documentation_is_the_one_that_is_printed(tmp_path: Path) -> None:
+    model = {"kind": "vllm", "model": "internlm/CapRL-3B"}
+    found = cluster(tmp_path, 100_000, EXAMPLE, engines__captioner=model)
+    (job,) = [job for job in jobs(all_passes(found.run)) if job.title == "caption"]
+    text = found.array(Array(job=job, offset=0, blocks=tuple(range(1000))))
+    text = text.replace(str(tmp_path / "run"), "/data/runs/photos").replace(found.prefix, "recap-1a2b3c4d-")
+    assert text in (ROOT / "docs" / "clusters.md").read_text(), text
+
+
+def test_every_key_stands_in_the_documentation() -> None:
+    from dataclasses import fields
+
+    from pipeline.slurm import Resources, Settings
+
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    for field in (*fields(Settings), *fields(Resources)):
+        assert f"| `{field.name}` | {field.metadata['help'].replace('|', '')} |" in page
+
+
+def laid(found: Cluster, **chain: Any) -> tuple[int, list[tuple[str, str]]]:
+    """What is put into an empty queue, or one that has the blocks in `busy`: titles and dependencies."""
+    put: list[tuple[str, str]] = []
+
+    def place(title: str, _: str, dependency: str) -> str:
+        put.append((title, dependency))
+        return str(100 + len(put))
+
+    every = jobs(all_passes(found.run))
+    due: dict[str, Any] = {job.title: range(found.num_blocks) for job in every} | chain.pop("due", {})
+    settings: dict[str, Any] = {"window": 1000, "busy": {}, "servers": {}} | chain
+    return Chain(cluster=found, jobs=every, due=due, put=place, **settings).lay(every), put
+
+
+def test_stages_wait_for_the_same_block_and_the_card_for_all(tmp_path: Path) -> None:
+    num, put = laid(cluster(tmp_path, 12, {"gpus": 0}))
+    assert num == 60
+    assert put == [
+        ("ingest", ""),
+        ("caption", "aftercorr:101"),
+        ("score", "aftercorr:101:102"),
+        ("filter", "aftercorr:101:102:103"),
+        ("export", "aftercorr:101:102:103:104"),
+        ("export-whole", "afterok:105"),
+    ]
+
+
+def test_windows_of_a_throttled_stage_follow_each_other(tmp_path: Path) -> None:
+    _, put = laid(cluster(tmp_path, 12, {"max_running": 3}), window=5, due={"caption": ()})
+    assert put[:4] == [
+        ("ingest", ""),
+        ("ingest.1", "afterany:101"),
+        ("ingest.2", "afterany:102"),
+        ("score", "aftercorr:101"),
+    ]
+
+
+def test_what_is_on_its_way_is_waited_for_and_not_submitted(tmp_path: Path) -> None:
+    found = cluster(tmp_path, 4, {})
+    busy = {("caption", block): "7" for block in (0, 1)}
+    _, put = laid(found, busy=busy, due={"ingest": (), "caption": (0, 1, 2)})
+    assert put[:4] == [("caption", ""), ("score", "aftercorr:103"), ("score", "aftercorr:7"), ("score", "")] or put[
+        :4
+    ] == [("caption", ""), ("score", ""), ("score", "aftercorr:101"), ("score", "aftercorr:7")]
+
+
+def test_a_served_engine_has_a_job_that_ends_with_its_last_user(tmp_path: Path) -> None:
+    judge = {"kind": "openai", "model": "judge", "base_url": "endpoint"}
+    found = cluster(tmp_path, 2, {"serve": ["judge"]}, engines__judge=judge)
+    _, put = laid(found)
+    assert ("serve-judge", "") in put
+    assert ("score", "aftercorr:101:102,after:103") in put
+    assert put[-1] == ("release-judge", "afterany:104")
+    assert "scancel 103" in found.release("judge", "103")
+    assert "--gres" in found.server("judge")
+    score = next(job for job in jobs(all_passes(found.run)) if job.title == "score")
+    assert "--gres" not in found.array(Array(job=score, offset=0, blocks=(0, 1)))
+
+
+def test_a_window_adds_its_offset(tmp_path: Path) -> None:
+    found = cluster(tmp_path, 12, {})
+    job = jobs(all_passes(found.run))[0]
+    text = found.array(Array(job=job, offset=5, blocks=(5, 6, 9)))
+    assert "#SBATCH --array=0-1,4\n" in text
+    assert "block=$((SLURM_ARRAY_TASK_ID + 5))" in text
+
+
+def test_a_stage_that_waits_between_its_passes_is_one_job_a_pass(tmp_path: Path) -> None:
+    second = {"recipe": "short", "engine": "captioner", "of": "dense", "where": "judge < 0.5"}
+    found = cluster(tmp_path, 3, {}, caption__again=second, score__judge={"captions": ["dense"]})
+    titles = [job.title for job in jobs(all_passes(found.run))]
+    assert titles.index("caption:dense") < titles.index("caption:again")
+    assert not {"caption", "score"} & {job.title for job in jobs(all_passes(found.run)) if "again" in job.title}
+
+
+@pytest.mark.parametrize(
+    ("slurm", "says"),
+    [
+        ({"partion": "gpu"}, ["slurm.partion", "unknown key", "did you mean 'partition'"]),
+        ({"captoin": {"gpus": 2}}, ["slurm.captoin", "unknown key", "did you mean 'caption'"]),
+        ({"caption": {"gpu": 2}}, ["slurm.caption.gpu", "unknown key"]),
+        ({"time": "four hours"}, ["slurm.ingest.time", "'four hours'", "04:00:00"]),
+        ({"time": "00:04:00"}, ["time", "over before the notice of 300 s"]),
+        ({"gpus": -1}, ["gpus", "-1", "the least is 0"]),
+    ],
+)
+def test_what_is_wrong_in_the_section_is_named(tmp_path: Path, slurm: dict[str, Any], says: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        cluster(tmp_path, 1, slurm)
+    assert all(word in str(error.value) for word in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_seconds"),
+    [("90", 5400), ("90:30", 5430), ("04:00:00", 14400), ("1-12", 129600), ("1-12:30:00", 131400), ("soon", None)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, is_seconds: int | None) -> None:
+    assert seconds(limit) == is_seconds
+
+
+def test_a_finished_run_needs_no_jobs_and_a_stage_alone_can_be_printed(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
+    assert recap("slurm", "script", "caption", "--run", run).stdout.startswith("#!/bin/bash\n#SBATCH --job-name=recap-")
+    recap("run", "all", "--run", run)
+    assert recap("slurm", "script", "--run", run).stdout == ""
+
+
+def test_titles_of_jobs_are_what_recap_run_takes(tmp_path: Path) -> None:
+    found: list[Job] = jobs(all_passes(cluster(tmp_path, 1, {}).run))
+    assert [job.title for job in found] == ["ingest", "caption", "score", "filter", "export"]
