@@ -56,15 +56,20 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
         yield "  refused:   " + ", ".join(f"{reason} ({short(num)})" for reason, num in reasons)
     yield f"  {short(steps['images'] / max(seconds, 1e-9))} images/s over all stages, {duration(seconds)} in all"
     yield ""
-    yield f"  {page.write(config.load(folder))}   open it in a browser: all of this, and samples with their captions"
-    yield f"  {folder}/export/webdataset   for webdataset:       wds.WebDataset(...)"
-    yield f"  {folder}/export/parquet      for Hugging Face:     load_dataset('parquet', data_files=...)"
+    page.write(config.load(folder))
+    for place, meaning in FILES.items():
+        yield f"  {f'{folder}/{place}':28} {meaning}"
     yield ""
     yield "  next:"
     for command, meaning in NEXT:
         yield f"    {command.format(run=folder):58} # {meaning}"
 
 
+FILES = {
+    "report.html": "open it in a browser: all of this, and samples with their captions",
+    "export/webdataset": "for webdataset: wds.WebDataset(...)",
+    "export/parquet": "for Hugging Face: load_dataset('parquet', data_files=...)",
+}
 REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
 NEXT = (
     ("recap status --run {run}", "where every pass stands"),
