@@ -409,6 +409,7 @@ def _save(made: Any, processor: Any, output: Path) -> None:
     """The model alone, as transformers and vLLM load it."""
     if hasattr(made.model, READER):
         delattr(made.model, READER)
+    made.model.config.use_cache = True  # the trainer turned it off
     made.model.save_pretrained(output)
     processor.save_pretrained(output)
 
