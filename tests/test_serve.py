@@ -33,17 +33,20 @@ def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> Non
     assert flags["--dtype"] == "bfloat16" and command[-1] == "--quantization=fp8"
 
 
-def test_a_vllm_engine_is_served_as_it_is_described(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [{"dtype": "float32"}, {"text_config": {"torch_dtype": "float32"}}])
+def test_a_vllm_engine_is_served_as_it_is_described(tmp_path: Path, stored: dict[str, Any]) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))
     engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
     command = serve.describe(run(tmp_path, captioner=engine), "captioner").command(host="127.0.0.1", port=1)
     assert f"--model={tmp_path / 'models' / 'mine'}" in command
     assert "--served-model-name=mine" in command and "--max-model-len=4096" in command
+    assert "--dtype=float32" in command
 
 
 def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sesame-1234")
-    server = serve.describe(run(tmp_path, judge=JUDGE), "judge")
+    server = serve.describe(run(tmp_path, judge={**JUDGE, "serve": {"dtype": "float32"}}), "judge")
     assert server.key == "sesame-1234"
     assert "sesame" not in f"{server!r} {server.command(host='127.0.0.1', port=1)}"
 

@@ -239,7 +239,7 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "model": str(config.model),
         "revision": config.revision,
         "tokenizer_revision": config.revision,
-        "dtype": config.dtype,
+        "dtype": _stored_dtype(config) if config.dtype == "auto" else config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": config.max_model_len or -1,  # as many as the model has and the memory holds
         "max_num_seqs": config.max_num_seqs,
@@ -253,6 +253,19 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "renderer_num_workers": num_threads,
         **config.extra,
     }
+
+
+def _stored_dtype(config: Config) -> str:
+    """vLLM's own "auto" would compute in 16 bits what is stored in 32; the engines are to agree."""
+    from transformers import PretrainedConfig
+
+    try:
+        values, _ = PretrainedConfig.get_config_dict(config.model, revision=config.revision)
+    except OSError:  # vLLM will say what is wrong with the model
+        return "auto"
+    places = (values, values.get("text_config") or {})
+    found = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
+    return next((str(dtype) for dtype in found if dtype), "auto")
 
 
 def _compiled(config: Config) -> str:
