@@ -284,27 +284,32 @@ def test_echo_reads_every_part_of_a_request() -> None:
 
 
 def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
-    running, most = [0], []
+    inside, go, together = threading.Event(), threading.Event(), threading.Barrier(3)
+    order: list[str] = []
 
-    def start() -> None:
+    def first() -> None:
         with vllm.first_alone("a model", folder=tmp_path):
-            running[0] += 1
-            most.append(running[0])
-            time.sleep(0.2)
-            running[0] -= 1
+            inside.set()
+            go.wait(30)
+            order.append("first")
 
-    first = threading.Thread(target=start)
-    first.start()
-    while not most:
-        time.sleep(0.01)
-    others = [threading.Thread(target=start) for _ in range(3)]
-    for thread in others:
+    def later() -> None:
+        with vllm.first_alone("a model", folder=tmp_path):
+            order.append("later")
+            together.wait(30)  # all three are inside at once
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    inside.wait(30)
+    threads += [threading.Thread(target=later) for _ in range(3)]
+    for thread in threads[1:]:
         thread.start()
-    time.sleep(0.1)
-    assert most == [1]
-    for thread in (first, *others):
+    time.sleep(0.2)
+    go.set()
+    for thread in threads:
         thread.join()
-    assert len(most) == 4 and max(most) > 1
+    assert order == ["first", "later", "later", "later"]
+    assert not together.broken
 
 
 @pytest.mark.vllm
