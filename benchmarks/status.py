@@ -45,8 +45,8 @@ def main() -> None:
         shutil.rmtree(run / ".work" / "stamps")
         _, anew = status(run)
         assert anew == seen
-    figures = {"first": first, "again": again, "one_changed": changed}
-    print(json.dumps({"shards": args.shards, "tables": num_tables, "seconds": figures}))
+        figures = {"first": first, "again": again, "one_changed": changed}
+        print(json.dumps({"shards": args.shards, "tables": num_tables, "seconds": figures}), flush=True)
 
 
 def make(run: Path, num_shards: int) -> int:
