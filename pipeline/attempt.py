@@ -99,6 +99,8 @@ class Attempt:
             with tables.Writer(file, self.p.record, self.recipe) as writer:
                 for row in self.parts.merged():
                     writer.add(row)
+            num_rows, kept = writer.stamp.num_rows, self.tally.new + len(done)
+            assert num_rows == kept, f"{self.p.title}: {num_rows} rows came of {kept}: rows are conserved"
             if payload:
                 payload.commit()
         self.parts.discard()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import tomllib
@@ -192,6 +193,8 @@ class Section:
             module = plugins.load(package, kind)
         except UnknownName as error:
             raise self.error("kind", str(error)) from error
+        if not hasattr(module, "Config"):
+            raise self.error("kind", f"{kind!r} is a module, but no plugin: it has no Config (see {package})")
         return Plugin(kind=kind, module=module, config=self.parse(module.Config, ignore=common | {"kind"}))
 
     def _value(self, name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
@@ -200,6 +203,8 @@ class Section:
         result = _convert(value, hint)
         if result is _WRONG:
             raise self.error(name, f"{value!r} is not {describe(hint)}")
+        if isinstance(result, float) and not math.isfinite(result):
+            raise self.error(name, f"{value!r} is no finite number")
         least, most = about.get("least"), about.get("most")
         if least is not None and result is not None and result < least:
             raise self.error(name, f"{value!r} is too small; the least is {least}")
@@ -234,9 +239,11 @@ def load(folder: Path) -> Run:
         ConfigError: there is none, it is not TOML, or something in it is wrong.
     """
     file = folder / "run.toml"
+    if glob := sorted(set("[*?") & set(str(file.absolute()))):
+        raise ConfigError(str(file), f"a folder with {glob[0]} in its name can hold no run: SQL would read others too")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(str(file), "there is no run here; `recap init DIR --source SRC` makes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error

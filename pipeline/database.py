@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Score, Verdict, Stat, Exported)
+VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
 MAX_CELL = 100  # characters of a value in a table for people
 
 
@@ -34,7 +35,7 @@ def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnect
     import duckdb
 
     run = folder.absolute()
-    connection = duckdb.connect(config={"threads": 2 if files != "*.parquet" else 0} if files != "*.parquet" else {})
+    connection = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
     connection.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
@@ -46,12 +47,10 @@ def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnect
 def views(run: Path, files: str = "*.parquet") -> Iterator[str]:
     """The statements of manifests/views.sql, over the run wherever one stands."""
     text = (resources.files("manifests") / "views.sql").read_text(encoding="utf-8")
-    text = text.replace("*.parquet", files).replace(
-        "read_parquet('", f"read_parquet('{str(run).replace(chr(39), chr(39) * 2)}/"
-    )
+    place = str(run).replace("'", "''")
     for statement in re.sub(r"--[^\n]*", "", text).split(";"):
         if statement.strip():
-            yield statement.strip()
+            yield statement.strip().replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{place}/")
 
 
 def select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyConnection:
@@ -85,12 +84,27 @@ def names_in(expression: str, *, clause: str) -> set[str]:
 
     with duckdb.connect() as connection:
         (text,) = connection.execute("SELECT json_serialize_sql(?)", [clause.format(expression)]).fetchone() or ("",)
+        volatile = {name for (name,) in connection.execute(VOLATILE).fetchall()}
     tree = json.loads(text)
-    if tree["error"] or len(tree["statements"]) != 1:
-        raise QueryError(
-            f"{expression!r} is no SQL that fits here: {tree.get('error_message', 'more than one statement')}"
-        )
-    return set(_columns(tree))
+    if wrong := _why_no_expression(tree, volatile):
+        raise QueryError(f"{expression!r} is no SQL that fits here: {wrong}")
+    return set(_found("column_names", tree))
+
+
+def _why_no_expression(tree: Any, volatile: set[str]) -> str:
+    """Equal rows give equal verdicts: an expression looks at nothing but its row, and draws no lots."""
+    if tree["error"]:
+        return str(tree["error_message"])
+    if len(tree["statements"]) != 1:
+        return "more than one statement"
+    node = tree["statements"][0]["node"]
+    modifiers = {modifier["type"] for modifier in node.get("modifiers", [])}
+    if len(node.get("select_list", [])) != 1 or node["from_table"]["type"] != "EMPTY" or modifiers - {"ORDER_MODIFIER"}:
+        return "more than one expression"
+    if "SUBQUERY" in _found("class", tree):
+        return "it has a query inside"
+    changing = sorted(volatile & set(_found("function_name", tree)))
+    return f"{changing[0]} gives another answer at another time" if changing else ""
 
 
 def identifier(name: str) -> str:
@@ -121,15 +135,16 @@ def _users_errors() -> Iterator[None]:
         raise QueryError(str(error)) from error
 
 
-def _columns(node: Any) -> Iterator[str]:
+def _found(key: str, node: Any) -> Iterator[str]:
+    """The values of a key anywhere in a parsed statement; of a list, the first."""
     if isinstance(node, dict):
-        if node.get("class") == "COLUMN_REF":
-            yield node["column_names"][0]
+        if key in node:
+            yield node[key][0] if isinstance(node[key], list) else node[key]
         for value in node.values():
-            yield from _columns(value)
+            yield from _found(key, value)
     elif isinstance(node, list):
         for value in node:
-            yield from _columns(value)
+            yield from _found(key, value)
 
 
 def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:

@@ -70,6 +70,8 @@ class Ledger:
 
     def _judge(self, p: Pass, shard: int) -> State:
         stamp = self.stamp(p.folder, shard)
+        if stamp is not None and not self.keep and (words := list(changes(stamp.recipe, p))):
+            return State(kind="stale", why="; ".join(words), stamp=stamp)
         reads = {folder: self.state(self._makers[folder], shard) for folder in p.reads}
         for folder, state in reads.items():
             if state.stamp is None:
@@ -87,16 +89,15 @@ class Ledger:
     def _compare(self, p: Pass, stamp: tables.Stamp, wanted: tables.Recipe) -> State:
         if stamp.recipe == wanted:
             return State(kind="done", stamp=stamp)
-        words = list(changes(stamp.recipe, wanted))
-        if words:
-            return State(kind="done" if self.keep else "stale", why="; ".join(words), stamp=stamp)
-        inputs = ", ".join(sorted(k for k, _ in stamp.recipe.inputs.items() ^ wanted.inputs.items()))
+        if self.keep:
+            return State(kind="done", stamp=stamp)
+        inputs = ", ".join(sorted({k for k, _ in stamp.recipe.inputs.items() ^ wanted.inputs.items()}))
         if not p.engines:
             return State(kind="behind", why=f"{inputs} changed", stamp=stamp)
-        return State(kind="done" if self.keep else "stale", why=f"its input {inputs} changed", stamp=stamp)
+        return State(kind="stale", why=f"its input {inputs} changed", stamp=stamp)
 
 
-def changes(old: tables.Recipe, new: tables.Recipe) -> Iterator[str]:
+def changes(old: tables.Recipe, new: Pass) -> Iterator[str]:
     """What a person would say has changed in the words and numbers that decide a table's rows."""
     if old.version != new.version:
         yield f"stage {new.stage} is now version {new.version}, was {old.version}"

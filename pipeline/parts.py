@@ -40,9 +40,11 @@ class Parts:
         """
         for path in sorted(self.folder.glob(f"{self._prefix}-*.parquet")):
             try:
-                yield from self.carry(lambda path=path: _sound(tables.read(path, self._record)))  # type: ignore[misc]
+                tables.check(path, self._record)
             except tables.BrokenTable:
                 path.unlink(missing_ok=True)  # a part is a cache: what it held is made again
+                continue
+            yield from self.carry(lambda path=path: _sound(tables.read(path, self._record)))  # type: ignore[misc]
 
     def carry(self, rows: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         """Takes rows, sorted by id and readable again, into the table."""

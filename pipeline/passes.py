@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
-CONDITION, ORDER_BY = "SELECT ({})", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
+CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
 ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs
 
 
@@ -64,6 +64,11 @@ class Pass:
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
     finish: Callable[[Run], None] | None = field(default=None, repr=False)  # once, after its last shard
     close: Callable[[], None] | None = field(default=None, repr=False)  # gives back what its work holds open
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether files stand beside its table; then a shard is made as a whole, or not."""
+        return self.payload is not no_payload
 
     @property
     def title(self) -> str:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SHARDS = 1_000_000  # six digits in the key
-MAX_SHARD_SIZE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +159,14 @@ def parse_spec(spec: str, num_shards: int) -> Sequence[int]:
     """
     if spec == "all":
         return range(num_shards)
-    if block := re.fullmatch(r"(\d+)/(\d+)", spec):
+    if block := re.fullmatch(r"([0-9]+)/([1-9][0-9]*)", spec):
         index, num = int(block[1]), int(block[2])
         if index >= num:
             raise SpecError(f"--shard {spec}: blocks of {num} are 0/{num} to {num - 1}/{num}")
         return range(index * num_shards // num, (index + 1) * num_shards // num)
     shards: set[int] = set()
     for part in spec.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+)(?::([1-9][0-9]*))?)?", part)
         if not found:
             raise SpecError(f"--shard {spec}: {part!r} is none of 7, 0-9, 0-99:10, i/n, all, or a list of those")
         lo, hi, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)

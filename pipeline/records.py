@@ -264,6 +264,7 @@ def make_key(shard: int, index: int) -> str:
     >>> make_key(7, 42)
     '000007000042'
     """
+    assert shard < 10**6 > index, f"sample {index} of shard {shard} has no key: a shard holds at most a million samples"
     return f"{shard:06d}{index:06d}"
 
 

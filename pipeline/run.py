@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,7 +114,8 @@ class Runner:
         self.plan, self.wanted = Plan.load(path, self.shards)
         self.ledger = Ledger(self.run, self.plan, self.passes, keep=self.stale == "keep")
         self._records = {p.folder: p.record for p in self.passes}
-        self.stop = threading.Event()
+        self.stop = threading.Event()  # a signal came
+        self.given_up = False  # no further shard would fare better
         self.outcome = Outcome()
         self._executor: Executor | None = None
 
@@ -124,13 +125,13 @@ class Runner:
         Raises:
             Refused: something is stale and `stale` is "stop", or a status to retry does not exist.
         """
-        self._check_retry(chosen)
+        self._check_retry([p for p in chosen if not p.has_payload])
         self.check_stale(chosen)
         engines = Engines(self.run.engines)
         try:
             with stopping(self.stop):
                 for p in chosen:
-                    if self.stop.is_set():
+                    if self.stop.is_set() or self.given_up:
                         break
                     engines.close_all_but(p.engines)
                     with closing_after(p):
@@ -144,6 +145,10 @@ class Runner:
         return self.outcome
 
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
+        if self.retry and self.stale == "keep":
+            raise Refused("--retry asks with the words of today, --stale keep uses tables of other words; choose one")
+        if self.retry and not chosen:
+            raise Refused("--retry: ingest and export make a shard as a whole; remove its table to have it made again")
         known = {status for p in chosen for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
         if unknown := self.retry - known:
             raise Refused(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
@@ -170,8 +175,9 @@ class Runner:
             )
 
     def _make_pass(self, p: Pass, engines: Engines, *, alone: bool) -> None:
+        self.check_stale([p])  # what was just made may be what this pass was made from
         states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
-        todo = [shard for shard, state in states.items() if self._is_due(state)]
+        todo = [shard for shard, state in states.items() if self._is_due(p, state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
         broken = [shard for shard in todo if states[shard].kind == "missing" and states[shard].why]
@@ -186,16 +192,22 @@ class Runner:
         if todo:
             with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
-        if p.finish and len(self.wanted) == self.plan.num_shards and not blocked and not self.outcome.failures:
+        if p.finish and not self.outcome.failures and self._is_complete(p):
             p.finish(self.run)
 
-    def _is_due(self, state: State) -> bool:
+    def _is_complete(self, p: Pass) -> bool:
+        """Whether every shard of the plan has its table, whoever made it."""
+        folder = self.run.folder / p.folder
+        num = sum(entry.name.endswith(".parquet") for entry in os.scandir(folder)) if folder.is_dir() else 0
+        return num == self.plan.num_shards
+
+    def _is_due(self, p: Pass, state: State) -> bool:
         if state.kind in ("missing", "behind"):
             return True
         if state.kind == "stale":
             return self.stale == "redo"
         asked = state.stamp is not None and any(state.stamp.statuses.get(status) for status in self.retry)
-        return state.kind == "done" and asked
+        return state.kind == "done" and asked and not p.has_payload
 
     def _num_rows(self, p: Pass, shards: Sequence[int]) -> int | None:
         """How many rows are to come, for the progress bar; None where only reading would tell."""
@@ -207,26 +219,25 @@ class Runner:
         return usable * int(p.slice.get("num_candidates", 1))
 
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: Engines, meter: Meter) -> None:
-        failed_in_a_row = 0
+        failed_in_a_row = num_made = 0
         for shard, result in self._results(p, shards, engines, meter):
             self.ledger.forget(shard)
             if isinstance(result, Made):
-                failed_in_a_row = 0
+                failed_in_a_row, num_made = 0, num_made + 1
                 self.outcome.done += not result.overtaken
                 self.outcome.skipped += result.overtaken
                 meter.shard_done()
                 continue
             if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
-                self.stop.set()
+                self.given_up = True
                 raise result
             if isinstance(result, Stopped):
                 self.outcome.stopped = True
                 continue
             self._fail(p, shard, result)
             failed_in_a_row += 1
-            if isinstance(result, EngineDied) or (failed_in_a_row >= GIVE_UP and not self.outcome.done):
-                self.stop.set()
-        if self.outcome.stopped or (self.stop.is_set() and meter.shards < len(shards) and not self.outcome.failures):
+            self.given_up |= isinstance(result, EngineDied) or (failed_in_a_row >= GIVE_UP and not num_made)
+        if self.outcome.stopped or (self.stop.is_set() and meter.shards < len(shards)):
             raise Stopped
 
     def _results(
@@ -238,7 +249,7 @@ class Runner:
         waiting, running = deque(shards), dict[Future[Made], int]()
         with self._processes() if in_processes else ThreadPoolExecutor(limit) as executor:
             while waiting or running:
-                while waiting and len(running) < limit and not self.stop.is_set():
+                while waiting and len(running) < limit and not self.stop.is_set() and not self.given_up:
                     shard = waiting.popleft()
                     if in_processes:
                         running[executor.submit(_in_process, p.folder, shard)] = shard
@@ -248,6 +259,8 @@ class Runner:
                     return
                 future = next(as_completed(running))
                 result = future.exception() or future.result()
+                if isinstance(result, BrokenExecutor):
+                    raise MachineError("a worker process was killed, for want of memory perhaps; try fewer --workers")
                 if in_processes and isinstance(result, Made):
                     meter.add(result.stat.num_new_rows, result.failed)
                 yield running.pop(future), result
@@ -287,7 +300,7 @@ class Runner:
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
         recipe = tables.Recipe(stage="stats", name="", version=1, slice={}, inputs={})
-        tables.write(path, Stat, [stat], recipe, durable=False)
+        tables.write(path, Stat, [stat], recipe)
 
     def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
         place = f"{p.title} {shard:05d}"

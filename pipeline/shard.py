@@ -5,6 +5,7 @@ Everything is read in file order and a little at a time, so that memory does not
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,13 +65,14 @@ class Shard:
         """The image file's bytes.
 
         Raises:
-            OSError: the tar has gone or has been cut since ingest; the message says which.
+            OSError: the tar has gone or has changed since ingest; the message says which.
             BrokenTable: the same, and it is a tar of ours: ingest can make it, and its table, again.
         """
         assert image.file is not None and image.offset is not None and image.num_bytes is not None
         data = os.pread(self._handle(image.file), image.num_bytes, image.offset)
-        if len(data) != image.num_bytes:
-            why = f"{image.file} ends before byte {image.offset + image.num_bytes}: it changed since ingest"
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            end = image.offset + image.num_bytes
+            why = f"{image.file} has not {image.source_key} at bytes {image.offset} to {end}: it changed since ingest"
             if Path(image.file).parts[0] == PACKED:
                 raise tables.BrokenTable(table_path(self.run.folder, "image", self.number), f"has lost images: {why}")
             raise OSError(why)

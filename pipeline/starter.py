@@ -31,6 +31,8 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     file = folder / "run.toml"
     if file.exists():
         raise Refused(f"{file} exists; edit it, or `recap plan --run {folder}` to take in what the corpus grew by")
+    if (folder / "plan.parquet").exists():
+        raise Refused(f"{folder / 'plan.parquet'} is of another run; choose another folder, or remove what is left")
     source = Path(sections["source"].get("path", "/nowhere"))
     if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
         raise Refused(f"{folder} lies in the corpus, {source}: the run's own files would be taken for images")
@@ -40,7 +42,7 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     try:
         run = load(folder)
         return run, plan(run)[1]
-    except UserError:
+    except BaseException:
         file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
         raise
 
@@ -96,7 +98,7 @@ def _kind(path: Path, source: str) -> str:
 
 def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """A run.toml with these values, all other keys of each section as comments with their defaults."""
-    return "\n".join([*_head(), *(line for name, values in sections.items() for line in _section(name, values))])
+    return "\n".join([*_head(), *(line for name, values in sections.items() for line in _section(name, values)), ""])
 
 
 def _head() -> Iterator[str]:

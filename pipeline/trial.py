@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import Run
-from pipeline.errors import UserError
+from pipeline.errors import MachineError, UserError
 from pipeline.passes import Pass, select
 from pipeline.plan import assign
 from pipeline.records import Caption, Image, Piece, Score
@@ -32,8 +32,11 @@ def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
         _plan(here, num_images)
         runner = Runner(run=here, limit=num_images)
         wanted = select(runner.passes, what)
-        if failures := runner.execute(_with_inputs(runner.passes, wanted)).failures:
-            raise UserError("; ".join(failures.values()))
+        outcome = runner.execute(_with_inputs(runner.passes, wanted))
+        if outcome.failures:
+            raise MachineError("; ".join(outcome.failures.values()))
+        if outcome.stopped:
+            return
         yield from _show(Shard(run=here, plan=runner.plan, number=0), wanted)
 
 

@@ -6,6 +6,7 @@ The whole-run summary (stats.json, the dataset card) is made from the index that
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,12 @@ class Config:
         "the first samples need one name for all",
     )
     license: str = key("", "of the corpus, for the dataset card, e.g. cc-by-4.0", stamp=False)
+
+    def __post_init__(self) -> None:
+        if not self.formats or len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"formats is {list(self.formats)}; it names webdataset, parquet or both, each once")
+        if not re.fullmatch(r"[\w.-]*", self.license):
+            raise ValueError(f"license is {self.license!r}; the Hub knows names such as cc-by-4.0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 from pipeline import config, database
 from pipeline.config import key
 from pipeline.engine import Engine
+from pipeline.errors import ConfigError
 from pipeline.passes import ORDER_BY, Pass, check_binds, score_folders, scores_in
-from pipeline.records import Caption, Image, Record, Verdict, columns
+from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, columns
 from pipeline.shard import Shard
 
 VERSION = 1
@@ -51,6 +53,8 @@ def passes(run: config.Run) -> Iterable[Pass]:
     captions = list(run.sections["caption"])
     if not captions:
         return
+    if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
+        raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is a caption's status too; choose another name")
     used = {rule: scores_in(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
     named = {score for names in used.values() for score in names} | scores_in(
         run, "filter.choose", settings.choose, clause=ORDER_BY

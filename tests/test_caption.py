@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from collections import Counter
@@ -43,7 +44,7 @@ def image(index: int, **changes: Any) -> Image:
         "height": 100,
         "orientation": 1,
         "num_frames": 1,
-        "sha256": "0" * 64,
+        "sha256": hashlib.sha256(f"{index:08d}".encode()).hexdigest(),
         "alt_text": None,
         "metadata": "{}",
     }
@@ -196,7 +197,7 @@ def test_bytes_are_read_when_the_engine_draws_the_request(tmp_path: Path) -> Non
         rows = pass_of(tmp_path).work(pass_of(tmp_path).inputs(shard), {"model": echo.open(echo.Config())})
         next(rows)
         (tmp_path / "shards" / "00000.tar").write_bytes(b"cut")
-        with pytest.raises(OSError, match=r"00000\.tar"):
+        with pytest.raises(tables.BrokenTable, match=r"00000\.tar"):
             next(rows)
 
 

@@ -63,6 +63,29 @@ def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> No
     assert (inside.returncode, "lies in the corpus" in inside.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["b--c", "d;e", "o'q", 'p"q', "x y", "ä{}"])
+def test_a_run_may_have_any_name_that_sql_can_be_told(tmp_path: Path, name: str) -> None:
+    run = begin(tmp_path / name, sections(corpus(tmp_path / "photos", ["jpg"] * 3), filter={"rules": {}}))
+    assert make(run).exit_code == 0
+    with database.connect(run) as connection:
+        assert database.select(connection, "SELECT count(*) FROM export").fetchone() == (3,)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "f*g", "x?"])
+def test_a_run_that_sql_would_read_with_others_is_refused(tmp_path: Path, name: str) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 3)
+    done = recap("init", tmp_path / name, "--source", photos, check=False)
+    assert (done.returncode, "can hold no run" in done.stderr) == (2, True)
+
+
+def test_what_is_added_at_the_end_of_a_fresh_run_toml_is_read(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 3)
+    recap("init", tmp_path / "run", "--source", photos)
+    with open(tmp_path / "run" / "run.toml", "a") as file:
+        file.write('[caption.second]\nrecipe = "short"\nengine = "captioner"\n')
+    assert "caption:second" in recap("status", "--run", tmp_path / "run").stdout
+
+
 def test_the_plan_grows_at_its_end(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 12)
     run = begin(tmp_path / "run", sections(photos))

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from pipeline import config, tables
 from pipeline.errors import Refused
 from pipeline.ledger import Ledger
+from pipeline.parts import Parts
 from pipeline.passes import all_passes
 from pipeline.plan import Plan
 from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
+from pipeline.shard import work_folder
 from tests.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap, sections, times, write
 
 # The command line with parts ten times a second, so that a short shard has some to adopt.
@@ -185,6 +187,78 @@ def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
     stats = [s for p in sorted((run / "stats" / "caption" / "dense").glob("*")) for s in tables.read(p, Stat)]
     assert sum(s.num_new_rows for s in stats if s.num_new_rows != s.num_rows) == len(failed)
     assert outcome.exit_code == 0
+
+
+def test_what_a_retry_made_stale_is_named_and_not_skipped(run: Path, finished: Path) -> None:
+    photos = finished.parent / "photos"
+    parts = sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"empty_share": 0.5})
+    write(run, parts, max_error_share=1.0)
+    make(run, stale="redo")
+    with pytest.raises(Refused, match="score:judge:dense: its input caption/dense changed"):
+        make(run, retry=frozenset({"empty"}))
+    assert states(run)["caption:dense"] == "done"
+    assert states(run)["score:judge:dense"] == "stale"
+
+
+def test_a_retry_neither_mixes_words_nor_makes_images_again(run: Path) -> None:
+    with pytest.raises(Refused, match="choose one"):
+        make(run, "caption", retry=frozenset({"empty"}), stale="keep")
+    before = times(run)
+    with pytest.raises(Refused, match="as a whole"):
+        make(run, "ingest", retry=frozenset({"unreadable"}))
+    assert times(run) == before
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path, finished: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "caption")
+    loaded = config.load(run)
+    (p,) = (p for p in all_passes(loaded) if p.folder == "caption/dense")
+    recipe = Ledger(loaded, Plan.load(run / "plan.parquet")[0], all_passes(loaded)).recipe(p, 0)
+    parts = Parts(work_folder(run, p.folder, 0), Caption, recipe)
+    rows_of_shard = list(tables.read(finished / "caption" / "dense" / "00000.parquet", Caption))
+    for row in rows_of_shard[:7]:
+        parts.add(row)
+    parts.flush()
+    (part,) = (run / ".work" / "caption" / "dense" / "00000").glob("*.parquet")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 4] ^= 0xFF
+    part.write_bytes(data)
+    assert make(run).exit_code == 0
+    assert files(run / "caption") == files(finished / "caption")
+
+
+def test_an_engine_that_dies_is_a_failure_and_no_signal(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 60), engines__captioner={"die_after": 15})
+    run = begin(tmp_path / "run", parts)
+    make(run, "ingest")
+    outcome = make(run, "caption")
+    assert (outcome.exit_code, outcome.stopped) == (1, False)
+    assert any("die_after" in why for why in outcome.failures.values())
+    assert len(outcome.failures) <= 2  # no further shard is begun
+    assert make(run, "caption").done >= 1  # a new engine goes on
+
+
+def test_an_image_that_changed_since_ingest_is_no_training_data(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
+    make(run, "ingest")
+    tar = run / "shards" / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 0xFF
+    tar.write_bytes(data)
+    outcome = make(run)
+    assert outcome.exit_code == 1
+    assert any("changed since ingest" in why for why in outcome.failures.values())
+
+
+def test_shards_made_one_by_one_end_with_the_card_of_all(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 25)))
+    for shard in ("0", "1"):
+        make(run, shards=shard)
+    assert not (run / "export" / "README.md").exists()
+    make(run, shards="2")
+    assert (run / "export" / "README.md").exists()
 
 
 def test_a_status_that_does_not_exist_is_refused(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -312,7 +313,7 @@ def image_row(index: int, status: Any) -> Image:
         height=8,
         orientation=1,
         num_frames=1,
-        sha256="0" * 64,
+        sha256=hashlib.sha256(b"12345678").hexdigest(),
         alt_text=f"cat {index}",
         metadata="{}",
     )
