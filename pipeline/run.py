@@ -231,8 +231,8 @@ class Runner:
             if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
                 self.given_up = True
                 raise result
-            if isinstance(result, Stopped):
-                self.outcome.stopped = True
+            if isinstance(result, Stopped) or (isinstance(result, EngineDied) and self.stop.is_set()):
+                self.outcome.stopped = True  # a terminal's Ctrl-C reaches an engine's own processes too
                 continue
             self._fail(p, shard, result)
             failed_in_a_row += 1
