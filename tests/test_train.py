@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,8 +18,6 @@ from pipeline.engines import transformers as engines
 from stages import train
 from stages.train import IGNORED, Collator, Config, Lesson, Step, arranged, held_out, lessons, points
 from tests.runs import begin, make
-
-torch = pytest.importorskip("torch")
 
 
 def sections(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
