@@ -203,3 +203,12 @@ def _weights(folder: Path) -> list[str]:
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         return list(file.keys())
+
+
+@pytest.mark.parametrize("name", ["scenes-base", "scenes-judge", "scenes-captioner-sft"])
+def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent.parent / "manifests" / name / "run.toml", tmp_path / "run.toml")
+    run = config.load(tmp_path)
+    settings = run.sections["train"][""]
+    assert set(settings.captions) <= {*run.sections["caption"], "main"}
+    assert settings.scores in {"", *run.sections["score"]}
