@@ -164,7 +164,10 @@ def quicken(model: Any, *, compiled: bool) -> None:
     import torch
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
 
-    code.Qwen2_5_VLVisionAttention.forward = vision_attention
+    if code.Qwen2_5_VLVisionAttention.forward is not vision_attention:
+        _patient["forward"] = code.Qwen2_5_VLVisionAttention.forward
+        code.Qwen2_5_VLVisionAttention.forward = vision_attention
+    model.model.visual.register_forward_pre_hook(_compare_sizes, with_kwargs=True)
     code.eager_attention_forward = text_attention
     code.Qwen2_5_VisionPatchEmbed.forward = embed_patches
     model.set_attn_implementation("eager")
@@ -181,10 +184,26 @@ def embed_patches(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.to(weight.dtype) @ weight.view(weight.shape[0], -1).T
 
 
+_patient: dict[str, Any] = {}  # transformers' own forward, one image after the other
+
+
+def _compare_sizes(visual: Any, _: Any, given: dict[str, Any]) -> None:
+    """Tells the layers whether all images of the batch have one size."""
+    sizes = given["grid_thw"].prod(-1)
+    alike = bool((sizes == sizes[0]).all())
+    for block in visual.blocks:
+        block.attn.alike = alike
+
+
 def vision_attention(
-    self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None, **_: Any
+    self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None, **rest: Any
 ) -> torch.Tensor:
-    """Qwen2_5_VLVisionAttention.forward for images of one size, as one product instead of one per image."""
+    """Qwen2_5_VLVisionAttention.forward; where all images have one size, as one product instead of one per image."""
+    if not getattr(self, "alike", False):
+        mixed: torch.Tensor = _patient["forward"](
+            self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **rest
+        )
+        return mixed
     import torch
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
@@ -194,8 +213,8 @@ def vision_attention(
     cos, sin = (p.view(num_images, 1, rows // num_images, -1).to(q.dtype) for p in position_embeddings)
     q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
     weights = torch.softmax(torch.matmul(q * self.scaling, k.transpose(2, 3)), -1)
-    mixed: torch.Tensor = self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(rows, -1))
-    return mixed
+    seen: torch.Tensor = self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(rows, -1))
+    return seen
 
 
 def text_attention(

@@ -158,6 +158,26 @@ def test_masters_keep_what_16_bits_lose() -> None:
     assert all(torch.equal(again.state[p]["master"], masters[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("sizes", [((96, 96), (96, 96)), ((96, 96), (128, 80))])
+def test_quicker_code_computes_the_same(processor: Any, sizes: tuple[tuple[int, int], ...]) -> None:
+    from PIL import Image
+
+    from stages import _small
+
+    torch.manual_seed(0)
+    model = _small.new_model(processor).eval()
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]}]
+    texts = [processor.apply_chat_template(message, add_generation_prompt=True)] * len(sizes)
+    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        _small.quicken(model, compiled=False)
+        after = model(**inputs).logits
+    there = inputs["attention_mask"].bool()
+    assert torch.allclose(before[there], after[there], atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_path: Path) -> None:
     """Its checkpoint after step 4 is all that is left; the model and the curve come out the same."""
