@@ -193,7 +193,7 @@ class Runner:
             with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
         if p.finish and not self.outcome.failures and self._is_complete(p):
-            p.finish(self.run)
+            p.finish(self.run, bool(todo))
 
     def _is_complete(self, p: Pass) -> bool:
         """Whether every shard of the plan has its table, whoever made it."""

@@ -150,9 +150,11 @@ SUMMARY = """
     FROM export"""
 
 
-def finish(run: config.Run) -> None:
-    """Writes export/stats.json and the dataset card over all that is exported so far."""
+def finish(run: config.Run, is_new: bool) -> None:
+    """Writes export/stats.json and the dataset card over all that is exported, unless nothing is new."""
     folder = run.folder / "export"
+    if not is_new and (folder / "stats.json").exists() and (folder / "README.md").exists():
+        return
     with database.connect(run.folder) as connection:
         result = database.select(connection, SUMMARY)
         stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
