@@ -62,9 +62,7 @@ class Pass:
     inputs: Callable[[Shard], Iterator[Any]] = field(repr=False)
     work: Work = field(repr=False)
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
-    finish: Callable[[Run, bool], None] | None = field(
-        default=None, repr=False
-    )  # of a whole table; True: some is new
+    finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # of a whole table; True: some is new
     close: Callable[[], None] | None = field(default=None, repr=False)  # gives back what its work holds open
 
     @property
