@@ -90,7 +90,7 @@ class Attempt:
             for row in self._new(done, engines, payload):
                 if self.parts.add(row):
                     self._give_way()
-        except BaseException:
+        except BaseException:  # whatever ends it, finished rows are kept; raised again
             with suppress(OSError):  # the disk may be what failed
                 self.parts.flush()
             raise
@@ -149,7 +149,7 @@ class Attempt:
         payload = self.p.payload(self.shard)
         try:
             yield payload
-        except BaseException:
+        except BaseException:  # whatever ends it, no payload is left half written; raised again
             if payload:
                 payload.abandon()
             raise

@@ -42,7 +42,7 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     try:
         run = load(folder)
         return run, plan(run)[1]
-    except BaseException:
+    except BaseException:  # a Ctrl-C too; raised again
         file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
         raise
 

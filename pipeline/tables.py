@@ -272,7 +272,7 @@ def atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Ite
             if durable:
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException:  # a Ctrl-C too leaves no litter; raised again
         unfinished.unlink(missing_ok=True)
         raise
     if durable:

@@ -332,7 +332,7 @@ class Once(Generic[T]):
             return found.result()
         try:
             mine.set_result(make())
-        except BaseException as error:
+        except BaseException as error:  # whoever waits for it must hear of it, whatever it is; raised again
             mine.set_exception(error)
             raise
         return mine.result()

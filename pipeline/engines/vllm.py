@@ -69,7 +69,7 @@ def open(config: Config) -> Vllm:  # noqa: A001
     loop = Loop("vllm")
     try:
         return Vllm(config, processor, loop)
-    except BaseException:
+    except BaseException:  # a Ctrl-C too must not leave the loop's thread behind; raised again
         loop.close()
         raise
 
