@@ -10,6 +10,9 @@ CREATE VIEW image AS SELECT * FROM read_parquet('image/*.parquet', union_by_name
 -- num_candidates rows per usable image and caption pass.
 CREATE VIEW caption AS SELECT * FROM read_parquet('caption/*/*.parquet', union_by_name = true);
 
+-- One row per image with a usable caption of the student, and rubric pass.
+CREATE VIEW rubric AS SELECT * FROM read_parquet('rubric/*/*.parquet', union_by_name = true);
+
 -- One row per usable caption and score pass.
 CREATE VIEW score AS SELECT * FROM read_parquet('score/*/*/*.parquet', union_by_name = true);
 

@@ -14,13 +14,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import plugins
 from pipeline.errors import MachineError, QueryError, UnknownName
-from pipeline.records import Caption, Exported, Image, Planned, Record, Score, Stat, Verdict, schema
+from pipeline.records import Caption, Exported, Image, Planned, Record, Rubric, Score, Stat, Verdict, schema
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Score, Verdict, Stat, Exported)
+RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Rubric, Score, Verdict, Stat, Exported)
 VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
 MAX_CELL = 100  # characters of a value in a table for people
 

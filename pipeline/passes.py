@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.writers import Payload
 
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
-ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs
+ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs, with all that they read
 
 
 class Input(Protocol):
@@ -105,13 +105,22 @@ def select(passes: list[Pass], what: str) -> list[Pass]:
         UnknownName: it names none; the message lists what there is.
     """
     if what == "all":
-        return [p for p in passes if p.stage in ALL]
+        return with_inputs(passes, [p for p in passes if p.stage in ALL])
     wanted = what.split(":")
     found = [p for p in passes if [p.stage, p.name, p.caption][: len(wanted)] == wanted]
     if not found:
         titles = sorted({p.stage for p in passes} | {f"{p.stage}:{p.name}" for p in passes if p.name})
         raise UnknownName(f"STAGE: {plugins.unknown(what, ['all', *titles])}")
     return found
+
+
+def with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
+    """The wanted passes and all that they read, in order."""
+    folders = {p.folder for p in wanted}
+    for p in reversed(passes):
+        if p.folder in folders:
+            folders.update(p.reads)
+    return [p for p in passes if p.folder in folders]
 
 
 def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:

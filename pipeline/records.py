@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ImageStatus = Literal["ok", "empty", "unreadable", "unsupported", "too_small", "too_large"]
 CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "error"]
 ScoreStatus = Literal["ok", "unknown", "error"]
+RubricStatus = Literal["ok", "empty", "error"]
+Severity = Literal["critical", "important", "minor"]
 
 
 class Record:
@@ -148,6 +150,46 @@ class Criterion:
     value: float | None  # [0, 1]
     weight: float
     reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """One criterion of an image's own rubric: what every caption of it is to say, or not to say."""
+
+    id: str  # letters, digits and _; unique in its rubric
+    text: str  # can be decided from a caption alone
+    severity: Severity
+    weight: float  # 3, 2 or 1
+    agreed: int  # teachers whose captions meet it
+    missed: float  # [0, 1]: share of the student's captions that fail it
+    claim: str | None  # JSON: what it says of claims; None: only a judge can decide it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rubric(Record):
+    """What a committee of teachers holds against a student's captions of one image."""
+
+    table: ClassVar[str] = "rubric"
+    failed: ClassVar[frozenset[str]] = frozenset({"error"})
+
+    key: str
+    name: str
+    status: RubricStatus  # empty: there is nothing that the teachers agree on, or nothing that the student misses
+    error: str | None  # also why it is empty
+    criteria: tuple[Demand, ...]
+    num_teachers: int  # whose captions of this image were usable
+    writer: str
+    prompt_hash: str | None = None  # of the words asked, 16 hex digits
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    attempt: int = 0  # at which rung of the ladder it came, from 1; 0 when nobody was asked
+    model: str | None = None
+    revision: str | None = None
+    engine: str | None = None
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,20 @@ class Shard:
 
     def table(self, folder: str, record: type[R]) -> Iterator[R]:
         return tables.read(table_path(self.run.folder, folder, self.number), record)
+
+    def beside(self, folder: str, record: type[R]) -> Callable[[str], tuple[R, ...]]:
+        """What a table has of a key, which may be nothing; keys are asked for in ascending order."""
+        by_key = groupby(self.table(folder, record), key=lambda row: str(row.id[0]))
+        groups = ((key, tuple(rows)) for key, rows in by_key)
+        first = next(groups, None)
+
+        def of(key: str) -> tuple[R, ...]:
+            nonlocal first
+            while first is not None and first[0] < key:
+                first = next(groups, None)
+            return first[1] if first is not None and first[0] == key else ()
+
+        return of
 
     def query(self, sql: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a SELECT over this shard's own tables (see manifests/views.sql)."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pipeline.config import Run
 from pipeline.errors import MachineError, UserError
-from pipeline.passes import Pass, select
+from pipeline.passes import Pass, select, with_inputs
 from pipeline.plan import assign
-from pipeline.records import Caption, Image, Piece, Score
+from pipeline.records import Caption, Image, Piece, Rubric, Score
 from pipeline.run import Runner
 from pipeline.shard import Shard
 from pipeline.tables import Recipe, write
@@ -25,14 +25,14 @@ def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
     """Runs the passes that `what` names on the first images of the corpus; yields what came, image by image.
 
     Raises:
-        UserError: `what` names no pass that writes captions or scores, or something failed.
+        UserError: `what` names no pass that writes captions, rubrics or scores, or something failed.
     """
     with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
         here = dataclasses.replace(run, folder=Path(folder))
         _plan(here, num_images)
         runner = Runner(run=here, limit=num_images)
         wanted = select(runner.passes, what)
-        outcome = runner.execute(_with_inputs(runner.passes, wanted))
+        outcome = runner.execute(with_inputs(runner.passes, wanted))
         if outcome.failures:
             raise MachineError("; ".join(outcome.failures.values()))
         if outcome.stopped:
@@ -50,15 +50,6 @@ def _plan(run: Run, num_images: int) -> None:
     write(
         run.folder / "plan.parquet", type(rows[0]), rows, Recipe(stage="plan", name="", version=1, slice={}, inputs={})
     )
-
-
-def _with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
-    """The wanted passes and all that they read, in order."""
-    folders = {p.folder for p in wanted}
-    for p in reversed(passes):
-        if p.folder in folders:
-            folders.update(p.reads)
-    return [p for p in passes if p.folder in folders]
 
 
 def _show(shard: Shard, wanted: list[Pass]) -> Iterator[str]:
@@ -88,8 +79,13 @@ def _lines(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
             yield mark.key, _wrap(f"{p.title} {mark.candidate}", value)
             for c in mark.criteria:
                 yield mark.key, _wrap(f"  {c.id}", f"{c.verdict or 'cannot say'}: {c.reason or ''}")
+    elif p.record is Rubric:
+        for rubric in shard.table(p.folder, Rubric):
+            yield rubric.key, _wrap(p.title, rubric.error or f"{len(rubric.criteria)} criteria")
+            for demand in rubric.criteria:
+                yield rubric.key, _wrap(f"  {demand.id} ({demand.severity}, missed {demand.missed:.0%})", demand.text)
     else:
-        raise UserError(f"STAGE: `recap try` shows captions and scores; {p.title} makes neither")
+        raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
 
 
 def _wrap(title: str, text: str) -> str:

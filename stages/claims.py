@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Literal, NamedTuple
@@ -247,6 +247,7 @@ def _singulars() -> dict[str, str]:
     return {plural: shape for shape, plural in _plurals().items()} | {"object": THINGS}
 
 
+@lru_cache(maxsize=65536)
 def _understood(sentence: str) -> tuple[Claim, ...]:
     for kind, pattern in _grammar():
         if found := pattern.fullmatch(sentence):

@@ -5,7 +5,7 @@ It does not know how a caption is judged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,7 +16,7 @@ from pipeline.config import Plugin, Run, Section, key, stamped
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.passes import Pass
-from pipeline.records import Caption, Image, Score, columns
+from pipeline.records import Caption, Demand, Image, Rubric, Score, columns
 from pipeline.shard import Shard
 from stages import scorers
 from stages.asking import engine_slice, paired, seed_of
@@ -59,16 +59,19 @@ def passes(run: Run) -> Iterable[Pass]:
     """
     for name, config in run.sections["score"].items():
         scorer = scorers.load(config.scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
+        _check_rubric(run, name, scorer.rubric)
         for caption in _captions(run, name, config):
             yield _pass(run, name, caption, config, scorer)
 
 
-def inputs(shard: Shard, *, name: str, caption: str, seed: int) -> Iterator[Sample]:
+def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> Iterator[Sample]:
     """The captions to be marked: those of pass `caption` that are ok, in their order."""
     images = shard.table("image", Image)
+    rubrics = shard.beside(f"rubric/{rubric}", Rubric) if rubric else None
     rows = (row for row in shard.table(f"caption/{caption}", Caption) if row.status == "ok")
     for image_key, candidates in groupby(rows, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
+        asked = _asked(rubrics(image_key)) if rubrics else None
         for row in candidates:
             yield Sample(
                 key=row.key,
@@ -78,7 +81,13 @@ def inputs(shard: Shard, *, name: str, caption: str, seed: int) -> Iterator[Samp
                 source_key=image.source_key,
                 data=partial(shard.data, image),
                 seed=seed_of(seed, row.key, name, caption, row.candidate, *shard.again),
+                asked=asked,
             )
+
+
+def _asked(found: Sequence[Rubric]) -> tuple[Demand, ...] | None:
+    """The criteria of an image's rubric; None where nobody could write one."""
+    return next((rubric.criteria for rubric in found if rubric.status != "error"), None)
 
 
 def work(
@@ -100,19 +109,24 @@ def _captions(run: Run, name: str, config: Scored) -> tuple[str, ...]:
     return config.captions or known
 
 
+def _check_rubric(run: Run, name: str, rubric: str) -> None:
+    if rubric and rubric not in (known := sorted(run.sections["rubric"])):
+        raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.unknown(rubric, known))
+
+
 def _pass(run: Run, name: str, caption: str, config: Scored, scorer: Scorer) -> Pass:
     return Pass(
         stage="score",
         name=name,
         caption=caption,
         folder=f"score/{name}/{caption}",
-        reads=("image", f"caption/{caption}"),
+        reads=("image", *([f"rubric/{scorer.rubric}"] if scorer.rubric else []), f"caption/{caption}"),
         engines=scorer.engines,
         version=VERSION,
         slice=_slice(run, name, config, scorer),
         record=Score,
         max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
-        inputs=partial(inputs, name=name, caption=caption, seed=run.seed),
+        inputs=partial(inputs, name=name, caption=caption, rubric=scorer.rubric, seed=run.seed),
         work=partial(work, name=name, caption=caption, scorer=scorer),
     )
 

@@ -53,6 +53,11 @@ def test_a_layer_never_imports_what_is_above_it(module: str) -> None:
             assert not above, f"{module} imports {above}"
 
 
+def test_what_rewards_does_not_know_the_simulated_teachers() -> None:
+    rewards = [name for name in MODULES if name.startswith(("stages.writers", "stages.scorers", "stages.matching"))]
+    assert not [name for name in rewards if "stages.teachers" in imports(MODULES[name])]
+
+
 def test_no_imports_go_in_circles() -> None:
     packages = {"pipeline", "stages", "manifests", "pipeline.sources", "pipeline.engines", "stages.scorers"}
     TopologicalSorter({name: imports(file) - packages - {name} for name, file in MODULES.items()}).prepare()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -182,7 +183,9 @@ def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
 
     with duckdb.connect() as connection:
         connection.execute(f"SET file_search_path = '{run}'")
-        connection.execute((ROOT / "manifests" / "views.sql").read_text())
+        for view in (ROOT / "manifests" / "views.sql").read_text().split(";"):
+            with suppress(duckdb.IOException):  # this run has no rubrics
+                connection.execute(view)
         assert connection.execute("SELECT count(*) FROM caption JOIN image USING (key)").fetchone() == (18,)
         globbed = f"SELECT count(*) FROM read_parquet('{run}/caption/*/*.parquet')"
         assert connection.execute(globbed).fetchone() == (18,)

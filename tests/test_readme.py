@@ -8,7 +8,10 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("pipeline", "pipeline/sources", "pipeline/engines", "pipeline/report", "stages", "stages/scorers")
+ROOMS = (
+    *("pipeline", "pipeline/sources", "pipeline/engines", "pipeline/report"),
+    *("stages", "stages/scorers", "stages/writers"),
+)
 
 
 def architecture() -> str:

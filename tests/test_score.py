@@ -216,8 +216,8 @@ def test_a_sentence_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", ["", " \n ", "...", "A cat. A dog."])
 def test_any_text_gets_one_mark_from_every_scorer(tmp_path: Path, words: str) -> None:
     rubric_of(tmp_path, SENTENCES)
-    sections = [{"kind": "text"}, {"kind": "judge", "engine": "model"}]
-    run = run_of(tmp_path, score={f"s{i}": s for i, s in enumerate([*sections, {**sections[1], "rubric": "mine"}])})
+    sections = [{"kind": "text"}, {"kind": "rubric", "rubric": "r"}, {"kind": "judge", "engine": "model"}]
+    run = run_of(tmp_path, score={f"s{i}": s for i, s in enumerate([*sections, {**sections[-1], "rubric": "mine"}])})
     for one in run.sections["score"].values():
         scorer = scorers.load(one.scorer, run=tmp_path, field="score")
         assert len(list(scorer.score([sample(words), sample()], {"model": echo.open(echo.Config())}))) == 2
@@ -382,7 +382,8 @@ def test_a_pass_for_each_caption_pass_reads_only_its_own(tmp_path: Path) -> None
     [
         ({"kind": "judge", "engine": "modle"}, "score.mine.engine: 'modle' is none of model"),
         ({"kind": "judge", "engine": "model", "rubric": "dens"}, "score.mine.rubric: 'dens' is none of .*dense"),
-        ({"kind": "juge"}, "score.mine.kind: 'juge' is none of judge, text; did you mean 'judge'"),
+        ({"kind": "juge"}, "score.mine.kind: 'juge' is none of judge, rubric, text; did you mean 'judge'"),
+        ({"kind": "rubric", "rubric": "mine"}, r"score.mine.rubric: 'mine' is none of \(there are none\)"),
         ({"kind": "text", "captions": ["dens"]}, "score.mine.captions: 'dens' is none of dense, short"),
         ({"kind": "text", "min_word": 3}, "score.mine.min_word: unknown key; did you mean 'min_words'"),
         ({"kind": "text", "flags": "latin"}, "score.mine.flags: 'latin' is none of english"),

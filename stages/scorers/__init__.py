@@ -10,6 +10,7 @@ and where it needs them
 - `prepare(config, *, run, field) -> config`: reads the words that its keys name; what it returns goes to `score`, and
   `pipeline.config.stamped` of it into the fingerprint;
 - `engines(config) -> tuple[str, ...]`: the names in `[engines]` that it asks;
+- `rubric(config) -> str`: the name in `[rubric]` whose criteria its samples are to carry;
 - `VERSION`: an integer, raised when equal samples get other marks.
 
 It knows no tables, for a filter and a reward call it alike: what we filter on is what we train on.
@@ -26,7 +27,7 @@ from typing import Any
 
 from pipeline.config import Plugin
 from pipeline.engine import Engine
-from pipeline.records import Criterion, ScoreStatus
+from pipeline.records import Criterion, Demand, ScoreStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Sample:
     source_key: str = ""  # what the corpus calls the image
     data: Callable[[], bytes]  # the image file, read when it is called; called only by scorers that look at it
     seed: int = 0
+    asked: tuple[Demand, ...] | None = None  # of its image's own rubric; None where there is none
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -72,6 +74,7 @@ class Scorer:
     module: ModuleType
     config: Any
     engines: tuple[str, ...]
+    rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[Mark]:
         marks: Iterator[Mark] = self.module.score(samples, self.config, engines)
@@ -93,7 +96,8 @@ def load(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     if hasattr(module, "prepare"):
         config = module.prepare(config, run=run, field=field)
     names = module.engines(config) if hasattr(module, "engines") else ()
-    return Scorer(module=module, config=config, engines=tuple(names))
+    rubric = module.rubric(config) if hasattr(module, "rubric") else ""
+    return Scorer(module=module, config=config, engines=tuple(names), rubric=rubric)
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:
