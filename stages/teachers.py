@@ -286,14 +286,20 @@ def _reason(group: Sequence[Claim], scene: Scene) -> str:
 
 
 def _stand(claim: Claim, scene: Scene) -> str:
-    """All that is true of how two things stand to each other, or which of them is not there."""
+    """Where two things are and all that is true of how they stand to each other, or which of them is not there."""
     things = {thing.name: thing for thing in scene.things}
     for name in (claim.about, claim.other):
         if name not in things:
             return f"no {name}"
     a, b = things[claim.about], things[claim.other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    return ", ".join(word for word in words if related(a, word, b)) or "level"
+    standing = ", ".join(word for word in words if related(a, word, b)) or "level"
+    return f"{a.name} {_place_of(a, scene)}, {b.name} {_place_of(b, scene)}: {standing}"
+
+
+def _place_of(thing: Thing, scene: Scene) -> str:
+    """Its centre, across and down, in tenths of the picture: who has said where two things are can compare them."""
+    return f"{int(10 * thing.x / scene.width)} {int(10 * thing.y / scene.height)}"
 
 
 def _closest(group: Sequence[Claim], scene: Scene) -> str:
