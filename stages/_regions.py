@@ -1,7 +1,8 @@
 """Decides what a vision tower learns of labelled scenes besides words: what lies under each image token.
 
-Six answers a token: colour (of the ground where there is no thing), shape, size, texture, and where the thing's centre
-is, across and down, in tokens. A tower that has learnt this has learnt to see; captions alone teach it slowly.
+Eight answers a token: colour (of the ground where there is no thing), shape, size, texture, and where the thing's
+centre is, across and down: from the token, in tokens, and in the picture, in tenths. A tower that has learnt this has
+learnt to see; captions alone teach it slowly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, cells, scene_of
+from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, cells, scene_of, tenths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,11 +22,11 @@ IGNORED = -100
 REACH = 3  # tokens: a centre further away than this counts as this far
 NONE = "none"
 WORDS = ((*COLOURS, *BACKGROUNDS), (NONE, *SHAPES), (NONE, *SIZES), (NONE, *TEXTURES))
-NUM_ANSWERS = (*(len(words) for words in WORDS), 2 * REACH + 1, 2 * REACH + 1)
+NUM_ANSWERS = (*(len(words) for words in WORDS), 2 * REACH + 1, 2 * REACH + 1, 10, 10)
 
 
 def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The six answers of every image token in raster order: rows * columns by 6."""
+    """The answers of every image token in raster order: rows * columns by 8."""
     owner = cells(scene, columns=columns, rows=rows)
     down, across = np.mgrid[:rows, :columns]
     answers = np.zeros((rows, columns, len(NUM_ANSWERS)), np.int64)
@@ -34,6 +35,7 @@ def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtyp
     for number, thing in enumerate(scene.things):
         there = owner == number
         said = (thing.colour, thing.shape, thing.size, thing.texture)
+        answers[there, 6:] = tenths(thing, scene)
         answers[there, :4] = [words.index(word) for words, word in zip(WORDS, said, strict=True)]
         for place, centre, here in (
             (4, thing.x / scene.width * columns, across),
@@ -66,7 +68,7 @@ class Reader(nn.Module):  # type: ignore[misc]
         self._tokens = output.pooler_output
 
     def loss(self, answers: torch.Tensor) -> torch.Tensor:
-        """The mean over the six questions, for the images that the tower saw last."""
+        """The mean over the eight questions, for the images that the tower saw last."""
         assert self._tokens is not None
         logits, self._tokens = self.heads(self._tokens).float(), None
         losses: Iterable[torch.Tensor] = (

@@ -28,6 +28,7 @@ from pipeline.sources.scenes import (
     relation,
     scene,
     scene_of,
+    tenths,
 )
 from stages.claims import (
     NUMBERS,
@@ -286,20 +287,24 @@ def _reason(group: Sequence[Claim], scene: Scene) -> str:
 
 
 def _stand(claim: Claim, scene: Scene) -> str:
-    """Where two things are and all that is true of how they stand to each other, or which of them is not there."""
+    """What is where, then all that is true of how two things stand to each other, or which of them is not there.
+
+    Who looks at everything first is not led by the question; who has said where two things are can compare them.
+    """
     things = {thing.name: thing for thing in scene.things}
+    seen = ", ".join(f"{thing.name} {_place_of(thing, scene)}" for thing in scene.in_order)
     for name in (claim.about, claim.other):
         if name not in things:
-            return f"no {name}"
+            return f"{seen}: no {name}"
     a, b = things[claim.about], things[claim.other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    standing = ", ".join(word for word in words if related(a, word, b)) or "level"
-    return f"{a.name} {_place_of(a, scene)}, {b.name} {_place_of(b, scene)}: {standing}"
+    return f"{seen}: {', '.join(word for word in words if related(a, word, b)) or 'level'}"
 
 
 def _place_of(thing: Thing, scene: Scene) -> str:
-    """Its centre, across and down, in tenths of the picture: who has said where two things are can compare them."""
-    return f"{int(10 * thing.x / scene.width)} {int(10 * thing.y / scene.height)}"
+    """Its centre, across and down, in tenths of the picture."""
+    across, down = tenths(thing, scene)
+    return f"{across} {down}"
 
 
 def _closest(group: Sequence[Claim], scene: Scene) -> str:

@@ -117,6 +117,11 @@ def related(a: Thing, word: str, b: Thing) -> bool:
     return offsets[word] > ASIDE if word in offsets else relation(a, b) == word
 
 
+def tenths(thing: Thing, scene: Scene) -> tuple[int, int]:
+    """Where the centre of a thing is, across and down, in tenths of the picture: 0 to 9."""
+    return int(10 * thing.x / scene.width), int(10 * thing.y / scene.height)
+
+
 def _reach(thing: Thing) -> float:
     return thing.radius * SHAPES[thing.shape]
 
