@@ -16,6 +16,7 @@ import typer
 from pipeline.errors import MachineError, UserError
 
 if TYPE_CHECKING:
+    from pipeline.config import Run
     from pipeline.run import Outcome
 
 app = typer.Typer(
@@ -108,18 +109,29 @@ def run_stage(
     retry: Annotated[str, typer.Option(help="Ask again for the rows with these statuses, e.g. error,truncated.")] = "",
 ) -> None:
     """Make what is missing of a stage. What is done is skipped; what was killed goes on where it stopped."""
-    from pipeline import config, plugins
+    from pipeline import config
     from pipeline.passes import select
     from pipeline.run import Runner
 
     if stage == "train":  # made from all shards at once: a model is no table
-        print(plugins.load("stages", stage).train(config.load(run)))
+        _train(config.load(run))
         return
     statuses = frozenset(filter(None, retry.split(",")))
     runner = Runner(run=config.load(run), shards=shard, workers=workers, stale=stale, retry=statuses)
     outcome = runner.execute(select(runner.passes, stage))
     _tell(outcome)
     raise typer.Exit(outcome.exit_code)
+
+
+def _train(run: Run) -> None:
+    from pipeline import plugins
+    from pipeline.run import Engines
+
+    engines = Engines(run.engines)
+    try:
+        print(plugins.load("stages", "train").train(run, engines))
+    finally:
+        engines.close_all_but(())
 
 
 @app.command(epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 
-from pipeline import config, database, starter, tables
+from pipeline import config, database, plugins, starter, tables
 from pipeline.report import page
 from pipeline.run import Outcome, Runner
+from pipeline.sources import scenes
 from pipeline.terminal import duration, short
 
 STEPS = {
@@ -48,6 +50,7 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
     with database.connect(folder) as connection:
         steps = dict(database.rows(connection, f"SELECT step, images FROM ({database.named_query('yield')})"))
         reasons = list(database.rows(connection, REFUSALS))
+        said = list(database.rows(connection, SAID))
     yield ""
     for step, meaning in STEPS.items():
         yield f"  {step:10}{short(steps[step]):>7}   {meaning}"
@@ -55,6 +58,10 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
     if reasons:
         yield "  refused:   " + ", ".join(f"{reason} ({short(num)})" for reason, num in reasons)
     yield f"  {short(steps['images'] / max(seconds, 1e-9))} images/s over all stages, {duration(seconds)} in all"
+    yield ""
+    yield "  how right it is, by the known truth of the scenes, which nothing above has looked at:"
+    yield f"  {'':14}{'claims that are true':>22}{'of what could be said':>24}{'claims that are false':>24}"
+    yield from _rightness(said)
     yield ""
     page.write(config.load(folder))
     for place, meaning in FILES.items():
@@ -65,12 +72,32 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
         yield f"    {command.format(run=folder):58} # {meaning}"
 
 
+def _rightness(said: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
+    """Of the alt text, of all captions and of those that were kept: precision, recall and hallucinations a caption."""
+    measure = plugins.load("stages", "claims").measure
+    groups = {
+        "the alt text": [(key, alt or "") for key, alt, _, _ in said],
+        "all captions": [(key, text) for key, _, text, _ in said],
+        "kept captions": [(key, text) for key, _, text, keep in said if keep],
+    }
+    for name, group in groups.items():
+        found = [measure(text, scenes.scene_of(key)) for key, text in group]
+        if found:
+            true, told = fmean(one.precision for one in found), fmean(one.recall for one in found)
+            false = fmean(one.num_hallucinations for one in found)
+            yield f"  {name:14}{true:>22.1%}{told:>24.1%}{false:>16.2f} each"
+
+
 FILES = {
     "report.html": "open it in a browser: all of this, and samples with their captions",
     "export/webdataset": "for webdataset: wds.WebDataset(...)",
     "export/parquet": "for Hugging Face: load_dataset('parquet', data_files=...)",
 }
 REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
+SAID = """
+SELECT image.source_key, image.alt_text, caption.text, verdict.keep
+FROM caption JOIN image USING (key) JOIN verdict ON verdict.key = caption.key AND verdict.caption = caption.name
+AND verdict.candidate = caption.candidate WHERE caption.status = 'ok' ORDER BY ALL"""
 NEXT = (
     ("recap status --run {run}", "where every pass stands"),
     ("recap query worst --run {run}", "the captions with the lowest scores"),

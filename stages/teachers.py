@@ -93,8 +93,8 @@ CONSENSUS = 3  # of the five: what so many state is the committee's word
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    teacher: Literal["hasty", "warm", "boxy", "plain", "central", "speaker", "labeller"] = key(
-        "hasty", "which voice answers: a teacher's name, speaker or labeller"
+    teacher: Literal["hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "labeller"] = key(
+        "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
     )
 
 
@@ -382,4 +382,6 @@ class Committee:
             rng = Random(f"speaker/{shown.seed}/{shown.index}/{seed}")
             heard = caption(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
             return statement(shown, rng, text=heard)
+        if self._voice == "consensus":
+            return consensus(caption(name, shown, seed) for name in TEACHERS)
         return caption(self._voice, shown, seed)

@@ -16,7 +16,9 @@ from pipeline import config
 from pipeline.engine import Request, Sampling
 from pipeline.engines import transformers as engines
 from stages import train
-from stages.train import IGNORED, Collator, Config, Lesson, Step, arranged, held_out, lessons, points
+from stages.training.curve import Step, points
+from stages.training.lessons import IGNORED, Collator, Lesson, arranged, held_out, lessons
+from stages.training.settings import Config
 from tests.runs import begin, make
 
 
@@ -57,9 +59,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    from stages import _small
+    from stages.training import small
 
-    return _small.new_processor()
+    return small.new_processor()
 
 
 def taught(folder: Path, **settings: Any) -> list[Lesson]:
@@ -141,7 +143,7 @@ def test_points_are_in_order_and_single() -> None:
 def test_masters_keep_what_16_bits_lose() -> None:
     from torch import nn
 
-    from stages._masters import Masters
+    from stages.training.masters import Masters
 
     model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64)).bfloat16()
     optimizer = Masters(model, lr=1e-6, weight_decay=0.0)
@@ -162,20 +164,38 @@ def test_masters_keep_what_16_bits_lose() -> None:
 def test_quicker_code_computes_the_same(processor: Any, sizes: tuple[tuple[int, int], ...]) -> None:
     from PIL import Image
 
-    from stages import _small
+    from stages.training import small
 
     torch.manual_seed(0)
-    model = _small.new_model(processor).eval()
+    model = small.new_model(processor).eval()
     pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]}]
     texts = [processor.apply_chat_template(message, add_generation_prompt=True)] * len(sizes)
     inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     with torch.no_grad():
         before = model(**inputs).logits
-        _small.quicken(model, compiled=False)
+        small.quicken(model, compiled=False)
         after = model(**inputs).logits
     there = inputs["attention_mask"].bool()
     assert torch.allclose(before[there], after[there], atol=1e-4)
+
+
+def test_a_picture_that_stands_there_often_is_seen_once(processor: Any) -> None:
+    from PIL import Image
+
+    from stages.training import small
+
+    torch.manual_seed(0)
+    visual = small.new_model(processor).model.visual
+    one, other = (Image.effect_noise(size, 90).convert("RGB") for size in ((96, 96), (128, 80)))
+    given = processor.image_processor(images=[one, other, one, one], return_tensors="pt")
+    before = visual(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
+    rows = []
+    visual.patch_embed.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    small.see_once(visual)
+    after = visual(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
+    assert torch.allclose(before, after, atol=1e-5)
+    assert rows == [given["image_grid_thw"][:2].prod(-1).sum()]
 
 
 @pytest.mark.slow
@@ -186,12 +206,12 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_
         folder = tmp_path / name
         shutil.copytree(tables, folder)
         folders.append(folder)
-        train.train(config.load(folder))
+        train.train(config.load(folder), {})
     whole, killed = folders
     shutil.rmtree(killed / "model")
     shutil.rmtree(killed / "train" / "checkpoint-6")
     (killed / "train" / "checkpoint-9").mkdir()  # cut short
-    train.train(config.load(killed))
+    train.train(config.load(killed), {})
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
     assert "held-out" in (killed / "model/README.md").read_text()
 
@@ -203,7 +223,7 @@ def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: 
     folder = tmp_path / "run"
     shutil.copytree(tables, folder)
     begin(folder, parts)
-    output = train.train(config.load(folder))
+    output = train.train(config.load(folder), {})
     engine = engines.open(engines.Config(model=str(output)))
     lesson = taught(folder)[0]
     request = Request(

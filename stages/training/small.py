@@ -178,6 +178,30 @@ def quicken(model: Any, *, compiled: bool) -> None:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
+def see_once(visual: Any) -> None:
+    """Lets a vision tower look at each picture of a batch once, however often it stands there (a group shares one)."""
+    look = visual.forward
+
+    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **rest: Any) -> Any:
+        import torch
+
+        patches = hidden_states.split(grid_thw.prod(-1).tolist())
+        first: dict[bytes, int] = {}  # picture -> where it first stands
+        names = [picture.detach().float().cpu().numpy().tobytes() for picture in patches]
+        for number, name in enumerate(names):
+            first.setdefault(name, number)
+        once = list(first.values())
+        places = {name: place for place, name in enumerate(first)}
+        shown = [places[name] for name in names]
+        seen = look(torch.cat([patches[number] for number in once]), grid_thw=grid_thw[once], **rest)
+        tokens = (grid_thw[once].prod(-1) // visual.spatial_merge_size**2).tolist()
+        parts = seen.pooler_output.split(tokens)
+        seen.pooler_output = torch.cat([parts[number] for number in shown])
+        return seen
+
+    visual.forward = forward
+
+
 def embed_patches(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Qwen2_5_VisionPatchEmbed.forward without a convolution: a patch is as large as the kernel."""
     weight = self.proj.weight

@@ -1,0 +1,237 @@
+"""Trains the arms of RubiCap's comparison in miniature and prints how each stands to the truth. The last line is JSON.
+
+From one supervised student: trained on for as many samples as RL draws (on its own teacher, on all teachers, on their
+consensus), by GRPO with one overall mark of a judge, and by GRPO with rubrics. Each arm has several training seeds; one
+that is already recorded is not trained again, so the table can be made over days. Nothing but the last measure looks
+at the truth of a scene; the held-out world is seen by no training.
+
+    python benchmarks/miniature.py FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...]
+
+FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from held_out import CAPTIONER, JUDGE, Line, alt_text, captions, line, rounded, show, shown
+from teachers import committee
+
+from pipeline import config, starter
+from pipeline.passes import select
+from pipeline.run import Engines, Runner
+from stages import train
+from stages.scorers import Sample, rubric
+from stages.teachers import TEACHERS, caption
+from stages.training.settings import Config
+from stages.writers import Evidence, claims, majority
+
+RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
+TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
+SFT_BATCH = 32
+MORE = """
+[engines.consensus]
+kind = "stages.teachers"
+teacher = "consensus"
+
+[engines.judge]
+kind = "transformers"
+model = "{judge}"
+batch_size = 64
+
+[score.mark]
+kind = "judge"
+engine = "judge"
+rubric = "scenes"
+captions = ["student"]
+"""
+TAUGHT = """
+[caption.more-{name}]
+recipe = "scenes"
+engine = "{name}"
+num_candidates = {num}
+temperature = 1.0
+"""
+
+
+def supervised(base: Config, *taught: str) -> Config:
+    """Word by word from these passes, for as many samples as the answers that GRPO draws."""
+    return replace(
+        base,
+        method="sft",
+        rewards={},
+        captions=taught,
+        batch_size=SFT_BATCH,
+        steps=base.steps * base.batch_size // SFT_BATCH,
+        learning_rate=3e-4,
+        muon=Config.muon,
+        compile=True,
+        eval_images=256,
+        eval_steps=1000,
+        save_steps=500,
+    )
+
+
+def arms(base: Config) -> Mapping[str, Config]:
+    every = tuple(f"more-{name}" for name in TEACHERS)
+    return {
+        "rubrics": base,
+        "own teacher": supervised(base, "more-hasty"),
+        "all teachers": supervised(base, *every),
+        "on consensus": supervised(base, "more-consensus"),
+        "one mark": replace(base, rewards={"mark": 1.0}, batch_size=base.batch_size // 4),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One training, measured."""
+
+    arm: str
+    seed: int
+    samples: int  # drawn in training
+    minutes: float
+    figures: Line
+    rubric: float  # the mean rubric score of its captions
+
+
+def begin(folder: Path, *, student: str, judge: str) -> config.Run:
+    """The run that all arms learn from, its tables made."""
+    text = (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
+    text = text.replace("../scenes-captioner-sft/model", str(Path(student).absolute()))
+    text += MORE.format(judge=Path(judge).absolute())
+    text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "run.toml").exists():
+        (folder / "run.toml").write_text(text)
+    run = config.load(folder)
+    starter.plan(run)
+    runner = Runner(run=run)
+    for stage in ("ingest", "caption", "rubric"):
+        assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
+    return run
+
+
+def trained(run: config.Run, settings: Config, *, name: str) -> Path:
+    """The model of an arm: trained in a folder of its own that shares the run's tables."""
+    folder = run.folder / "arms" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in TABLES:
+        if not (folder / table).exists():
+            (folder / table).symlink_to(run.folder / table)
+    if not (folder / "model" / "README.md").exists():
+        engines = Engines(run.engines)
+        try:
+            train.train(replace(run, folder=folder, sections={**run.sections, "train": {"": settings}}), engines)
+        finally:
+            engines.close_all_but(())
+    return folder / "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rubrics:
+    """Rubrics of the held-out scenes, written against the supervised student."""
+
+    asked: Sequence[Any]
+
+    @classmethod
+    def of(cls, student: Sequence[str]) -> Rubrics:
+        evidence = [
+            Evidence(
+                key=str(index),
+                teachers=tuple(caption(name, scene, 0) for name in TEACHERS),
+                student=(text,),
+                num_agree=majority(len(TEACHERS)),
+                data=bytes,
+            )
+            for index, (scene, text) in enumerate(zip(shown(len(student)), student, strict=True))
+        ]
+        return cls(asked=[written.criteria for written in claims.write(evidence, claims.Settings(), {})])
+
+    def score(self, said: Sequence[str]) -> float:
+        samples = (
+            Sample(key=str(index), candidate=0, text=text, data=bytes, asked=asked)
+            for index, (text, asked) in enumerate(zip(said, self.asked, strict=True))
+        )
+        marks = rubric.score(samples, rubric.prepare(rubric.Config(rubric="held-out")), {})
+        return mean(mark.value for mark in marks if mark.value is not None)
+
+
+def recorded() -> Iterator[Outcome]:
+    if RESULTS.exists():
+        for text in RESULTS.read_text().splitlines():
+            values = json.loads(text)
+            figures = Line(**{field.name: values.pop(field.name) for field in fields(Line)})
+            yield Outcome(figures=figures, **values)
+
+
+def record(outcome: Outcome) -> None:
+    about = {name: value for name, value in vars(outcome).items() if name != "figures"}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({**about, **rounded(outcome.figures)}) + "\n")
+
+
+def measured(model: str, num_scenes: int, rubrics: Rubrics) -> tuple[Line, float]:
+    said = captions(model, num_scenes)
+    return line(said), round(rubrics.score(said), 4)
+
+
+def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics) -> None:
+    lines = committee(num_scenes)
+    lines["alt text"] = line([alt_text(index) for index in range(num_scenes)])
+    lines["supervised student"] = line(student)
+    show(lines)
+    print(f"rubric score of the supervised student: {rubrics.score(student):.3f}\n")
+    names = [field.name for field in fields(Line)]
+    print(f"{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
+    found = list(recorded())
+    for arm in dict.fromkeys(outcome.arm for outcome in found):
+        seeds = [outcome for outcome in found if outcome.arm == arm]
+        shown_figures = [[getattr(outcome.figures, name) for outcome in seeds] for name in names]
+        shown_figures.append([outcome.rubric for outcome in seeds])
+        told = "".join(f"{mean(values):>10.3f} ± {pstdev(values):.3f}" for values in shown_figures)
+        print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{told}")
+    best = [outcome.figures.f1 for outcome in found if outcome.arm == "rubrics"]
+    if best:
+        before, goal = lines["supervised student"].f1, lines["consensus"].f1
+        print(f"GRPO with rubrics closes {(mean(best) - before) / (goal - before):.0%} of the gap to the consensus")
+    print(json.dumps({name: rounded(one) for name, one in lines.items()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--student", default=CAPTIONER, help="the supervised model that every arm begins from")
+    parser.add_argument("--judge", default=JUDGE)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--arms", nargs="*", help="only these; by default all. None trained: only the table")
+    args = parser.parse_args()
+    run = begin(args.folder, student=args.student, judge=args.judge)
+    student = captions(args.student, args.scenes)
+    rubrics = Rubrics.of(student)
+    base: Config = run.sections["train"][""]
+    done = {(outcome.arm, outcome.seed) for outcome in recorded()}
+    for seed in range(args.seeds):
+        for arm, settings in arms(base).items():
+            if (arm, seed) in done or (args.arms is not None and arm not in args.arms):
+                continue
+            start = time.monotonic()
+            model = trained(run, replace(settings, seed=seed), name=f"{arm.replace(' ', '-')}-{seed}")
+            minutes = round((time.monotonic() - start) / 60, 1)
+            figures, score = measured(str(model), args.scenes, rubrics)
+            samples = settings.steps * settings.batch_size
+            record(Outcome(arm=arm, seed=seed, samples=samples, minutes=minutes, figures=figures, rubric=score))
+    table(args.scenes, student, rubrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Decides what is kept of a training beside the model: its learning curve as a table, and the model's card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline import tables
+from pipeline.config import Run, stamped
+from pipeline.records import Record
+from stages.training.settings import Config
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Record):
+    """One point of a learning curve."""
+
+    table: ClassVar[str] = "step"
+
+    step: int
+    name: str  # loss, eval_loss, learning_rate, ...
+    value: float
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.step, self.name)
+
+
+class Curve:
+    """Writes `step/00000.parquet` anew at each checkpoint: all points so far, those from before a kill included."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._path = folder / "step" / "00000.parquet"
+        self._recipe = tables.Recipe(stage="train", name="", version=VERSION, slice=stamped(config), inputs={})
+
+    def write(self, log: Sequence[Mapping[str, Any]]) -> None:
+        tables.write(self._path, Step, points(log), self._recipe)
+
+
+def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """The trainer's log as points, in order, each once."""
+    found = {
+        (int(entry["step"]), name): float(value)
+        for entry in log
+        for name, value in entry.items()
+        if name not in ("step", "epoch")
+    }
+    return [Step(step=step, name=name, value=value) for (step, name), value in sorted(found.items())]
+
+
+def card(run: Run, config: Config, log: Sequence[Mapping[str, Any]], *, num_lessons: int) -> str:
+    """The model's README.md: what it learnt from, how, and how far it got."""
+    last = {name: value for entry in log for name, value in entry.items() if name.startswith("eval_")}
+    figures = "".join(
+        f"| {name.removeprefix('eval_').replace('_', ' ')} | {last[name]:.4g} |\n"
+        for name in ("eval_loss", "eval_mean_token_accuracy", "eval_regions_loss")
+        if name in last
+    )
+    settings = "".join(f"| {name} | `{value}` |\n" for name, value in stamped(config).items())
+    return CARD.format(
+        name=config.output,
+        learnt=config.scores or "the texts",
+        captions=", ".join(config.captions),
+        source=run.source.kind,
+        num_lessons=num_lessons,
+        samples=config.steps * config.accumulate * config.batch_size,
+        figures=figures,
+        settings=settings,
+        folder=run.folder.name,
+    )
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+---
+# {name}
+
+Learnt {learnt} of the caption passes {captions} over a corpus of kind `{source}`: {num_lessons} lessons, {samples}
+drawn in all, an epoch after the other, in an order that follows from the seed.
+
+| on held-out images | |
+|---|---|
+{figures}
+| `[train]` | |
+|---|---|
+{settings}
+To make it again: `recap run train --run {folder}`, after the passes it learns from.
+"""

@@ -1,0 +1,130 @@
+"""Decides what all trainings share: schedule, checkpoints, what is told and kept on the way, and how one goes on.
+
+It does not know what is learnt, nor from what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.terminal import say
+from stages.training.settings import Config
+
+if TYPE_CHECKING:
+    from stages.training.curve import Curve
+
+TOLD = ("loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward")  # in messages
+READER = "region_reader"  # the part of the model that is thrown away in the end
+
+
+def arguments(config: Config, folder: Path, *, measures: bool) -> dict[str, Any]:
+    """What the arguments of every trainer of transformers have in common."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": config.decay,
+        "weight_decay": config.weight_decay,
+        "bf16": config.precision == "bfloat16" and config.optimizer == "adamw",
+        "use_cpu": not has_gpu(),
+        "eval_strategy": "steps" if measures else "no",
+        "eval_steps": config.eval_steps,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": config.log_steps,
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": config.num_workers,
+        "dataloader_prefetch_factor": 4 if config.num_workers else None,
+        "dataloader_persistent_workers": config.num_workers > 0,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def optimizer(config: Config, model: Any) -> Any:
+    """None: the trainer's own AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    from stages.training.masters import Masters
+
+    return Masters(model, lr=config.learning_rate, weight_decay=config.weight_decay, muon=config.muon)
+
+
+def keeper(config: Config, curve: Curve | None) -> Any:
+    """The callback that keeps the curve at each checkpoint and tells what is logged."""
+    from transformers import TrainerCallback
+
+    class Keeper(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+            if curve is not None:
+                curve.write(state.log_history)
+
+        on_train_end = on_save
+
+        def on_log(
+            self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+        ) -> None:
+            shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD}
+            if shown:
+                told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+                say(f"train: step {state.global_step}/{config.steps}, {told}")
+
+    return Keeper()
+
+
+def quiet(trainer: Any) -> Any:
+    """Without the callback that writes to stdout, where only data goes."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the trainer writes its state last."""
+    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    return str(found[-1].parent) if found else None
+
+
+def reload(model: Any, folder: Path) -> None:
+    """The weights of a checkpoint by the names that the model itself saves under, those of the region reader too.
+
+    The trainers' own way finds none of a Qwen2.5-VL's names.
+
+    Raises:
+        RuntimeError: the checkpoint lacks some.
+    """
+    from safetensors.torch import load_file
+
+    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    for file in folder.glob("*.safetensors"):
+        saved |= {name: value for name, value in load_file(file).items() if name.startswith(READER)}
+    model.load_state_dict(saved)
+
+
+def adapters(config: Config) -> Any:
+    """LoRA on every linear layer of the language model, alpha twice the rank; None: the whole model is trained."""
+    if not config.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora,
+        lora_alpha=2 * config.lora,
+        target_modules="all-linear",
+        exclude_modules=r".*visual.*",
+        task_type="CAUSAL_LM",
+    )

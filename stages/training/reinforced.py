@@ -1,0 +1,229 @@
+"""Decides how a model learns from the scores of its own answers: GRPO, by TRL, with the run's own scorers as reward.
+
+What is filtered on is what is trained on: a reward is a section of `[score]`, called as the score stage calls it. A
+scorer that cannot say gives no reward, never 0; a group without a reward moves nothing.
+
+GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine import Engine
+from pipeline.records import Criterion, Demand
+from stages import flags
+from stages.loops import loop_in
+from stages.scorers import Mark, Sample, Scorer
+from stages.training import loop
+from stages.training.lessons import Collator
+from stages.training.settings import Config
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+    from stages.training.curve import Curve
+
+Log = Callable[[str, float], None]
+WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
+KEPT_PICTURES = 512  # decoded, for the answers of one group ask for one picture
+
+
+class Reward:
+    """A scorer as TRL calls a reward: a value for each answer, None where nobody can say."""
+
+    def __init__(
+        self,
+        name: str,
+        scorer: Scorer,
+        *,
+        engines: Mapping[str, Engine],
+        data: Callable[[Mapping[str, Any]], bytes],
+        asked: Mapping[str, tuple[Demand, ...]],
+    ) -> None:
+        """
+        Args:
+            name: of the section in `[score]`.
+            data: the image file of a lesson.
+            asked: of each key, the criteria of its own rubric, for a scorer that reads one.
+        """
+        self.__name__ = name
+        self._scorer, self._engines, self._data, self._asked = scorer, engines, data, asked
+
+    def __call__(
+        self, *, completions: Sequence[Any], key: Sequence[str], log_metric: Log, **columns: Sequence[Any]
+    ) -> list[float | None]:
+        rows = [
+            {"key": name, **{column: columns[column][i] for column in ("file", "offset", "num_bytes")}}
+            for i, name in enumerate(key)
+        ]
+        samples = [
+            Sample(
+                key=row["key"],
+                candidate=number,
+                text=text_of(completion),
+                alt_text=columns["alt_text"][number],
+                source_key=columns["source_key"][number],
+                data=partial(self._data, row),
+                asked=self._asked.get(row["key"]),
+            )
+            for number, (row, completion) in enumerate(zip(rows, completions, strict=True))
+        ]
+        marks = list(self._scorer.score(samples, self._engines))
+        self._tell(marks, log_metric)
+        return [mark.value for mark in marks]
+
+    def _tell(self, marks: Sequence[Mark], log_metric: Log) -> None:
+        """How often criteria are met, by what they weigh, and how many marks failed."""
+        log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
+        for weight, values in by_weight(criterion for mark in marks for criterion in mark.criteria).items():
+            log_metric(f"met/{self.__name__}/weight_{weight:g}", fmean(values))
+
+
+def by_weight(criteria: Any) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    criterion: Criterion
+    for criterion in criteria:
+        if criterion.value is not None:
+            found.setdefault(criterion.weight, []).append(criterion.value)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def text_of(completion: Any) -> str:
+    """What was said: a string, or the content of the one message that a conversation was answered with."""
+    return (completion if isinstance(completion, str) else str(completion[0]["content"])).strip()
+
+
+def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
+    """How answers are worded, whatever they say: what gives away that a reward is played."""
+    noticed = [flags.noticed(text, patterns) for text in texts]
+    rates = {f"rate/{name}": fmean(name in found for found in noticed) for name in WATCHED if name in patterns}
+    return {
+        **rates,
+        "rate/repetition": fmean(bool(loop_in(text)) for text in texts),
+        "words": fmean(len(text.split()) for text in texts),
+    }
+
+
+def trainer(
+    config: Config,
+    *,
+    model: Any,
+    processor: Any,
+    collator: Collator,
+    learnt: datasets.Dataset,
+    measured: datasets.Dataset | None,
+    folder: Path,
+    rewards: Sequence[Reward],
+    curve: Curve | None = None,
+) -> Any:
+    """TRL's trainer, for lessons that are already in order: each is answered `group_size` times."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    patterns = flags.load("english", run=None)
+
+    class Trainer(GRPOTrainer):  # type: ignore[misc]
+        checked = False
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            given = super()._tokenize_prompts(prompts)
+            if not self.checked:  # image tokens that are expanded twice would silently spoil every prompt (TRL #6294)
+                check_prompt(given[0][0], prompts[0], processor)
+                self.checked = True
+            return given
+
+        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
+            mode = "train" if self.model.training else "eval"
+            for name, value in manners([text_of(one) for one in completions], patterns).items():
+                self._metrics[mode][name].append(value)
+            given: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)
+            return given
+
+        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+            if config.lora:
+                super()._load_from_checkpoint(folder, model)
+            else:
+                loop.reload(self.model if model is None else model, Path(folder))
+
+    by_vllm = config.rollouts == "vllm" or (config.rollouts == "auto" and loop.has_gpu() and _has_vllm())
+    args = GRPOConfig(
+        **loop.arguments(config, folder, measures=measured is not None),
+        gradient_checkpointing=loop.has_gpu(),
+        num_generations=config.group_size,
+        num_generations_eval=1,
+        max_completion_length=config.max_tokens,
+        shuffle_dataset=False,
+        temperature=config.temperature,
+        generation_kwargs=_never(model, processor, by_vllm=by_vllm),
+        beta=config.kl,
+        epsilon=config.clip,
+        loss_type=config.loss,
+        reward_weights=[config.rewards[reward.__name__] for reward in rewards],
+        multi_objective_aggregation="sum_then_normalize" if config.aggregate == "sum" else "normalize_then_sum",
+        use_vllm=by_vllm,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=config.vllm_memory,
+        log_multimodal=False,
+    )
+    made = Trainer(
+        model=model,
+        reward_funcs=list(rewards),
+        args=args,
+        processing_class=processor,
+        train_dataset=_shown(learnt, collator),
+        eval_dataset=None if measured is None else _shown(measured, collator),
+        peft_config=loop.adapters(config),
+        optimizers=(loop.optimizer(config, model), None),
+        callbacks=[loop.keeper(config, curve)],
+    )
+    return loop.quiet(made)
+
+
+def check_prompt(ids: Sequence[int], prompt: Sequence[Mapping[str, Any]], processor: Any) -> None:
+    """
+    Raises:
+        AssertionError: the trainer asks otherwise than the model's own processor would.
+    """
+    text = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    pictures = [part["image"] for message in prompt for part in message["content"] if part["type"] == "image"]
+    own = processor(text=[text], images=pictures, return_tensors="pt")["input_ids"][0].tolist()
+    assert list(ids) == own, f"the trainer's prompt has {len(ids)} tokens, the processor's {len(own)}; see TRL #6294"
+
+
+def _shown(taught: datasets.Dataset, collator: Collator) -> datasets.Dataset:
+    """With the picture and the prompt, made when a lesson is taken."""
+
+    @lru_cache(maxsize=KEPT_PICTURES)
+    def picture(file: str, offset: int, num_bytes: int) -> Any:
+        return collator.picture({"file": file, "offset": offset, "num_bytes": num_bytes})
+
+    def show(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        places = zip(rows["file"], rows["offset"], rows["num_bytes"], strict=True)
+        prompts = [_prompt(*said) for said in zip(rows["system"], rows["questions"], strict=True)]
+        return {**rows, "image": [picture(*place) for place in places], "prompt": prompts}
+
+    return taught.with_transform(show)
+
+
+def _prompt(system: str, questions: Sequence[str]) -> list[dict[str, str]]:
+    told = [{"role": "system", "content": system}] if system else []
+    return [*told, {"role": "user", "content": questions[0]}]
+
+
+def _never(model: Any, processor: Any, *, by_vllm: bool) -> dict[str, Any]:
+    """Keeps special tokens out of answers: an image token that was drawn would crash the next forward pass."""
+    tokenizer = processor.tokenizer
+    ends = model.generation_config.eos_token_id
+    allowed = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    never = sorted(set(tokenizer.all_special_ids) - allowed)
+    return {"logit_bias": dict.fromkeys(never, -100.0)} if by_vllm else {"suppress_tokens": never}
+
+
+def _has_vllm() -> bool:
+    return find_spec("vllm") is not None

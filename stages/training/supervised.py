@@ -1,0 +1,78 @@
+"""Decides how answers are learnt word by word, and what is seen without words: TRL's SFTTrainer over lessons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.training import loop
+from stages.training.lessons import Collator
+from stages.training.settings import Config
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+    from stages.training.curve import Curve
+
+
+def trainer(
+    config: Config,
+    *,
+    model: Any,
+    processor: Any,
+    collator: Collator,
+    learnt: datasets.Dataset,
+    measured: datasets.Dataset | None,
+    folder: Path,
+    curve: Curve | None = None,
+) -> Any:
+    """TRL's trainer, for lessons that are already in order."""
+    from trl import SFTConfig, SFTTrainer
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            regions = inputs.pop("regions", None)
+            if config.method == "regions":
+                return self._regions_loss(inputs, regions)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if regions is None:
+                return loss
+            named = self.model.region_reader.loss(regions)
+            self._metrics["train" if model.training else "eval"]["regions_loss"].append(named.item())
+            return loss + config.regions * named if model.training else loss
+
+        def _regions_loss(self, inputs: dict[str, Any], regions: torch.Tensor) -> torch.Tensor:
+            pixels = inputs["pixel_values"].to(self.model.dtype)
+            self.model.model.visual(pixels, grid_thw=inputs["image_grid_thw"])
+            loss: torch.Tensor = self.model.region_reader.loss(regions)
+            return loss
+
+        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+            loop.reload(self.model if model is None else model, Path(folder))
+
+    args = SFTConfig(
+        **loop.arguments(config, folder, measures=measured is not None),
+        gradient_checkpointing=False,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    if config.sees:
+        from stages.training.regions import Reader
+
+        # as a part of the model, so that its weights are stepped and kept with the others
+        reader = Reader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
+        model.add_module(loop.READER, reader)
+    made = Trainer(
+        model=model,
+        args=args,
+        processing_class=processor,
+        data_collator=collator,
+        train_dataset=learnt,
+        eval_dataset=measured,
+        peft_config=loop.adapters(config),
+        optimizers=(loop.optimizer(config, model), None),
+        callbacks=[loop.keeper(config, curve)],
+    )
+    return loop.quiet(made)

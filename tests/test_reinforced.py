@@ -1,0 +1,183 @@
+"""The promises of GRPO: what cannot be scored moves nothing, rewards are the scorers, and a kill changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config, tables
+from pipeline.errors import ConfigError
+from pipeline.records import Caption, Criterion, Rubric
+from stages import flags, scorers, train
+from stages.training.reinforced import Reward, by_weight, check_prompt, manners
+from tests.runs import begin, make
+
+TEACHERS = ("warm", "boxy", "plain", "central")
+
+
+def sections(**changes: Any) -> dict[str, dict[str, Any]]:
+    made: dict[str, dict[str, Any]] = {
+        "source": {"kind": "scenes", "num_images": 16, "seed": 7, "broken_share": 0.0, "duplicate_share": 0.0},
+        **{f"engines.{name}": {"kind": "stages.teachers", "teacher": name} for name in ("hasty", *TEACHERS)},
+        **{f"caption.{name}": {"recipe": "scenes", "engine": name} for name in ("hasty", *TEACHERS)},
+        "rubric.committee": {"teachers": list(TEACHERS), "student": "hasty"},
+        "score.committee": {"kind": "rubric", "rubric": "committee", "captions": ["hasty"]},
+        "train": {
+            "method": "grpo",
+            "captions": ["hasty"],
+            "rewards": {"committee": 1.0},
+            "group_size": 2,
+            "batch_size": 4,
+            "steps": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "optimizer": "masters",
+            "max_tokens": 12,
+            "eval_images": 2,
+            "eval_steps": 4,
+            "save_steps": 2,
+            "log_steps": 1,
+            "num_workers": 0,
+        },
+    }
+    made["train"] |= changes
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = begin(tmp_path_factory.mktemp("reinforced") / "run", sections())
+    for what in ("ingest", "caption", "rubric"):
+        assert make(folder, what).exit_code == 0
+    return folder
+
+
+def copy(run: Path, to: Path, **changes: Any) -> Path:
+    shutil.copytree(run, to)
+    return begin(to, sections(**changes))
+
+
+def reward(run: Path, asked: Mapping[str, Any] | None = None) -> tuple[Reward, dict[str, Any]]:
+    """The reward of the run, and the columns that TRL hands it with the captions that the student had."""
+    loaded = config.load(run)
+    scorer = scorers.load(loaded.sections["score"]["committee"].scorer, run=run, field="score.committee")
+    rubrics = {row.key: row.criteria for row in tables.read(run / "rubric/committee/00000.parquet", Rubric)}
+    captions = list(tables.read(run / "caption/hasty/00000.parquet", Caption))
+    columns = {
+        "completions": [[{"role": "assistant", "content": row.text}] for row in captions],
+        "key": [row.key for row in captions],
+        **{name: [""] * len(captions) for name in ("alt_text", "source_key", "file", "offset", "num_bytes")},
+    }
+    made = Reward("committee", scorer, engines={}, data=lambda _: b"", asked=rubrics if asked is None else asked)
+    return made, columns
+
+
+def test_a_reward_is_what_the_score_stage_says(run: Path) -> None:
+    assert make(run, "score").exit_code == 0
+    scored = pq.read_table(run / "score/committee/hasty/00000.parquet")["value"].to_pylist()
+    given, columns = reward(run)
+    told: dict[str, float] = {}
+    assert given(**columns, log_metric=told.__setitem__) == scored
+    assert told["unscored/committee"] == 0
+    assert {"met/committee/weight_3", "met/committee/weight_2"} <= set(told)
+
+
+def test_what_cannot_be_scored_gives_no_reward(run: Path) -> None:
+    given, columns = reward(run, asked={})
+    told: dict[str, float] = {}
+    assert given(**columns, log_metric=told.__setitem__) == [None] * len(columns["key"])
+    assert told["unscored/committee"] == 1
+
+
+def test_met_is_counted_by_weight_without_what_is_undecided() -> None:
+    criteria = [
+        Criterion(id="a", verdict="yes", value=1.0, weight=3.0, reason=None),
+        Criterion(id="b", verdict="no", value=0.0, weight=3.0, reason=None),
+        Criterion(id="c", verdict=None, value=None, weight=1.0, reason=None),
+    ]
+    assert by_weight(criteria) == {3.0: [1.0, 0.0]}
+
+
+def test_manners_are_rates() -> None:
+    told = manners(["A red star.", "This caption is accurate and complete."], flags.load("english", run=None))
+    assert told["rate/self_praise"] == 0.5
+    assert told["words"] == 4.5
+
+
+def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
+    from PIL import Image
+
+    from stages.training import small
+
+    processor = small.new_processor()
+    picture = Image.new("RGB", (96, 96))
+    prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    ids = processor(text=[text], images=[picture], return_tensors="pt")["input_ids"][0].tolist()
+    check_prompt(ids, prompt, processor)
+    doubled = [one for i in ids for one in ([i, i] if i == processor.image_token_id else [i])]
+    with pytest.raises(AssertionError, match="6294"):
+        check_prompt(doubled, prompt, processor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": {}}, "needs rewards"),
+        ({"rewards": {"comittee": 1.0}}, "comittee"),
+        ({"batch_size": 3}, "group_size"),
+        ({"method": "sft"}, "rewards are for"),
+        ({"lora": 4}, "lora needs"),
+    ],
+)
+def test_what_is_wrong_in_train_is_said(run: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train.train(config.load(copy(run, tmp_path / "run", **changes)), {})
+
+
+@pytest.mark.slow
+def test_a_group_without_a_reward_moves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rubric has gone from memory by the time the answers are scored: all is unscored, and no weight moves."""
+    monkeypatch.setattr(Reward, "__call__", lambda _, *, completions, **__: [None] * len(completions))
+    folder = copy(run, tmp_path / "run", steps=2, eval_images=0)
+    train.train(config.load(folder), {})
+    steps = pq.read_table(folder / "step/00000.parquet").to_pylist()
+    assert {row["value"] for row in steps if row["name"] == "grad_norm"} == {0.0}
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(run: Path, tmp_path: Path) -> None:
+    whole, killed = (copy(run, tmp_path / name) for name in ("whole", "killed"))
+    for folder in (whole, killed):
+        train.train(config.load(folder), {})
+    shutil.rmtree(killed / "model")
+    shutil.rmtree(killed / "train" / "checkpoint-4")
+    train.train(config.load(killed), {})
+    assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
+    names = {row["name"] for row in pq.read_table(killed / "step/00000.parquet").to_pylist()}
+    assert {"reward", "eval_reward", "words", "rate/self_praise", "met/committee/weight_3"} <= names
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_in_the_end(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder = copy(run, tmp_path / "run", lora=4, optimizer="adamw", steps=2)
+    output = train.train(config.load(folder), {})
+    model = AutoModelForImageTextToText.from_pretrained(output)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_manifest_of_the_model_is_valid(tmp_path: Path) -> None:
+    from pipeline.passes import all_passes
+
+    shutil.copy(Path(__file__).parent.parent / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
+    run = config.load(tmp_path)
+    assert {p.title for p in all_passes(run)} >= {"rubric:committee", "score:committee:student"}
+    assert set(run.sections["train"][""].rewards) <= set(run.sections["score"])
