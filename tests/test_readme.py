@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROOMS = (
     *("pipeline", "pipeline/sources", "pipeline/engines", "pipeline/report"),
-    *("stages", "stages/scorers", "stages/writers"),
+    *("stages", "stages/scorers", "stages/writers", "stages/training"),
 )
 
 
