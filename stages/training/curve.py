@@ -42,12 +42,12 @@ class Curve:
 
 
 def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
-    """The trainer's log as points, in order, each once."""
+    """The trainer's log as points, in order, each once; what it could not measure is left out."""
     found = {
         (int(entry["step"]), name): float(value)
         for entry in log
         for name, value in entry.items()
-        if name not in ("step", "epoch")
+        if name not in ("step", "epoch") and value is not None
     }
     return [Step(step=step, name=name, value=value) for (step, name), value in sorted(found.items())]
 

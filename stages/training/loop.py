@@ -77,7 +77,7 @@ def keeper(config: Config, curve: Curve | None) -> Any:
         def on_log(
             self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
         ) -> None:
-            shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD}
+            shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD and value is not None}
             if shown:
                 told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
                 say(f"train: step {state.global_step}/{config.steps}, {told}")
