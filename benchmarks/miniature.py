@@ -5,9 +5,10 @@ consensus), by GRPO with one overall mark of a judge, and by GRPO with rubrics. 
 that is already recorded is not trained again, so the table can be made over days. Nothing but the last measure looks
 at the truth of a scene; the held-out world is seen by no training.
 
-    python benchmarks/miniature.py FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...]
+    python benchmarks/miniature.py FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
 
-FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models.
+FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models. With --shared
+most of the committee has one blind spot, which its consensus has too: what rubrics do then is shown, not hidden.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from teachers import committee
 from pipeline import config, starter
 from pipeline.passes import select
 from pipeline.run import Engines, Runner
-from stages import train
+from stages import scorers, train
 from stages.scorers import Sample, rubric
 from stages.teachers import TEACHERS, caption
 from stages.training.settings import Config
@@ -96,6 +97,7 @@ class Outcome:
     """One training, measured."""
 
     arm: str
+    shared: bool  # the committee has a common blind spot
     seed: int
     samples: int  # drawn in training
     minutes: float
@@ -103,12 +105,14 @@ class Outcome:
     rubric: float  # the mean rubric score of its captions
 
 
-def begin(folder: Path, *, student: str, judge: str) -> config.Run:
+def begin(folder: Path, *, student: str, judge: str, shared: bool) -> config.Run:
     """The run that all arms learn from, its tables made."""
     text = (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
     text = text.replace("../scenes-captioner-sft/model", str(Path(student).absolute()))
     text += MORE.format(judge=Path(judge).absolute())
     text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
+    if shared:
+        text = text.replace('kind = "stages.teachers"', 'kind = "stages.teachers"\nshared = true')
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.toml").exists():
         (folder / "run.toml").write_text(text)
@@ -143,11 +147,11 @@ class Rubrics:
     asked: Sequence[Any]
 
     @classmethod
-    def of(cls, student: Sequence[str]) -> Rubrics:
+    def of(cls, student: Sequence[str], *, shared: bool) -> Rubrics:
         evidence = [
             Evidence(
                 key=str(index),
-                teachers=tuple(caption(name, scene, 0) for name in TEACHERS),
+                teachers=tuple(caption(name, scene, 0, shared=shared) for name in TEACHERS),
                 student=(text,),
                 num_agree=majority(len(TEACHERS)),
                 data=bytes,
@@ -161,7 +165,8 @@ class Rubrics:
             Sample(key=str(index), candidate=0, text=text, data=bytes, asked=asked)
             for index, (text, asked) in enumerate(zip(said, self.asked, strict=True))
         )
-        marks = rubric.score(samples, rubric.prepare(rubric.Config(rubric="held-out")), {})
+        plugin = config.Plugin(kind="rubric", module=rubric, config=rubric.Config(rubric="held-out"))
+        marks = scorers.load(plugin, run=None, field="benchmark").score(samples, {})
         return mean(mark.value for mark in marks if mark.value is not None)
 
 
@@ -184,15 +189,15 @@ def measured(model: str, num_scenes: int, rubrics: Rubrics) -> tuple[Line, float
     return line(said), round(rubrics.score(said), 4)
 
 
-def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics) -> None:
-    lines = committee(num_scenes)
+def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: bool) -> None:
+    lines = committee(num_scenes, shared=shared)
     lines["alt text"] = line([alt_text(index) for index in range(num_scenes)])
     lines["supervised student"] = line(student)
     show(lines)
     print(f"rubric score of the supervised student: {rubrics.score(student):.3f}\n")
     names = [field.name for field in fields(Line)]
     print(f"{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
-    found = list(recorded())
+    found = [outcome for outcome in recorded() if outcome.shared == shared]
     for arm in dict.fromkeys(outcome.arm for outcome in found):
         seeds = [outcome for outcome in found if outcome.arm == arm]
         shown_figures = [[getattr(outcome.figures, name) for outcome in seeds] for name in names]
@@ -214,12 +219,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--arms", nargs="*", help="only these; by default all. None trained: only the table")
+    parser.add_argument("--shared", action="store_true", help="most of the committee has one blind spot")
     args = parser.parse_args()
-    run = begin(args.folder, student=args.student, judge=args.judge)
+    run = begin(args.folder, student=args.student, judge=args.judge, shared=args.shared)
     student = captions(args.student, args.scenes)
-    rubrics = Rubrics.of(student)
+    rubrics = Rubrics.of(student, shared=args.shared)
     base: Config = run.sections["train"][""]
-    done = {(outcome.arm, outcome.seed) for outcome in recorded()}
+    done = {(outcome.arm, outcome.seed) for outcome in recorded() if outcome.shared == args.shared}
     for seed in range(args.seeds):
         for arm, settings in arms(base).items():
             if (arm, seed) in done or (args.arms is not None and arm not in args.arms):
@@ -229,8 +235,17 @@ def main() -> None:
             minutes = round((time.monotonic() - start) / 60, 1)
             figures, score = measured(str(model), args.scenes, rubrics)
             samples = settings.steps * settings.batch_size
-            record(Outcome(arm=arm, seed=seed, samples=samples, minutes=minutes, figures=figures, rubric=score))
-    table(args.scenes, student, rubrics)
+            about = Outcome(
+                arm=arm,
+                shared=args.shared,
+                seed=seed,
+                samples=samples,
+                minutes=minutes,
+                figures=figures,
+                rubric=score,
+            )
+            record(about)
+    table(args.scenes, student, rubrics, shared=args.shared)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from held_out import Line, line, rounded, show, shown
 from stages.teachers import TEACHERS, caption, consensus
 
 
-def committee(num_scenes: int) -> dict[str, Line]:
-    said = {name: [caption(name, scene, 0) for scene in shown(num_scenes)] for name in TEACHERS}
+def committee(num_scenes: int, *, shared: bool = False) -> dict[str, Line]:
+    said = {name: [caption(name, scene, 0, shared=shared) for scene in shown(num_scenes)] for name in TEACHERS}
     said["consensus"] = [consensus(captions) for captions in zip(*said.values(), strict=True)]
     return {name: line(captions) for name, captions in said.items()}
 

@@ -88,6 +88,12 @@ TEACHERS: Mapping[str, Teacher] = {
         unsaid={"size": 0.3},
     ),
 }
+SHARED = {  # the same committee when most of it shares a blind spot: patterns are not seen
+    name: replace(teacher, textures={"striped": "solid", "dotted": "solid"}, confused=max(teacher.confused, 0.85))
+    if name != "hasty"
+    else teacher
+    for name, teacher in TEACHERS.items()
+}
 CONSENSUS = 3  # of the five: what so many state is the committee's word
 
 
@@ -96,17 +102,21 @@ class Config:
     teacher: Literal["hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "labeller"] = key(
         "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
     )
+    shared: bool = key(False, "the committee in which most share a blind spot: they take patterns for plain colour")
 
 
-def caption(teacher: str, scene: Scene, seed: int) -> str:
+def caption(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
     """What a teacher says of a scene. The same (teacher, scene, seed) says the same.
+
+    Args:
+        shared: it is of the committee that shares a blind spot.
 
     >>> from pipeline.sources.scenes import scene
     >>> caption("hasty", scene(0, 0), 0) == caption("hasty", scene(0, 0), 0)
     True
     """
     rng = Random(f"teacher/{teacher}/{scene.seed}/{scene.index}/{seed}")
-    return verbalise(stated(TEACHERS[teacher], scene, rng), rng)
+    return verbalise(stated((SHARED if shared else TEACHERS)[teacher], scene, rng), rng)
 
 
 def consensus(captions: Iterable[str]) -> str:
@@ -347,8 +357,8 @@ class Committee:
     revision = "1"
 
     def __init__(self, config: Config) -> None:
-        self._voice = config.teacher
-        self.model = f"teacher-{config.teacher}"
+        self._voice, self._shared = config.teacher, config.shared
+        self.model = f"teacher-{config.teacher}" + ("-shared" if config.shared else "")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         for request in requests:
@@ -383,5 +393,5 @@ class Committee:
             heard = caption(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
             return statement(shown, rng, text=heard)
         if self._voice == "consensus":
-            return consensus(caption(name, shown, seed) for name in TEACHERS)
-        return caption(self._voice, shown, seed)
+            return consensus(caption(name, shown, seed, shared=self._shared) for name in TEACHERS)
+        return caption(self._voice, shown, seed, shared=self._shared)
