@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from pipeline.records import Record
 from stages.training.settings import Config
 
 VERSION = 1
+# how fast it was, and how answers were drawn, is no part of what was learnt
+DROPPED = re.compile(r"clip_ratio|completions/m|num_tokens|step_time|sampling/|total_flos|runtime|_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
         (int(entry["step"]), name): float(value)
         for entry in log
         for name, value in entry.items()
-        if name not in ("step", "epoch") and value is not None
+        if name not in ("step", "epoch") and value is not None and not DROPPED.search(name)
     }
     return [Step(step=step, name=name, value=value) for (step, name), value in sorted(found.items())]
 
