@@ -20,6 +20,7 @@ from stages.scorers import Scorer
 from stages.training import loop
 from stages.training.curve import Curve, card
 from stages.training.lessons import Collator, Lesson, dataset, held_out, in_order, lessons
+from stages.training.loop import Task
 from stages.training.settings import Config as Config
 
 
@@ -36,43 +37,47 @@ def train(run: Run, engines: Mapping[str, Engine]) -> Path:
         UserError: there is nothing to learn from.
     """
     config: Config = run.sections["train"][""]
-    work, output = run.folder / "train", run.folder / config.output
+    output = run.folder / config.output
     scored = _rewards(run, config)
-    model, processor = _start(config)
     asked = {name: _asked(run, scorer) for name, scorer in scored.items()}
-    taught = [lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked)]
-    learnt, measured = held_out(taught, num_images=config.eval_images)
-    if not learnt:
-        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
-    per_batch = config.batch_size // config.group_size if scored else config.batch_size
-    num_batches = config.steps * config.accumulate
-    order = in_order(learnt, processor, per_batch=per_batch, seed=config.seed, num_batches=num_batches)
-    collator = Collator(processor, folder=run.folder, regions=config.sees)
-    given: dict[str, Any] = {
-        "model": model,
-        "processor": processor,
-        "collator": collator,
-        "learnt": dataset(learnt, order),
-        "measured": dataset(measured, in_order(measured, processor)) if measured else None,
-        "folder": work,
-        "curve": Curve(run.folder, config),
-    }
-    if scored:
-        from stages.training import reinforced
+    task = _task(run, config, [lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked)])
+    if config.method == "grpo":
+        from stages.training.reinforced import Reward, trainer
 
-        given["rewards"] = [
-            reinforced.Reward(name, scorer, engines=engines, data=collator.data, asked=asked[name] or {})
-            for name, scorer in scored.items()
+        data = task.collator.data
+        rewards = [
+            Reward(name, scorer, engines=engines, data=data, asked=asked[name] or {}) for name, scorer in scored.items()
         ]
-        made = reinforced.trainer(config, **given)
+        made = trainer(task, rewards)
     else:
         from stages.training import supervised
 
-        made = supervised.trainer(config, **given)
-    made.train(resume_from_checkpoint=loop.last_checkpoint(work))
-    _save(made, processor, output)
-    (output / "README.md").write_text(card(run, config, made.state.log_history, num_lessons=len(learnt)))
+        made = supervised.trainer(task)
+    made.train(resume_from_checkpoint=loop.last_checkpoint(task.folder))
+    _save(made, task.processor, output)
+    num_images = len(set(task.learnt["sha256"]))
+    (output / "README.md").write_text(card(run, config, made.state.log_history, num_images=num_images))
     return output
+
+
+def _task(run: Run, config: Config, taught: list[Lesson]) -> Task:
+    learnt, measured = held_out(taught, num_images=config.eval_images)
+    if not learnt:
+        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
+    model, processor = _start(config)
+    per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
+    num_batches = config.steps * config.accumulate
+    order = in_order(learnt, processor, per_batch=per_batch, seed=config.seed, num_batches=num_batches)
+    return Task(
+        config=config,
+        model=model,
+        processor=processor,
+        collator=Collator(processor, folder=run.folder, regions=config.sees),
+        learnt=dataset(learnt, order),
+        measured=dataset(measured, in_order(measured, processor)) if measured else None,
+        folder=run.folder / "train",
+        curve=Curve(run.folder, config),
+    )
 
 
 def _start(config: Config) -> tuple[Any, Any]:

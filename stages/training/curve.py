@@ -55,26 +55,36 @@ def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
     return [Step(step=step, name=name, value=value) for (step, name), value in sorted(found.items())]
 
 
-def card(run: Run, config: Config, log: Sequence[Mapping[str, Any]], *, num_lessons: int) -> str:
+def card(run: Run, config: Config, log: Sequence[Mapping[str, Any]], *, num_images: int) -> str:
     """The model's README.md: what it learnt from, how, and how far it got."""
     last = {name: value for entry in log for name, value in entry.items() if name.startswith("eval_")}
     figures = "".join(
         f"| {name.removeprefix('eval_').replace('_', ' ')} | {last[name]:.4g} |\n"
-        for name in ("eval_loss", "eval_mean_token_accuracy", "eval_regions_loss")
+        for name in ("eval_loss", "eval_mean_token_accuracy", "eval_regions_loss", "eval_reward", "eval_words")
         if name in last
     )
     settings = "".join(f"| {name} | `{value}` |\n" for name, value in stamped(config).items())
     return CARD.format(
         name=config.output,
-        learnt=config.scores or "the texts",
-        captions=", ".join(config.captions),
+        learnt=_learnt(config),
         source=run.source.kind,
-        num_lessons=num_lessons,
+        num_images=num_images,
         samples=config.steps * config.accumulate * config.batch_size,
         figures=figures,
         settings=settings,
         folder=run.folder.name,
     )
+
+
+def _learnt(config: Config) -> str:
+    if config.method == "regions":
+        return "what lies under each image token"
+    captions = ", ".join(config.captions)
+    if config.method == "grpo":
+        return (
+            f"by GRPO from the scores {', '.join(config.rewards)} of its own answers, asked as the pass {captions} was"
+        )
+    return f"the verdicts {config.scores} on the passes {captions}" if config.scores else f"the texts of {captions}"
 
 
 CARD = """---
@@ -84,8 +94,8 @@ license: apache-2.0
 ---
 # {name}
 
-Learnt {learnt} of the caption passes {captions} over a corpus of kind `{source}`: {num_lessons} lessons, {samples}
-drawn in all, an epoch after the other, in an order that follows from the seed.
+Learnt {learnt}, over a corpus of kind `{source}`: {num_images} images and {samples} lessons drawn in all, an epoch
+after the other, in an order that follows from the seed.
 
 | on held-out images | |
 |---|---|

@@ -6,23 +6,41 @@ It does not know what is learnt, nor from what.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.terminal import say
+from stages.training.curve import Curve
+from stages.training.lessons import Collator
 from stages.training.settings import Config
 
 if TYPE_CHECKING:
-    from stages.training.curve import Curve
+    import datasets
 
 TOLD = ("loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward")  # in messages
 READER = "region_reader"  # the part of the model that is thrown away in the end
 
 
-def arguments(config: Config, folder: Path, *, measures: bool) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A training, ready: a model with its processor, and lessons that are already in order."""
+
+    config: Config
+    model: Any
+    processor: Any
+    collator: Collator
+    learnt: datasets.Dataset
+    measured: datasets.Dataset | None  # held out
+    folder: Path  # where its checkpoints lie
+    curve: Curve
+
+
+def arguments(task: Task) -> dict[str, Any]:
     """What the arguments of every trainer of transformers have in common."""
+    config = task.config
     return {
-        "output_dir": str(folder),
+        "output_dir": str(task.folder),
         "max_steps": config.steps,
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
@@ -33,7 +51,7 @@ def arguments(config: Config, folder: Path, *, measures: bool) -> dict[str, Any]
         "weight_decay": config.weight_decay,
         "bf16": config.precision == "bfloat16" and config.optimizer == "adamw",
         "use_cpu": not has_gpu(),
-        "eval_strategy": "steps" if measures else "no",
+        "eval_strategy": "no" if task.measured is None else "steps",
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
         "save_total_limit": 2,
@@ -54,23 +72,23 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def optimizer(config: Config, model: Any) -> Any:
+def optimizer(task: Task) -> Any:
     """None: the trainer's own AdamW."""
+    config = task.config
     if config.optimizer == "adamw":
         return None
     from stages.training.masters import Masters
 
-    return Masters(model, lr=config.learning_rate, weight_decay=config.weight_decay, muon=config.muon)
+    return Masters(task.model, lr=config.learning_rate, weight_decay=config.weight_decay, muon=config.muon)
 
 
-def keeper(config: Config, curve: Curve | None) -> Any:
+def keeper(task: Task) -> Any:
     """The callback that keeps the curve at each checkpoint and tells what is logged."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):  # type: ignore[misc]
         def on_save(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
-            if curve is not None:
-                curve.write(state.log_history)
+            task.curve.write(state.log_history)
 
         on_train_end = on_save
 
@@ -80,7 +98,7 @@ def keeper(config: Config, curve: Curve | None) -> Any:
             shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD and value is not None}
             if shown:
                 told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-                say(f"train: step {state.global_step}/{config.steps}, {told}")
+                say(f"train: step {state.global_step}/{task.config.steps}, {told}")
 
     return Keeper()
 

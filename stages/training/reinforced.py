@@ -22,13 +22,11 @@ from stages.loops import loop_in
 from stages.scorers import Mark, Sample, Scorer
 from stages.training import loop
 from stages.training.lessons import Collator
-from stages.training.settings import Config
+from stages.training.loop import Task
 
 if TYPE_CHECKING:
     import datasets
     import torch
-
-    from stages.training.curve import Curve
 
 Log = Callable[[str, float], None]
 WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
@@ -111,21 +109,11 @@ def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
     }
 
 
-def trainer(
-    config: Config,
-    *,
-    model: Any,
-    processor: Any,
-    collator: Collator,
-    learnt: datasets.Dataset,
-    measured: datasets.Dataset | None,
-    folder: Path,
-    rewards: Sequence[Reward],
-    curve: Curve | None = None,
-) -> Any:
+def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
     """TRL's trainer, for lessons that are already in order: each is answered `group_size` times."""
     from trl import GRPOConfig, GRPOTrainer
 
+    config, model, processor = task.config, task.model, task.processor
     patterns = flags.load("english", run=None)
 
     class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -153,7 +141,7 @@ def trainer(
 
     by_vllm = config.rollouts == "vllm" or (config.rollouts == "auto" and loop.has_gpu() and _has_vllm())
     args = GRPOConfig(
-        **loop.arguments(config, folder, measures=measured is not None),
+        **loop.arguments(task),
         gradient_checkpointing=loop.has_gpu(),
         num_generations=config.group_size,
         num_generations_eval=1,
@@ -176,11 +164,11 @@ def trainer(
         reward_funcs=list(rewards),
         args=args,
         processing_class=processor,
-        train_dataset=_shown(learnt, collator),
-        eval_dataset=None if measured is None else _shown(measured, collator),
+        train_dataset=_shown(task.learnt, task.collator),
+        eval_dataset=None if task.measured is None else _shown(task.measured, task.collator),
         peft_config=loop.adapters(config),
-        optimizers=(loop.optimizer(config, model), None),
-        callbacks=[loop.keeper(config, curve)],
+        optimizers=(loop.optimizer(task), None),
+        callbacks=[loop.keeper(task)],
     )
     return loop.quiet(made)
 

@@ -6,29 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.training import loop
-from stages.training.lessons import Collator
-from stages.training.settings import Config
+from stages.training.loop import Task
 
 if TYPE_CHECKING:
-    import datasets
     import torch
 
-    from stages.training.curve import Curve
 
-
-def trainer(
-    config: Config,
-    *,
-    model: Any,
-    processor: Any,
-    collator: Collator,
-    learnt: datasets.Dataset,
-    measured: datasets.Dataset | None,
-    folder: Path,
-    curve: Curve | None = None,
-) -> Any:
+def trainer(task: Task) -> Any:
     """TRL's trainer, for lessons that are already in order."""
     from trl import SFTConfig, SFTTrainer
+
+    config, model = task.config, task.model
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +40,7 @@ def trainer(
             loop.reload(self.model if model is None else model, Path(folder))
 
     args = SFTConfig(
-        **loop.arguments(config, folder, measures=measured is not None),
+        **loop.arguments(task),
         gradient_checkpointing=False,
         max_length=None,
         train_sampling_strategy="sequential",
@@ -67,12 +55,12 @@ def trainer(
     made = Trainer(
         model=model,
         args=args,
-        processing_class=processor,
-        data_collator=collator,
-        train_dataset=learnt,
-        eval_dataset=measured,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        train_dataset=task.learnt,
+        eval_dataset=task.measured,
         peft_config=loop.adapters(config),
-        optimizers=(loop.optimizer(config, model), None),
-        callbacks=[loop.keeper(config, curve)],
+        optimizers=(loop.optimizer(task), None),
+        callbacks=[loop.keeper(task)],
     )
     return loop.quiet(made)
