@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def rows(connection: duckdb.DuckDBPyConnection, sql: str, *, size: int = 2_000) 
         yield from batch
 
 
-def names_in(expression: str, *, clause: str) -> set[str]:
+@cache
+def names_in(expression: str, *, clause: str) -> frozenset[str]:
     """The column names that an SQL expression mentions.
 
     Args:
@@ -88,7 +90,7 @@ def names_in(expression: str, *, clause: str) -> set[str]:
     tree = json.loads(text)
     if wrong := _why_no_expression(tree, volatile):
         raise QueryError(f"{expression!r} is no SQL that fits here: {wrong}")
-    return set(_found("column_names", tree))
+    return frozenset(_found("column_names", tree))
 
 
 def _why_no_expression(tree: Any, volatile: set[str]) -> str:

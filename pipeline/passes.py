@@ -141,7 +141,7 @@ def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set
     if unknown := sorted(names - known):
         message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
         raise ConfigError(f"{run.file}: {field}", message)
-    return names & set(run.sections["score"])
+    return set(names & set(run.sections["score"]))
 
 
 def check_binds(run: Run, field: str, query: str) -> None:

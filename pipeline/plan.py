@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,13 @@ class Plan:
 
     def digest(self, shard: int) -> str:
         """Of the shard's pieces, hex: the input of its ingest."""
-        return hashlib.sha256(json.dumps(self._slice(shard)).encode()).hexdigest()
+        return _digest(self._slice(shard))
+
+    def digests(self) -> Iterator[str]:
+        """Of every shard, when all were asked for."""
+        rows = (row for batch in self.rows.to_batches() for row in batch.to_pylist())
+        for _, of_shard in groupby(rows, key=itemgetter("shard")):
+            yield _digest(list(of_shard))
 
     def num_samples(self, shard: int) -> int | None:
         """How many inputs the shard has, where the plan can know it."""
@@ -72,6 +80,10 @@ class Plan:
     @cached_property
     def _shards(self) -> array[int]:
         return array("q", self.rows.column("shard").to_pylist())
+
+
+def _digest(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def freeze(path: Path, pieces: Iterable[Piece], *, shard_size: int) -> tuple[int, int]:

@@ -6,20 +6,22 @@ it the answers are the same. What a state means is the ledger's to say: shards t
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from pipeline import tables
-from pipeline.ledger import Kind, Ledger
+from pipeline.ledger import Kind, Ledger, State
 from pipeline.passes import Pass
 from pipeline.plan import Plan
 
@@ -28,12 +30,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Ints = npt.NDArray[np.int64]
+    Columns = dict[str, Ints]  # equally long; a row for each table
 
 SETTLED = 2 * 10**9  # nanoseconds: a file written later than this before it was read may change within one clock tick
 THREADS = 16  # that read stamps: a network file system answers each of them late
-ABOUT = ("mtime", "size", "inode")  # of a file
-SAID = ("num_rows", "digest", "head", "keys", "inputs", "statuses")  # by its stamp
-NOTHING = (0, "", "", "", "", "")
+CHUNK = 250  # stamps that a thread reads before it is given more
+ABOUT = ("shard", "mtime", "size", "inode")  # of a file
+SAID = ("num_rows", "digest", "head")  # by every stamp, besides an "input:FOLDER" and a "status:STATUS" of each
+STAMP = re.compile(
+    rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+),"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
+    re.DOTALL,
+)
+MIX = 6364136223846793005  # odd, so that no two numbers become one when they are multiplied by it
 
 
 class Overview:
@@ -42,208 +50,187 @@ class Overview:
     def __init__(self, ledger: Ledger, plan: Plan, passes: Sequence[Pass]) -> None:
         self._ledger, self._plan, self._passes = ledger, plan, {p.folder: p for p in passes}
         self._kept = ledger.run.folder / ".work" / "stamps"
-        self._columns: dict[str, dict[str, Any]] = {}
-        self._standing: dict[str, Ints] = {}
+        self._broken: dict[str, list[int]] = {}
+        self.columns = cache(self._columns)
+        self._standing = cache(self._stand)
+        self._states = cache(self._judge)
 
     def kinds(self, p: Pass) -> npt.NDArray[np.str_]:
         """The kind of every shard's state, by shard."""
         import numpy as np
 
-        alike, first = self._alike(p)
-        kinds = np.array([self._ledger.state(p, int(shard)).kind for shard in first])
-        return kinds[alike]
+        states, alike = self._states(p.folder)
+        return np.array([state.kind for state in states])[alike]
 
     def shards(self, p: Pass, *kinds: Kind) -> list[int]:
         """The shards whose state is one of these."""
         import numpy as np
 
-        found: list[int] = np.flatnonzero(np.isin(self.kinds(p), kinds)).tolist()
+        states, alike = self._states(p.folder)
+        found: list[int] = np.flatnonzero(np.array([state.kind in kinds for state in states])[alike]).tolist()
         return found
 
     def reasons(self, p: Pass, kind: Kind) -> list[str]:
         """Why shards are of this kind, each reason once."""
-        states = [self._ledger.state(p, int(shard)) for shard in self._alike(p)[1]]
-        return list(dict.fromkeys(state.why for state in states if state.kind == kind))
+        return list(dict.fromkeys(state.why for state in self._states(p.folder)[0] if state.kind == kind))
 
     def num_rows(self, p: Pass) -> int:
         return int(self.columns(p.folder)["num_rows"].sum())
 
     def statuses(self, p: Pass) -> dict[str, int]:
         """Status -> rows, over all tables that are there."""
-        import numpy as np
-
-        total: dict[str, int] = {}
-        texts, counts = np.unique(self.columns(p.folder)["statuses"], return_counts=True)
-        for text, count in zip(texts, counts, strict=True):
-            for status, num in json.loads(text or b"{}").items():
-                total[status] = total.get(status, 0) + num * int(count)
-        return dict(sorted(total.items()))
+        columns = self.columns(p.folder).items()
+        found = {name.removeprefix("status:"): int(rows.sum()) for name, rows in columns if name.startswith("status:")}
+        return {status: rows for status, rows in sorted(found.items()) if rows}
 
     def broken(self, p: Pass) -> list[int]:
         """Shards with a file in their table's place that is no whole table."""
-        found: list[int] = self.columns(p.folder)["broken"]
-        return found
+        self.columns(p.folder)
+        return self._broken[p.folder]
 
-    def _alike(self, p: Pass) -> tuple[Ints, Ints]:
-        """Which shards stand alike, as a number for each, and the first shard of each number."""
+    def _judge(self, folder: str) -> tuple[list[State], Ints]:
+        """The states that there are, and for each shard which of them is its own."""
         import numpy as np
 
-        standing = self._stand(p)
-        _, first, alike = np.unique(standing, return_index=True, return_inverse=True)
-        return alike, first
+        _, first, alike = np.unique(self._standing(folder), return_index=True, return_inverse=True)
+        return [self._ledger.state(self._passes[folder], int(shard)) for shard in first], alike
 
-    def _stand(self, p: Pass) -> Ints:
+    def _stand(self, folder: str) -> Ints:
         """For each shard a number that is equal where all is equal that its state depends on."""
+        own, reads = self.columns(folder), self._passes[folder].reads
+        standing = own["head"]
+        for name in reads or ("plan",):
+            wanted = self.columns(name)["digest"] if reads else self._plan_digests
+            standing = standing * MIX + (own.get(f"input:{name}", 0) == wanted)
+        for name in reads:
+            standing = standing * MIX + self._standing(name)
+        return standing
+
+    def _columns(self, folder: str) -> Columns:
+        """What the files of a folder are and say, by shard; 0 where there is no table."""
         import numpy as np
 
-        if p.folder not in self._standing:
-            own = self.columns(p.folder)
-            names = list(p.reads) or ["plan"]
-            standing = _merged(_codes(own["head"]), _codes(own["keys"]))
-            wanted = [self.columns(name)["digest"] if p.reads else self._plan_digests for name in names]
-            same_keys = own["keys"] == json.dumps(sorted(names)).encode()
-            recorded = own["inputs"].astype(f"S{64 * len(names)}").view("S64").reshape(-1, len(names))
-            for i, name in enumerate(sorted(names)):
-                same = same_keys & (recorded[:, i] == wanted[names.index(name)])
-                standing = _merged(standing, same.astype(np.int64))
-            for folder in p.reads:
-                standing = _merged(standing, self._stand(self._passes[folder]))
-            self._standing[p.folder] = standing
-        return self._standing[p.folder]
-
-    def columns(self, folder: str) -> dict[str, Any]:
-        """What the stamps of a folder say, each an array by shard; empty strings where there is no table."""
-        if folder not in self._columns:
-            self._columns[folder] = self._spread(self._current(folder))
-        return self._columns[folder]
-
-    def _spread(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        import numpy as np
-
-        shards, num = known["shard"], self._plan.num_shards
-        planned = shards < num
-        spread: dict[str, Any] = {"broken": known["broken"]}
-        for name in SAID:
-            spread[name] = np.zeros(num, known[name].dtype)
-            spread[name][shards[planned]] = known[name][planned]
+        known, num = self._current(folder), self._plan.num_shards
+        planned = known["shard"] < num
+        spread = {name: np.zeros(num, np.int64) for name in known}
+        for name, column in known.items():
+            spread[name][known["shard"][planned]] = column[planned]
         return spread
 
-    def _current(self, folder: str) -> dict[str, Any]:
-        """The folder's stamps as they are now; what was read is kept for the next time."""
+    def _current(self, folder: str) -> Columns:
+        """The folder's whole tables as they are now, a row each; what was read is kept for the next time."""
         import numpy as np
 
-        seen, kept = _listing(self.run_folder / folder), _load(self._file(folder))
-        at = np.searchsorted(kept["shard"], seen["shard"]).clip(max=max(0, len(kept["shard"]) - 1))
+        seen, kept = _listing(self._ledger.run.folder / folder), _load(self._file(folder), (*ABOUT, *SAID))
+        self._broken[folder] = []
+        if all(np.array_equal(seen[name], kept[name]) for name in ABOUT):
+            return kept
+        at = np.searchsorted(kept["shard"], seen["shard"])
+        at[at == len(kept["shard"])] = 0
         same = np.full(len(at), len(kept["shard"]) > 0)
-        if len(kept["shard"]):
-            for name in ("shard", *ABOUT):
-                same &= kept[name][at] == seen[name]
+        if same.any():
+            same = np.logical_and.reduce([kept[name][at] == seen[name] for name in ABOUT])
         fresh = np.flatnonzero(~same)
-        read = list(self._read(folder, seen["shard"][fresh]))
-        whole = np.ones(len(at), bool)
-        whole[fresh] = [one is not None for one in read]
+        read = self._read(folder, seen["shard"][fresh])
         now = dict(seen)
-        for name, values in zip(
-            SAID, zip(*(one or NOTHING for one in read), strict=True) if read else [()] * 6, strict=True
-        ):
-            new = np.array(values, "i8" if name == "num_rows" else "S")
-            now[name] = np.zeros(len(at), max(new.dtype, kept[name].dtype, key=lambda dtype: dtype.itemsize))
-            now[name][same], now[name][fresh] = kept[name][at[same]], new
-        if len(fresh) or len(kept["shard"]) != len(at):
-            settled = whole & (now["mtime"] < time.time_ns() - SETTLED)
-            _keep(self._file(folder), {name: column[settled] for name, column in now.items()})
-        return {**{name: column[whole] for name, column in now.items()}, "broken": seen["shard"][~whole].tolist()}
+        for name in dict.fromkeys((*kept, *(name for said in read if said for name in said))):
+            if name not in ABOUT:
+                now[name] = np.zeros(len(at), np.int64)
+                now[name][same] = kept[name][at[same]] if name in kept else 0
+                now[name][fresh] = [said.get(name, 0) if said else 0 for said in read]
+        whole = np.ones(len(at), bool)
+        whole[fresh] = [said is not None for said in read]
+        self._broken[folder] = seen["shard"][~whole].tolist()
+        settled = whole & (now["mtime"] < time.time_ns() - SETTLED)
+        _keep(self._file(folder), {name: column[settled] for name, column in now.items()})
+        return {name: column[whole] for name, column in now.items()}
 
-    @property
-    def run_folder(self) -> Path:
-        return self._ledger.run.folder
-
-    def _read(self, folder: str, shards: Ints) -> Iterator[tuple[Any, ...] | None]:
-        paths = [f"{self.run_folder / folder}/{shard:05d}.parquet" for shard in shards]
-        if len(paths) < 100:
-            yield from map(_parsed, paths)
-            return
+    def _read(self, folder: str, shards: Ints) -> list[Mapping[str, int] | None]:
+        paths = [f"{self._ledger.run.folder / folder}/{shard:05d}.parquet" for shard in shards]
+        chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
         with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(_parsed, paths, chunksize=100)
+            return [said for chunk in pool.map(lambda chunk: [*map(_said, chunk)], chunks) for said in chunk]
 
     def _file(self, folder: str) -> Path:
         return self._kept / f"{folder.replace('/', '.')}.npz"
 
     @cached_property
-    def _plan_digests(self) -> Any:
+    def _plan_digests(self) -> Ints:
         """Of all shards; kept for as long as the plan is the same file."""
         import numpy as np
 
-        about = (self.run_folder / "plan.parquet").stat()
-        stamp = [about.st_mtime_ns, about.st_size, about.st_ino]
-        kept = _load(self._kept / "plan.npz", ("plan", "digest"))
-        if kept["plan"].tolist() != stamp:
-            digests = [self._plan.digest(shard) for shard in range(self._plan.num_shards)]
-            kept = {"plan": np.array(stamp), "digest": np.array(digests, "S64")}
+        about = (self._ledger.run.folder / "plan.parquet").stat()
+        now, file = [about.st_mtime_ns, about.st_size, about.st_ino], self._file("plan")
+        kept = _load(file, ("plan", "digest"))
+        if kept["plan"].tolist() != now:
+            kept = {"plan": np.array(now), "digest": np.array([*map(_number, self._plan.digests())], np.int64)}
             if about.st_mtime_ns < time.time_ns() - SETTLED:
-                _keep(self._kept / "plan.npz", kept)
+                _keep(file, kept)
         return kept["digest"]
 
 
-def _load(file: Path, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The kept columns; empty ones where nothing is kept, or nothing that reads."""
+def _load(file: Path, names: Iterable[str]) -> Columns:
+    """The kept columns, with these among them; empty ones where nothing is kept, or nothing that reads."""
     import numpy as np
 
-    names = names or ("shard", *ABOUT, *SAID)
     try:
         with np.load(file, allow_pickle=False) as kept:
-            return {name: kept[name] for name in names}
+            columns = {name: kept[name] for name in kept.files}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return {name: np.empty(0, "S1" if name in SAID[1:] else "i8") for name in names}
+        columns = {}
+    if columns.keys() >= {*names} and all(column.dtype == np.int64 for column in columns.values()):
+        return columns
+    return {name: np.empty(0, np.int64) for name in names}
 
 
-def _keep(file: Path, columns: Mapping[str, Any]) -> None:
+def _keep(file: Path, columns: Columns) -> None:
     import numpy as np
 
     with suppress(OSError), tables.atomic(file, durable=False) as out:  # a run that may only be read is surveyed anew
-        np.savez(out, **columns)
+        np.savez(out, **columns)  # type: ignore[arg-type]
 
 
-def _listing(folder: Path) -> dict[str, Any]:
+def _listing(folder: Path) -> Columns:
     """Number, time, size and inode of every table file, by shard."""
     import numpy as np
 
-    rows = []
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
+    found = array("q")
+    with suppress(FileNotFoundError):
+        for name, about in _files(folder):
             if name.endswith(".parquet") and name[:-8].isdigit():
-                about = entry.stat()
-                rows.append((int(name[:-8]), about.st_mtime_ns, about.st_size, about.st_ino))
-    found = np.array(rows, np.int64).reshape(-1, 4)
-    found = found[found[:, 0].argsort()]
-    return {name: found[:, i] for i, name in enumerate(("shard", *ABOUT))}
+                found.extend((int(name[:-8]), about.st_mtime_ns, about.st_size, about.st_ino))
+    rows = np.array(found, np.int64).reshape(-1, len(ABOUT))
+    rows = rows[rows[:, 0].argsort()]
+    return {name: np.ascontiguousarray(column) for name, column in zip(ABOUT, rows.T, strict=True)}
 
 
-def _parsed(path: str) -> tuple[Any, ...] | None:
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """By the folder's handle: the way to the folder is long, and a hundred thousand files need not go it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in os.listdir(handle):  # noqa: PTH208
+            with suppress(FileNotFoundError):  # it was there a moment ago
+                yield name, os.stat(name, dir_fd=handle)
+    finally:
+        os.close(handle)
+
+
+def _said(path: str) -> Mapping[str, int] | None:
     """What is kept of a stamp; None when the table is broken or has just gone."""
     try:
-        stamp = tables.read_stamp(Path(path))
-    except tables.BrokenTable:
+        text = tables.stamp_text(Path(path))
+    except (FileNotFoundError, tables.BrokenTable):
         return None
-    if stamp is None:
-        return None
-    recipe, names = stamp.recipe, sorted(stamp.recipe.inputs)
-    head = dataclasses.replace(recipe, inputs={}).fingerprint
-    inputs = "".join(recipe.inputs[name] for name in names)
-    return stamp.num_rows, stamp.digest, head, json.dumps(names), inputs, json.dumps(stamp.statuses)
+    found = STAMP.fullmatch(text)
+    assert found is not None
+    digest, num_rows, inputs, recipe, statuses = found.groups()
+    given = json.loads(inputs)
+    head = hashlib.sha256(json.dumps(sorted(given)).encode() + recipe).hexdigest()
+    said = {"num_rows": int(num_rows), "digest": _number(digest.decode()), "head": _number(head)}
+    said |= {f"input:{name}": _number(digest) for name, digest in given.items()}
+    return said | {f"status:{status}": num for status, num in json.loads(statuses).items()}
 
 
-def _codes(column: Any) -> Ints:
-    import numpy as np
-
-    codes: Ints = np.unique(column, return_inverse=True)[1]
-    return codes
-
-
-def _merged(a: Ints, b: Ints) -> Ints:
-    """A number for each pair."""
-    import numpy as np
-
-    codes: Ints = np.unique(a * (int(b.max(initial=0)) + 1) + b, return_inverse=True)[1]
-    return codes
+def _number(digest: str) -> int:
+    """Of a hexadecimal digest, as many bits as a column holds."""
+    return int(digest[:15], 16)

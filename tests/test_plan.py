@@ -51,6 +51,15 @@ def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[
             assert sum(row.stop - row.start for row in pieces if row.stop is not None) <= shard_size
 
 
+@given(sizes, st.integers(1, 10))
+def test_the_digests_of_all_shards_are_those_of_each(sizes: list[int | None], shard_size: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.parquet"
+        _, num_shards = freeze(path, corpus(sizes), shard_size=shard_size)
+        plan, _ = Plan.load(path)
+        assert list(plan.digests()) == [plan.digest(shard) for shard in range(num_shards)]
+
+
 @given(sizes, sizes, st.integers(1, 10), st.lists(st.integers(0, 9), max_size=12))
 def test_no_key_moves_when_the_corpus_grows(
     sizes: list[int | None], more: list[int | None], shard_size: int, growth: list[int]
