@@ -72,11 +72,8 @@ def serve(
         EngineDied: the server did not get ready in time, or ended by itself.
     """
     server = describe(run, name)
-    if not _is_loopback(host) and not server.key:
-        raise ConfigError(
-            f"{run.file}: engines.{name}",
-            f"on {host} everyone could ask it: set api_key_env to the name of a variable that holds a key",
-        )
+    if not is_loopback(host) and not server.key:
+        raise ConfigError(f"{run.file}: engines.{name}", needs_key(host))
     port = port or _free_port(host)
     url = f"http://{_reachable(host)}:{port}"
     note = config.endpoint(run.file.parent, name)
@@ -88,7 +85,8 @@ def serve(
             note, {"base_url": f"{url}/v1", "model": server.name, "host": socket.gethostname(), "pid": child.pid}
         ):
             say(f"{server.name} is served at {url}/v1, ready after {duration(took)}; noted in {note}")
-            child.wait()
+            while child.poll() is None and not child.asked_to_end:  # nobody is sent to a server that is ending
+                time.sleep(POLL)
         if not child.asked_to_end:
             raise EngineDied(f"the server of {name} ended by itself with exit code {child.returncode}")
 
@@ -142,11 +140,15 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"{flag}={'auto' if value == -1 else value}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def needs_key(host: str) -> str:
+    return f"on {host} everyone could ask it: set api_key_env to the name of a variable that holds a key"
 
 
 def _reachable(host: str) -> str:

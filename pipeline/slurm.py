@@ -280,13 +280,26 @@ class Cluster:
             return
         yield "{"
         for engine in served:
-            wait = self.run.slurm.settings.serve_wait
-            yield f"  # {engine} is served by another job; its file appears when it is ready."
-            yield f"  for ((waited = 0; waited < {wait}; waited += 2)); do"
-            yield f"    [ -e {shlex.quote(str(self.endpoint(engine)))} ] && break; sleep 2"
-            yield "  done"
+            yield from self._wait_for(engine)
         yield f"  exec {command}"
         yield "} &"
+
+    def _wait_for(self, engine: str) -> Iterator[str]:
+        """Until a server is ready; not for one that has ended, or was never begun."""
+        wait, name = self.run.slurm.settings.serve_wait, f"serve-{engine}"
+        file = shlex.quote(str(self.endpoint(engine)))
+        yield from f"""\
+  # {engine} is served by another job; its file appears when it is ready. Slurm is asked about it once a minute.
+  for ((waited = 0; waited < {wait}; waited += 5)); do
+    [ -e {file} ] && break
+    ((waited % 60)) || {{ found=$(squeue --noheader --name={self.prefix}{name}) && [ -z "$found" ] && break; }}
+    sleep 5
+  done
+  if [ ! -e {file} ]; then
+    echo "no server of {engine}: its job has ended, or was not ready in {wait} s; see slurm/logs/{name}-*.log" >&2
+    exit 1
+  fi
+""".splitlines()
 
     def _end(self, me: str, *, stopped: str = '[ "$code" = 75 ] || [ -n "$told" -a "$code" -gt 128 ]') -> Iterator[str]:
         bound = self.run.slurm.settings.max_requeues

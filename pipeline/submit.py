@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from pipeline import queue
+from pipeline import config, plugins, queue, serve
 from pipeline.config import Run
+from pipeline.engines import openai
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.ledger import Kind
 from pipeline.passes import Pass, select
@@ -130,14 +131,28 @@ def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, lis
     Raises:
         UserError: the run is not right, a name is unknown, or something is stale and `stale` is "stop".
     """
-    if unknown := set(run.slurm.settings.serve) - set(run.engines):
-        raise ConfigError(
-            f"{run.file}: slurm.serve", f"{min(unknown)!r} is no engine; there is {', '.join(run.engines)}"
-        )
+    for name in run.slurm.settings.serve:
+        check_served(run, name)
     runner = Runner(run=run, stale=stale)
     chosen = {p.folder for one in what for p in select(runner.passes, one)}
     runner.check_stale([p for p in runner.passes if p.folder in chosen])
     return runner, [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+
+
+def check_served(run: Run, name: str) -> None:
+    """Before a job waits an hour for a server that cannot start, or that nobody would ask.
+
+    Raises:
+        ConfigError: there is no such engine, it is not asked by its endpoint, or its server would be open to everyone.
+    """
+    if name not in run.engines:
+        raise ConfigError(f"{run.file}: slurm.serve", plugins.unknown(name, sorted(run.engines)))
+    found, host = run.engines[name].config, run.slurm.settings.serve_host
+    if not isinstance(found, openai.Config) or found.base_url != str(config.endpoint(run.file.parent, name)):
+        wanted = 'kind = "openai" and base_url = "endpoint"'
+        raise ConfigError(f"{run.file}: engines.{name}", f"slurm.serve gives it a server; to be asked it has {wanted}")
+    if not serve.is_loopback(host) and not found.api_key_env:
+        raise ConfigError(f"{run.file}: engines.{name}", serve.needs_key(host))
 
 
 def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
@@ -172,6 +187,8 @@ def submit(runner: Runner, chosen: Sequence[Job]) -> int:
     placed: list[str] = []
 
     def put(title: str, text: str, dependency: str) -> str:
+        if (engine := title.removeprefix("serve-")) in cluster.served:
+            cluster.endpoint(engine).unlink(missing_ok=True)  # of a server that is dead
         job = queue.submit(text, [f"--dependency={dependency}"] if dependency else [])
         placed.append(cluster.prefix + title)
         cluster.keep(title, job, text, dependency)

@@ -28,7 +28,9 @@ FAULTS = ("500", "429", "hang", "broken", "closed")
 class Faulty:
     """Runs on 127.0.0.1 in a thread of its own. What is public may be changed while it runs."""
 
-    def __init__(self, *, upstream: str = "", share: float = 0.0, faults: tuple[str, ...] = FAULTS) -> None:
+    def __init__(
+        self, *, upstream: str = "", share: float = 0.0, faults: tuple[str, ...] = FAULTS, port: int = 0
+    ) -> None:
         self.upstream, self.share, self.faults = upstream, share, faults
         self.delay = 0.0  # seconds that an answer takes
         self.status = 0  # answer everything with it
@@ -41,7 +43,7 @@ class Faulty:
         self._lock = threading.Lock()
         self._loop = Loop("faulty")
         self._runner: web.AppRunner | None = None
-        self._port = 0
+        self._port = port  # 0: a free one
 
     def __enter__(self) -> Faulty:
         self.start()

@@ -116,7 +116,34 @@ def test_a_served_engine_has_a_job_that_ends_with_its_last_user(tmp_path: Path) 
     assert "scancel 103" in found.release("judge", "103")
     assert "--gres" in found.server("judge")
     score = next(job for job in jobs(all_passes(found.run)) if job.title == "score")
-    assert "--gres" not in found.array(Array(job=score, offset=0, blocks=(0, 1)))
+    text = found.array(Array(job=score, offset=0, blocks=(0, 1)))
+    assert "--gres" not in text
+    assert f"[ -e {found.endpoint('judge')} ] && break" in text
+    assert f"squeue --noheader --name={found.prefix}serve-judge" in text
+
+
+OPENAI = {"kind": "openai", "model": "judge", "base_url": "endpoint"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "slurm", "says"),
+    [
+        (OPENAI, {"serve": ["jugde"]}, ["slurm.serve", "did you mean 'judge'"]),
+        (OPENAI, {"serve": ["judge"]}, ["engines.judge", "on 0.0.0.0 everyone could ask it", "api_key_env"]),
+        ({**OPENAI, "base_url": "http://a/v1"}, {"serve": ["judge"]}, ["engines.judge", 'base_url = "endpoint"']),
+        ({"kind": "vllm", "model": "judge"}, {"serve": ["judge"]}, ["engines.judge", 'kind = "openai"']),
+        (OPENAI, {"serve": ["judge"], "serve_host": "127.0.0.1"}, []),
+        ({**OPENAI, "api_key_env": "JUDGE_KEY"}, {"serve": ["judge"]}, []),
+    ],
+)
+def test_an_engine_that_could_not_be_served_or_asked_is_named(
+    tmp_path: Path, engine: dict[str, Any], slurm: dict[str, Any], says: list[str]
+) -> None:
+    parts = {**sections(corpus(tmp_path / "photos", ["jpg"])), "engines.judge": engine, "slurm": slurm}
+    run = begin(tmp_path / "run", parts)
+    done = recap("slurm", "script", "score", "--run", run, check=False)
+    assert done.returncode == (2 if says else 0)
+    assert all(word in done.stderr for word in says), done.stderr
 
 
 def test_a_window_adds_its_offset(tmp_path: Path) -> None:

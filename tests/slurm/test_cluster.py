@@ -11,12 +11,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, begin, corpus, files, make, sections
+from tests.faults import Faulty
+from tests.runs import ROOT, begin, corpus, files, make, sections, write
 from tests.slurm.cluster import cluster
 
 pytestmark = pytest.mark.slurm
@@ -77,8 +79,8 @@ class Submitted:
         logs = sorted((self.folder / "slurm" / "logs").glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text()}" for log in logs)
 
-    def process(self, what: str) -> int | None:
-        """The process that a task of ours has started, by its command line, when it listens to signals."""
+    def process(self, what: str, listens_to: int = signal.SIGUSR1) -> int | None:
+        """The process that a task of ours has started, by its command line, when it listens to a signal."""
         for place in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = place.read_bytes().split(b"\0")
@@ -89,10 +91,17 @@ class Submitted:
                 b"pipeline" in words
                 and what.encode() in b" ".join(words)
                 and str(self.folder).encode() in words
-                and caught >> 9 & 1
+                and caught >> (listens_to - 1) & 1
             ):
                 return int(place.parent.name)
         return None
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    """Every process of this machine, by its number, with its command line."""
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield int(place.parent.name), place.read_text(errors="replace")
 
 
 def expected(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
@@ -212,3 +221,38 @@ def test_what_is_cancelled_stays_cancelled_and_requeues_are_bounded(tmp_path: Pa
     assert run.submit()[-1] in ("8 tasks submitted", "7 tasks submitted")  # its last rows may have been in flight
     run.wait_until_empty()
     assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
+
+
+def test_a_served_judge_starts_before_the_array_that_asks_it_and_ends_after_it(
+    tmp_path: Path, env: dict[str, str]
+) -> None:
+    name = f"judge-of-{tmp_path.name}-{os.getpid()}"
+    judge = {"kind": "openai", "model": name, "base_url": "endpoint", "api_key_env": "JUDGE_KEY", "give_up_after": 60.0}
+    parts = settings(tmp_path, 2, serve=["judge"], serve_host="127.0.0.1")
+    parts |= {"engines.judge": judge, "engines.judge.serve": {"dtype": "float32", "args": ["--no-such-model"]}}
+    standin = {"PYTHONPATH": f"{ROOT / 'tests' / 'slurm' / 'standin'}:{ROOT}", "JUDGE_KEY": "sesame-1234"}
+    run = Submitted(tmp_path / "run", {**env, **standin}, parts)
+    endpoint = run.folder / "endpoints" / "judge.json"
+    endpoint.parent.mkdir()
+    endpoint.write_text('{"base_url": "http://127.0.0.1:9/v1"}')  # of a server that is long dead
+
+    run.submit()
+    run.wait_until_empty()  # what waited for the scores is gone too
+    assert "there is no such model" in run.words()
+    status = run.status()
+    assert {title: p["missing"] for title, p in status.items() if p["missing"]}.keys() == {
+        *("score:form:dense", "score:judge:dense", "filter", "export")
+    }
+    assert "no server of judge" in status["score:judge:dense"]["failures"]["00000"], status
+
+    write(run.folder, parts | {"engines.judge.serve": {"dtype": "float32"}})
+    assert run.submit()[-1] == "6 tasks submitted"
+    serving = run.wait_for("a server", lambda: endpoint.exists() and run.process("serve judge", signal.SIGTERM))
+    model = next(pid for pid, words in processes() if name in words)
+    run.wait_until_empty()
+    assert not endpoint.exists()
+    assert {serving, model}.isdisjoint(pid for pid, _ in processes())
+    assert "sesame" not in run.words() + "".join(path.read_text() for path in run.folder.glob("slurm/*.sh"))
+    with Faulty() as server:
+        plain = {"engines.judge": {**judge, "base_url": server.url, "api_key_env": ""}}
+        assert tables(run.folder) == expected(tmp_path / "plain", parts | plain), run.words()
