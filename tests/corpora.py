@@ -26,9 +26,10 @@ from pipeline.records import ImageStatus
 class Expected:
     """The image row of one file."""
 
-    source_key: str  # as the folder source prints it: UTF-8, other bytes as \\xNN
+    source_key: str  # as the source prints it: UTF-8, other bytes as \\xNN
     status: ImageStatus
     alt_text: str | None = None
+    error: str = ""  # a part of it
 
 
 def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
@@ -169,12 +170,13 @@ def hostile(folder: Path, seed: int) -> list[Expected]:
 
 
 def _hostile_images(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    for name, (data, status) in _traps(rng).items():
+    for name, (data, status) in traps(rng).items():
         (folder / name).write_bytes(data)
         yield Expected(source_key=name, status=status)
 
 
-def _traps(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
+def traps(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
+    """Files that are no good picture, or only look as if they were none."""
     photo = _noise(rng, (96, 64))
     jpeg, gif = encoded(photo, "JPEG"), encoded(photo.quantize(32), "GIF")
     webp, bmp = encoded(photo, "WEBP", lossless=True), encoded(photo, "BMP")
@@ -296,13 +298,13 @@ def _hostile_names(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def _hostile_texts(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    for name, (data, alt_text) in _texts(rng).items():
+    for name, (data, alt_text) in alt_texts(rng).items():
         (folder / f"text_{name}.jpg").write_bytes(encoded(_noise(rng, (32, 32)), "JPEG"))
         (folder / f"text_{name}.txt").write_bytes(data)
         yield Expected(source_key=f"text_{name}.jpg", status="ok", alt_text=alt_text)
 
 
-def _texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
+def alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
     """By name: the bytes of a .txt file, and the alt text that they are."""
     plain = {
         "controls": "a\0b\x1b[31mred\x07\x08\x7f\u0085\u2028end",

@@ -103,12 +103,3 @@ def test_mutants_quickly() -> None:
     with ProbePool(num_procs=2, timeout=20, max_memory=2 << 30) as pool:
         statuses = check_mutants(1, 400, pool)
     assert statuses["ok"] > 40 and statuses["unreadable"] > 40
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_ten_thousand_mutants() -> None:
-    with ProbePool(num_procs=2, timeout=20, max_memory=2 << 30) as pool:
-        statuses = check_mutants(2, 10_000, pool)
-    print(f"10,000 mutants, one row each: {dict(statuses)}")
-    assert statuses.total() == 10_000

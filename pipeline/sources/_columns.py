@@ -125,7 +125,7 @@ def lost(row: int, *, name: str, error: str) -> Raw:
 
 
 def values(rows: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows as Python has them; a value that Python cannot have is the words that say so."""
+    """The rows as Python has them. Text is UTF-8, with what is not replaced; what Python cannot have says why."""
     try:
         yield from rows.to_pylist()
     except (ValueError, OverflowError):  # text that is no UTF-8, a date before the year 1
@@ -136,8 +136,10 @@ def values(rows: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
 def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error.object.decode("utf-8", "replace")
     except (ValueError, OverflowError) as error:
-        return f"({error})"
+        return {"error": str(error)}  # no words, or it would be taken for alt text
 
 
 def _relative(path: str, roots: Sequence[str]) -> str:
