@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
-.PHONY: help demo test test-fast test-vllm test-slurm disasters check format vllm requirements clean
+.PHONY: help demo test test-fast test-vllm test-slurm disasters hostile check format vllm requirements clean
 
 help:  ## What there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,11 @@ test-vllm: $(VENV)/.vllm  ## The tests that serve models with vLLM
 test-slurm: $(VENV)/.test  ## The tests on a real Slurm, started on this machine (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m "slurm and not vllm"
 
-disasters: $(VENV)/.test  ## 300 kills of every stage, counted
+disasters: $(VENV)/.test  ## 300 kills over all stages and three engines, counted
 	$(BIN)/python -m tests.disasters --kills 300
+
+hostile: $(VENV)/.test  ## 10,000 mutated images and all hostile files, tars and Parquet, counted
+	$(BIN)/python -m tests.hostile --mutants 10000
 
 $(VENV)/.uv:
 	$(PYTHON) -m venv $(VENV)

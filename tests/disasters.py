@@ -1,9 +1,10 @@
 """Kills runs at random moments, over and over, and counts what that cost.
 
-    python -m tests.disasters --kills 300 --engine echo         # or server, transformers, vllm
+    python -m tests.disasters --kills 300                  # shared out among the engines that start at once
+    python -m tests.disasters --kills 10 --engine vllm     # or echo, server, transformers
 
 Every stage is started, killed with SIGKILL at some moment, and started again, until it is done; then every table is
-compared with that of a run that nobody disturbed. The last line is JSON.
+compared with that of a run that nobody disturbed. Stages are killed equally often. A line of JSON for each engine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +35,13 @@ from tests.runs import BAD, GOOD, begin, corpus, make, sections
 STAGES = ("ingest", "caption", "score", "filter", "export")
 MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD]
 AGE = 0.05  # seconds between parts, so that a short shard has some to adopt
+AT_ONCE = ("echo", "server", "transformers")  # engines that start in seconds
+MOST = 5  # kills of a stage of one run: then it may end, however slow the machine has become
+IMPORTED = {  # before a process of `start` begins: imports would be most of what is killed
+    "": ("__main__", "tests.runs", "pyarrow.parquet", "duckdb", "stages.export", "stages.scorers.judge"),
+    "server": ("aiohttp",),
+    "transformers": ("torch", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"),
+}
 
 
 @dataclass(kw_only=True)
@@ -55,14 +64,27 @@ class Toll:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--engine", choices=["echo", "server", "transformers", "vllm"], default="echo")
+    parser.add_argument("--kills", type=int, default=300, help="at least; as many of each stage")
+    parser.add_argument("--engine", choices=[*AT_ONCE, "vllm"], help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, engines(args.engine, Path(folder)) as parts:
-        toll = torment(Path(folder), parts, kills=args.kills, seed=args.seed, alike=args.engine in ("echo", "server"))
-    print(json.dumps({"engine": args.engine, **asdict(toll)}))
-    sys.exit(1 if toll.harm else 0)
+    if args.engine:
+        toll = tormented(args.engine, kills=args.kills, seed=args.seed)
+        print(json.dumps({"engine": args.engine, **asdict(toll)}))
+        sys.exit(1 if toll.harm else 0)
+    command = [sys.executable, "-m", "tests.disasters", "--seed", str(args.seed)]
+    share = ["--kills", str(-(-args.kills // len(AT_ONCE)))]
+    sys.exit(max(subprocess.run([*command, *share, "--engine", kind], check=False).returncode for kind in AT_ONCE))
+
+
+def tormented(kind: str, *, kills: int, seed: int) -> Toll:
+    """A toll, with an engine of this kind."""
+    stages = ("caption",) if kind == "vllm" else STAGES  # it is in no other stage's process
+    alike = kind in ("echo", "server")
+    early = [*IMPORTED[""], *IMPORTED.get(kind, ())]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(early)  # heeded by the first process alone
+    with tempfile.TemporaryDirectory() as folder, engines(kind, Path(folder)) as parts:
+        return torment(Path(folder), parts, kills=kills, seed=seed, alike=alike, stages=stages)
 
 
 @contextmanager
@@ -80,23 +102,34 @@ def engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
         from tests import tiny
 
         asked = {"kind": kind, "model": str(tiny.make(folder / "model"))}
+        asked |= {"enforce_eager": True, "kv_cache_gib": 1, "max_model_len": 2048} if kind == "vllm" else {}
         yield {"engines__captioner": asked, "engines__judge": {"kind": "echo"}}
 
 
-def torment(folder: Path, parts: Mapping[str, Mapping[str, Any]], *, kills: int, seed: int, alike: bool = True) -> Toll:
-    """Makes runs, killed at random moments, until there were enough kills."""
+def torment(
+    folder: Path,
+    parts: Mapping[str, Mapping[str, Any]],
+    *,
+    kills: int,
+    seed: int,
+    alike: bool = True,
+    stages: tuple[str, ...] = STAGES,
+) -> Toll:
+    """Makes runs, killed at random moments, until each of `stages` was killed often enough."""
     noise, toll = Random(seed), Toll(kills_by_stage=dict.fromkeys(STAGES, 0))
     photos = corpus(folder / "photos", MIX * 2)
-    settings = sections(photos, caption__dense={"num_candidates": 2}, **parts)
+    settings = sections(photos, caption__dense={"recipe": "short", "num_candidates": 2}, **parts)
     quiet = begin(folder / "quiet", settings)
     seconds = {stage: _undisturbed(quiet, stage) for stage in STAGES}
-    while toll.kills < kills:
+    wanted = dict.fromkeys(stages, -(-kills // len(stages)))
+    while any(toll.kills_by_stage[stage] < num for stage, num in wanted.items()):
         run = folder / "run"
         run.mkdir()
         for name in ("run.toml", "plan.parquet"):
             shutil.copy(quiet / name, run)
         for stage in STAGES:
-            toll.kills_by_stage[stage] += _until_done(run, stage, noise, seconds[stage])
+            room = min(MOST, wanted.get(stage, 0) - toll.kills_by_stage[stage])
+            toll.kills_by_stage[stage] += _until_done(run, stage, noise, seconds, most=room)
         toll.kills = sum(toll.kills_by_stage.values())
         toll.runs += 1
         compare(quiet, run, toll, alike=alike)
@@ -107,9 +140,6 @@ def torment(folder: Path, parts: Mapping[str, Mapping[str, Any]], *, kills: int,
 def start(run: Path, what: str, **options: Any) -> BaseProcess:
     """`recap run` in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["__main__", "tests.runs", "pyarrow.parquet", "duckdb", "stages.export", "stages.scorers.judge"]
-    )
     process = context.Process(target=_work, args=(run, what, options))
     process.start()
     return process
@@ -131,16 +161,23 @@ def _undisturbed(run: Path, stage: str) -> float:
     return time.monotonic() - begun
 
 
-def _until_done(run: Path, stage: str, noise: Random, seconds: float) -> int:
-    """Starts a stage until it is done; returns how often it was killed."""
+def _until_done(run: Path, stage: str, noise: Random, seconds: dict[str, float], *, most: int) -> int:
+    """Starts a stage until it is done; returns how often it was killed.
+
+    Args:
+        seconds: that each stage takes; noted anew when this one was left alone.
+    """
     kills = 0
     while True:
+        begun = time.monotonic()
         process = start(run, stage)
-        process.join(noise.uniform(0, seconds))
+        process.join(noise.uniform(0, seconds[stage]) if kills < most else None)
         if process.exitcode is None and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode == 0:
+            if kills == 0:
+                seconds[stage] = time.monotonic() - begun
             return kills
         assert process.exitcode == -signal.SIGKILL, f"{stage} ended with {process.exitcode} after {kills} kills"
         kills += 1
