@@ -33,6 +33,7 @@ class Faulty:
     ) -> None:
         self.upstream, self.share, self.faults = upstream, share, faults
         self.delay = 0.0  # seconds that an answer takes
+        self.jitter = 0.0  # share of the delay by which it may be longer or shorter
         self.status = 0  # answer everything with it
         self.key = ""  # demand it
         self.seen: Counter[str] = Counter()
@@ -107,7 +108,7 @@ class Faulty:
             return _error(self.status, "as it was told")
         if fault in ("500", "429"):
             return _error(int(fault), "a fault was injected")
-        await asyncio.sleep(self.delay)
+        await asyncio.sleep(self.delay * random.uniform(1 - self.jitter, 1 + self.jitter))
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "closed" and request.transport is not None:
