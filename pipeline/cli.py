@@ -64,6 +64,8 @@ def init(
     guessed = starter.guess_source(source) | ({"kind": kind} if kind else {})
     sections = starter.defaults({**guessed, "shard_size": shard_size}, engine=engine, model=model)
     run, num_shards = starter.begin(folder, sections)
+    if beside := starter.left_out(sections["source"]):
+        say(f"recap: {beside}")
     say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
     if engine == "echo":
         say("its engine is `echo`, which makes words up: good for a first look. Name your model in [engines.captioner]")

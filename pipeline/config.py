@@ -84,6 +84,11 @@ class Plugin:
     def stamp(self) -> dict[str, Any]:
         return {"kind": self.kind, **stamped(self.config)}
 
+    def place(self, file: str) -> str:
+        """Of a source: where a file of the plan lies now."""
+        place = getattr(self.module, "place", None)
+        return place(file, self.config) if place else file
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from codecs import getincrementaldecoder
 from collections.abc import Callable
 from functools import cache
@@ -31,6 +32,8 @@ def readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
     from PIL.TiffImagePlugin import TiffImageFile
     from PIL.WebPImagePlugin import WebPImageFile
 
+    # What is odd in a file is that file's row's matter: standard error is for people.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     return {
         "JPEG": JpegImageFile,
         "PNG": PngImageFile,

@@ -10,7 +10,7 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -86,20 +86,23 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def freeze(path: Path, pieces: Iterable[Piece], *, shard_size: int) -> tuple[int, int]:
+def freeze(
+    path: Path, pieces: Iterable[Piece], *, shard_size: int, place: Callable[[str], str] = str
+) -> tuple[int, int]:
     """Writes the plan, or extends it by what it does not have yet. Planned shards never change.
 
     Args:
         path: plan.parquet.
         pieces: the whole corpus as it is now.
         shard_size: samples in a shard; a piece of unknown length is a shard of its own.
+        place: where a piece's file lies: two names of one place are one file.
 
     Returns:
         How many shards there were, and are.
     """
     planned = list(tables.read(path, Planned)) if path.exists() else []
     before = planned[-1].shard + 1 if planned else 0
-    new = assign(grown(planned, pieces), shard_size=shard_size, first=before)
+    new = assign(grown(planned, pieces, place=place), shard_size=shard_size, first=before)
     first = next(new, None)
     if first is None and planned:
         return before, before
@@ -109,15 +112,17 @@ def freeze(path: Path, pieces: Iterable[Piece], *, shard_size: int) -> tuple[int
     return before, rows[-1].shard + 1 if rows else 0
 
 
-def grown(planned: Iterable[Planned], pieces: Iterable[Piece]) -> Iterator[Piece]:
+def grown(planned: Iterable[Planned], pieces: Iterable[Piece], *, place: Callable[[str], str]) -> Iterator[Piece]:
     """What of the corpus is not planned yet: new files, and the new end of those that grew."""
     ends: dict[str, int | None] = {}
     for row in planned:
-        end = ends.get(row.file, 0)
-        ends[row.file] = None if row.stop is None or end is None else max(end, row.stop)
+        file = place(row.file)
+        end = ends.get(file, 0)
+        ends[file] = None if row.stop is None or end is None else max(end, row.stop)
     for piece in pieces:
-        end = ends.get(piece.file, 0)
-        if piece.file not in ends:
+        file = place(piece.file)
+        end = ends.get(file, 0)
+        if file not in ends:
             yield piece
         elif end is not None and piece.stop is not None and piece.stop > end:
             yield Piece(file=piece.file, start=end, stop=piece.stop, num_bytes=piece.num_bytes)

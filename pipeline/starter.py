@@ -17,6 +17,7 @@ from pipeline import plugins, tables
 from pipeline.config import Corpus, Run, describe, load
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.plan import freeze
+from pipeline.sources import _common
 
 WIDTH = 110
 
@@ -55,7 +56,8 @@ def plan(run: Run) -> tuple[int, int]:
     """
     path = run.folder / "plan.parquet"
     try:
-        before, after = freeze(path, run.source.module.pieces(run.source.config), shard_size=run.corpus.shard_size)
+        pieces = run.source.module.pieces(run.source.config)
+        before, after = freeze(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
     except ConfigError as error:  # it names its field
         raise UserError(f"{run.file}: {error}") from error
     except ValueError as error:
@@ -81,6 +83,18 @@ def guess_source(source: str) -> dict[str, Any]:
         raise UserError(f"--source {source}: there is no such file or folder (hf:NAME is a Hugging Face dataset)")
     place = source if "://" in source else str(path.absolute())
     return {"kind": _kind(path, source), "path": place}
+
+
+def left_out(source: Mapping[str, Any]) -> str:
+    """That there are image files beside the tars or tables which are the corpus; "" where there are none."""
+    path = Path(source.get("path", ""))
+    if source["kind"] not in ("webdataset", "img2dataset", "parquet") or not path.is_dir():
+        return ""
+    names = sorted(entry.name for entry in path.iterdir() if _common.is_image(entry.name) and entry.is_file())
+    if not names:
+        return ""
+    few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+    return f'{len(names)} image files in {path} are left out ({few}): kind = "{source["kind"]}" reads none'
 
 
 def _kind(path: Path, source: str) -> str:

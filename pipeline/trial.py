@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from pipeline.config import Run
@@ -19,6 +20,8 @@ from pipeline.shard import Shard
 from pipeline.tables import Recipe, write
 
 INDENT = "    "
+NUM_FILES = 4  # that a trial opens where a file holds many images
+MAX_LISTED = 1000  # files of the corpus that it looks up for them
 
 
 def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
@@ -41,15 +44,32 @@ def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
 
 
 def _plan(run: Run, num_images: int) -> None:
-    pieces: list[Piece] = []
-    for piece in run.source.module.pieces(run.source.config):
-        pieces.append(piece)
-        if piece.num_samples is None or sum(p.num_samples or 0 for p in pieces) >= num_images:
-            break
-    rows = [row for row in assign(pieces, shard_size=num_images) if row.shard == 0]
+    pieces = run.source.module.pieces(run.source.config)
+    rows = [row for row in assign(_sample(pieces, num_images), shard_size=num_images) if row.shard == 0]
     write(
         run.folder / "plan.parquet", type(rows[0]), rows, Recipe(stage="plan", name="", version=1, slice={}, inputs={})
     )
+
+
+def _sample(pieces: Iterator[Piece], num_images: int) -> Iterator[Piece]:
+    """The first images of the corpus; of tars, which only reading tells the length of, the first of a few."""
+    num = 0
+    for piece in pieces:
+        if piece.num_samples is None:
+            yield from _spread([piece, *islice(pieces, MAX_LISTED)], num_images - num)
+            return
+        yield piece
+        num += piece.num_samples
+        if num >= num_images:
+            return
+
+
+def _spread(pieces: list[Piece], num_images: int) -> Iterator[Piece]:
+    near = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # what is far is fetched whole
+    some = near[:: -(-len(near) // NUM_FILES)]
+    each = -(-num_images // len(some))
+    for piece in some:
+        yield dataclasses.replace(piece, stop=piece.start + min(each, piece.num_samples or each))
 
 
 def _show(shard: Shard, wanted: list[Pass]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import typer
 
 from pipeline import database
 from pipeline.cli import app
-from tests.runs import ROOT, begin, corpus, files, make, recap, sections, times
+from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, times
+from tests.wrapped import tar
 
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
 GROUPS = [group.name for group in app.registered_groups]
@@ -189,3 +191,22 @@ def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
         assert connection.execute("SELECT count(*) FROM caption JOIN image USING (key)").fetchone() == (18,)
         globbed = f"SELECT count(*) FROM read_parquet('{run}/caption/*/*.parquet')"
         assert connection.execute(globbed).fetchone() == (18,)
+
+
+def test_photographs_beside_tars_are_not_left_out_without_a_word(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "png"])
+    (photos / "more.tar").write_bytes(tar({"a.jpg": picture(7)}))
+    said = recap("init", tmp_path / "run", "--source", photos).stderr
+    assert f'2 image files in {photos} are left out (00000.jpg, 00001.png): kind = "webdataset" reads none' in said
+    (photos / "more.tar").rename(tmp_path / "more.tar")
+    assert "left out" not in recap("init", tmp_path / "other", "--source", photos).stderr
+
+
+def test_a_trial_looks_into_several_tars(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for number in range(9):
+        images = {f"{number}_{letter}.jpg": picture(10 * number + n) for n, letter in enumerate("abc")}
+        (tmp_path / "tars" / f"{number}.tar").write_bytes(tar(images))
+    run = begin(tmp_path / "run", sections(tmp_path / "tars", source={"kind": "webdataset"}))
+    shown = recap("try", "caption:dense", "--images", 5, "--run", run).stdout
+    assert re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE) == ["0_a", "0_b", "3_a", "3_b", "6_a"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline import formats
 from pipeline.images import Limits, Undecodable, encode_lossless, fits, pixels, probe, target_size
 
 
@@ -199,3 +203,15 @@ def test_limits() -> None:
     picture = encoded(corners(), "PNG")
     found = probe(picture, limits=Limits(max_pixels=112 * 84 - 1))
     assert (found.status, found.width, found.height) == ("too_large", 112, 84)
+
+
+def test_odd_files_say_nothing_to_people() -> None:
+    """Pillow warns of broken EXIF; in a process of its own, for pytest collects warnings before they are printed."""
+    code = "import sys; from pipeline.images import pixels, probe; data = sys.stdin.buffer.read()"
+    data = encoded(corners(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    formats.readers()
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        probe(data)
+    command = [sys.executable, "-c", f"{code}; probe(data); pixels(data, max_pixels=10**6)"]
+    done = subprocess.run(command, input=data, capture_output=True, check=True, env={**os.environ, "PYTHONPATH": "."})
+    assert (done.stdout, done.stderr) == (b"", b"")

@@ -8,4 +8,8 @@ A source is a module with three names:
 - `read(piece, config) -> Iterator[Raw]`: the samples of one piece in order, exactly `stop - start` of them where that
   is known. What cannot be read is a `Raw` with an error and no data, never an exception; an exception says that the
   machine failed (a disk, a network) and that the shard is to be tried again.
+
+And, where a piece's `file` is named from a folder that may be moved:
+
+- `place(file, config) -> str`: where it lies now.
 """

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,6 +29,8 @@ class Unusable(ValueError):
 def find(paths: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterator[Piece]:
     """The files that the paths mean, in order, each once, as pieces of unknown length.
 
+    What lies below the one folder that `paths` means is named from there, so that the corpus may be moved.
+
     Args:
         paths: files, folders (all below with one of `endings`), globs, brace ranges, fsspec URLs of any of those.
         endings: what the names of the wanted files end with, as in `.tar`.
@@ -36,15 +39,36 @@ def find(paths: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterator[Pie
         ConfigError: a path does not exist, or means no file.
     """
     seen: set[str] = set()
+    home = _home(paths)
     for path in (paths,) if isinstance(paths, str) else paths:
         some = False
         for piece in _meant(path.removeprefix("file://"), endings):
             some = True
             if piece.file not in seen:
                 seen.add(piece.file)
-                yield piece
+                yield replace(piece, file=piece.file.removeprefix(f"{home}/")) if home else piece
         if not some:
             raise ConfigError(FIELD, f"{path!r} means no file; files that end with {', '.join(endings)} are looked for")
+
+
+def place(file: str, paths: str | tuple[str, ...]) -> str:
+    """Where a file that `find` has named lies now."""
+    return file if is_url(file) or file.startswith("/") else f"{_home(paths)}/{file}"
+
+
+def _home(paths: str | tuple[str, ...]) -> str:
+    """The folder that one local path means, or in which what it means lies; "" for several paths and for URLs.
+
+    >>> _home("/corpus/2024-*/{00..99}.tar")
+    '/corpus'
+    """
+    if not isinstance(paths, str) or is_url(path := paths.removeprefix("file://")):
+        return ""
+    here = Path(path).absolute()
+    if here.is_dir():
+        return str(here)
+    plain = re.split(r"[*?\[{]", str(here), maxsplit=1)[0] if not here.exists() else str(here)
+    return plain.rpartition("/")[0]
 
 
 def folder(path: str) -> Path:

@@ -41,22 +41,27 @@ def pieces(config: Config) -> Iterator[Piece]:
         message = f'{config.path!r} has no tar with its {DONE} beside it; for tars alone there is kind = "webdataset"'
         raise ConfigError("source.path", message)
     if config.alt_text:
-        _check(shards[0], config.alt_text)
+        _check(_table_of(shards[0], config), config.alt_text)
     yield from shards
+
+
+def place(file: str, config: Config) -> str:
+    """Where a planned tar lies now."""
+    return _files.place(file, config.path)
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The rows of the shard's Parquet, in its order, then what only the tar has."""
-    with _tars.opened(piece.file, scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
-        yield from islice(_raws(piece, tar, config.alt_text), piece.start, piece.stop)
+    with _tars.opened(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
+        yield from islice(_raws(_table_of(piece, config), tar, config.alt_text), piece.start, piece.stop)
 
 
-def _raws(piece: Piece, tar: _tars.Tar, column: str) -> Iterator[Raw]:
+def _raws(table: str, tar: _tars.Tar, column: str) -> Iterator[Raw]:
     samples: dict[str, _tars.Sample] = {}
     doubles = [sample for sample in tar.samples() if samples.setdefault(sample.key, sample) is not sample]
     unknown = None
     try:
-        for row in _rows(piece):
+        for row in _rows(table):
             sample = samples.pop(str(row.get("key")), None)
             raw = _missing(row) if sample is None else tar.image(sample)
             yield _common.describe(raw, row, column=column)
@@ -64,7 +69,7 @@ def _raws(piece: Piece, tar: _tars.Tar, column: str) -> Iterator[Raw]:
         unknown = f"which downloads failed is not known: {error}"
     yield from (tar.raw(sample, column=column) for sample in (*samples.values(), *doubles))
     if unknown:
-        yield Raw(source_key=_table_of(piece).rpartition("/")[2], data=None, error=unknown)
+        yield Raw(source_key=table.rpartition("/")[2], data=None, error=unknown)
 
 
 def _missing(row: dict[str, Any]) -> Raw:
@@ -75,20 +80,20 @@ def _missing(row: dict[str, Any]) -> Raw:
     return Raw(source_key=_common.clean(str(row.get("key"))), data=None, error=error)
 
 
-def _table_of(piece: Piece) -> str:
-    return f"{piece.file.removesuffix('.tar')}.parquet"
+def _table_of(piece: Piece, config: Config) -> str:
+    return f"{place(piece.file, config).removesuffix('.tar')}.parquet"
 
 
-def _rows(piece: Piece) -> Iterator[dict[str, Any]]:
-    with _files.opened(_table_of(piece)) as stream:
+def _rows(file: str) -> Iterator[dict[str, Any]]:
+    with _files.opened(file) as stream:
         table = _parquet.table(stream)
         for group, _ in _parquet.groups(table):
             for batch in _parquet.batches(table, table.schema_arrow.names, group=group, num_rows=BATCH_ROWS):
                 yield from _columns.values(batch)
 
 
-def _check(piece: Piece, column: str) -> None:
-    with _files.opened(_table_of(piece)) as stream:
+def _check(file: str, column: str) -> None:
+    with _files.opened(file) as stream:
         names = _parquet.table(stream).schema_arrow.names
     if column not in names:
         raise ConfigError("source.alt_text", f"there is no column {column!r}; there are {', '.join(names)}")

@@ -42,7 +42,7 @@ def pieces(config: Config) -> Iterator[Piece]:
     checked = False
     for piece in _files.find(config.path, (".parquet", ".pq")):
         try:
-            with _files.opened(piece.file) as stream:
+            with _files.opened(place(piece.file, config)) as stream:
                 table = _parquet.table(stream)
                 stop, schema = table.metadata.num_rows, table.schema_arrow
         except _parquet.Broken:
@@ -54,10 +54,15 @@ def pieces(config: Config) -> Iterator[Piece]:
         yield replace(piece, stop=stop)
 
 
+def place(file: str, config: Config) -> str:
+    """Where a planned file lies now."""
+    return _files.place(file, config.path)
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The rows of the piece; each that cannot be read is a row with an error."""
     name = piece.file.rpartition("/")[2]
-    with _files.opened(piece.file) as stream:
+    with _files.opened(place(piece.file, config)) as stream:
         try:
             table = _parquet.table(stream)
             columns = _choose(table.schema_arrow, config)

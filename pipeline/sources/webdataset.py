@@ -36,8 +36,13 @@ def pieces(config: Config) -> Iterator[Piece]:
     return _files.find(config.path, _tars.ENDINGS)
 
 
+def place(file: str, config: Config) -> str:
+    """Where a planned tar lies now."""
+    return _files.place(file, config.path)
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The samples of a tar, in its order."""
-    with _tars.opened(piece.file, scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
+    with _tars.opened(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
         for sample in islice(tar.samples(), piece.start, piece.stop):
             yield tar.raw(sample, column=config.alt_text, wanted=config.image)
