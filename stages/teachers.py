@@ -297,18 +297,20 @@ def _reason(group: Sequence[Claim], scene: Scene) -> str:
 
 
 def _stand(claim: Claim, scene: Scene) -> str:
-    """What is where, then all that is true of how two things stand to each other, or which of them is not there.
+    """What is where; then the two things and all that is true of how they stand, or which of them is not there.
 
-    Who looks at everything first is not led by the question; who has said where two things are can compare them.
+    Who looks at everything first is not led by the question; who says once more where two things are can compare them.
     """
     things = {thing.name: thing for thing in scene.things}
-    seen = ", ".join(f"{thing.name} {_place_of(thing, scene)}" for thing in scene.in_order)
+    seen = {name: f"{name} {_place_of(thing, scene)}" for name, thing in things.items()}
+    listed = ", ".join(seen[thing.name] for thing in scene.in_order)
     for name in (claim.about, claim.other):
         if name not in things:
-            return f"{seen}: no {name}"
+            return f"{listed}: no {name}"
     a, b = things[claim.about], things[claim.other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    return f"{seen}: {', '.join(word for word in words if related(a, word, b)) or 'level'}"
+    standing = ", ".join(word for word in words if related(a, word, b)) or "level"
+    return f"{listed}: {seen[a.name]}, {seen[b.name]}: {standing}"
 
 
 def _place_of(thing: Thing, scene: Scene) -> str:
