@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 STAGES = ("ingest", "caption", "rubric", "score", "filter", "export", "train")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SECRET = re.compile(r"api_?key|(access|auth|hf)_?token|authorization|bearer|credential|passw|secret", re.IGNORECASE)
+SIGNED = re.compile(  # how the parameters of a URL are called that sign it
+    r".*(signature|token|authorization|credential|password|secret|key|keyid|key-pair-id)|sig|auth", re.IGNORECASE
+)
+KEEP = {  # where a secret belongs, by what it opens
+    "endpoint": "api_key_env names the environment variable that holds a key",
+    "path": "fsspec takes it from the environment: AWS_ACCESS_KEY_ID and its like, FSSPEC_HTTPS, ~/.config/fsspec",
+    "model": "HF_TOKEN in the environment opens models and data sets",
+}
 
 
 class Located(str):
@@ -208,6 +217,10 @@ class Section:
         result = _convert(value, hint)
         if result is _WRONG:
             raise self.error(name, f"{value!r} is not {describe(hint)}")
+        if hint == dict[str, Any] and (secret := next(filter(SECRET.search, _names(result)), "")):
+            raise self.error(
+                f"{name}.{secret}", f"looks like a secret, and all of this is recorded; {KEEP['endpoint']}"
+            )
         if isinstance(result, float) and not math.isfinite(result):
             raise self.error(name, f"{value!r} is no finite number")
         least, most = about.get("least"), about.get("most")
@@ -215,13 +228,17 @@ class Section:
             raise self.error(name, f"{value!r} is too small; the least is {least}")
         if most is not None and result is not None and result > most:
             raise self.error(name, f"{value!r} is too large; the most is {most}")
-        return self._located(result, about.get("locate"))
+        return self._located(name, result, about.get("locate"))
 
-    def _located(self, value: Any, how: str | None) -> Any:
+    def _located(self, name: str, value: Any, how: str | None) -> Any:
         if how is None or not value:  # nothing, or the empty string, means no place
             return value
         if isinstance(value, tuple):
-            return tuple(self._located(one, how) for one in value)
+            return tuple(self._located(name, one, how) for one in value)
+        if secret := secret_in(value):
+            raise self.error(
+                name, f"its URL carries a secret ({secret}), which tables and logs would repeat; {KEEP[how]}"
+            )
         if how == "endpoint":
             return Located(self._endpoint(value), value)
         return Located(_locate(value, how, self.file.parent), value)
@@ -230,6 +247,17 @@ class Section:
         """Of "endpoint", the file in which `recap serve` notes the URL of this section's server."""
         name = self.field.rpartition(".")[2]
         return str(endpoint(self.file.parent, name)) if value == "endpoint" else value
+
+
+def secret_in(url: str) -> str:
+    """What in a URL opens a door for whoever reads it, without its value; "" when there is nothing.
+
+    >>> secret_in("https://me:sesame@host/a.tar"), secret_in("s3://bucket/a.tar?X-Amz-Signature=1f")
+    ('a password', 'X-Amz-Signature')
+    """
+    if re.search(r"https?://[^/@\s]+@|://[^/@\s]*:[^/@\s]*@", url):
+        return "a password"
+    return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNED.fullmatch(name)), "")
 
 
 def endpoint(run: Path, engine: str) -> Path:
@@ -346,6 +374,14 @@ def describe(hint: Any) -> str:
 
 
 _WRONG = object()
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Of all keys in a free table, however deep."""
+    for one in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
+        yield from _names(one)
+    if isinstance(value, dict):
+        yield from value
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -93,7 +93,9 @@ def _start(config: Config) -> tuple[Any, Any]:
         model: Any = small.new_model(processor)
     else:
         processor = AutoProcessor.from_pretrained(str(config.model))
-        model = AutoModelForImageTextToText.from_pretrained(str(config.model), dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(
+            str(config.model), dtype=torch.float32, use_safetensors=True
+        )
     processor.tokenizer.padding_side = "left" if config.method == "grpo" else "right"
     if config.optimizer == "masters":
         model = model.bfloat16()

@@ -50,6 +50,10 @@ class Serve:
     images_per_prompt: int = key(1, "at most", stamp=False, least=1)
     args: tuple[str, ...] = key((), "more of vLLM's own flags", stamp=False)
 
+    def __post_init__(self) -> None:
+        if any(arg.startswith(("--api-key", "--hf-token")) for arg in self.args):
+            raise ValueError("a key in args would stand in a command line; api_key_env and HF_TOKEN are for keys")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -61,6 +61,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
             revision=config.revision,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,  # never a pickle
         )
     except (OSError, ValueError) as error:
         raise _prompt.unloadable(config.model, error) from error

@@ -241,6 +241,7 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "tokenizer_revision": config.revision,
         "dtype": _stored_dtype(config) if config.dtype == "auto" else config.dtype,
         "trust_remote_code": config.trust_remote_code,
+        "load_format": "safetensors",  # never a pickle
         "max_model_len": config.max_model_len or -1,  # as many as the model has and the memory holds
         "max_num_seqs": config.max_num_seqs,
         "gpu_memory_utilization": config.gpu_memory_utilization,

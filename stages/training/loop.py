@@ -127,7 +127,7 @@ def reload(model: Any, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     for file in folder.glob("*.safetensors"):
         saved |= {name: value for name, value in load_file(file).items() if name.startswith(READER)}
     model.load_state_dict(saved)
