@@ -135,7 +135,8 @@ def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, lis
         check_served(run, name)
     runner = Runner(run=run, stale=stale)
     chosen = {p.folder for one in what for p in select(runner.passes, one)}
-    runner.check_stale([p for p in runner.passes if p.folder in chosen])
+    overview = Overview(runner.ledger, runner.plan, runner.passes)  # without it, every stamp would be read
+    runner.check_stale([p for p in runner.passes if p.folder in chosen and overview.shards(p, "stale")])
     return runner, [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
 
 

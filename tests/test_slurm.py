@@ -15,7 +15,7 @@ from pipeline.passes import all_passes
 from pipeline.plan import parse_spec
 from pipeline.slurm import Array, Cluster, seconds
 from pipeline.submit import Chain, Job, block_of, jobs
-from tests.runs import ROOT, begin, corpus, recap, sections, write
+from tests.runs import ROOT, begin, corpus, make, recap, sections, write
 
 EXAMPLE = {
     "partition": "gpu",
@@ -192,6 +192,18 @@ def test_a_finished_run_needs_no_jobs_and_a_stage_alone_can_be_printed(tmp_path:
     assert recap("slurm", "script", "caption", "--run", run).stdout.startswith("#!/bin/bash\n#SBATCH --job-name=recap-")
     recap("run", "all", "--run", run)
     assert recap("slurm", "script", "--run", run).stdout == ""
+
+
+def test_what_is_stale_is_not_submitted_unasked(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 4))
+    run = begin(tmp_path / "run", parts)
+    make(run)
+    write(run, parts | {"caption.dense": {"recipe": "short", "engine": "captioner"}})
+    done = recap("slurm", "script", "--run", run, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stale: caption:dense (1 shards)" in done.stderr
+    redone = recap("slurm", "script", "caption", "--stale", "redo", "--run", run).stdout
+    assert "--stale redo" in redone
 
 
 def test_titles_of_jobs_are_what_recap_run_takes(tmp_path: Path) -> None:
