@@ -138,6 +138,25 @@ def paired(work: Callable[[Iterator[Q]], Iterator[A]], questions: Iterable[tuple
         yield asked.popleft(), answer
 
 
+def answered(
+    work: Callable[[Iterator[T]], Iterator[A]], items: Iterable[T], is_asked: Callable[[T], bool]
+) -> Iterator[tuple[T, A | None]]:
+    """Hands to `work` only those items about which it is to be asked; gives every item, in order, with its answer."""
+    waiting: deque[T] = deque()
+
+    def handed() -> Iterator[T]:
+        for item in items:
+            waiting.append(item)
+            if is_asked(item):
+                yield item
+
+    for answer in work(handed()):
+        while not is_asked(waiting[0]):
+            yield waiting.popleft(), None
+        yield waiting.popleft(), answer
+    yield from ((item, None) for item in waiting)
+
+
 def engine_slice(run: Run, name: str, *, field: str) -> dict[str, Any]:
     """What an engine of run.toml decides of its answers; which program serves the model decides nothing.
 

@@ -5,7 +5,6 @@ One rubric for each image of which the student has a usable caption. It does not
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from pipeline.errors import ConfigError, UnknownName
 from pipeline.passes import Pass
 from pipeline.records import Caption, Image, Rubric
 from pipeline.shard import Shard
-from stages.asking import engine_slice, seed_of
+from stages.asking import answered, engine_slice, seed_of
 from stages.writers import Evidence, Written, majority
 
 NAMED = True
@@ -59,24 +58,9 @@ class Committee:
 
     def work(self, inputs: Iterator[Evidence], engines: Mapping[str, Engine]) -> Iterator[Rubric]:
         """In order. Where too few teachers were heard, the writer is not asked."""
-        waiting: deque[Evidence] = deque()
-
-        def heard() -> Iterator[Evidence]:
-            for evidence in inputs:
-                waiting.append(evidence)
-                if _is_enough(evidence):
-                    yield evidence
-
-        for written in self.module.write(heard(), self.settings, engines):
-            while not _is_enough(waiting[0]):
-                yield self._without(waiting.popleft())
-            yield self._row(waiting.popleft(), written)
-        yield from map(self._without, waiting)
-
-    def _without(self, evidence: Evidence) -> Rubric:
-        num = len(evidence.teachers)
-        why = f"{num} of its teachers have a usable caption, and {evidence.num_agree} must agree"
-        return self._row(evidence, Written(status="empty", error=why))
+        write = partial(self.module.write, settings=self.settings, engines=engines)
+        for evidence, written in answered(write, inputs, _is_enough):
+            yield self._row(evidence, written or _without(evidence))
 
     def _row(self, evidence: Evidence, written: Written) -> Rubric:
         num = len(evidence.teachers)
@@ -114,6 +98,12 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
 
 def _first(rows: Iterable[Caption]) -> str | None:
     return next((row.text for row in rows if row.status == "ok"), None)
+
+
+def _without(evidence: Evidence) -> Written:
+    num = len(evidence.teachers)
+    why = f"{num} of its teachers have a usable caption, and {evidence.num_agree} must agree"
+    return Written(status="empty", error=why)
 
 
 def _is_enough(evidence: Evidence) -> bool:

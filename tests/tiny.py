@@ -33,6 +33,36 @@ def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, 
     return folder
 
 
+def make_text(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
+    """Writes an untrained Qwen2, which sees no pictures, into `folder`, which is returned."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=hidden * 2,
+            num_hidden_layers=num_layers,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
+            max_position_embeddings=8192,
+            initializer_range=0.15,
+            eos_token_id=end,
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(_head(tokenizer, model.lm_head.weight, end))
+    model.to(torch.float32).save_pretrained(folder)
+    return folder
+
+
 def photograph(n: int, *, edge: int = PIXELS) -> bytes:
     """Picture `n`, as the bytes of a PNG file: rectangles of random colours."""
     from PIL import Image, ImageDraw

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pipeline import plugins
 from pipeline.config import Section, key
 from pipeline.errors import ConfigError
+from pipeline.records import Demand
 from stages.asking import Drawing, check_fields, fenced, fields_in, fill, one_line
 
 SEVERITIES: Mapping[str, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}
@@ -132,14 +133,43 @@ def load(name: str, *, run: Path | None) -> Rubric:
         UnknownName: there is no such rubric.
         ConfigError: something in it is wrong.
     """
+    section = _section(name, run)
+    words = section.parse(Words, ignore=frozenset({"criteria"}))
+    return Rubric(words=words, criteria=_criteria(section, words))
+
+
+def load_words(name: str, *, run: Path | None) -> Words:
+    """Those of a file without criteria: with them a judge is asked by the criteria that each image has of its own.
+
+    Raises:
+        UnknownName: there is no such file.
+        ConfigError: something in it is wrong.
+    """
+    section = _section(name, run)
+    if "criteria" in section.values:
+        raise section.error("criteria", "these are a rubric of its own; wanted are words that leave the criteria open")
+    words = section.parse(Words)
+    if "criteria" not in fields_in(words.prompt) or words.unit != "caption":
+        raise section.error("prompt", "must have {criteria}, and {caption} last")
+    return words
+
+
+def of_demands(words: Words, demands: Iterable[Demand]) -> Rubric:
+    """The rubric that an image has of its own, ready to ask: each criterion is met or not."""
+    questions = [
+        Question(id=demand.id, question=demand.text, severity=demand.severity, weight=demand.weight)
+        for demand in demands
+    ]
+    return Rubric(words=words, criteria=_in_order(questions))
+
+
+def _section(name: str, run: Path | None) -> Section:
     file = Path(f"rubrics/{name}.toml")
     try:
         values = tomllib.loads(plugins.words(name, folder="rubrics", run=run))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error
-    section = Section(values, file=file, field="")
-    words = section.parse(Words, ignore=frozenset({"criteria"}))
-    return Rubric(words=words, criteria=_criteria(section, words))
+    return Section(values, file=file, field="")
 
 
 def _criteria(section: Section, words: Words) -> Mapping[str, Question]:
@@ -148,7 +178,11 @@ def _criteria(section: Section, words: Words) -> Mapping[str, Question]:
         raise section.error("criteria", "there is none; write at least one [[criteria]] with an id and a question")
     parsed = [Section(one, file=section.file, field=f"criteria[{i}]").parse(Question) for i, one in enumerate(given)]
     _check(section, words, parsed)
-    return {q.id: q for q in sorted(parsed, key=lambda q: (-q.weighs, q.id))}
+    return _in_order(parsed)
+
+
+def _in_order(questions: Iterable[Question]) -> Mapping[str, Question]:
+    return {q.id: q for q in sorted(questions, key=lambda q: (-q.weighs, q.id))}
 
 
 def _check(section: Section, words: Words, questions: list[Question]) -> None:

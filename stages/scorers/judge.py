@@ -44,6 +44,7 @@ class Part:
     """What one request judges: a caption, or a sentence of it."""
 
     sample: Sample
+    rubric: Rubric
     images: tuple[bytes, ...]
     text: str
     suffix: str  # of its criteria's ids: "/1" for the first sentence; "" for a caption
@@ -75,14 +76,22 @@ def engines(config: Judge) -> tuple[str, ...]:
 
 
 def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[Mark]:
-    """One mark for each sample. Requests about one sample are adjacent, so that they share what stands before it."""
-    engine = engines[config.engine]
-    parts = (part for sample in samples for part in _parts(sample, config.rubric))
+    """One mark for each sample."""
+    return marks(((sample, config.rubric) for sample in samples), engine=config.engine, engines=engines)
+
+
+def marks(samples: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+    """One mark for each sample, by the rubric beside it.
+
+    Requests about one sample are adjacent, so that they share what stands before it.
+    """
+    model = engines[engine]
+    parts = (part for sample, rubric in samples for part in _parts(sample, rubric))
     said: list[Verdicts] = []
-    for part, reply in paired(engine.generate, ((part, _request(part, config.rubric)) for part in parts)):
-        said.append(_verdicts(part, reply, config.rubric))
+    for part, reply in paired(model.generate, ((part, _request(part)) for part in parts)):
+        said.append(_verdicts(part, reply))
         if part.is_last:
-            yield _mark(said, config, engine)
+            yield _mark(said, part.rubric, name=engine, engine=model)
             said = []
 
 
@@ -92,11 +101,12 @@ def _parts(sample: Sample, rubric: Rubric) -> Iterator[Part]:
     texts = (by_sentence and sentences(sample.text)) or [sample.text]  # an empty text is judged too
     for number, text in enumerate(texts, start=1):
         suffix = f"/{number}" if by_sentence else ""
-        yield Part(sample=sample, images=images, text=text, suffix=suffix, is_last=number == len(texts))
+        is_last = number == len(texts)
+        yield Part(sample=sample, rubric=rubric, images=images, text=text, suffix=suffix, is_last=is_last)
 
 
-def _request(part: Part, rubric: Rubric) -> Request:
-    sample = part.sample
+def _request(part: Part) -> Request:
+    sample, rubric = part.sample, part.rubric
     return Request(
         id=f"{sample.key}/{sample.candidate}{part.suffix}",
         system=rubric.words.system,
@@ -118,7 +128,8 @@ def _problem(reply: Reply, rubric: Rubric) -> str:
     return ""
 
 
-def _verdicts(part: Part, reply: Reply, rubric: Rubric) -> Verdicts:
+def _verdicts(part: Part, reply: Reply) -> Verdicts:
+    rubric = part.rubric
     problem = _problem(reply, rubric)
     said = {} if problem else rubric.verdicts(read_value(reply, rubric.schema))
     criteria = tuple(_criterion(q, said.get(q.id, {}), part.suffix) for q in rubric.criteria.values())
@@ -137,10 +148,10 @@ def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Crit
     )
 
 
-def _mark(said: Sequence[Verdicts], config: Judge, engine: Engine) -> Mark:
+def _mark(said: Sequence[Verdicts], rubric: Rubric, *, name: str, engine: Engine) -> Mark:
     criteria = tuple(criterion for verdicts in said for criterion in verdicts.criteria)
     failed = next((v.reply.error for v in said if v.reply.error is not None), None)
-    value = None if failed else _value(said, config.rubric)
+    value = None if failed else _value(said, rubric)
     unknown = next((v.problem for v in said if v.problem), "the judge could not say enough") if value is None else None
     return Mark(
         value=value,
@@ -152,7 +163,7 @@ def _mark(said: Sequence[Verdicts], config: Judge, engine: Engine) -> Mark:
         attempt=max(v.reply.attempt for v in said),
         model=engine.model,
         revision=engine.revision,
-        engine=config.engine,
+        engine=name,
     )
 
 

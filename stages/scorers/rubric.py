@@ -1,40 +1,92 @@
 """Decides what a caption is worth by its image's own rubric: the weighted share of the criteria that it meets.
 
-The value sum(w * y) / sum(w), and the weights, are RubiCap's (arXiv 2603.09160). An image without a rubric, or with an
-empty one, gives no value.
+The value sum(w * y) / sum(w), and the weights, are RubiCap's (arXiv 2603.09160). Whether a criterion is met is decided
+by the claims that the caption makes, or by a judge who sees the caption alone. An image without a rubric, or with an
+empty one, gives no value, and a judge that fails gives none either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pipeline.config import key
 from pipeline.engine import Engine
+from pipeline.errors import ConfigError, UnknownName
 from pipeline.records import Criterion, Demand
-from stages import matching
+from stages import matching, rubrics
+from stages.asking import answered
 from stages.matching import Heard
-from stages.scorers import Mark, Sample, weighted_mean
+from stages.rubrics import Words
+from stages.scorers import Mark, Sample, judge, weighted_mean
 
 VERSION = 1
+WORDS = "text_only"  # what a judge is asked where the section does not say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     rubric: str = key(help="where the criteria come from: a name in [rubric]")
+    judge: str = key("", "who decides them: a name in [engines]; empty: nobody, the claims that a caption makes do")
+    words: str = key("", "what the judge is asked: a file of rubrics/ without criteria, your own or one that ships")
 
 
-def rubric(config: Config) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """Where the criteria come from, and who decides them."""
+
+    rubric: str
+    judge: str = key("", "a name in [engines]", stamp=False)
+    words: Words | None = None  # None: nobody is asked
+
+
+def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
+    """
+    Raises:
+        ConfigError: there are no such words, they are wrong, or there is nobody whom they could ask.
+    """
+    if not config.judge:
+        if config.words:
+            raise ConfigError(f"{field}.words", "asks nobody: name a judge too")
+        return Marker(rubric=config.rubric)
+    try:
+        words = rubrics.load_words(config.words or WORDS, run=run)
+    except UnknownName as error:
+        raise ConfigError(f"{field}.words", str(error)) from error
+    return Marker(rubric=config.rubric, judge=config.judge, words=words)
+
+
+def engines(config: Marker) -> tuple[str, ...]:
+    return (config.judge,) if config.judge else ()
+
+
+def rubric(config: Marker) -> str:
     return config.rubric
 
 
-def score(samples: Iterable[Sample], _: Config, __: Mapping[str, Engine]) -> Iterator[Mark]:
+def score(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+    mark = partial(_judged, config=config, engines=engines) if config.judge else _matched_all
+    for sample, made in answered(mark, samples, lambda sample: bool(sample.asked)):
+        yield made or _without(sample)
+
+
+def _without(sample: Sample) -> Mark:
+    why = "has no rubric" if sample.asked is None else "has an empty rubric"
+    return Mark(value=None, status="unknown", error=f"this image {why}")
+
+
+def _judged(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+    assert config.words is not None
+    words = config.words
+    own = ((sample, rubrics.of_demands(words, sample.asked or ())) for sample in samples)
+    return judge.marks(own, engine=config.judge, engines=engines)
+
+
+def _matched_all(samples: Iterable[Sample]) -> Iterator[Mark]:
     for sample in samples:
-        if sample.asked:
-            yield _matched(sample.text, sample.asked)
-        else:
-            why = "has no rubric" if sample.asked is None else "has an empty rubric"
-            yield Mark(value=None, status="unknown", error=f"this image {why}")
+        yield _matched(sample.text, sample.asked or ())
 
 
 def _matched(text: str, demands: Iterable[Demand]) -> Mark:

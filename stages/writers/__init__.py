@@ -5,7 +5,7 @@ A writer has
 - `prepare(config, *, run, field) -> settings`: what it needs of `[rubric.NAME]`, checked; what
   `pipeline.config.stamped` makes of it goes into the fingerprint;
 - `engines(settings) -> tuple[str, ...]`: the names in `[engines]` that it asks;
-- `write(inputs, settings, engines) -> Iterator[Written]`: as many as inputs, in order, lazily;
+- `write(inputs, *, settings, engines) -> Iterator[Written]`: as many as inputs, in order, lazily;
 - `VERSION`: an integer, raised when equal inputs get other rubrics.
 
 It knows no tables. An input has as many teachers as must agree, or more.

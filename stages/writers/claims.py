@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.records import Demand, Severity
 from stages.claims import KINDS, Claim, Kind
@@ -57,7 +56,7 @@ def engines(_: Settings) -> tuple[str, ...]:
     return ()
 
 
-def write(inputs: Iterable[Evidence], _: Settings, __: Mapping[str, Engine]) -> Iterator[Written]:
+def write(inputs: Iterable[Evidence], **_: object) -> Iterator[Written]:
     for evidence in inputs:
         teachers, student = [heard(t) for t in evidence.teachers], [heard(t) for t in evidence.student]
         checks = list(_checks(teachers, student, evidence.num_agree))
