@@ -68,4 +68,4 @@ if __name__ == "__main__":
     from pipeline import config, serve
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serve.serve(config.load(Path(sys.argv[1])), "tiny", ready_timeout=600)
+    serve.serve(config.load(Path(sys.argv[1])), "tiny")

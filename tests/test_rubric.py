@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +81,8 @@ def written(draw: st.DrawFn) -> tuple[list[str], list[str], tuple[Demand, ...]]:
 @given(written())
 def test_all_criteria_met_is_one_and_what_is_agreed_meets_them(made: tuple[list[str], list[str], Any]) -> None:
     teachers, _, asked = made
-    said = [parse(text).claims for text in teachers]
-    agreed = [c for c in frozenset().union(*said) if sum(c in one for one in said) >= majority(len(teachers))]
+    votes = Counter(claim for text in teachers for claim in parse(text).claims)
+    agreed = claims.agreement(votes, majority(len(teachers)))
     named = {claim.about for claim in agreed if claim.kind == "object"}
     text = verbalise(sorted(c for c in agreed if c.kind not in ("size", "texture") or c.about in named), Random(0))
     if asked:
@@ -226,6 +227,14 @@ def test_a_rubric_follows_from_captions_whoever_they_are_of(made: tuple[list[str
     assert all(0 <= d.missed <= 1 and 0 <= d.agreed <= len(teachers) for d in asked)
     assert all(d.missed > 0 for d in asked if d.id.startswith(("states", "avoids")))
     assert all(matching.read(d.claim or "").json == d.claim for d in asked)
+
+
+def test_two_who_contradict_each_other_agree_on_the_rest() -> None:
+    asked = demands(["A small red ring. One object.", "A large red ring. One object."], "A blue star.")
+    assert texts(asked, "states") == ["Says: count(objects, 1)", "Says: object(red ring)"]
+    assert texts(asked, "only_size") == [
+        "Of the kind size says nothing besides: size(red ring, large); size(red ring, small)"
+    ]
 
 
 def test_where_nobody_agrees_there_is_no_rubric() -> None:

@@ -69,7 +69,7 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[Written]:
 
 def _checks(teachers: Sequence[Heard], student: Sequence[Heard], num_agree: int) -> Iterator[Check]:
     votes = Counter(claim for teacher in teachers for claim in teacher.all)
-    agreed = {claim for claim, num in votes.items() if num >= num_agree}
+    agreed = agreement(votes, num_agree)
     if not agreed:
         return
     borne_out = agreed | _borne_out(votes, agreed, num_agree)
@@ -81,6 +81,12 @@ def _checks(teachers: Sequence[Heard], student: Sequence[Heard], num_agree: int)
         allowed = frozenset(claim for claim in borne_out if claim.kind == kind)
         yield Check(how="only", kind=kind, claims=allowed, may_be_silent=not allowed & agreed)
     yield Check(how="plain")
+
+
+def agreement(votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
+    """The committee's word: what enough teachers say, and no more or as many of them contradict."""
+    enough = {claim for claim, num in votes.items() if num >= num_agree}
+    return {c for c in enough if not any(_contradicts(c, other) and votes[other] >= votes[c] for other in enough)}
 
 
 def _borne_out(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
