@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from pipeline import config, tables
 from pipeline.engine import EngineDied
 from pipeline.engines import openai, vllm
+from pipeline.engines._model import Model, Serving
 from pipeline.engines._orphans import Guard
 from pipeline.errors import ConfigError
 from pipeline.plugins import unknown
@@ -98,7 +99,7 @@ def describe(run: config.Run, name: str) -> Server:
     found = run.engines[name].config
     if isinstance(found, vllm.Config):
         key = os.environ.get("VLLM_API_KEY", "")
-        return Server(name=_given(found.model), engine=found, replicas=1, args=(), key=key)
+        return Server(name=found.given, engine=found, replicas=1, args=(), key=key)
     if isinstance(found, openai.Config):
         return _of_openai(found)
     kind = run.engines[name].kind
@@ -106,27 +107,11 @@ def describe(run: config.Run, name: str) -> Server:
 
 
 def _of_openai(found: openai.Config) -> Server:
-    how = found.serve
-    engine = vllm.Config(
-        model=found.model,
-        revision=found.revision,
-        dtype=how.dtype,
-        max_pixels=found.max_pixels,
-        trust_remote_code=found.trust_remote_code,
-        max_model_len=how.max_model_len,
-        max_num_seqs=how.max_num_seqs,
-        images_per_prompt=how.images_per_prompt,
-        gpu_memory_utilization=how.gpu_memory_utilization,
-        tensor_parallel_size=how.tensor_parallel_size,
-        kv_cache_gib=how.kv_cache_gib,
-        enforce_eager=how.enforce_eager,
-    )
+    how = {field.name: getattr(found.serve, field.name) for field in fields(Serving)}
+    what = {field.name: getattr(found, field.name) for field in fields(Model)}
+    engine = vllm.Config(**what, **how)
     key = os.environ.get(found.api_key_env, "") if found.api_key_env else ""
-    return Server(name=_given(found.model), engine=engine, replicas=how.replicas, args=how.args, key=key)
-
-
-def _given(model: str) -> str:
-    return str(getattr(model, "given", model))
+    return Server(name=found.given, engine=engine, replicas=found.serve.replicas, args=found.serve.args, key=key)
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:

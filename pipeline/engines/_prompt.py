@@ -10,15 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline import images
-from pipeline.decoders import num_cores
 from pipeline.engine import Request
+from pipeline.engines._model import Model
 from pipeline.engines._window import BadRequest, Once
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 NUM_KEPT = 16  # pictures: candidates and verdicts of one image are asked one after the other
 
 
@@ -49,11 +48,15 @@ def _edge(image_processor: Any, name: str) -> int | None:
 
 
 class Prompter:
-    """Makes requests into prompt texts and pictures; those that neighbours have in common once."""
+    """Makes requests into prompt texts and pictures; those that neighbours have in common once.
 
-    def __init__(self, processor: Any, *, max_pixels: int) -> None:
-        self._processor = processor
-        self._rule = PixelRule.of(processor, max_pixels=max_pixels)
+    Raises:
+        ConfigError: there is no such model, or it has no chat template.
+    """
+
+    def __init__(self, config: Model) -> None:
+        self.processor = _processor(config)
+        self._rule = PixelRule.of(self.processor, max_pixels=config.max_pixels)
         self._decoded: Once[Picture] = Once(NUM_KEPT)
 
     def text(self, request: Request) -> str:
@@ -65,9 +68,7 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            rendered = self._processor.apply_chat_template(
-                messages(request), add_generation_prompt=True, tokenize=False
-            )
+            rendered = self.processor.apply_chat_template(messages(request), add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise BadRequest(f"the chat template refuses it: {error}") from error
         return str(rendered)
@@ -95,31 +96,23 @@ def messages(request: Request) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": parts}]
 
 
-def processor(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The model's processor.
-
-    Raises:
-        ConfigError: there is no such model, or it has no chat template.
-    """
+def _processor(config: Model) -> Any:
     from transformers import AutoProcessor
 
     try:
-        loaded = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        loaded = AutoProcessor.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise unloadable(model, error) from error
+        raise unloadable(config, error) from error
     if not loaded.chat_template:
-        raise ConfigError(f"model {model!r}", "has no chat template; take an instruction-tuned model")
+        raise ConfigError(f"model {config.model!r}", "has no chat template; take an instruction-tuned model")
     return loaded
 
 
-def unloadable(model: str, error: Exception) -> ConfigError:
-    return ConfigError(f"model {model!r}", f"cannot be loaded: {_first_line(error)}")
+def unloadable(config: Model, error: Exception) -> ConfigError:
+    return ConfigError(f"model {config.model!r}", f"cannot be loaded: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def num_threads(asked: int) -> int:
-    """How many threads decode: as many as there are cores to run on, unless told otherwise."""
-    return asked or num_cores()

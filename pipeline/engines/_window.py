@@ -182,6 +182,18 @@ class Window(Generic[P]):
         self._meter.note(starved=coming and self._num_asking < self._bounds.enough, busy=bool(self._calls))
 
 
+class Windowed:
+    """An engine that is asked through a window alone."""
+
+    _window: Window[Any]
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        return self._window.generate(requests)
+
+    def waiting(self) -> float | None:
+        return self._window.waiting()
+
+
 class _Call:
     """One `generate`: which replies are there, which is next, and how it ends. Guarded by the window's lock."""
 

@@ -12,17 +12,18 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline import images
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
-from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window
+from pipeline.engines._model import Model, Serving, require
+from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,18 +37,10 @@ MOST_SAID = 300  # characters of a server's answer that a message repeats
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve:
+class Serve(Serving):
     """`[engines.NAME.serve]`: how `recap serve NAME` starts vLLM. Nothing for servers that others run."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
-    max_model_len: int = key(0, "tokens of prompt and answer; 0: as many as fit", stamp=False, least=0)
-    max_num_seqs: int = key(128, "answers that are written at once", stamp=False, least=1)
     replicas: int = key(1, "copies of the model, each on its own GPU", stamp=False, least=1)
-    tensor_parallel_size: int = key(1, "GPUs that share one copy", stamp=False, least=1)
-    gpu_memory_utilization: float = key(0.9, "share of a GPU's memory", stamp=False, least=0.05, most=1)
-    kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
-    enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
-    images_per_prompt: int = key(1, "at most", stamp=False, least=1)
     args: tuple[str, ...] = key((), "more of vLLM's own flags", stamp=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +49,7 @@ class Serve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Model):
     """`[engines.NAME]` with kind = "openai"."""
 
     model: str = key(help="the model's name at the server; for `recap serve` also a folder", locate="model")
@@ -67,7 +60,6 @@ class Config:
         locate="endpoint",
     )
     api_key_env: str = key("", "the environment variable that holds the API key", stamp=False)
-    max_pixels: int = key(_prompt.MAX_PIXELS, "a picture is reduced to at most this many pixels", least=28 * 28)
     factor: int = key(28, "sides of pictures are multiples of it, as the model rounds them itself; 1: any", least=1)
     vllm: bool = key(True, "send top_k and repetition_penalty, which not every server knows")
     extra: dict[str, Any] = key(factory=dict, help="more fields of every request")
@@ -75,7 +67,6 @@ class Config:
     timeout: float = key(600.0, "seconds for one answer", stamp=False, least=0.1)
     give_up_after: float = key(600.0, "seconds without any answer after which the servers count as dead", stamp=False)
     num_tries: int = key(8, "for a request at which a server that is well fails again and again", stamp=False, least=1)
-    num_threads: int = key(0, "threads that decode images; 0: one a core", stamp=False, least=0)
     trust_remote_code: bool = key(False, "for `recap serve`: run Python code that comes with the model", stamp=False)
     serve: Serve = key(factory=Serve, help="how `recap serve` starts it")
 
@@ -91,40 +82,30 @@ def open(config: Config) -> OpenAI:  # noqa: A001
     Raises:
         ConfigError: the environment has no API key, or aiohttp is not installed.
     """
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("kind 'openai'", f"pip install 'recap-pipeline[openai]' ({error})") from error
+    require("aiohttp", kind="openai", how="pip install 'recap-pipeline[openai]'")
     if config.api_key_env and not os.environ.get(config.api_key_env):
         raise ConfigError("api_key_env", f"the environment has no {config.api_key_env}")
     return OpenAI(config)
 
 
-class OpenAI:
+class OpenAI(Windowed):
     """One or several servers of one model, asked evenly."""
 
     def __init__(self, config: Config) -> None:
-        self.model = str(getattr(config.model, "given", config.model))
+        self.model = config.given
         self.revision = config.revision or ""
         self._config = config
         self._decoded: Once[str] = Once(_prompt.NUM_KEPT)
         self._loop = Loop("openai")
         self._servers = _Servers(config, model=self.model)
-        num_threads = _prompt.num_threads(config.num_threads)
         bounds = Bounds(
             max_in_flight=config.max_in_flight,
             enough=config.max_in_flight,
-            num_ahead=2 * num_threads + 4,
+            num_ahead=2 * config.threads + 4,
             max_unordered=4 * config.max_in_flight,
-            num_threads=num_threads,
+            num_threads=config.threads,
         )
         self._window = Window(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        return self._window.generate(requests)
-
-    def waiting(self) -> float | None:
-        return self._window.waiting()
 
     def close(self) -> None:
         self._window.close()

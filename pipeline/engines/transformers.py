@@ -11,35 +11,31 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
 from pipeline.engines._choose import Chooser, Grammars, Row
-from pipeline.engines._window import BadRequest, Bounds, Loop, Window
-from pipeline.errors import ConfigError
+from pipeline.engines._model import Model, Weights, require
+from pipeline.engines._window import BadRequest, Bounds, Loop, Window, Windowed
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 LINGER = 0.05  # seconds that a batch waits for those that would fill it
 
+ON_DEVICES = True  # each worker process is to have GPUs of its own
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Weights, Model):
     """`[engines.NAME]` with kind = "transformers"."""
 
-    model: str = key(help="a folder, or a model's name on the Hugging Face hub", locate="model")
-    revision: str | None = key(None, "a branch, tag or commit of the hub; pin it")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
-    max_pixels: int = key(_prompt.MAX_PIXELS, "a picture is reduced to at most this many pixels", least=28 * 28)
-    trust_remote_code: bool = key(False, "run Python code that comes with the model")
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one", stamp=False)
     batch_size: int = key(8, "questions that the model answers at once", stamp=False, least=1)
-    num_threads: int = key(0, "threads that decode images; 0: one a core", stamp=False, least=0)
 
 
 def open(config: Config) -> Transformers:  # noqa: A001
@@ -48,13 +44,12 @@ def open(config: Config) -> Transformers:  # noqa: A001
     Raises:
         ConfigError: there is no such model, it does not load, or it has no chat template.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError("kind 'transformers'", f"pip install 'recap-pipeline[transformers]' ({error})") from error
+    require("transformers", kind="transformers", how="pip install 'recap-pipeline[transformers]'")
+    import transformers
+
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    processor = _prompt.processor(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    prompter = _prompt.Prompter(config)
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model,
@@ -64,8 +59,8 @@ def open(config: Config) -> Transformers:  # noqa: A001
             use_safetensors=True,  # never a pickle
         )
     except (OSError, ValueError) as error:
-        raise _prompt.unloadable(config.model, error) from error
-    return Transformers(config, model.to(_device(config.device)).eval(), processor)
+        raise _prompt.unloadable(config, error) from error
+    return Transformers(config, model.to(_device(config.device)).eval(), prompter)
 
 
 def _device(asked: str) -> str:
@@ -91,31 +86,24 @@ class Question:
     tell: Callable[[Reply | Exception], None]
 
 
-class Transformers:
+class Transformers(Windowed):
     """A model in this process. One thread of its own runs it; all callers fill the same batches."""
 
-    def __init__(self, config: Config, model: Any, processor: Any) -> None:
-        self.model = str(getattr(config.model, "given", config.model))
+    def __init__(self, config: Config, model: Any, prompter: _prompt.Prompter) -> None:
+        self.model = config.given
         self.revision = str(config.revision or getattr(model.config, "_commit_hash", None) or "")
-        self._asker = _Asker(model, processor)
-        self._prompter = _prompt.Prompter(processor, max_pixels=config.max_pixels)
+        self._asker = _Asker(model, prompter.processor)
+        self._prompter = prompter
         self._batches = _Batches(self._asker.answer, size=config.batch_size)
         self._loop = Loop("transformers")
-        num_threads = _prompt.num_threads(config.num_threads)
         bounds = Bounds(
             max_in_flight=2 * config.batch_size,  # one batch runs, the next stands ready
             enough=config.batch_size,
-            num_ahead=num_threads + config.batch_size,
+            num_ahead=config.threads + config.batch_size,
             max_unordered=6 * config.batch_size,
-            num_threads=num_threads,
+            num_threads=config.threads,
         )
         self._window = Window(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        return self._window.generate(requests)
-
-    def waiting(self) -> float | None:
-        return self._window.waiting()
 
     def close(self) -> None:
         self._window.close()

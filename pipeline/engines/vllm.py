@@ -18,39 +18,35 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
+from pipeline.engines._model import Model, Serving, require
 from pipeline.engines._orphans import Guard
-from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window
-from pipeline.errors import ConfigError
+from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 SHUTDOWN = 30.0  # seconds for vLLM's processes to end by themselves
 TOLD_TO_END = "vLLM was told to end, by a signal or by an operator"
 
+ON_DEVICES = True  # each worker process is to have GPUs of its own
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """`[engines.NAME]` with kind = "vllm"."""
+class Config(Serving, Model):
+    """`[engines.NAME]` with kind = "vllm".
 
-    model: str = key(help="a folder, or a model's name on the Hugging Face hub", locate="model")
-    revision: str | None = key(None, "a branch, tag or commit of the hub; pin it")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
-    max_pixels: int = key(_prompt.MAX_PIXELS, "a picture is reduced to at most this many pixels", least=28 * 28)
-    trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    `max_model_len` is not derived from recipes: what a prompt brings in (alt text, captions) has no bound, and vLLM
+    takes memory for the tokens that there are, not for those that there might be.
+    """
+
     extra: dict[str, Any] = key(factory=dict, help="more arguments of vLLM's AsyncEngineArgs, such as quantization")
-    max_model_len: int = key(0, "tokens of prompt and answer; 0: as many as fit", stamp=False, least=0)
-    max_num_seqs: int = key(128, "answers that are written at once", stamp=False, least=1)
     max_in_flight: int = key(0, "requests inside vLLM at once; 0: twice max_num_seqs", stamp=False, least=0)
-    images_per_prompt: int = key(1, "at most", stamp=False, least=1)
-    gpu_memory_utilization: float = key(0.9, "share of a GPU's memory", stamp=False, least=0.05, most=1)
-    tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
-    kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
-    enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
     num_restarts: int = key(2, "times that an engine that died is opened again", stamp=False, least=0)
-    num_threads: int = key(0, "threads that make prompts and images ready; 0: one a core", stamp=False, least=0)
 
 
 def open(config: Config) -> Vllm:  # noqa: A001
@@ -61,17 +57,20 @@ def open(config: Config) -> Vllm:  # noqa: A001
         EngineDied: vLLM did not start.
     """
     settle_environment(kv_cache_gib=config.kv_cache_gib)
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("kind 'vllm'", f"`make vllm` installs it, `pip install vllm` on a GPU ({error})") from error
-    processor = _prompt.processor(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    require_vllm()
+    prompter = _prompt.Prompter(config)
     loop = Loop("vllm")
     try:
-        return Vllm(config, processor, loop)
+        return Vllm(config, prompter, loop)
     except BaseException:  # a Ctrl-C too must not leave the loop's thread behind; raised again
         loop.close()
         raise
+
+
+def require_vllm() -> None:
+    require(
+        "vllm", kind="vllm", how="`make vllm` installs it for a CPU, `pip install 'recap-pipeline[vllm]'` for a GPU"
+    )
 
 
 def settle_environment(*, kv_cache_gib: int) -> None:
@@ -86,33 +85,26 @@ def settle_environment(*, kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
-class Vllm:
+class Vllm(Windowed):
     """vLLM in this process, on an event loop of its own."""
 
-    def __init__(self, config: Config, processor: Any, loop: Loop) -> None:
-        self.model = str(getattr(config.model, "given", config.model))
+    def __init__(self, config: Config, prompter: _prompt.Prompter, loop: Loop) -> None:
+        self.model = config.given
         self._loop = loop
-        self._prompter = _prompt.Prompter(processor, max_pixels=config.max_pixels)
+        self._prompter = prompter
         self._prompts: Once[Any] = Once(_prompt.NUM_KEPT)
-        self._num_threads = _prompt.num_threads(config.num_threads)
-        self._core = _Core(config, num_threads=self._num_threads)
+        self._core = _Core(config)
         loop.run(self._core.start())
         self.revision = str(config.revision or self._core.commit or "")
         max_in_flight = config.max_in_flight or 2 * config.max_num_seqs
         bounds = Bounds(
             max_in_flight=max_in_flight,
             enough=min(config.max_num_seqs, max_in_flight),
-            num_ahead=2 * self._num_threads + 4,
+            num_ahead=2 * config.threads + 4,
             max_unordered=4 * max_in_flight,
-            num_threads=self._num_threads,
+            num_threads=config.threads,
         )
         self._window = Window(bounds, prepare=self._prepare, ask=self._core.ask, loop=loop)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        return self._window.generate(requests)
-
-    def waiting(self) -> float | None:
-        return self._window.waiting()
 
     def close(self) -> None:
         self._window.close()
@@ -126,8 +118,7 @@ class Vllm:
         pictures = self._prompter.pictures(request)
         prompt: dict[str, Any] = {"prompt": self._prompter.text(request)}
         if pictures:
-            # vLLM need not hash the pixels: the bytes they come from say what they are.
-            names = [hashlib.sha256(image).hexdigest() for image in request.images]
+            names = [_name(*shown) for shown in zip(request.images, pictures, strict=True)]
             prompt |= {"multi_modal_data": {"image": list(pictures)}, "multi_modal_uuids": {"image": names}}
         try:
             return self._core.render(prompt)
@@ -135,11 +126,18 @@ class Vllm:
             raise BadRequest(f"{type(error).__name__}: {error}") from error
 
 
+def _name(image: bytes, picture: Picture) -> str:
+    """Which picture it is, so that vLLM need not hash the pixels; a large file takes longer to hash than they do."""
+    width, height = picture.size
+    small = len(image) <= 3 * width * height
+    return hashlib.sha256(image if small else b"%d x %d " % (width, height) + picture.tobytes()).hexdigest()
+
+
 class _Core:
     """The engine that is alive now, and how often it was opened. Lives on the loop, but for `render`."""
 
-    def __init__(self, config: Config, *, num_threads: int) -> None:
-        self._config, self._num_threads = config, num_threads
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._engine: Any = None
         self._guard: Guard | None = None
         self._num_deaths = 0
@@ -156,10 +154,10 @@ class _Core:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            arguments = AsyncEngineArgs(**engine_arguments(self._config, num_threads=self._num_threads))
+            arguments = AsyncEngineArgs(**engine_arguments(self._config, num_threads=self._config.threads))
             config = arguments.create_engine_config()
         except (OSError, ValueError, TypeError) as error:
-            raise _prompt.unloadable(self._config.model, error) from error
+            raise _prompt.unloadable(self._config, error) from error
         with nullcontext() if self._config.enforce_eager else first_alone(_compiled(self._config)):
             try:
                 self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
