@@ -103,7 +103,7 @@ def run_stage(
     ],
     run: RunOption = Path(),
     shard: Annotated[str, typer.Option(help="7, 0-9, 0-99:10, 3,5,8-11, i/n (the i-th of n blocks) or all.")] = "all",
-    workers: Annotated[int, typer.Option(help="Processes, for stages without an engine.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes; each has an engine and GPUs of its own.", min=1)] = 1,
     stale: Annotated[
         Literal["stop", "redo", "keep"],
         typer.Option(help="What to do with tables that other words or inputs made."),

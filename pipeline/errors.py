@@ -12,6 +12,10 @@ class ConfigError(UserError):
 
     def __init__(self, where: str, message: str) -> None:
         super().__init__(f"{where}: {message}")
+        self._parts = (where, message)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str], dict[str, object]]:
+        return ConfigError, self._parts, self.__dict__
 
 
 class UnknownName(UserError):

@@ -7,19 +7,19 @@ shard is made is pipeline/attempt.py's.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline import config, tables
 from pipeline.attempt import Attempt, ShardFailed, Stopped
@@ -31,11 +31,12 @@ from pipeline.passes import Pass, all_passes
 from pipeline.plan import Plan
 from pipeline.records import Stat
 from pipeline.shard import Shard, table_path, work_folder
-from pipeline.terminal import Meter, say
+from pipeline.team import VISIBLE, Team, WorkerGone, shares, visible_devices
+from pipeline.terminal import Meter, Relay, say
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
-
+TICK = 0.5  # seconds after which workers hear of a signal
 INSIST = 1.0  # seconds after which a second signal is one more, no echo of the first
 
 Stale = Literal["stop", "redo", "keep"]
@@ -46,7 +47,6 @@ class Made:
     """What making one shard of one pass gave."""
 
     stat: Stat
-    failed: int  # rows made in this attempt whose status counts as failed
     overtaken: bool = False  # another process was faster
 
 
@@ -86,8 +86,9 @@ class Engines(Mapping[str, Engine]):
 
     def close_all_but(self, names: Iterable[str]) -> None:
         """So that the captioner and the judge are never on one GPU by accident."""
-        for name in set(self._open) - set(names):
-            self._open.pop(name).close()
+        with self._lock:
+            for name in set(self._open) - set(names):
+                self._open.pop(name).close()
 
     def waiting(self, names: Iterable[str]) -> float | None:
         shares = [self._open[name].waiting() for name in names if name in self._open]
@@ -102,7 +103,7 @@ class Runner:
     run: config.Run
     shards: str = "all"
     limit: int | None = None  # inputs of a shard, for a trial
-    workers: int = 1  # processes, for passes without an engine
+    workers: int = 1  # processes; those of a pass with an engine have one each, and devices of their own
     stale: Stale = "stop"
     retry: frozenset[str] = frozenset()
 
@@ -117,7 +118,7 @@ class Runner:
         self.stop = threading.Event()  # a signal came
         self.given_up = False  # no further shard would fare better
         self.outcome = Outcome()
-        self._executor: Executor | None = None
+        self._team: Team | None = None
 
     def execute(self, chosen: Sequence[Pass]) -> Outcome:
         """Makes all of these passes that is not done yet, one after the other.
@@ -128,6 +129,7 @@ class Runner:
         self._check_retry([p for p in chosen if not p.has_payload])
         self.check_stale(chosen)
         engines = Engines(self.run.engines)
+        self._team = self._hired(chosen) if self.workers > 1 else None
         try:
             with stopping(self.stop):
                 for p in chosen:
@@ -138,11 +140,29 @@ class Runner:
                         self._make_pass(p, engines, alone=len(chosen) == 1)
         except Stopped:
             self.outcome.stopped = True
+        except BaseException:  # a second Ctrl-C too; raised again
+            if self._team is not None:
+                self._team.kill()
+            raise
         finally:
             engines.close_all_but(())
-            if self._executor is not None:
-                self._executor.shutdown()
+            if self._team is not None:
+                self._team.close()
         return self.outcome
+
+    def _hired(self, chosen: Sequence[Pass]) -> Team:
+        """Workers for these passes; they are started once, for they import much."""
+        names = {name for p in chosen for name in p.engines}
+        on_devices = sorted(name for name in names if getattr(self.run.engines[name].module, "ON_DEVICES", False))
+        devices = visible_devices() if on_devices else []
+        if 0 < len(devices) < self.workers:
+            raise Refused(
+                f"--workers {self.workers}: each has devices of its own for {', '.join(on_devices)}, "
+                f"and {len(devices)} are visible ({VISIBLE}={','.join(devices)})"
+            )
+        cores = sorted(os.sched_getaffinity(0))
+        hire = partial(_Job, self.run.file.parent, self.shards, self.stale, self.retry)
+        return Team(hire, shares(self.workers, cores=cores, devices=devices))
 
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
         if self.retry and self.stale == "keep":
@@ -231,7 +251,7 @@ class Runner:
             if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
                 self.given_up = True
                 raise result
-            if isinstance(result, Stopped) or (isinstance(result, EngineDied) and self.stop.is_set()):
+            if isinstance(result, Stopped) or (isinstance(result, EngineDied | WorkerGone) and self.stop.is_set()):
                 self.outcome.stopped = True  # a terminal's Ctrl-C reaches an engine's own processes too
                 continue
             self._fail(p, shard, result)
@@ -244,41 +264,34 @@ class Runner:
         self, p: Pass, shards: Sequence[int], engines: Engines, meter: Meter
     ) -> Iterator[tuple[int, Made | BaseException]]:
         """Makes shards, a few at a time; what went wrong is a result."""
-        in_processes = self.workers > 1 and not p.engines and len(shards) > 1
-        limit = self.workers if in_processes else OVERLAP if p.engines else 1
+        at_once = OVERLAP if p.engines else 1
+        team = self._team if len(shards) > 1 else None
+        limit = at_once * self.workers if team else at_once
         waiting, running = deque(shards), dict[Future[Made], int]()
-        with self._processes() if in_processes else ThreadPoolExecutor(limit) as executor:
+        with ThreadPoolExecutor(at_once) as here:
             while waiting or running:
                 while waiting and len(running) < limit and not self.stop.is_set() and not self.given_up:
                     shard = waiting.popleft()
-                    if in_processes:
-                        running[executor.submit(_in_process, p.folder, shard)] = shard
+                    if team:
+                        made = team.submit((p.folder, shard), hear=lambda news: meter.add(*news))
                     else:
-                        running[executor.submit(self.make, p, shard, engines, meter)] = shard
+                        made = here.submit(self.make, p, shard, engines, meter)
+                    running[made] = shard
                 if not running:
                     return
-                future = next(as_completed(running))
-                result = future.exception() or future.result()
-                if isinstance(result, BrokenExecutor):
-                    raise MachineError("a worker process was killed, for want of memory perhaps; try fewer --workers")
-                if in_processes and isinstance(result, Made):
-                    meter.add(result.stat.num_new_rows, result.failed)
-                yield running.pop(future), result
+                for future in self._ended(running, team):
+                    yield running.pop(future), future.exception() or future.result()
 
-    @contextmanager
-    def _processes(self) -> Iterator[Executor]:
-        """Started once, for they import much; they end with `execute`."""
-        if self._executor is None:
-            self._executor = self._start_processes(self.workers)
-        yield self._executor
-
-    def _start_processes(self, num: int) -> Executor:
-        return ProcessPoolExecutor(
-            num,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_process,
-            initargs=(self.run.file.parent, max(1, self.run.num_cores // num), self.shards, self.stale, self.retry),
-        )
+    def _ended(self, running: Iterable[Future[Made]], team: Team | None) -> Iterable[Future[Made]]:
+        """Those that have ended when some have; workers are told meanwhile when a signal came."""
+        while not (ended := wait(running, timeout=TICK, return_when=FIRST_COMPLETED).done):
+            if team and self.stop.is_set():
+                team.stop()
+        for future in ended:
+            error = future.exception()
+            if isinstance(error, WorkerGone) and not self.stop.is_set():
+                raise error
+        return ended
 
     def make(self, p: Pass, number: int, engines: Engines, meter: Meter) -> Made:
         """Makes one shard of one pass; raises what `Attempt.make` raises."""
@@ -295,7 +308,7 @@ class Runner:
         stat = attempt.tally.stat(number, engines.waiting(p.engines))
         if not overtaken:
             self._record(p, stat)
-        return Made(stat=stat, failed=attempt.tally.failed, overtaken=overtaken)
+        return Made(stat=stat, overtaken=overtaken)
 
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
@@ -361,19 +374,38 @@ def closing_after(p: Pass) -> Iterator[None]:
             p.close()
 
 
-_runner: Runner  # in a worker process
+class _Job:
+    """What a worker process does: it makes shards, with engines of its own that it keeps for the whole pass."""
 
+    def __init__(self, folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
+        self._runner = Runner(run=config.load(folder), shards=shards, stale=stale, retry=retry)
+        self._engines = Engines(self._runner.run.engines)
+        self._passes = {p.folder: p for p in self._runner.passes}
+        self._pass: Pass | None = None
+        self._turning = threading.Lock()
 
-def _start_process(folder: Path, num_cores: int, shards: str, stale: Stale, retry: frozenset[str]) -> None:
-    global _runner
-    run = replace(config.load(folder), num_cores=num_cores)
-    _runner = Runner(run=run, shards=shards, stale=stale, retry=retry)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: _runner.stop.set())
+    def do(self, task: tuple[str, int], tell: Callable[[Any], None]) -> Made:
+        folder, shard = task
+        self._turn_to(self._passes[folder])
+        self._runner.ledger.forget(shard)
+        relay = Relay(tell)
+        try:
+            return self._runner.make(self._passes[folder], shard, self._engines, relay)
+        finally:
+            relay.flush()
 
+    def stop(self) -> None:
+        self._runner.stop.set()
 
-def _in_process(folder: str, shard: int) -> Made:
-    _runner.ledger.forget(shard)
-    p = next(p for p in _runner.passes if p.folder == folder)
-    meter = Meter(p.title, num_shards=1, num_rows=None)
-    return _runner.make(p, shard, Engines({}), meter)
+    def close(self) -> None:
+        self._turn_to(None)
+
+    def _turn_to(self, p: Pass | None) -> None:
+        """When the pass changes, nothing of the one before is running."""
+        with self._turning:
+            if self._pass is p:
+                return
+            if self._pass is not None and self._pass.close is not None:
+                self._pass.close()
+            self._engines.close_all_but(p.engines if p is not None else ())
+            self._pass = p

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from pipeline.records import Record
 
+RELAY = 0.5  # seconds between what a worker process says of its progress
 QUIET = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
 
 
@@ -94,3 +96,22 @@ class Meter:
             f"{self.title}: shard {self.shards}/{self.num_shards}, {short(self.rows)} rows, "
             f"{rate:,.1f} rows/s, {short(self.failed)} failed{left}"
         )
+
+
+class Relay(Meter):
+    """Counts in a worker process, for the meter of the process that hears it."""
+
+    def __init__(self, tell: Callable[[tuple[int, int]], None]) -> None:
+        super().__init__("", num_shards=1, num_rows=None)
+        self._tell = tell
+
+    def add(self, rows: int, failed: int) -> None:
+        self.rows += rows
+        self.failed += failed
+        if time.monotonic() - self._said > RELAY:
+            self.flush()
+
+    def flush(self) -> None:
+        self._tell((self.rows, self.failed))
+        self.rows = self.failed = 0
+        self._said = time.monotonic()
