@@ -31,15 +31,19 @@ app = typer.Typer(
 RunOption = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default="the one you stand in")]
 
 
-@app.command(epilog="Example: recap demo runs/demo --images 1000")
+@app.command(epilog="Example: recap demo runs/demo --images 1000 --engine vllm")
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the run is made.")] = Path("runs/demo"),
     images: Annotated[int | None, typer.Option(help="How many images.", min=1, show_default="400")] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None,
+        typer.Option(help="What runs the models; `make vllm` installs vLLM.", show_default="transformers"),
+    ] = None,
 ) -> None:
     """The whole pipeline on the embedded default."""
     from pipeline import demo
 
-    outcome, summary = demo.show(folder, num_images=images)
+    outcome, summary = demo.show(folder, num_images=images, engine=engine)
     _tell(outcome)
     if outcome.exit_code == 0:
         print("\n".join(summary))

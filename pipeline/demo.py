@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 from pipeline import config, database, plugins, starter, tables
+from pipeline.errors import Refused
 from pipeline.report import page
 from pipeline.run import Outcome, Runner
 from pipeline.sources import scenes
 from pipeline.terminal import duration, short
+
+EngineKind = Literal["transformers", "vllm"]
 
 STEPS = {
     "images": "in the corpus",
@@ -24,24 +28,41 @@ STEPS = {
 }
 
 
-def begin(folder: Path, *, num_images: int | None) -> config.Run:
-    """Writes the demo's run.toml and plan into `folder`, unless they are there."""
+def begin(folder: Path, *, num_images: int | None = None, engine: EngineKind | None = None) -> config.Run:
+    """Writes the demo's run.toml and plan into `folder`, unless they are there.
+
+    Raises:
+        ConfigError: the engine is not installed; the message says what to type.
+        Refused: the run that is there has another engine.
+    """
     file = folder / "run.toml"
+    if engine == "vllm":
+        plugins.load("pipeline.engines", engine).require_vllm()
     if not file.exists():
-        text = (resources.files("manifests") / "demo" / "run.toml").read_text(encoding="utf-8")
-        if num_images is not None:
-            text = re.sub(r"num_images = \d+", f"num_images = {num_images}", text)
         with tables.atomic(file) as out:
-            out.write(text.encode())
+            out.write(manifest(num_images=num_images, engine=engine).encode())
     run = config.load(folder)
+    if engine and engine not in {plugin.kind for plugin in run.engines.values()}:
+        raise Refused(f"{file} has another engine; `recap demo DIR --engine {engine}` wants a folder of its own")
     starter.plan(run)
     return run
 
 
-def show(folder: Path, *, num_images: int | None) -> tuple[Outcome, Iterator[str]]:
+def manifest(*, num_images: int | None, engine: EngineKind | None) -> str:
+    """The demo's run.toml, as it ships or changed so."""
+    text = (resources.files("manifests") / "demo" / "run.toml").read_text(encoding="utf-8")
+    if num_images is not None:
+        text = re.sub(r"num_images = \d+", f"num_images = {num_images}", text)
+    if engine == "vllm":
+        text = text.replace('kind = "transformers"', 'kind = "vllm"')
+        text = re.sub(r"batch_size = \d+", "kv_cache_gib = 1\nenforce_eager = true", text)
+    return text
+
+
+def show(folder: Path, *, num_images: int | None, engine: EngineKind | None) -> tuple[Outcome, Iterator[str]]:
     """Runs every stage; returns what it did, and the summary line by line."""
     start = time.monotonic()
-    runner = Runner(run=begin(folder, num_images=num_images))
+    runner = Runner(run=begin(folder, num_images=num_images, engine=engine))
     outcome = runner.execute(runner.passes)
     return outcome, summary(folder, time.monotonic() - start)
 
