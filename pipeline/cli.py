@@ -120,7 +120,7 @@ def run_stage(
     from pipeline.run import Runner
 
     if stage == "train":  # made from all shards at once: a model is no table
-        _train(config.load(run))
+        _train(config.load(run), stale)
         return
     statuses = frozenset(filter(None, retry.split(",")))
     runner = Runner(run=config.load(run), shards=shard, workers=workers, stale=stale, retry=statuses)
@@ -129,13 +129,19 @@ def run_stage(
     raise typer.Exit(outcome.exit_code)
 
 
-def _train(run: Run) -> None:
-    from pipeline import plugins
-    from pipeline.run import Engines
+def _train(run: Run, stale: Literal["stop", "redo", "keep"]) -> None:
+    from threading import Event
 
-    engines = Engines(run.engines)
+    from pipeline import plugins
+    from pipeline.attempt import Stopped
+    from pipeline.run import Engines, stopping
+
+    engines, stop = Engines(run.engines), Event()
     try:
-        print(plugins.load("stages", "train").train(run, engines))
+        with stopping(stop):
+            print(plugins.load("stages", "train").train(run, engines, stale=stale, stop=stop))
+    except Stopped:
+        raise typer.Exit(75) from None
     finally:
         engines.close_all_but(())
 

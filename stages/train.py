@@ -5,14 +5,18 @@ A training that was killed goes on where it was saved, with the lessons that wer
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Literal
 
 from pipeline import plugins, tables
-from pipeline.config import Run
+from pipeline.attempt import Stopped
+from pipeline.config import Run, stamped
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.passes import Pass
 from pipeline.records import Demand, Rubric
 from stages import scorers
@@ -23,24 +27,41 @@ from stages.training.lessons import Collator, Lesson, dataset, held_out, in_orde
 from stages.training.loop import Task
 from stages.training.settings import Config as Config
 
+VERSION = 1
+Asked = Mapping[str, tuple[Demand, ...]] | None  # of each image, its own criteria; None: the reward needs none
+
 
 def passes(_: Run) -> Iterable[Pass]:
     """None: a model is made from all shards at once, not shard by shard."""
     return ()
 
 
-def train(run: Run, engines: Mapping[str, Engine]) -> Path:
-    """Trains what `[train]` says and returns the model's folder. `engines` are those that rewards ask.
+def train(
+    run: Run,
+    engines: Mapping[str, Engine],
+    *,
+    stale: Literal["stop", "redo", "keep"] = "stop",
+    stop: Event | None = None,
+) -> Path:
+    """Trains what `[train]` says and returns the model's folder.
+
+    Args:
+        engines: those that rewards ask.
+        stale: what to do with checkpoints that other words, numbers or tables made.
+        stop: set from outside, it ends the training with a checkpoint.
 
     Raises:
         ConfigError: `[train]` names what is not there.
-        UserError: there is nothing to learn from.
+        UserError: there is nothing to learn from, or what is there is stale.
+        Stopped: `stop` was set; the same again goes on.
     """
     config: Config = run.sections["train"][""]
-    output = run.folder / config.output
+    _check(run, config)
     scored = _rewards(run, config)
+    recipe = _recipe(run, config, scored)
+    _settle_stale(run, recipe, stale)
     asked = {name: _asked(run, scorer) for name, scorer in scored.items()}
-    task = _task(run, config, [lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked)])
+    task = _task(run, config, _lessons(run, config, asked), curve=Curve(run.folder, recipe), stop=stop or Event())
     if config.method == "grpo":
         from stages.training.reinforced import Reward, trainer
 
@@ -54,16 +75,31 @@ def train(run: Run, engines: Mapping[str, Engine]) -> Path:
 
         made = supervised.trainer(task)
     made.train(resume_from_checkpoint=loop.last_checkpoint(task.folder))
-    _save(made, task.processor, output)
-    num_images = len(set(task.learnt["sha256"]))
-    (output / "README.md").write_text(card(run, config, made.state.log_history, num_images=num_images))
-    return output
+    if made.state.global_step < config.steps:
+        raise Stopped
+    return _finished(run, task, made)
 
 
-def _task(run: Run, config: Config, taught: list[Lesson]) -> Task:
+def _lessons(run: Run, config: Config, asked: Mapping[str, Asked]) -> list[Lesson]:
+    """
+    Raises:
+        UserError: there are none; the message says what is to be made first.
+    """
+    taught = list(lessons(run, config))
+    if not taught:
+        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
+    with_rubrics = [lesson for lesson in taught if _can_be_scored(lesson, asked)]
+    if not with_rubrics:
+        missing = ", ".join(name for name, rubrics in asked.items() if rubrics is not None)
+        raise UserError(f"{run.file}: train.rewards: no image has a rubric for {missing}: recap run rubric makes them")
+    return with_rubrics
+
+
+def _task(run: Run, config: Config, taught: list[Lesson], *, curve: Curve, stop: Event) -> Task:
     learnt, measured = held_out(taught, num_images=config.eval_images)
     if not learnt:
-        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
+        held = f"{config.eval_images} images held out of {len(taught)} lessons leave nothing to learn"
+        raise UserError(f"{run.file}: train.eval_images: {held}")
     model, processor = _start(config)
     per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
     num_batches = config.steps * config.accumulate
@@ -76,7 +112,8 @@ def _task(run: Run, config: Config, taught: list[Lesson]) -> Task:
         learnt=dataset(learnt, order),
         measured=dataset(measured, in_order(measured, processor)) if measured else None,
         folder=run.folder / "train",
-        curve=Curve(run.folder, config),
+        curve=curve,
+        stop=stop,
     )
 
 
@@ -108,14 +145,80 @@ def _start(config: Config) -> tuple[Any, Any]:
     return model, processor
 
 
-def _save(made: Any, processor: Any, output: Path) -> None:
-    """The model alone, as transformers and vLLM load it."""
+def _finished(run: Run, task: Task, made: Any) -> Path:
+    """The model alone, as transformers and vLLM load it, with its card; whole when it is in place."""
     model = made.model.merge_and_unload() if hasattr(made.model, "merge_and_unload") else made.model
     if hasattr(model, loop.READER):
         delattr(model, loop.READER)
     model.config.use_cache = True  # the trainer turned it off
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    output = run.folder / task.config.output
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    task.processor.save_pretrained(partial)
+    num_images = len(set(task.learnt["sha256"]))
+    (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=num_images))
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    tables.sync_folder(output.parent)
+    return output
+
+
+# What it was trained from
+
+
+def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Recipe:
+    """All that decides the model: the words and numbers of `[train]`, and the tables that are read."""
+    folders = ["image", *(f"caption/{name}" for name in config.captions if config.method != "regions")]
+    folders += [f"score/{config.scores}/{name}" for name in config.captions if config.scores]
+    folders += [f"rubric/{scorer.rubric}" for scorer in scored.values() if scorer.rubric]
+    inputs = {folder: _digest(run.folder / folder) for folder in folders}
+    return tables.Recipe(stage="train", name="", version=VERSION, slice=stamped(config), inputs=inputs)
+
+
+def _digest(folder: Path) -> str:
+    stamps = (tables.read_stamp(file) for file in sorted(folder.glob("*.parquet")))
+    return hashlib.sha256("".join(stamp.digest for stamp in stamps if stamp).encode()).hexdigest()
+
+
+def _settle_stale(run: Run, recipe: tables.Recipe, stale: str) -> None:
+    """
+    Raises:
+        Refused: what was trained so far was trained otherwise.
+    """
+    path = Curve.path(run.folder)
+    before = tables.read_stamp(path) if path.exists() else None
+    if before is None or before.fingerprint == recipe.fingerprint or stale == "keep":
+        return
+    if stale == "redo":
+        shutil.rmtree(run.folder / "train", ignore_errors=True)
+        path.unlink()
+        return
+    old = {**before.recipe.slice, **before.recipe.inputs}
+    new = {**recipe.slice, **recipe.inputs}
+    changed = ", ".join(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
+    raise Refused(
+        f"{run.file}: train: checkpoints in {run.folder / 'train'} were made with others of these: {changed};"
+        " use --stale redo to begin anew, --stale keep to go on from them"
+    )
+
+
+def _check(run: Run, config: Config) -> None:
+    """
+    Raises:
+        ConfigError: `[train]` names a pass that is not there.
+    """
+    if config.method == "regions":
+        return
+    known = sorted(run.sections["caption"])
+    if not config.captions:
+        raise ConfigError(f"{run.file}: train.captions", f"is empty; there are {', '.join(known)}")
+    for name in config.captions:
+        if name not in known:
+            raise ConfigError(f"{run.file}: train.captions", plugins.unknown(name, known))
+    if config.scores and config.scores not in run.sections["score"]:
+        raise ConfigError(f"{run.file}: train.scores", plugins.unknown(config.scores, sorted(run.sections["score"])))
+    loop.check_devices(str(run.file))
 
 
 # Rewards
@@ -130,20 +233,27 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
     for name in config.rewards:
         if name not in known:
             raise ConfigError(f"{run.file}: train.rewards", plugins.unknown(name, sorted(known)))
-    return {
+    found = {
         name: scorers.load(known[name].scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
         for name in config.rewards
     }
+    for name, scorer in found.items():
+        for engine in scorer.engines:
+            if engine not in run.engines:
+                raise ConfigError(f"{run.file}: score.{name}", plugins.unknown(engine, sorted(run.engines)))
+        if scorer.rubric and scorer.rubric not in run.sections["rubric"]:
+            known_rubrics = sorted(run.sections["rubric"])
+            raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.unknown(scorer.rubric, known_rubrics))
+    return found
 
 
-def _asked(run: Run, scorer: Scorer) -> Mapping[str, tuple[Demand, ...]] | None:
-    """Of each image, the criteria that were written for it; None for a scorer that reads no rubric pass."""
+def _asked(run: Run, scorer: Scorer) -> Asked:
     if not scorer.rubric:
         return None
     files: Sequence[Path] = sorted((run.folder / "rubric" / scorer.rubric).glob("*.parquet"))
     return {row.key: row.criteria for file in files for row in tables.read(file, Rubric) if row.status == "ok"}
 
 
-def _can_be_scored(lesson: Lesson, asked: Mapping[str, Mapping[str, tuple[Demand, ...]] | None]) -> bool:
+def _can_be_scored(lesson: Lesson, asked: Mapping[str, Asked]) -> bool:
     """Whether each reward that needs a rubric has one for the image: an answer to it could not be told from another."""
     return all(lesson.key in rubrics for rubrics in asked.values() if rubrics is not None)

@@ -13,9 +13,8 @@ from pipeline.config import Run, stamped
 from pipeline.records import Record
 from stages.training.settings import Config
 
-VERSION = 1
 # how fast it was, and how answers were drawn, is no part of what was learnt
-DROPPED = re.compile(r"clip_ratio|completions/m|num_tokens|step_time|sampling/|total_flos|runtime|_per_second")
+DROPPED = re.compile(r"clip_ratio|completions/m|num_tokens|step_time|total_flos|runtime|_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +33,17 @@ class Step(Record):
 
 
 class Curve:
-    """Writes `step/00000.parquet` anew at each checkpoint: all points so far, those from before a kill included."""
+    """Writes `step/00000.parquet` anew at each checkpoint: all points so far, those from before a kill included.
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self._path = folder / "step" / "00000.parquet"
-        self._recipe = tables.Recipe(stage="train", name="", version=VERSION, slice=stamped(config), inputs={})
+    Its stamp tells what the checkpoints beside it were trained from.
+    """
+
+    def __init__(self, folder: Path, recipe: tables.Recipe) -> None:
+        self._path, self._recipe = self.path(folder), recipe
+
+    @staticmethod
+    def path(folder: Path) -> Path:
+        return folder / "step" / "00000.parquet"
 
     def write(self, log: Sequence[Mapping[str, Any]]) -> None:
         tables.write(self._path, Step, points(log), self._recipe)

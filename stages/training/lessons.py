@@ -175,7 +175,7 @@ def in_order(
     seed: int = 0,
     num_batches: int | None = None,
 ) -> list[int]:
-    """The order of the lessons of so many batches; without `num_batches` every one once, as they come."""
+    """The order of the lessons of so many batches; without `num_batches` every one once, by size."""
     rule = PixelRule.of(processor)
     sizes = [_num_pixels(lesson, rule) for lesson in taught]
     if num_batches is None:

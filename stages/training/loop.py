@@ -5,11 +5,14 @@ It does not know what is learnt, nor from what.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import UserError
 from pipeline.terminal import say
 from stages.training.curve import Curve
 from stages.training.lessons import Collator
@@ -34,6 +37,7 @@ class Task:
     measured: datasets.Dataset | None  # held out
     folder: Path  # where its checkpoints lie
     curve: Curve
+    stop: Event  # set when it is to be left, with a checkpoint
 
 
 def arguments(task: Task) -> dict[str, Any]:
@@ -72,6 +76,20 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
+def check_devices(file: str) -> None:
+    """
+    Raises:
+        UserError: several GPUs are visible, which one process cannot use.
+    """
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{file}: train: {torch.cuda.device_count()} GPUs are visible, and a training uses one: set"
+            " CUDA_VISIBLE_DEVICES to the one that it is to have, and give the others to served engines"
+        )
+
+
 def optimizer(task: Task) -> Any:
     """None: the trainer's own AdamW."""
     config = task.config
@@ -83,7 +101,7 @@ def optimizer(task: Task) -> Any:
 
 
 def keeper(task: Task) -> Any:
-    """The callback that keeps the curve at each checkpoint and tells what is logged."""
+    """The callback that keeps the curve at each checkpoint, tells what is logged, and stops when it is told to."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):  # type: ignore[misc]
@@ -91,6 +109,10 @@ def keeper(task: Task) -> Any:
             task.curve.write(state.log_history)
 
         on_train_end = on_save
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_kwargs: Any) -> None:
+            if task.stop.is_set():
+                control.should_save = control.should_training_stop = True
 
         def on_log(
             self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
@@ -114,7 +136,15 @@ def quiet(trainer: Any) -> Any:
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole: the trainer writes its state last."""
     found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    return str(found[-1].parent) if found else None
+    return next((str(path.parent) for path in reversed(found) if _is_json(path)), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def reload(model: Any, folder: Path) -> None:
@@ -127,6 +157,11 @@ def reload(model: Any, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        return
     saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     for file in folder.glob("*.safetensors"):
         saved |= {name: value for name, value in load_file(file).items() if name.startswith(READER)}

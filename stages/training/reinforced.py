@@ -8,7 +8,8 @@ GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 Log = Callable[[str, float], None]
 WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
-KEPT_PICTURES = 512  # decoded, for the answers of one group ask for one picture
+KEPT_PICTURES = 32  # decoded, for the answers of one group ask for one picture
+PROMPT_TOKENS = 3072  # at most, the picture's included: vllm need not hold room for a model's whole context
+NUMBERED = re.compile(r"([a-z_]+?)_?\d+$")
 
 
 class Reward:
@@ -78,19 +81,21 @@ class Reward:
         return [mark.value for mark in marks]
 
     def _tell(self, marks: Sequence[Mark], log_metric: Log) -> None:
-        """How often criteria are met, by what they weigh, and how many marks failed."""
+        """How often criteria are met, by what they weigh and by their sort, and how many marks failed."""
         log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
-        for weight, values in by_weight(criterion for mark in marks for criterion in mark.criteria).items():
-            log_metric(f"met/{self.__name__}/weight_{weight:g}", fmean(values))
+        for name, values in breakdown(criterion for mark in marks for criterion in mark.criteria).items():
+            log_metric(f"met/{self.__name__}/{name}", fmean(values))
 
 
-def by_weight(criteria: Any) -> dict[float, list[float]]:
-    found: dict[float, list[float]] = {}
-    criterion: Criterion
+def breakdown(criteria: Iterable[Criterion]) -> dict[str, list[float]]:
+    """The values of criteria by weight, and by id where ids are numbered: `states_object` for `states_object_3`."""
+    found: dict[str, list[float]] = {}
     for criterion in criteria:
         if criterion.value is not None:
-            found.setdefault(criterion.weight, []).append(criterion.value)
-    return dict(sorted(found.items(), reverse=True))
+            found.setdefault(f"weight_{criterion.weight:g}", []).append(criterion.value)
+            if sort := NUMBERED.match(criterion.id):
+                found.setdefault(sort[1], []).append(criterion.value)
+    return dict(sorted(found.items()))
 
 
 def text_of(completion: Any) -> str:
@@ -121,23 +126,34 @@ def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
 
         def _tokenize_prompts(self, prompts: list[Any]) -> Any:
             given = super()._tokenize_prompts(prompts)
-            if not self.checked:  # image tokens that are expanded twice would silently spoil every prompt (TRL #6294)
+            if not self.checked:
                 check_prompt(given[0][0], prompts[0], processor)
                 self.checked = True
             return given
+
+        def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
+            """vLLM puts a picture's tokens in itself: what is expanded already would be expanded twice (TRL #6294)."""
+            if self.use_vllm:
+                prompt_ids = [unexpanded(ids, processor.image_token_id) for ids in prompt_ids]
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            """By the same draws every time, and without a change to those of training."""
+            import torch
+
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                return super().evaluate(*args, **kwargs)
 
         def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
             mode = "train" if self.model.training else "eval"
             for name, value in manners([text_of(one) for one in completions], patterns).items():
                 self._metrics[mode][name].append(value)
             given: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)
-            return given
+            return complete(given) if config.aggregate == "sum" else given
 
         def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-            if config.lora:
-                super()._load_from_checkpoint(folder, model)
-            else:
-                loop.reload(self.model if model is None else model, Path(folder))
+            loop.reload(self.model if model is None else model, Path(folder))
 
     by_vllm = config.rollouts == "vllm" or (config.rollouts == "auto" and loop.has_gpu() and _has_vllm())
     args = GRPOConfig(
@@ -150,13 +166,13 @@ def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
         temperature=config.temperature,
         generation_kwargs=_never(model, processor, by_vllm=by_vllm),
         beta=config.kl,
-        epsilon=config.clip,
         loss_type=config.loss,
         reward_weights=[config.rewards[reward.__name__] for reward in rewards],
         multi_objective_aggregation="sum_then_normalize" if config.aggregate == "sum" else "normalize_then_sum",
         use_vllm=by_vllm,
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=config.vllm_memory,
+        vllm_max_model_length=PROMPT_TOKENS + config.max_tokens,
         log_multimodal=False,
     )
     made = Trainer(
@@ -171,6 +187,22 @@ def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
         callbacks=[loop.keeper(task)],
     )
     return loop.quiet(made)
+
+
+def complete(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards, answers by functions, without the answers that lack one: in a sum it would count as 0."""
+    import torch
+
+    return rewards.masked_fill(torch.isnan(rewards).any(dim=1, keepdim=True), torch.nan)
+
+
+def unexpanded(ids: Sequence[int], image_token: int) -> list[int]:
+    """A prompt with one token for each picture.
+
+    >>> unexpanded([1, 9, 9, 9, 2], image_token=9)
+    [1, 9, 2]
+    """
+    return [one for i, one in enumerate(ids) if one != image_token or i == 0 or ids[i - 1] != image_token]
 
 
 def check_prompt(ids: Sequence[int], prompt: Sequence[Mapping[str, Any]], processor: Any) -> None:

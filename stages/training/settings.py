@@ -57,10 +57,11 @@ class Config:
     temperature: float = key(1.0, "grpo: at which answers are drawn", least=0.01, most=2)
     max_tokens: int = key(256, "grpo: tokens of an answer at most", least=1)
     kl: float = key(0.0, "grpo: pull towards the model that it began as", least=0)
-    clip: float = key(0.2, "grpo: how far a step may move an answer's probability, as a share", least=0)
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = key("dapo", "grpo: how tokens weigh; see TRL's loss_type")
     aggregate: Literal["sum", "normalise"] = key(
-        "normalise", "grpo: rewards are summed as they are, or each normalised in its group before"
+        "sum",
+        "grpo: rewards are summed as they are, and the sum is compared within its group; or each is normalised within"
+        " its group, and their sum once more over the step",
     )
     rollouts: Literal["auto", "transformers", "vllm"] = key(
         "auto", "grpo: who draws answers; auto: vllm on a GPU where it is installed", stamp=False
@@ -85,5 +86,5 @@ class Config:
                 raise ValueError(f"batch_size = {self.batch_size} is no multiple of group_size = {self.group_size}")
         elif self.rewards:
             raise ValueError(f'rewards are for method = "grpo", not for "{self.method}"')
-        if self.lora and (self.method == "regions" or self.optimizer == "masters"):
-            raise ValueError('lora needs method = "sft" or "grpo" and optimizer = "adamw"')
+        if self.lora and (self.sees or self.optimizer == "masters"):
+            raise ValueError('lora needs method = "sft" or "grpo", no regions, and optimizer = "adamw"')

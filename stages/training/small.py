@@ -158,8 +158,8 @@ def config(
 def quicken(model: Any, *, compiled: bool) -> None:
     """Makes training on a CPU about twice as fast: plain products in the place of kernels that a CPU is slow at.
 
-    The numbers stay those of the model's own code, and so does what is saved. `compiled` gains another third, for a
-    minute at the start and a C++ compiler.
+    The numbers stay those of the model's own code up to rounding, and so does what is saved. `compiled` gains another
+    third, for a minute at the start and a C++ compiler.
     """
     import torch
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code

@@ -41,7 +41,7 @@ def trainer(task: Task) -> Any:
 
     args = SFTConfig(
         **loop.arguments(task),
-        gradient_checkpointing=False,
+        gradient_checkpointing=loop.has_gpu(),
         max_length=None,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
