@@ -2,10 +2,11 @@
 
 From one supervised student: trained on for as many samples as RL draws (on its own teacher, on all teachers, on their
 consensus), by GRPO with one overall mark of a judge, and by GRPO with rubrics. Each arm has several training seeds; one
-that is already recorded is not trained again, so the table can be made over days. Nothing but the last measure looks
-at the truth of a scene; the held-out world is seen by no training.
+that is already recorded is not trained again, so the table can be made over days. The mark is the share of a caption's
+sentences that the judge believes; as it asks a model it has a quarter of the samples. No arm looks at the truth of a
+scene (the student's vision tower has learnt from labelled scenes); the held-out world is seen by no training.
 
-    python benchmarks/miniature.py FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
+    python benchmarks/miniature.py FOLDER --student MODEL [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
 
 FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models. With --shared
 most of the committee has one blind spot, which its consensus has too: what rubrics do then is shown, not hidden.
@@ -14,16 +15,17 @@ most of the committee has one blind spot, which its consensus has too: what rubr
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
-from held_out import CAPTIONER, JUDGE, Line, alt_text, captions, line, rounded, show, shown
+from held_out import JUDGE, Line, alt_text, captions, line, rounded, show, shown
 from teachers import committee
 
 from pipeline import config, starter
@@ -99,29 +101,45 @@ class Outcome:
     arm: str
     shared: bool  # the committee has a common blind spot
     seed: int
+    made_from: str  # digest of the student, the run and the settings
+    num_scenes: int  # that it was measured on
     samples: int  # drawn in training
-    minutes: float
+    minutes: float  # of the last attempt, where it was killed
     figures: Line
     rubric: float  # the mean rubric score of its captions
 
 
-def begin(folder: Path, *, student: str, judge: str, shared: bool) -> config.Run:
+def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
     """The run that all arms learn from, its tables made."""
     text = (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
-    text = text.replace("../scenes-captioner-sft/model", str(Path(student).absolute()))
+    text = text.replace("../scenes-captioner-sft/model", str(student.absolute()))
     text += MORE.format(judge=Path(judge).absolute())
     text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
     if shared:
         text = text.replace('kind = "stages.teachers"', 'kind = "stages.teachers"\nshared = true')
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "run.toml").exists():
-        (folder / "run.toml").write_text(text)
+    file = folder / "run.toml"
+    if not file.exists():
+        file.write_text(text)
+    if file.read_text() != text:
+        raise SystemExit(f"{file} is another comparison's: name a new folder")
     run = config.load(folder)
     starter.plan(run)
     runner = Runner(run=run)
     for stage in ("ingest", "caption", "rubric"):
         assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
     return run
+
+
+def digest(student: Path, run: config.Run, settings: Config) -> str:
+    """Of all that decides an arm but its seed."""
+    weights = hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()
+    parts = [
+        weights,
+        run.file.read_text().replace(str(student.absolute()), ""),
+        config.stamped(replace(settings, seed=0)),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def trained(run: config.Run, settings: Config, *, name: str) -> Path:
@@ -197,12 +215,14 @@ def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: 
     print(f"rubric score of the supervised student: {rubrics.score(student):.3f}\n")
     names = [field.name for field in fields(Line)]
     print(f"{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
-    found = [outcome for outcome in recorded() if outcome.shared == shared]
+    found = [outcome for outcome in recorded() if (outcome.shared, outcome.num_scenes) == (shared, num_scenes)]
     for arm in dict.fromkeys(outcome.arm for outcome in found):
         seeds = [outcome for outcome in found if outcome.arm == arm]
         shown_figures = [[getattr(outcome.figures, name) for outcome in seeds] for name in names]
         shown_figures.append([outcome.rubric for outcome in seeds])
-        told = "".join(f"{mean(values):>10.3f} ± {pstdev(values):.3f}" for values in shown_figures)
+        told = "".join(
+            f"{mean(values):>10.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" for values in shown_figures
+        )
         print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{told}")
     best = [outcome.figures.f1 for outcome in found if outcome.arm == "rubrics"]
     if best:
@@ -214,7 +234,7 @@ def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--student", default=CAPTIONER, help="the supervised model that every arm begins from")
+    parser.add_argument("--student", type=Path, required=True, help="the supervised model that every arm begins from")
     parser.add_argument("--judge", default=JUDGE)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
@@ -222,13 +242,14 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="most of the committee has one blind spot")
     args = parser.parse_args()
     run = begin(args.folder, student=args.student, judge=args.judge, shared=args.shared)
-    student = captions(args.student, args.scenes)
+    student = captions(str(args.student), args.scenes)
     rubrics = Rubrics.of(student, shared=args.shared)
     base: Config = run.sections["train"][""]
-    done = {(outcome.arm, outcome.seed) for outcome in recorded() if outcome.shared == args.shared}
+    done = {(outcome.made_from, outcome.seed, outcome.num_scenes) for outcome in recorded()}
     for seed in range(args.seeds):
         for arm, settings in arms(base).items():
-            if (arm, seed) in done or (args.arms is not None and arm not in args.arms):
+            made_from = digest(args.student, run, settings)
+            if (made_from, seed, args.scenes) in done or (args.arms is not None and arm not in args.arms):
                 continue
             start = time.monotonic()
             model = trained(run, replace(settings, seed=seed), name=f"{arm.replace(' ', '-')}-{seed}")
@@ -239,6 +260,8 @@ def main() -> None:
                 arm=arm,
                 shared=args.shared,
                 seed=seed,
+                made_from=made_from,
+                num_scenes=args.scenes,
                 samples=samples,
                 minutes=minutes,
                 figures=figures,

@@ -103,14 +103,15 @@ def _task(run: Run, config: Config, taught: list[Lesson], *, curve: Curve, stop:
     model, processor = _start(config)
     per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
     num_batches = config.steps * config.accumulate
-    order = in_order(learnt, processor, per_batch=per_batch, seed=config.seed, num_batches=num_batches)
+    alike = config.optimizer == "masters"
+    order = in_order(learnt, processor, alike=alike, per_batch=per_batch, seed=config.seed, num_batches=num_batches)
     return Task(
         config=config,
         model=model,
         processor=processor,
         collator=Collator(processor, folder=run.folder, regions=config.sees),
         learnt=dataset(learnt, order),
-        measured=dataset(measured, in_order(measured, processor)) if measured else None,
+        measured=dataset(measured, in_order(measured, processor, alike=alike)) if measured else None,
         folder=run.folder / "train",
         curve=curve,
         stop=stop,

@@ -171,13 +171,18 @@ def in_order(
     taught: Sequence[Lesson],
     processor: Any,
     *,
+    alike: bool,
     per_batch: int = 1,
     seed: int = 0,
     num_batches: int | None = None,
 ) -> list[int]:
-    """The order of the lessons of so many batches; without `num_batches` every one once, by size."""
+    """The order of the lessons of so many batches; without `num_batches` every one once, by size.
+
+    Args:
+        alike: a batch has images of one size, which is faster on a CPU; rare sizes may wait for long.
+    """
     rule = PixelRule.of(processor)
-    sizes = [_num_pixels(lesson, rule) for lesson in taught]
+    sizes = [_num_pixels(lesson, rule) if alike else 0 for lesson in taught]
     if num_batches is None:
         return sorted(range(len(taught)), key=lambda number: sizes[number])
     return arranged(sizes, num_batches=num_batches, batch_size=per_batch, seed=seed)
