@@ -231,6 +231,10 @@ def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: 
     print(json.dumps({name: rounded(one) for name, one in lines.items()}))
 
 
+def spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
