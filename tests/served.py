@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,17 @@ class Served:
     def address(self) -> str:
         return str(json.loads(self.endpoint.read_text())["base_url"]).removesuffix("/v1")
 
+    def num_answered(self) -> int:
+        """How many requests it has answered, by its own count."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total")))
+
+    def kill(self) -> None:
+        """As a machine does that is switched off: nothing is tidied up."""
+        self.process.kill()
+        self.process.wait()
+
 
 @contextmanager
 def serving(model: Path, **keys: Any) -> Iterator[Served]:
@@ -35,26 +47,35 @@ def serving(model: Path, **keys: Any) -> Iterator[Served]:
         (run / "models").mkdir()
         (run / "models" / "tiny").symlink_to(model)
         (run / "run.toml").write_text(_run_toml(keys))
-        process = subprocess.Popen([sys.executable, "-m", "tests.served", folder], start_new_session=True)
-        try:
-            served = Served(endpoint=run / "endpoints" / "tiny.json", process=process)
-            while not served.endpoint.exists():
-                assert process.poll() is None, "the server ended before it was ready"
-                time.sleep(0.2)
+        with started(run, "tiny") as served:
             yield served
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=90)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+
+
+@contextmanager
+def started(run: Path, engine: str) -> Iterator[Served]:
+    """The server of an engine of a run, until the block ends."""
+    endpoint = run / "endpoints" / f"{engine}.json"
+    endpoint.unlink(missing_ok=True)  # of one that was killed
+    process = subprocess.Popen([sys.executable, "-m", "tests.served", str(run), engine], start_new_session=True)
+    try:
+        while not endpoint.exists():
+            assert process.poll() is None, "the server ended before it was ready"
+            time.sleep(0.2)
+        yield Served(endpoint=endpoint, process=process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _run_toml(keys: dict[str, Any]) -> str:
     lines = ['[source]\nkind = "folder"\npath = "."', '[engines.tiny]\nkind = "openai"\nmodel = "tiny"']
-    lines += ['base_url = "endpoint"\n[engines.tiny.serve]\nkv_cache_gib = 1']
-    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in keys.items())])
+    lines += ['base_url = "endpoint"\n[engines.tiny.serve]']
+    given = {"kv_cache_gib": 1} | keys
+    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in given.items())])
 
 
 def _end_with(parent: int) -> None:
@@ -68,4 +89,4 @@ if __name__ == "__main__":
     from pipeline import config, serve
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serve.serve(config.load(Path(sys.argv[1])), "tiny")
+    serve.serve(config.load(Path(sys.argv[1])), sys.argv[2])
