@@ -175,9 +175,9 @@ def sql(
     format: Format = "table",
 ) -> None:
     """Ask the run's tables in SQL, read-only."""
-    from pipeline import config, database
+    from pipeline import config, database, passes
 
-    with database.connect(config.load(run).folder) as connection:
+    with passes.connect(config.load(run)) as connection:
         database.show(connection, query, format, sys.stdout.buffer)
 
 
@@ -188,12 +188,12 @@ def query(
     format: Format = "table",
 ) -> None:
     """A named query of manifests/queries."""
-    from pipeline import config, database
+    from pipeline import config, database, passes
 
     if not name:
         print("\n".join(f"{title:12} {sentence}" for title, sentence in database.named_queries()))
         return
-    with database.connect(config.load(run).folder) as connection:
+    with passes.connect(config.load(run)) as connection:
         database.show(connection, database.named_query(name), format, sys.stdout.buffer)
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -26,12 +26,15 @@ VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VO
 MAX_CELL = 100  # characters of a value in a table for people
 
 
-def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
+def connect(
+    folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None
+) -> duckdb.DuckDBPyConnection:
     """A connection with the views of manifests/views.sql over one run, locked into it.
 
     Args:
         folder: the run.
         files: which table files the views see; one shard's when it is `00007.parquet`.
+        where: view -> the condition for those of its rows that are shown.
     """
     import duckdb
 
@@ -41,7 +44,8 @@ def connect(folder: Path, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnect
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     for statement in views(run, files):
-        _define(connection, statement)
+        condition = (where or {}).get(_view(statement))
+        _define(connection, f"{statement} WHERE {condition}" if condition else statement)
     return connection
 
 
@@ -158,10 +162,15 @@ def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
     except duckdb.IOException as error:
         if "No files found" not in str(error):
             raise
-        name = re.split(r"\W+", statement)[2]
+        name = _view(statement)
         record = next(r for r in RECORDS if r.table == name)
         nothing = ", ".join(f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in schema(record))
         connection.execute(f"CREATE VIEW {name} AS SELECT {nothing} WHERE false")
+
+
+def _view(statement: str) -> str:
+    """What a CREATE VIEW creates."""
+    return re.split(r"\W+", statement)[2]
 
 
 def _sql_type(type: pa.DataType) -> str:

@@ -23,6 +23,8 @@ from pipeline.errors import ConfigError, QueryError, UnknownName
 from pipeline.records import Caption, Image, Record, columns
 
 if TYPE_CHECKING:
+    import duckdb
+
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
@@ -155,6 +157,20 @@ def check_binds(run: Run, field: str, query: str) -> None:
             database.select(connection, f"EXPLAIN {query}")
         except QueryError as error:
             raise ConfigError(f"{run.file}: {field}", str(error)) from error
+
+
+def connect(run: Run, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
+    """The views of a run without what is left of passes that run.toml no longer has.
+
+    Args:
+        files: which table files they see; one shard's when it is `00007.parquet`.
+    """
+    scored = {score: score_folders(run, [score]) for score in run.sections["score"]}
+    pairs = ", ".join(database.literal(folder) for folders in scored.values() for folder in folders)
+    names = ", ".join(map(database.literal, run.sections["caption"]))
+    where = {"caption": f"name IN ({names})" if names else "false"}
+    where["score"] = f"'score/' || name || '/' || caption IN ({pairs})" if pairs else "false"
+    return database.connect(run.folder, files=files, where=where)
 
 
 def score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:

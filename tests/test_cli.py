@@ -15,7 +15,7 @@ import typer
 
 from pipeline import database
 from pipeline.cli import app
-from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, times
+from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, times, write
 from tests.wrapped import tar
 
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
@@ -210,3 +210,23 @@ def test_a_trial_looks_into_several_tars(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(tmp_path / "tars", source={"kind": "webdataset"}))
     shown = recap("try", "caption:dense", "--images", 5, "--run", run).stdout
     assert re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE) == ["0_a", "0_b", "3_a", "3_b", "6_a"]
+
+
+def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
+    parts = sections(
+        corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
+    )
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    asked = "SELECT name, '' FROM caption UNION SELECT name, caption FROM score ORDER BY ALL"
+
+    def shown() -> list[list[str]]:
+        return list(csv.reader(io.StringIO(recap("sql", asked, "--format", "csv", "--run", run).stdout)))[1:]
+
+    every = [["dense", ""], ["form", "dense"], ["form", "old"], ["judge", "dense"], ["judge", "old"], ["old", ""]]
+    assert shown() == every
+    parts["caption.new"] = parts.pop("caption.old")
+    write(run, parts)
+    assert shown() == [row for row in every if "old" not in row]
+    with database.connect(run) as connection:  # plain DuckDB shows what lies there
+        assert sorted(map(list, database.rows(connection, asked))) == every

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import config, database, plan
+from pipeline import config, database, passes, plan
 
 if TYPE_CHECKING:
     import duckdb
@@ -149,7 +149,7 @@ class Report:
 
 def survey(run: config.Run) -> Report:
     """Asks the run's tables for all numbers."""
-    with database.connect(run.folder) as connection:
+    with passes.connect(run) as connection:
         costs, until = _costs(connection)
         return Report(
             name=run.folder.name,

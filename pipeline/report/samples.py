@@ -14,7 +14,7 @@ from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import config, database, images
+from pipeline import config, database, images, passes
 from pipeline.plan import Plan
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
 from pipeline.shard import Shard
@@ -57,7 +57,7 @@ class Sheet:
 
 def sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets of `num_images` samples in all, or fewer; those of an unfinished run show what there is."""
-    with database.connect(run.folder) as connection:
+    with passes.connect(run) as connection:
         drawn = dict(_drawn(connection, num_images))
     found = _read(run, {key for keys in drawn.values() for key in keys})
     for kind, keys in drawn.items():
@@ -118,7 +118,7 @@ def _read(run: config.Run, keys: Iterable[str]) -> Mapping[str, Sample]:
         wanted = ", ".join(map(database.literal, group))
         with (
             closing(Shard(run=run, plan=_plan(run.folder, number), number=number)) as shard,
-            database.connect(run.folder, files=f"{number:05d}.parquet") as connection,
+            passes.connect(run, files=f"{number:05d}.parquet") as connection,
         ):
             captions = _captions(connection, wanted)
             for row in _rows(connection, Image, wanted, order='"offset"'):
