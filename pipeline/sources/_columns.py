@@ -147,6 +147,9 @@ def _relative(path: str, roots: Sequence[str]) -> str:
 
 
 def _with_image(raw: Raw, data: Any, path: str, roots: Sequence[str]) -> Raw:
+    if isinstance(data, bytes) and len(data) > _common.MAX_IMAGE_BYTES:
+        error = f"its {len(data)} bytes are more than the {_common.MAX_IMAGE_BYTES} that one may have"
+        return replace(raw, error=error)
     if isinstance(data, bytes):
         return replace(raw, data=data)
     if data is not None:

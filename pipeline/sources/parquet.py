@@ -17,7 +17,7 @@ from pipeline.sources import _columns, _common, _files, _parquet
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 16
+BATCH_ROWS = 4  # in memory at a time: a few kilobytes may unpack to as many values of any size
 
 
 @dataclass(frozen=True, kw_only=True)
