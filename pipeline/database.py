@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Rubric, Score, Verdict, Stat, Exported)
 VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
+QUIET = "SET enable_progress_bar = false"  # it would go to standard output, which is data
 MAX_CELL = 100  # characters of a value in a table for people
 
 
@@ -40,6 +41,7 @@ def connect(
 
     run = folder.absolute()
     connection = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
+    connection.execute(QUIET)
     connection.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
@@ -89,6 +91,7 @@ def names_in(expression: str, *, clause: str) -> frozenset[str]:
     import duckdb
 
     with duckdb.connect() as connection:
+        connection.execute(QUIET)
         (text,) = connection.execute("SELECT json_serialize_sql(?)", [clause.format(expression)]).fetchone() or ("",)
         volatile = {name for (name,) in connection.execute(VOLATILE).fetchall()}
     tree = json.loads(text)

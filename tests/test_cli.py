@@ -230,3 +230,9 @@ def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
     assert shown() == [row for row in every if "old" not in row]
     with database.connect(run) as connection:  # plain DuckDB shows what lies there
         assert sorted(map(list, database.rows(connection, asked))) == every
+
+
+def test_a_slow_question_has_no_progress_bar_in_its_answer(run: Path) -> None:
+    with database.connect(run) as connection:
+        (shown,) = next(database.rows(connection, "SELECT current_setting('enable_progress_bar')"))
+    assert not shown
