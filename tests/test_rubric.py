@@ -343,6 +343,7 @@ def test_nothing_missed_is_an_empty_rubric_and_a_failed_request_an_error() -> No
     [
         ("prompt = '{teacher} {student}'", "writers/mine.toml: prompt: {teacher} is no field"),
         ("prompt = '{teachers}'", "writers/mine.toml: prompt: must have {student}"),
+        ("prompt = '{teachers}{student}'\nmin_criteria = 13", "min_criteria = 13 is more than max_criteria = 12"),
         ("promt = ''", "writers/mine.toml: promt: unknown key; did you mean 'prompt'"),
         ("prompt = ", "writers/mine.toml: is not TOML"),
         (None, "rubric.mine.words: 'mine' is none of committee"),
@@ -559,12 +560,13 @@ def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) -> None:
     """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges."""
-    ours = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 8, "enforce_eager": True}
+    ours = {"dtype": "float32", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": True}
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
     (run / "writers").mkdir()
     shipped = (ROOT / "stages/writers/committee.toml").read_text()
-    short = shipped.replace("max_criteria = 12", "max_criteria = 2").replace("= 240", "= 16")
+    # an untrained model would rather say nothing, and has no end of words
+    short = shipped.replace("max_criteria = 12", "min_criteria = 1\nmax_criteria = 2").replace("= 240", "= 16")
     (run / "writers" / "committee.toml").write_text(short)
     toml = (run / "run.toml").read_text()
     for what, model in (("rubric", tiny_model), ("score", tiny.make_text(tmp_path / "text"))):

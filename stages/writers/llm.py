@@ -38,6 +38,7 @@ class Words:
     system: str = key("", "the system message; empty: none")
     prompt: str = key(help="what is asked; {teachers} and {student} are the numbered captions, fenced")
     with_image: bool = key(True, "whether the writer sees the image")
+    min_criteria: int = key(0, "of a rubric; 0: a student may miss nothing", least=0)
     max_criteria: int = key(12, "of a rubric", least=1)
     max_characters: int = key(240, "of a criterion", least=10)
     sampling: Drawing = key(factory=Drawing)
@@ -47,6 +48,8 @@ class Words:
         for name in ("teachers", "student"):
             if name not in fields_in(self.prompt):
                 raise ValueError(f"prompt: must have {{{name}}}")
+        if self.min_criteria > self.max_criteria:
+            raise ValueError(f"min_criteria = {self.min_criteria} is more than max_criteria = {self.max_criteria}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,8 @@ def schema(evidence: Evidence, words: Words) -> dict[str, Any]:
         "experts": _numbers(len(evidence.teachers), least=evidence.num_agree),
         "captions": _numbers(len(evidence.student), least=1),
     }
-    listed = {"type": "array", "items": _object(criterion), "minItems": 0, "maxItems": words.max_criteria}
+    bounds = {"minItems": words.min_criteria, "maxItems": words.max_criteria}
+    listed = {"type": "array", "items": _object(criterion), **bounds}
     return _object({"criteria": listed})
 
 
