@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -111,8 +112,7 @@ class Outcome:
 
 def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
     """The run that all arms learn from, its tables made."""
-    text = (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
-    text = text.replace("../scenes-captioner-sft/model", str(student.absolute()))
+    text = manifest().replace("../scenes-captioner-sft/model", str(student.absolute()))
     text += MORE.format(judge=Path(judge).absolute())
     text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
     if shared:
@@ -131,15 +131,16 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     return run
 
 
-def digest(student: Path, run: config.Run, settings: Config) -> str:
-    """Of all that decides an arm but its seed."""
+def digest(student: Path, settings: Config, *, shared: bool) -> str:
+    """Of all that decides an arm but its seed, wherever its models and its run lie."""
     weights = hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()
-    parts = [
-        weights,
-        run.file.read_text().replace(str(student.absolute()), ""),
-        config.stamped(replace(settings, seed=0)),
-    ]
+    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared]
+    parts = [weights, words, {**config.stamped(settings), "model": "", "seed": 0}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def manifest() -> str:
+    return (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
 
 
 def trained(run: config.Run, settings: Config, *, name: str) -> Path:
@@ -252,7 +253,7 @@ def main() -> None:
     done = {(outcome.made_from, outcome.seed, outcome.num_scenes) for outcome in recorded()}
     for seed in range(args.seeds):
         for arm, settings in arms(base).items():
-            made_from = digest(args.student, run, settings)
+            made_from = digest(args.student, settings, shared=args.shared)
             if (made_from, seed, args.scenes) in done or (args.arms is not None and arm not in args.arms):
                 continue
             start = time.monotonic()
