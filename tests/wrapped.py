@@ -14,6 +14,7 @@ import random
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,11 @@ def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
 
 
 def _packed(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
-    pack: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        "gz": partial(gzip.compress, mtime=0),
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+    }
     pack["zst"] = lambda data: bytes(pa.compress(data, "zstd", asbytes=True))
     files, rows = {}, []
     for ending, packer in pack.items():
@@ -227,8 +232,8 @@ def _packed(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         files[f"bomb.tar.{ending}"] = packer(bomb)
         rows += [ok(f"fuse_{ending}"), lost(f"bomb_{ending}", "the tar has")]
         rows.append(lost(f"bomb.tar.{ending}@{MOST}", "unpacks to more than"))
-    inner = gzip.compress(tar({"inner.jpg": photo(rng)}))
-    files["shell.tar.gz"] = gzip.compress(inner)
+    inner = gzip.compress(tar({"inner.jpg": photo(rng)}), mtime=0)
+    files["shell.tar.gz"] = gzip.compress(inner, mtime=0)
     files["lying_name.tar.gz"] = tar({"plain.jpg": photo(rng)})
     files["lying_magic.tar.gz"] = b"\x1f\x8b" + rng.randbytes(500)
     rows += [lost("shell.tar.gz@0", "is "), ok("plain"), lost("lying_magic.tar.gz@0", "it cannot be unpacked")]
