@@ -59,12 +59,12 @@ def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("echo", 10), ("server", 5), ("transformers", 5), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
+    [("echo", 10), ("server", 5), ("transformers", 6), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
 )
 def test_kills_cost_nothing(kind: str, kills: int) -> None:
     toll = disasters.tormented(kind, kills=kills, seed=1)
     assert (toll.kills >= kills, toll.harm) == (True, 0), toll
-    assert toll.rows > 200
+    assert toll.rows > 300
 
 
 @pytest.mark.slow
