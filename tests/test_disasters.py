@@ -64,7 +64,7 @@ def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -
 def test_kills_cost_nothing(kind: str, kills: int) -> None:
     toll = disasters.tormented(kind, kills=kills, seed=1)
     assert (toll.kills >= kills, toll.harm) == (True, 0), toll
-    assert toll.rows > 300
+    assert toll.rows > 250 * toll.runs > 0
 
 
 @pytest.mark.slow

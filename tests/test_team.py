@@ -144,42 +144,35 @@ def begin_and_caption(run: Path) -> None:
 
 
 def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> None:
-    photos = corpus(tmp_path / "photos", ["jpg"] * 12)
-    parts = sections(photos, source={"shard_size": 2}, engines__captioner={"delay": 0.05})
-    run = begin(tmp_path / "run", parts)
-    make(run, "ingest")
-    child = started(run)
-    while not (workers := children(child.pid)):
-        time.sleep(0.05)
-    time.sleep(1)
-    os.kill(workers[0], signal.SIGKILL)
+    child, run = under_way(tmp_path)
+    os.kill(children(child.pid)[0], signal.SIGKILL)
     _, words = child.communicate(timeout=120)
     assert (child.returncode, "fewer --workers" in words) == (1, True)
     assert make(run, "caption", workers=2).exit_code == 0
 
 
 def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
-    """There are more shards than can be in flight, so some are left."""
-    photos = corpus(tmp_path / "photos", ["jpg"] * 80)
-    parts = sections(photos, source={"shard_size": 5}, engines__captioner={"delay": 0.3})
-    run = begin(tmp_path / "run", parts)
-    make(run, "ingest")
-    child = started(run)
-    while not (run / ".work" / "caption").exists():
-        time.sleep(0.05)
+    child, run = under_way(tmp_path)
     child.send_signal(signal.SIGTERM)
     _, words = child.communicate(timeout=120)
     assert child.returncode == 75, words
     assert make(run, "caption").exit_code == 0
 
 
-def started(run: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def under_way(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Two workers that caption; there are more shards than can be in flight, so some are left."""
+    photos = corpus(tmp_path / "photos", ["jpg"] * 80)
+    run = begin(tmp_path / "run", sections(photos, source={"shard_size": 5}, engines__captioner={"delay": 0.3}))
+    make(run, "ingest")
+    child = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "caption", "--run", str(run), "--workers", "2"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
+    while not (run / ".work" / "caption").exists():
+        time.sleep(0.05)
+    return child, run
 
 
 def children(pid: int) -> list[int]:

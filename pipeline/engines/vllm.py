@@ -247,8 +247,8 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "enforce_eager": config.enforce_eager,
         "limit_mm_per_prompt": {"image": config.images_per_prompt, "video": 0},
         "mm_processor_cache_gb": 0,
-        # Free whitespace would let a weak model write blanks until its tokens run out.
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        # Whitespace stays the model's choice: `disable_any_whitespace` would force a style on it that it never learnt.
+        "structured_outputs_config": {"backend": "xgrammar"},
         "renderer_num_workers": num_threads,
         **config.extra,
     }
