@@ -2,7 +2,7 @@
 
 Several models are taken as trainings of one captioner by several seeds: their mean and spread are printed too.
 
-    python benchmarks/captioner.py [--scenes 1000] [MODEL ...]
+    python -m benchmarks.captioner [--scenes 1000] [MODEL ...]
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import argparse
 import json
 from statistics import mean, pstdev
 
-from held_out import CAPTIONER, alt_text, captions, line, rounded, show
-from teachers import committee
+from benchmarks.held_out import CAPTIONER, alt_text, captions, line, rounded, show
+from benchmarks.teachers import committee
 
 TEACHER = "hasty"  # whom the captioner learnt from
 

@@ -1,6 +1,6 @@
 """What it costs to decode images out of harm's way: `ProbePool` against bare loops on the same number of processes.
 
-    python benchmarks/decode.py [--seconds 2] [--pairs 5] [--procs N]
+    python -m benchmarks.decode [--seconds 2] [--pairs 5] [--procs N]
 
 Three ways to check the same JPEGs, held in memory, by turns:
   plain   a loop over Pillow's full decode and sha256: what one would write without thinking
@@ -23,8 +23,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Any
 
 from pipeline.decoders import ProbePool, num_cores
 from pipeline.images import probe
@@ -78,20 +77,22 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def bare_seconds(way: str, file: Path, num_images: int, procs: int) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--bare", way, str(file), str(num_images // procs)]
+    command = [sys.executable, "-m", "benchmarks.decode", "--bare", way, str(file), str(num_images // procs)]
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(procs)
     ]
-    for process in started:
-        process.stdout.readline()
+    pipes = [(process.stdin, process.stdout) for process in started]
+    ends = [(to, back) for to, back in pipes if to and back]
+    for _, back in ends:
+        back.readline()
     used = sum(cpu_seconds(process.pid) for process in started)
 
     def work() -> None:
-        for process in started:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in started:
-            process.stdout.readline()
+        for to, _ in ends:
+            to.write("go\n")
+            to.flush()
+        for _, back in ends:
+            back.readline()
 
     wall, _ = timed(work)
     used = sum(cpu_seconds(process.pid) for process in started) - used
@@ -112,7 +113,7 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs: int) -> dict[str, object]:
+def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ProbePool(num_procs=procs) as pool:
         file = Path(folder) / "corpus"
         file.write_bytes(b"".join(files))

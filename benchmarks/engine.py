@@ -204,9 +204,10 @@ def of_tables(run: Path, name: str) -> tuple[int, int, float]:
     import duckdb
 
     captions = f"'{run}/caption/{name}/*.parquet'"
-    rows, tokens = duckdb.sql(f"SELECT count(*), sum(num_output_tokens) FROM {captions}").fetchall()[0]
-    query = f"SELECT sum(waiting * seconds) / sum(seconds) FROM '{run}/stats/caption/{name}/*.parquet'"
-    ((waiting,),) = duckdb.sql(query).fetchall()
+    with duckdb.connect() as connection:
+        ((rows, tokens),) = connection.execute(f"SELECT count(*), sum(num_output_tokens) FROM {captions}").fetchall()
+        query = f"SELECT sum(waiting * seconds) / sum(seconds) FROM '{run}/stats/caption/{name}/*.parquet'"
+        ((waiting,),) = connection.execute(query).fetchall()
     return rows, int(tokens or 0), round(waiting or 0.0, 4)
 
 

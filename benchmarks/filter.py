@@ -2,7 +2,7 @@
 
 Captions are kept when the judge's score is at least the median of all, so at least half of them are.
 
-    python benchmarks/filter.py [--scenes 2000] [--judge MODEL] [--captioner MODEL]
+    python -m benchmarks.filter [--scenes 2000] [--judge MODEL] [--captioner MODEL]
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import mean, median
 
-from held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-
+from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
 from stages.claims import measure
 from stages.scorers import Sample, judge
 

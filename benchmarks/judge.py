@@ -3,7 +3,7 @@
 Half of the statements are sentences of the captioner's own captions, the others are made from the truth; true ones are
 made false by the swap of one word half of the time. The judge is asked by the score stage's own scorer and rubric.
 
-    python benchmarks/judge.py [--statements 4000] [--judge MODEL] [--captioner MODEL]
+    python -m benchmarks.judge [--statements 4000] [--judge MODEL] [--captioner MODEL]
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-
+from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
 from stages.claims import KINDS, parse
 from stages.scorers import Sample, judge
 from stages.teachers import answer, statement

@@ -6,7 +6,7 @@ that is already recorded is not trained again, so the table can be made over day
 sentences that the judge believes; as it asks a model it has a quarter of the samples. No arm looks at the truth of a
 scene (the student's vision tower has learnt from labelled scenes); the held-out world is seen by no training.
 
-    python benchmarks/miniature.py FOLDER --student MODEL [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
+    python -m benchmarks.miniature FOLDER --student MODEL [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
 
 FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models. With --shared
 most of the committee has one blind spot, which its consensus has too: what rubrics do then is shown, not hidden.
@@ -26,9 +26,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from held_out import JUDGE, Line, alt_text, captions, line, rounded, show, shown
-from teachers import committee
-
+from benchmarks.held_out import JUDGE, Line, alt_text, captions, line, rounded, show, shown
+from benchmarks.teachers import committee
 from pipeline import config, starter
 from pipeline.passes import select
 from pipeline.run import Engines, Runner
@@ -177,7 +176,7 @@ class Rubrics:
             )
             for index, (scene, text) in enumerate(zip(shown(len(student)), student, strict=True))
         ]
-        return cls(asked=[written.criteria for written in claims.write(evidence, claims.Settings(), {})])
+        return cls(asked=[written.criteria for written in claims.write(evidence)])
 
     def score(self, said: Sequence[str]) -> float:
         samples = (

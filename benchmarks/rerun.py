@@ -1,6 +1,6 @@
 """Measures what it costs to find that nothing is to be done: `recap run all` on a finished run of many shards.
 
-    python benchmarks/rerun.py [--shards 1000]
+    python -m benchmarks.rerun [--shards 1000]
 
 Prints the seconds of the whole command and of `recap --help`, medians of five; the last line is JSON.
 """
@@ -15,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.scale import make_photos
 

@@ -3,7 +3,7 @@
 Prints images/s for each stage, ingest as a share of a bare decode-and-hash loop on the same cores, and peak memory at
 both sizes. The last line is JSON.
 
-    python benchmarks/scale.py [--images 10000 100000] [--workers 2]
+    python -m benchmarks.scale [--images 10000 100000] [--workers 2]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Beside the seconds on the clock stand those of the processor, which a busy machi
 Every shard has all its tables; they are copies of one shard's, each with the stamp that its own place in the plan asks
 for. The last line is JSON.
 
-    python benchmarks/status.py [--shards 100000]
+    python -m benchmarks.status [--shards 100000]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints how the simulated teachers and their consensus stand to the truth. The last line is JSON.
 
-python benchmarks/teachers.py [NUM_SCENES]
+python -m benchmarks.teachers [NUM_SCENES]
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from held_out import Line, line, rounded, show, shown
-
+from benchmarks.held_out import Line, line, rounded, show, shown
 from stages.teachers import TEACHERS, caption, consensus
 
 
