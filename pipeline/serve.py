@@ -162,9 +162,9 @@ def _child(command: list[str], *, key: str, kv_cache_gib: int) -> Iterator[_Chil
     """Starts the server; on the way out it is gone. SIGTERM and SIGINT are passed on meanwhile."""
     vllm.settle_environment(kv_cache_gib=kv_cache_gib)
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-    environment |= {"VLLM_API_KEY": key} if key else {}
+    guard = Guard()
+    environment |= guard.environment | ({"VLLM_API_KEY": key} if key else {})
     child = _Child(command, env=environment, stdout=sys.stderr, start_new_session=True)
-    guard = Guard([child.pid])
     before = {number: signal.signal(number, child.ask_to_end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield child

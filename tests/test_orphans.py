@@ -11,54 +11,70 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engines import _orphans
-from pipeline.engines._orphans import Guard, started
+from pipeline.engines._orphans import Guard
+
+ROOT = Path(__file__).parent.parent
 
 PARENT = """
-import subprocess, sys
-import pytest
-
-from pipeline.engines import _orphans
+import os, subprocess, sys
 from pipeline.engines._orphans import Guard
-child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], start_new_session=sys.argv[1] == "leads")
-Guard([child.pid])
+guard = Guard()
+if sys.argv[1] == "marking":
+    with guard.marking():
+        child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"])
+else:
+    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], env={**os.environ, **guard.environment})
+if sys.argv[2] == "dismissed":
+    guard.dismiss()
+    guard.dismiss()
 sys.stdin.read()
 """
+WAYS = pytest.mark.parametrize("way", ["marking", "environment"])
 
 
-@pytest.mark.parametrize("leads", ["leads", "follows"])
-def test_a_child_ends_when_its_parent_is_killed_and_the_group_that_it_leads(leads: str) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, leads], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert parent.stdout is not None
-    child, grandchild = map(int, parent.stdout.readline().split())
-    time.sleep(0.5)  # until the guard stands
+@WAYS
+def test_a_child_ends_when_its_parent_is_killed_and_so_do_its_own_children(way: str) -> None:
+    parent, others = started(way, "standing"), started(way, "standing")
+    pids, spared = told(parent), told(others)
+    parent.kill()
+    assert all(ends(pid) for pid in pids)
+    assert all(state(pid) == "S" for pid in spared), "another guard's children were killed"
+    others.kill()
+    assert all(ends(pid) for pid in spared)
+
+
+@WAYS
+def test_a_guard_that_is_dismissed_lets_live(way: str) -> None:
+    parent = started(way, "dismissed")
+    pids = told(parent)
+    time.sleep(0.5)  # a guard that does not know would see the pipe break
     parent.kill()
     parent.wait()
-    assert ends(child)
-    if leads == "leads":
-        assert ends(grandchild)
-    else:
-        assert started(grandchild)
-        os.kill(grandchild, signal.SIGKILL)
-    parent.communicate()
+    time.sleep(0.5)
+    assert all(state(pid) == "S" for pid in pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
-def test_a_guard_that_is_dismissed_lets_live() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    guard = Guard([child.pid])
+def test_what_is_started_later_is_not_marked() -> None:
+    guard, before = Guard(), dict(os.environ)
+    with guard.marking():
+        assert {**before, **guard.environment} == dict(os.environ)
+    assert dict(os.environ) == before
     guard.dismiss()
-    guard.dismiss()
-    assert child.poll() is None
-    child.kill()
-    child.wait()
 
 
-def test_another_process_that_has_got_the_number_is_left_alone() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    subprocess.run([sys.executable, _orphans.__file__, f"{child.pid}:1"], stdin=subprocess.DEVNULL, check=True)
-    assert child.poll() is None
-    subprocess.run([sys.executable, _orphans.__file__, f"{child.pid}:{started(child.pid)}"], input=b"", check=True)
-    assert child.wait() == -signal.SIGKILL
+def started(*how: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PARENT, *how]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+def told(parent: subprocess.Popen[bytes]) -> list[int]:
+    """The child and the grandchild."""
+    assert parent.stdout is not None
+    return [int(pid) for pid in parent.stdout.readline().split()]
 
 
 def ends(pid: int) -> bool:

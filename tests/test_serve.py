@@ -27,7 +27,7 @@ def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> Non
     flags = dict(flag.partition("=")[::2] for flag in command if flag.startswith("--"))
     assert flags["--model"] == flags["--served-model-name"] == "some/judge"
     assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
-    assert json.loads(flags["--structured-outputs-config"])["disable_any_whitespace"] is True
+    assert json.loads(flags["--structured-outputs-config"]) == {"backend": "xgrammar"}  # no style of JSON is forced
     asked = ("--host", "--port", "--mm-processor-cache-gb", "--max-model-len", "--max-num-seqs", "--data-parallel-size")
     assert [flags[name] for name in asked] == ["127.0.0.1", "8123", "0", "auto", "32", "2"]
     assert flags["--dtype"] == "bfloat16" and command[-1] == "--quantization=fp8"

@@ -1,7 +1,8 @@
 """Decides that an engine's processes end with the process that opened it, even when that one is killed outright.
 
-A small process of our own waits at the end of a pipe. When the pipe breaks, it kills those that it was told of, with
-the groups that they lead, and nobody else. What they do, it does not know.
+They bear a mark in their environment, which their children inherit, so that none is missed, however young it is. A
+small process of our own waits at the end of a pipe; when the pipe breaks, it kills all that bear the mark, and nobody
+else. What they do, it does not know.
 """
 
 from __future__ import annotations
@@ -10,19 +11,40 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+NAME = "RECAP_GUARD"
 DISMISSED = b"dismissed"
+PAUSE = 0.2  # seconds between two looks: who was being born at the first is there at the second
 
 
 class Guard:
-    """Watches over child processes until `dismiss`."""
+    """Watches, until `dismiss`, over processes that are started with `environment`."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
-        command = [sys.executable, "-P", __file__, *(f"{pid}:{started(pid)}" for pid in pids)]
+    def __init__(self) -> None:
+        mark = uuid.uuid4().hex
+        # vLLM's processes name themselves, which would otherwise be written over what /proc shows of their environment.
+        self.environment = {NAME: mark, "SPT_NOENV": "1"}
+        command = [sys.executable, "-P", __file__, mark]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """What this process starts meanwhile is watched over."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
     def dismiss(self) -> None:
         """Idempotent."""
@@ -30,24 +52,23 @@ class Guard:
             self._process.communicate(DISMISSED)
 
 
-def started(pid: int) -> str:
-    """When a process began, in the kernel's ticks: with its number, who it is. "" when there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]
+def marked(mark: str) -> Iterator[int]:
+    """The processes that were started with this mark."""
+    line = f"{NAME}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if line in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name)
 
 
 def main() -> None:
     if sys.stdin.buffer.read() == DISMISSED:
         return
-    for ward in sys.argv[1:]:
-        pid, since = int(ward.partition(":")[0]), ward.partition(":")[2]
-        if since and started(pid) == since:
+    while found := list(marked(sys.argv[1])):
+        for pid in found:
             with suppress(ProcessLookupError):
-                kill = os.killpg if os.getpgid(pid) == pid else os.kill
-                kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(PAUSE)
 
 
 if __name__ == "__main__":

@@ -158,12 +158,14 @@ class _Core:
             config = arguments.create_engine_config()
         except (OSError, ValueError, TypeError) as error:
             raise _prompt.unloadable(self._config, error) from error
+        self._guard = Guard()
         with nullcontext() if self._config.enforce_eager else first_alone(_compiled(self._config)):
             try:
-                self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+                with self._guard.marking():
+                    self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, OSError, ValueError) as error:
+                self._guard.dismiss()
                 raise EngineDied(f"vLLM did not start: {error}; its own log above says why") from error
-        self._guard = Guard(process.pid for process in _processes(self._engine))
 
     async def stop(self) -> None:
         if self._engine is not None:
