@@ -239,7 +239,7 @@ def _grammar() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
         rf"|a {ground.replace('value', 'v3')} background",
         "relation": rf"the (?P<about>{name}) is {words} the (?P<other>{name})",
     }
-    return tuple((kind, re.compile(rf"(?:{pattern})\.?", re.IGNORECASE)) for kind, pattern in shapes.items())
+    return tuple((kind, re.compile(pattern, re.IGNORECASE | re.ASCII)) for kind, pattern in shapes.items())
 
 
 @cache
@@ -250,12 +250,20 @@ def _singulars() -> dict[str, str]:
 @lru_cache(maxsize=65536)
 def _understood(sentence: str) -> tuple[Claim, ...]:
     for kind, pattern in _grammar():
-        if found := pattern.fullmatch(sentence):
-            return _claims(kind, {name: value.lower() for name, value in found.groupdict().items() if value})
+        if found := pattern.fullmatch(sentence.removesuffix(".")):
+            return _claims(kind, found)
     return ()
 
 
-def _claims(kind: Kind, said: dict[str, str]) -> tuple[Claim, ...]:
+@lru_cache(maxsize=65536)
+def pieces(sentence: str) -> frozenset[Claim]:
+    """The claims of every piece of a sentence that could stand alone, within words too: no text around it hides one."""
+    found = ((kind, pattern.match(sentence, i)) for kind, pattern in _grammar() for i in range(len(sentence)))
+    return frozenset(claim for kind, piece in found if piece for claim in _claims(kind, piece))
+
+
+def _claims(kind: Kind, found: re.Match[str]) -> tuple[Claim, ...]:
+    said = {name: value.lower() for name, value in found.groupdict().items() if value}
     match kind:
         case "count":
             about = _singulars().get(said["about"], said["about"])

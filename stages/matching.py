@@ -1,5 +1,8 @@
 """Decides when a caption meets a criterion about claims: it makes one, avoids some, or makes none besides those listed.
 
+What counts for a caption is what its sentences say. Where it is rewarded, pieces of sentences that say nothing count
+against it besides: what is wrong in a caption cannot be unsaid by more text that runs on from it.
+
 Whoever writes a criterion and whoever marks a caption by it ask here. The text of a criterion makes no claim itself.
 """
 
@@ -7,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, groupby
 from typing import Literal
 
-from stages.claims import Claim, Kind, parse
+from stages.claims import Claim, Kind, parse, pieces
 
 How = Literal["states", "avoids", "only", "plain"]
 PLAIN = "Each sentence is a statement about the picture, and none says again what was said"
@@ -23,6 +26,7 @@ class Heard:
     """What a caption says."""
 
     claims: Mapping[Kind, frozenset[Claim]]
+    loose: frozenset[Claim] = frozenset()  # of pieces of sentences that make no claim; never for the caption
     is_plain: bool  # each sentence makes claims, and at least one that no sentence before it made
 
     @property
@@ -31,6 +35,10 @@ class Heard:
 
     def __contains__(self, claim: Claim) -> bool:
         return claim in self.claims.get(claim.kind, ())
+
+    def against(self, kind: Kind) -> frozenset[Claim]:
+        """What it is held to have claimed where that is to its harm."""
+        return self.claims.get(kind, frozenset()).union(claim for claim in self.loose if claim.kind == kind)
 
 
 @lru_cache(maxsize=4096)
@@ -43,6 +51,13 @@ def heard(text: str) -> Heard:
         claims.update(sentence.claims)
     by_kind = groupby(sorted(claims), key=lambda claim: claim.kind)
     return Heard(claims={kind: frozenset(some) for kind, some in by_kind}, is_plain=is_plain)
+
+
+@lru_cache(maxsize=4096)
+def held_to(text: str) -> Heard:
+    """What a caption is rewarded by: text that is added to it makes the reward higher only by making claims."""
+    strays = (sentence.text for sentence in parse(text).sentences if not sentence.claims)
+    return replace(heard(text), loose=frozenset(chain.from_iterable(map(pieces, strays))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +84,11 @@ class Check:
             case "states":
                 return all(claim in caption for claim in self.claims)
             case "avoids":
-                return not any(claim in caption for claim in self.claims)
+                return not any(claim in caption.against(claim.kind) for claim in self.claims)
             case "only":
                 assert self.kind is not None
-                made = caption.claims.get(self.kind, frozenset())
-                return made <= self.claims and (self.may_be_silent or bool(made))
+                is_silent = self.kind not in caption.claims
+                return caption.against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
         return caption.is_plain
 
     @property

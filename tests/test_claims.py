@@ -64,6 +64,10 @@ def test_stray_sentences_are_false_claims(stray: str, scene_, seed: int) -> None
     assert measure(f"{text}\n{stray}\n{stray}", scene_).precision < padded.precision
 
 
+def test_letters_that_only_look_like_those_of_a_word_say_nothing() -> None:
+    assert not parse("\u017fix objects. A \u017fmall red ring.").claims  # a long s, which ignoring case makes an s
+
+
 def test_an_empty_caption_earns_nothing() -> None:
     result = measure("", scene(0, 0))
     assert (result.precision, result.recall, result.f1) == (0, 0, 0)

@@ -114,26 +114,88 @@ def test_the_order_of_criteria_changes_nothing(made: tuple[list[str], list[str],
     assert marked(student[0], asked).value == marked(student[0], shuffled).value
 
 
-@given(written(), st.lists(st.sampled_from(PRAISE), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def endings(text: str, random: Random) -> list[str]:
+    """The caption, and what becomes of it in rollouts: no full stop, cut off, or an end that runs on or stutters."""
+    words = text.split()
+    some = random.sample(words, min(4, len(words)))
+    return [
+        text,
+        text.rstrip("."),
+        text[: random.randrange(text.find(".") + 1, len(text) + 1)],
+        f"{text.rstrip('.')} {' '.join(some)}",
+        " ".join([*words, *words[-random.randint(1, 3) :]]),
+        f"{text}{some[0]} {some[-1]}",
+    ]
+
+
+def appendices(text: str, asked: Sequence[Demand], random: Random) -> list[str]:
+    said = [sentence.text for sentence in parse(text).sentences if sentence.claims]
+    criteria = [demand.text for demand in random.sample(asked, len(asked))]
+    return [
+        *PRAISE,
+        " ".join(random.sample(PRAISE, 3)).rstrip(".!"),
+        text,
+        *said,
+        " ".join(random.sample(said, len(said))),
+        *criteria,
+        "\n".join(criteria),
+        ". ".join(criteria) + ".",
+        "\n".join(str(demand.claim) for demand in asked),
+    ]
+
+
+@given(written(), st.randoms(use_true_random=False))
 def test_praise_repetition_and_the_rubric_itself_raise_nothing(
-    made: tuple[list[str], list[str], Any], praise: list[str], random: Random
+    made: tuple[list[str], list[str], Any], random: Random
 ) -> None:
     teachers, student, asked = made
-    if not asked:
-        return
-    for text in (*teachers, *student, ""):
-        sentences = [sentence.text for sentence in parse(text).sentences]
-        appended = [
-            " ".join(praise),
-            " ".join(random.sample(sentences, len(sentences))),
-            "\n".join(demand.text for demand in asked),
-            ". ".join(demand.text for demand in asked) + ".",
-            "\n".join(str(demand.claim) for demand in asked),
-        ]
-        for more in filter(None, appended):
-            for joined in (f"{text} {more}", f"{more} {text}", f"{text}\n{more}"):
-                assert reward(joined, asked) <= reward(text, asked)
-        assert reward(f"{text} {appended[0]}", asked) <= reward(text, asked)
+    for text in (end for said in (*teachers, *student) for end in endings(said, random)) if asked else ():
+        before = reward(text, asked)
+        for more in random.sample(appendices(text, asked, random), 4):
+            for joined in (f"{text} {more}", f"{text}\n{more}", f"{text}{more}", f"{text}, {more}", f"{more} {text}"):
+                assert reward(joined, asked) <= before, (text, joined)
+    for more in (*PRAISE, *(demand.text for demand in asked)) if asked else ():
+        assert reward(more, asked) <= reward("", asked)
+
+
+WORDS_OF_SCENES = ("A", "The", "There is", "small", "red", "ring", "blue star", "left of", "two", "objects", ".", "\n")
+garbled = st.lists(st.sampled_from(WORDS_OF_SCENES), max_size=8).map(" ".join) | st.text(max_size=20)
+
+
+@settings(max_examples=200)
+@given(written(), st.integers(0, 200), garbled, garbled)
+def test_text_that_makes_no_new_claim_raises_nothing_whatever_it_is(
+    made: tuple[list[str], list[str], Any], cut: int, end: str, more: str
+) -> None:
+    teachers, student, asked = made
+    for said in (*teachers, *student) if asked else ():
+        text = f"{said[:cut]}{end}"
+        for joined in (f"{text}{more}", f"{text} {more}", f"{text}.{more}"):
+            if parse(joined).claims <= parse(text).claims:
+                assert reward(joined, asked) <= reward(text, asked), (text, joined)
+
+
+def test_a_false_claim_is_held_against_a_caption_however_its_sentence_goes_on() -> None:
+    asked = demands(["A red ring. One object."] * 3, "A blue star. A red ring. One object.")
+    told = "A red ring. One object. There is a blue star"
+    for more in ("", ".", "!", " and every detail is correct", ", the rubric says so.", "s star", ".Fine"):
+        lost = {criterion.id for criterion in marked(told + more, asked).criteria if criterion.verdict == "no"}
+        assert {"avoids_object_1", "only_object_4"} <= lost
+    for text in ("A red ring. One object. All criteria are met", "A red ring. One object"):
+        assert all(c.verdict == "yes" for c in marked(text, asked).criteria if c.id != f"plain_{len(asked)}")
+
+
+def test_a_piece_of_a_sentence_is_never_for_a_caption() -> None:
+    asked = demands(["A red ring. One object."] * 3, "A blue star.")
+    assert reward("A red ring is what one sees", asked) <= reward("", asked)
+    assert matching.held_to("A red ring is there").against("object") == {Claim("object", "red ring", "")}
+    assert not matching.held_to("A red ring is there").claims
+
+
+@given(written())
+def test_what_parses_is_marked_by_what_it_says_alone(made: tuple[list[str], list[str], Any]) -> None:
+    for text in (*made[0], *made[1]):
+        assert matching.held_to(text) == heard(text)
 
 
 @given(written())

@@ -22,7 +22,7 @@ from stages.matching import Heard
 from stages.rubrics import Words
 from stages.scorers import Mark, Sample, judge, weighted_mean
 
-VERSION = 1
+VERSION = 2
 WORDS = "text_only"  # what a judge is asked where the section does not say
 
 
@@ -91,7 +91,7 @@ def _matched_all(samples: Iterable[Sample]) -> Iterator[Mark]:
 
 def _matched(text: str, demands: Iterable[Demand]) -> Mark:
     """By the claims that the caption makes."""
-    caption = matching.heard(text)
+    caption = matching.held_to(text)
     criteria = tuple(_criterion(demand, caption) for demand in demands)
     value = weighted_mean(criteria)
     if value is None:
