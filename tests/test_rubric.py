@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -314,6 +315,47 @@ def test_a_sentence_that_says_nothing_new_is_not_plain() -> None:
         "A small red ring. A red ring.",
     ):
         assert not plain.is_met(heard(text))
+
+
+# Equal inputs give equal rows, or another version
+
+PICTURES = (  # what three teachers and a student say of a picture, so that every rule has its say
+    (
+        "A small red ring. Two objects. The red ring is left of the blue star. A blue star. The background is grey.",
+        "A large red ring. Two objects. The blue star is left of the green cross. A blue star. A green cross.",
+        "A small red ring. Three objects. The red ring is left of the blue star. The background is pink.",
+        "A purple heart. A small red ring. Four objects. The red ring is above the purple heart",
+    ),
+    (
+        "A red ring. The red ring is above the blue star. A blue star. Two stars. The background is teal.",
+        "A red ring. The blue star is above the red ring. A striped blue star. One star. The background is teal.",
+        "A red ring. The red ring is above the blue star. A dotted blue star. Two objects. A fine picture.",
+        "A striped blue star. A striped blue star! The red ring is touching the blue star and is large",
+    ),
+)
+CHANGED = (
+    "the same captions come out otherwise: raise VERSION, so that what was made is stale, and set this digest anew"
+)
+
+
+def digest(rows: Sequence[object]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def test_rubrics_by_claims_are_as_their_version_says() -> None:
+    rows = [
+        demands(teachers, student, num_agree=need)
+        for *teachers, student in PICTURES
+        for need in range(1, len(teachers))
+    ]
+    assert (claims.VERSION, digest(rows)) == (1, "55584356482db868"), CHANGED
+
+
+def test_marks_by_claims_are_as_their_version_says() -> None:
+    rows = [
+        marked(text, demands(said[:3], said[3])) for said in PICTURES for text in ("", *said, f"{said[3]} {said[0]}")
+    ]
+    assert (scorer.VERSION, digest(rows)) == (2, "4bab02b9fd98f0e8"), CHANGED
 
 
 # What a model writes
