@@ -2,7 +2,7 @@
 
 Beside the seconds on the clock stand those of the processor, which a busy machine falsifies less.
 Every shard has all its tables; they are copies of one shard's, each with the stamp that its own place in the plan asks
-for. The last line is JSON.
+for. What belongs beside them has the right size and holds nothing. The last line is JSON.
 
     python -m benchmarks.status [--shards 100000]
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import config, starter, tables
@@ -61,24 +62,32 @@ def make(run: Path, num_shards: int) -> int:
     plan = Runner(run=config.load(run)).plan
     old = plan.digest(0)
     for p in first.passes:
-        for folder in (run / p.folder, run / "stats" / p.folder):
-            data = (folder / "00000.parquet").read_bytes()
-            for shard in range(1, num_shards, 50 if "stats" in folder.parts else 1):
-                own = data if p.reads or "stats" in folder.parts else stamped(data, old, plan.digest(shard))
-                (folder / f"{shard:05d}.parquet").write_bytes(own)
+        data, said = (
+            (run / p.folder / "00000.parquet").read_bytes(),
+            tables.stamp_text(run / p.folder / "00000.parquet"),
+        )
+        stats = (run / "stats" / p.folder / "00000.parquet").read_bytes()
+        for shard in range(1, num_shards):
+            own = stamped(said, shard, inputs={} if p.reads else {old: plan.digest(shard)})
+            (run / p.folder / f"{shard:05d}.parquet").write_bytes(data.replace(said, own))
+            if shard % 50 == 1:
+                (run / "stats" / p.folder / f"{shard:05d}.parquet").write_bytes(stats)
+            for name, size in json.loads(said)["payload"].items():
+                with open(run / name.replace("00000", f"{shard:05d}"), "xb") as file:
+                    file.truncate(size)
     return num_shards * len(first.passes)
 
 
-def stamped(data: bytes, old: str, new: str) -> bytes:
-    """A table's bytes with another digest among its inputs."""
-    start = data.rindex(b'{"check"')
-    values, length = json.JSONDecoder().raw_decode(data[start:].decode("latin-1"))
-    end = start + length
-    values["recipe"]["inputs"] = {"plan": new}
+def stamped(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
+    """A stamp with another shard's files beside it, and other digests among its inputs."""
+    values = json.loads(said)
     values.pop("check")
+    given = values["recipe"]["inputs"]
+    values["recipe"]["inputs"] = {folder: inputs.get(digest, digest) for folder, digest in given.items()}
+    values["payload"] = {name.replace("00000", f"{shard:05d}"): size for name, size in values["payload"].items()}
     text = tables.json_of({**values, "check": tables.check_of(values)}).encode()
-    assert old.encode() in data[start:end] and len(text) == end - start
-    return data[:start] + text + data[end:]
+    assert len(text) == len(said)
+    return text
 
 
 def status(run: Path) -> tuple[dict[str, float], list[dict[str, object]]]:

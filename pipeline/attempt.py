@@ -23,7 +23,7 @@ from pipeline.passes import Pass
 from pipeline.records import Record, Stat
 from pipeline.shard import Shard, table_path, work_folder
 from pipeline.terminal import Meter
-from pipeline.writers import Payload
+from pipeline.writers import Payload, sound_stamp
 
 SETTLED = 200  # rows of a shard before its share of failures means anything
 
@@ -56,7 +56,7 @@ class Attempt:
     def __post_init__(self) -> None:
         self.run = self.shard.run.folder
         self.path = table_path(self.run, self.p.folder, self.shard.number)
-        self.before = tables.whole_stamp(self.path)
+        self.before = sound_stamp(self.run, self.path)
         self.parts = Parts(work_folder(self.run, self.p.folder, self.shard.number), self.p.record, self.recipe)
         self.tally = Tally(self.p, self.meter)
         if self.retry and self.before:
@@ -95,14 +95,16 @@ class Attempt:
                 self.parts.flush()
             raise
         self._give_way()
-        with tables.atomic(self.path, work=self.parts.folder) as file:
-            with tables.Writer(file, self.p.record, self.recipe) as writer:
-                for row in self.parts.merged():
-                    writer.add(row)
-            num_rows, kept = writer.stamp.num_rows, self.tally.new + len(done)
+        with (
+            tables.atomic(self.path, work=self.parts.folder) as file,
+            tables.Writer(file, self.p.record, self.recipe) as writer,
+        ):
+            for row in self.parts.merged():
+                writer.add(row)
+            num_rows, kept = writer.num_rows, self.tally.new + len(done)
             assert num_rows == kept, f"{self.p.title}: {num_rows} rows came of {kept}: rows are conserved"
             if payload:
-                payload.commit()
+                writer.payload = payload.commit()
         self.parts.discard()
 
     def _kept(self, *, resumable: bool) -> Iterator[Record]:
@@ -166,7 +168,7 @@ class Attempt:
 
     def _is_replaced(self) -> bool:
         """Whether the wanted table has come into place since this attempt began."""
-        now = tables.whole_stamp(self.path)
+        now = sound_stamp(self.run, self.path)
         return now is not None and now.recipe == self.recipe and now != self.before
 
 

@@ -12,17 +12,19 @@ from pipeline.config import Run
 from pipeline.passes import Pass
 from pipeline.plan import Plan
 from pipeline.shard import table_path
+from pipeline.writers import what_is_lost
 
-Kind = Literal["done", "missing", "behind", "stale", "blocked"]
+Kind = Literal["done", "missing", "lost", "behind", "stale", "blocked"]
+DUE: tuple[Kind, ...] = ("missing", "lost", "behind")  # made unasked
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
     """Where one shard of one pass stands.
 
-    done: its table is what the run asks for. missing: there is none that is whole. behind: there is one, made without
-    an engine, and its inputs have changed or grown: it follows them unasked. stale: other words or inputs decided its
-    rows. blocked: a table that it reads is missing.
+    done: its table is what the run asks for. missing: there is none that is whole. lost: there is one, and a file that
+    belongs beside it has gone or was cut. behind: there is one, made without an engine, and its inputs have changed or
+    grown: it follows them unasked. stale: other words or inputs decided its rows. blocked: what it reads is missing.
     """
 
     kind: Kind
@@ -77,12 +79,18 @@ class Ledger:
             if state.stamp is None:
                 why = self._broken.get((folder, shard), f"{folder}/{shard:05d}.parquet is missing")
                 return State(kind="blocked", why=why, stamp=stamp)
+        for state in reads.values():
+            if stamp is None and state.kind == "lost":
+                return State(kind="blocked", why=state.why)
         if stamp is None:
             return State(kind="missing", why=self._broken.get((p.folder, shard), ""))
         for folder, state in reads.items():
             if state.kind == "stale":
                 return State(kind="stale", why=f"its input {folder} is stale: {state.why}", stamp=stamp)
-            if state.kind != "done":
+        if lost := what_is_lost(self.run.folder, stamp):
+            return State(kind="lost", why=lost, stamp=stamp)
+        for folder, state in reads.items():
+            if state.kind not in ("done", "lost"):  # of what is lost, the rows are there
                 return State(kind="behind", why=f"its input {folder} is {state.kind}", stamp=stamp)
         return self._compare(p, stamp, self.recipe(p, shard))
 

@@ -25,7 +25,7 @@ from pipeline import config, tables
 from pipeline.attempt import Attempt, ShardFailed, Stopped
 from pipeline.engine import Engine, EngineDied
 from pipeline.errors import MachineError, Refused, UserError
-from pipeline.ledger import Ledger, State
+from pipeline.ledger import DUE, Ledger, State
 from pipeline.parts import leave_word
 from pipeline.passes import Pass, all_passes
 from pipeline.plan import Plan
@@ -200,7 +200,7 @@ class Runner:
         todo = [shard for shard, state in states.items() if self._is_due(p, state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
-        broken = [shard for shard in todo if states[shard].kind == "missing" and states[shard].why]
+        broken = [shard for shard in todo if states[shard].kind in ("missing", "lost") and states[shard].why]
         for path in (table_path(self.run.folder, p.folder, shard) for shard in broken):
             if tables.whole_stamp(path) is None:  # another process may have made it meanwhile
                 self._set_aside(path)
@@ -222,7 +222,7 @@ class Runner:
         return num == self.plan.num_shards
 
     def _is_due(self, p: Pass, state: State) -> bool:
-        if state.kind in ("missing", "behind"):
+        if state.kind in DUE:
             return True
         if state.kind == "stale":
             return self.stale == "redo"

@@ -1,7 +1,8 @@
 """Decides how a whole run's states are known in seconds: stamps are kept, and read again where a file has changed.
 
 A file is the one that was read while its name, time, size and inode are; what is kept lies in .work/stamps, and without
-it the answers are the same. What a state means is the ledger's to say: shards that stand alike are judged once.
+it the answers are the same. What lies beside tables is listed, a folder at once. What a state means is the ledger's to
+say: shards that stand alike are judged once.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ SETTLED = 2 * 10**9  # nanoseconds: a file written later than this before it was
 THREADS = 16  # that read stamps: a network file system answers each of them late
 CHUNK = 250  # stamps that a thread reads before it is given more
 ABOUT = ("shard", "mtime", "size", "inode")  # of a file
-SAID = ("num_rows", "digest", "head")  # by every stamp, besides an "input:FOLDER" and a "status:STATUS" of each
+SAID = ("num_rows", "digest", "head")  # by every stamp, besides an "input:FOLDER", "status:STATUS", "beside:FILES"
 STAMP = re.compile(
-    rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+),"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
+    rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+)(?:,"payload":(\{[^}]*\}))?,'
+    rb'"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
     re.DOTALL,
 )
+NUMBER = re.compile(r"\d+(?=\.\w+$)")  # of the shard, in a file's name
 MIX = 6364136223846793005  # odd, so that no two numbers become one when they are multiplied by it
 
 
@@ -104,7 +107,20 @@ class Overview:
             standing = standing * MIX + (own.get(f"input:{name}", 0) == wanted)
         for name in reads:
             standing = standing * MIX + self._standing(name)
+        for name in sorted(name for name in own if name.startswith("beside:")):
+            sizes = self._sizes(name.removeprefix("beside:"))
+            standing = standing * MIX + ((own[name] > 0) & (own[name] != sizes))
         return standing
+
+    def _sizes(self, files: str) -> Ints:
+        """By shard, the bytes of such a file as shards/*.tar, as it is now; 0 where there is none."""
+        import numpy as np
+
+        folder, _, suffix = files.rpartition("/*")
+        seen, sizes = _listing(self._ledger.run.folder / folder, suffix), np.zeros(self._plan.num_shards, np.int64)
+        planned = seen["shard"] < len(sizes)
+        sizes[seen["shard"][planned]] = seen["size"][planned]
+        return sizes
 
     def _columns(self, folder: str) -> Columns:
         """What the files of a folder are and say, by shard; 0 where there is no table."""
@@ -190,15 +206,15 @@ def _keep(file: Path, columns: Columns) -> None:
         np.savez(out, **columns)  # type: ignore[arg-type]
 
 
-def _listing(folder: Path) -> Columns:
-    """Number, time, size and inode of every table file, by shard."""
+def _listing(folder: Path, suffix: str = ".parquet") -> Columns:
+    """Number, time, size and inode of every shard's file, by shard."""
     import numpy as np
 
     found = array("q")
     with suppress(FileNotFoundError):
         for name, about in _files(folder):
-            if name.endswith(".parquet") and name[:-8].isdigit():
-                found.extend((int(name[:-8]), about.st_mtime_ns, about.st_size, about.st_ino))
+            if name.endswith(suffix) and (number := name.removesuffix(suffix)).isdigit():
+                found.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
     rows = np.array(found, np.int64).reshape(-1, len(ABOUT))
     rows = rows[rows[:, 0].argsort()]
     return {name: np.ascontiguousarray(column) for name, column in zip(ABOUT, rows.T, strict=True)}
@@ -223,11 +239,13 @@ def _said(path: str) -> Mapping[str, int] | None:
         return None
     found = STAMP.fullmatch(text)
     assert found is not None
-    digest, num_rows, inputs, recipe, statuses = found.groups()
+    digest, num_rows, payload, inputs, recipe, statuses = found.groups()
     given = json.loads(inputs)
     head = hashlib.sha256(json.dumps(sorted(given)).encode() + recipe).hexdigest()
     said = {"num_rows": int(num_rows), "digest": _number(digest.decode()), "head": _number(head)}
     said |= {f"input:{name}": _number(digest) for name, digest in given.items()}
+    beside = json.loads(payload or b"{}").items()
+    said |= {f"beside:{NUMBER.sub('*', name)}": num_bytes for name, num_bytes in beside}
     return said | {f"status:{status}": num for status, num in json.loads(statuses).items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tables
+from pipeline.ledger import DUE
 from pipeline.parts import last_words
 from pipeline.passes import Pass
 from pipeline.plan import format_spec
@@ -50,11 +51,11 @@ def survey(runner: Runner, watch: Watch) -> list[PassStatus]:
 
 
 def _survey(runner: Runner, p: Pass, overview: Overview, watch: Watch) -> PassStatus:
-    run, missing = runner.run.folder, overview.shards(p, "missing", "behind", "blocked")
+    run, missing = runner.run.folder, overview.shards(p, *DUE, "blocked")
     stale, done = overview.shards(p, "stale"), overview.shards(p, "done")
     rate, running, statuses = _rate(run, p, done), watch.running(p), overview.statuses(p)
     silent = watch.silent(p, overview.shards(p, "missing", "behind"))
-    broken = {shard: runner.ledger.state(p, shard).why for shard in overview.broken(p)}
+    broken = {shard: runner.ledger.state(p, shard).why for shard in (*overview.broken(p), *overview.shards(p, "lost"))}
     failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
     return PassStatus(
         title=p.title,

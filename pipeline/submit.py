@@ -18,7 +18,7 @@ from pipeline import config, plugins, queue, serve
 from pipeline.config import Run
 from pipeline.engines import openai
 from pipeline.errors import ConfigError, Refused, UserError
-from pipeline.ledger import Kind
+from pipeline.ledger import DUE, Kind
 from pipeline.passes import Pass, select
 from pipeline.plan import format_spec
 from pipeline.run import Runner, Stale
@@ -257,7 +257,7 @@ def alone(folder: Path) -> Iterator[None]:
 def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
     overview = Overview(runner.ledger, runner.plan, runner.passes)
-    kinds: tuple[Kind, ...] = ("missing", "behind", "blocked", *(("stale",) if runner.stale == "redo" else ()))
+    kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if runner.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
     for job in found:
         shards = {shard for p in job.passes for shard in overview.shards(p, *kinds)}

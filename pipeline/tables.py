@@ -66,6 +66,7 @@ class Stamp:
     digest: str  # of the rows, hex
     num_rows: int
     statuses: Mapping[str, int] = field(default_factory=dict)  # status -> rows; {} where rows have none
+    payload: Mapping[str, int] = field(default_factory=dict)  # file beside the table, within the run -> bytes
 
     @property
     def fingerprint(self) -> str:
@@ -212,7 +213,8 @@ def check(path: Path, record: type[Record]) -> None:
 class Writer:
     """Writes rows to an open Parquet file in fixed row groups, so that equal rows give equal bytes."""
 
-    stamp: Stamp
+    stamp: Stamp  # once it is closed
+    payload: Mapping[str, int]  # what the stamp will say of the files beside the table
 
     def __init__(self, file: IO[bytes], record: type[Record], recipe: Recipe) -> None:
         import pyarrow.parquet as pq
@@ -221,11 +223,13 @@ class Writer:
         self._record, self._recipe = record, recipe
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()
-        self._num_rows = 0
+        self.num_rows = 0
         self._statuses: Counter[str] = Counter()
+        self.payload = {}
 
     def add(self, row: Record) -> None:
         self._rows.append(row)
+        self.num_rows += 1
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
 
@@ -233,7 +237,6 @@ class Writer:
         batch = to_arrow(self._record, self._rows)
         self._digest.update(batch.serialize())
         self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
-        self._num_rows += len(self._rows)
         if "status" in columns(self._record):
             self._statuses.update(batch.column("status").to_pylist())
         self._rows = []
@@ -248,8 +251,9 @@ class Writer:
             self.stamp = Stamp(
                 recipe=self._recipe,
                 digest=self._digest.hexdigest(),
-                num_rows=self._num_rows,
+                num_rows=self.num_rows,
                 statuses=dict(sorted(self._statuses.items())),
+                payload=self.payload,
             )
             values = asdict(self.stamp)
             self._parquet.add_key_value_metadata({STAMP: json_of({**values, "check": check_of(values)})})

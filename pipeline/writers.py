@@ -1,7 +1,7 @@
 """Decides which files stand beside a table: the tars of packed images, and the finished training set.
 
 A payload takes what a stage yields, writes its bytes, and gives the row. Its files appear under their names just
-before the table does, so a table in place has its payload.
+before the table does, whose stamp has their names and sizes: what is lost or cut short later is noticed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import json
 import os
 import tarfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.records import Exported, Image, Record, schema
 from pipeline.shard import PACKED, work_folder
-from pipeline.tables import sync_folder
+from pipeline.tables import Stamp, sync_folder, whole_stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,8 +33,8 @@ class Payload(Protocol):
     def take(self, output: Any) -> Record:
         """Writes what the output carries and returns its row."""
 
-    def commit(self) -> None:
-        """Puts the files in place."""
+    def commit(self) -> Mapping[str, int]:
+        """Puts the files in place; returns their names within the run and their bytes, for the table's stamp."""
 
     def abandon(self) -> None:
         """Removes what was written."""
@@ -79,16 +79,18 @@ class Unfinished:
             self._file = open(self._beside, "xb")
         return self._file
 
-    def commit(self) -> None:
-        """Puts the file in place; without a byte written, the final name is free afterwards."""
+    def commit(self) -> int:
+        """Puts the file in place and returns its bytes; without a byte written, the final name is free afterwards."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
-            return
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
+        num_bytes = os.fstat(self._file.fileno()).st_size
         self._file.close()
         os.replace(self._beside, self.path)
         sync_folder(self.path.parent)
+        return num_bytes
 
     def abandon(self) -> None:
         if self._file is not None:
@@ -114,10 +116,10 @@ class Tar:
         self._tar.members.clear()  # type: ignore[attr-defined]  # else a header of every member stays in memory
         return offset
 
-    def commit(self) -> None:
+    def commit(self) -> int:
         if self._tar is not None:
             self._tar.close()
-        self.file.commit()
+        return self.file.commit()
 
 
 class Pack:
@@ -133,8 +135,8 @@ class Pack:
         offset = self._tar.add(f"{output.row.key}.{extension(output.row.format)}", output.data)
         return replace(output.row, file=str(self._tar.file.path.relative_to(self._run)), offset=offset)
 
-    def commit(self) -> None:
-        self._tar.commit()
+    def commit(self) -> Mapping[str, int]:
+        return _placed(self._run, self._tar)
 
     def abandon(self) -> None:
         self._tar.file.abandon()
@@ -145,7 +147,7 @@ class TrainingSet:
 
     def __init__(self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str) -> None:
         export, work = run / "export", work_folder(run, "export/index", shard)
-        self._extension = image_extension
+        self._run, self._extension = run, image_extension
         self._tar = Tar(Unfinished(export / "webdataset" / f"{shard:05d}.tar", work=work))
         self._parquet = ImageParquet(Unfinished(export / "parquet" / f"{shard:05d}.parquet", work=work))
         chosen: dict[str, Callable[[str, Example], None]] = {"webdataset": self._to_tar, "parquet": self._to_parquet}
@@ -157,9 +159,8 @@ class TrainingSet:
             sink(original if self._extension == "original" else self._extension, output)
         return output.row
 
-    def commit(self) -> None:
-        self._tar.commit()
-        self._parquet.commit()
+    def commit(self) -> Mapping[str, int]:
+        return _placed(self._run, self._tar, self._parquet)
 
     def abandon(self) -> None:
         self._tar.file.abandon()
@@ -190,12 +191,12 @@ class ImageParquet:
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
 
-    def commit(self) -> None:
+    def commit(self) -> int:
         if self._rows:
             self._flush()
         if self._writer is not None:
             self._writer.close()
-        self.file.commit()
+        return self.file.commit()
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -205,6 +206,29 @@ class ImageParquet:
             self._writer = pq.ParquetWriter(self.file.open(), hub_schema(), compression="zstd", write_page_index=True)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=hub_schema()), row_group_size=ROWS_PER_GROUP)
         self._rows = []
+
+
+def _placed(run: Path, *made: Tar | ImageParquet) -> Mapping[str, int]:
+    sizes = {str(one.file.path.relative_to(run)): one.commit() for one in made}
+    return {name: num_bytes for name, num_bytes in sizes.items() if num_bytes}
+
+
+def what_is_lost(run: Path, stamp: Stamp) -> str:
+    """Of the files that belong beside a table, the first that has gone or has another size, in words; "" for none."""
+    for name, num_bytes in stamp.payload.items():
+        try:
+            size = (run / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size != num_bytes:
+            return f"{name} has {size} bytes and was written with {num_bytes}"
+    return ""
+
+
+def sound_stamp(run: Path, table: Path) -> Stamp | None:
+    """The stamp of a table file that is whole and has all that belongs beside it; None otherwise."""
+    stamp = whole_stamp(table)
+    return stamp if stamp is not None and not what_is_lost(run, stamp) else None
 
 
 def hub_schema() -> pa.Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import disasters
-from tests.runs import ROOT, begin, corpus, make, sections
+from tests import disasters, runs
+from tests.runs import ROOT, begin, corpus, make, sections, times
 
 IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg", "jpg", "jpg"]
 
@@ -124,9 +125,48 @@ def test_a_flipped_byte_is_noticed_by_who_reads_the_table(run: Path, quiet: Path
     ends_right(run, quiet)
 
 
-def test_a_tar_of_images_that_was_cut(run: Path, quiet: Path) -> None:
+def test_a_tar_of_images_that_was_changed(run: Path, quiet: Path) -> None:
     assert make(run, "ingest").exit_code == 0
     tar = run / "shards" / "00001.tar"
-    os.truncate(tar, tar.stat().st_size // 2)
+    tar.write_bytes(bytes(tar.stat().st_size))
     failed_well(recap(run), run, "shards/00001.tar", "changed since ingest")
+    ends_right(run, quiet)
+
+
+def test_a_stage_whose_images_were_lost_names_them(run: Path, quiet: Path) -> None:
+    assert make(run, "ingest").exit_code == 0
+    (run / "shards" / "00001.tar").unlink()
+    failed_well(recap(run, "caption"), run, "shards/00001.tar is missing; run the stage that makes it first")
+    assert [path.name for path in (run / "caption" / "dense").iterdir()] == ["00000.parquet"]
+    ends_right(run, quiet)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("shards/00001.tar", "ingest"),
+        ("export/webdataset/00000.tar", "export"),
+        ("export/parquet/00001.parquet", "export"),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 50])
+def test_a_file_beside_a_table_that_was_lost_or_cut_is_made_again(
+    run: Path, quiet: Path, file: str, stage: str, size: int | None
+) -> None:
+    assert make(run).exit_code == 0
+    captions = times(run / "caption")
+    (run / file).unlink() if size is None else os.truncate(run / file, size)
+    found = f"{file} is missing" if size is None else f"{file} has {size} bytes and was written with "
+    lacking = {
+        p["title"]: (p["num_missing"], p["failures"])
+        for p in json.loads(runs.recap("status", "--json", "--run", run).stdout)
+        if p["missing"]
+    }
+    assert lacking.keys() == {stage}
+    num, failures = lacking[stage]
+    assert num == 1 and all(why.startswith(found) for why in failures.values())
+    done = recap(run)
+    assert (done.returncode, "; it is made again" in done.stderr, found in done.stderr) == (0, True, True)
+    assert "1 shard tables made" in done.stderr
+    assert times(run / "caption") == captions
     ends_right(run, quiet)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
+from pipeline import config, starter
 from pipeline.run import Runner
 from pipeline.stamps import Overview
 from tests.runs import begin, corpus, make, sections, write
@@ -61,7 +61,35 @@ def no_rows_read(run: Path) -> None:
     shutil.copy(run / "plan.parquet", run / "verdict" / "00002.parquet")
 
 
-@pytest.mark.parametrize("change", [gone, cut, nothing_made, other_words, of_another_shard, no_rows_read])
+def no_images(run: Path) -> None:
+    shutil.rmtree(run / "shards")
+
+
+def cut_beside(run: Path) -> None:
+    (run / "shards" / "00002.tar").unlink()
+    os.truncate(run / "export" / "parquet" / "00001.parquet", 50)
+
+
+def of_new_shards(run: Path) -> None:
+    os.truncate(run / "shards" / "00001.tar", 50)
+    corpus(Path(config.load(run).source.config.path), ["jpg"] * 4, first=10)
+    starter.plan(config.load(run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        gone,
+        cut,
+        nothing_made,
+        other_words,
+        of_another_shard,
+        no_rows_read,
+        no_images,
+        cut_beside,
+        of_new_shards,
+    ],
+)
 def test_what_has_changed_is_seen_with_the_cache_and_without(
     finished: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
