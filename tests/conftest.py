@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.served import Served
 
 # Threads that wait for each other inside a tiny model's every layer are twenty times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +29,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def vllm_flags() -> dict[str, Any]:
+    """How vLLM is started for the tiny model, in process or as a server."""
+    return {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "kv_cache_gib": 1}
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Path, vllm_flags: dict[str, Any]) -> Iterator[Served]:
+    """A vLLM server of the tiny model; it takes long to start, and whoever asks it leaves nothing behind."""
+    from tests.served import serving
+
+    with serving(tiny_model, **vllm_flags) as server:
+        yield server

@@ -1,17 +1,20 @@
-"""Runs over servers in trouble end with the rows of an undisturbed run; those over real ones with all their rows."""
+"""Runs over servers in trouble end with the rows of an undisturbed run."""
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 
-from tests import runs, tiny
+from tests import runs
 from tests.faults import Faulty
-from tests.served import serving
+from tests.served import Served, started
 
 NUM_PHOTOS = 24
 
@@ -81,31 +84,74 @@ def test_a_server_that_stays_dead_ends_the_run_and_says_all(
     assert tables(run) == undisturbed
 
 
+SCENES = {"kind": "scenes", "num_images": 24, "shard_size": 12, "broken_share": 0.1, "start": 7}
+
+
+def scenes(judge: dict[str, Any], captioner: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A run over pictures whose truth is known, with the models that ship."""
+    return {
+        "source": SCENES,
+        "engines.captioner": {"model": "scenes-captioner", "dtype": "float32", **captioner},
+        "engines.judge": {"model": "scenes-judge", **judge},
+        "caption.dense": {"recipe": "scenes", "engine": "captioner"},
+        "score.judge": {"kind": "judge", "engine": "judge", "rubric": "scenes"},
+    }
+
+
+@pytest.fixture
+def by_transformers(tmp_path: Path) -> Path:
+    """The same run, one question at a time."""
+    alone = {"kind": "transformers", "batch_size": 1}
+    run = runs.begin(tmp_path / "transformers", scenes({**alone, "dtype": "float32"}, alone), max_error_share=1.0)
+    for stage in ("ingest", "caption", "score"):
+        assert runs.make(run, stage).exit_code == 0
+    return run
+
+
 @pytest.mark.vllm
-def test_vllm_captions_in_process_and_judges_as_a_server(tmp_path: Path, tiny_model: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for n in range(40):
-        (photos / f"{n:03d}.png").write_bytes(tiny.photograph(n))
-    (photos / "cut.png").write_bytes(tiny.photograph(40)[:100])
-    flags = {"dtype": "float32", "max_num_seqs": 8, "enforce_eager": True}
-    with serving(tiny_model, **flags) as server:
-        captioner = {"kind": "vllm", "model": str(tiny_model), "kv_cache_gib": 1, **flags}
-        judge = {"kind": "openai", "model": "tiny", "base_url": f"{server.address}/v1"}
-        parts = runs.sections(photos, engines__captioner=captioner, engines__judge=judge)
-        parts["caption.dense"]["recipe"] = "tiny"
-        run = runs.begin(tmp_path / "run", parts, max_error_share=1.0)
-        (run / "recipes").mkdir()
-        words = (
-            'prompt = "Describe it."\n[sampling]\ntemperature = 1.0\nmax_tokens = 64\nladder = [1.0, 1.0, 1.0, 1.0]\n'
-        )
-        (run / "recipes" / "tiny.toml").write_text(words)
-        assert runs.make(run).exit_code == 0
-    ((num_captions, num_ok, models),) = counted(run, "caption", "count(*) FILTER (status = 'ok'), list(DISTINCT model)")
-    ((num_scores, num_tokens),) = counted(run, "score/judge", "sum(num_output_tokens)")
-    assert (num_captions, models) == (40, [str(tiny_model)])
-    assert 0 < num_ok == num_scores and num_tokens > 0
+def test_vllm_captions_scenes_in_process_and_judges_them_as_a_server_that_is_killed_in_mid_shard(
+    tmp_path: Path, by_transformers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager = {"enforce_eager": True, "kv_cache_gib": 1}
+    # The server is shown what the models themselves would make of a picture.
+    served = {"kind": "openai", "base_url": "endpoint", "max_pixels": 10240, "factor": 16, "max_in_flight": 2}
+    parts = scenes({**served, "serve": {"dtype": "float32", **eager}}, {"kind": "vllm", **eager})
+    run = runs.begin(tmp_path / "run", parts, max_error_share=1.0)
+    for stage in ("ingest", "caption"):
+        assert runs.make(run, stage).exit_code == 0
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    num_answered = 0
+
+    def kill_and_start_again() -> None:
+        nonlocal num_answered
+        while (num_answered := first.num_answered()) < 8:
+            time.sleep(0.02)
+        first.kill()
+        servers.append(stack.enter_context(started(run, "judge")))
+
+    with ExitStack() as stack:
+        first, servers = stack.enter_context(started(run, "judge")), list[Served]()
+        fate = threading.Thread(target=kill_and_start_again)
+        fate.start()
+        assert runs.make(run, "score").exit_code == 0
+        fate.join()
+        assert servers[0].num_answered() > 8
+        (again / "endpoints").mkdir()
+        shutil.copy(servers[0].endpoint, again / "endpoints")
+        assert runs.make(again, "score").exit_code == 0
+        assert 8 <= num_answered < servers[0].num_answered() / 2, "it was killed when all was done"
+    assert runs.files(run / "score") == runs.files(again / "score")
+    captions = agreement(run, by_transformers, "caption/dense", "text")
+    scores = agreement(run, by_transformers, "score/judge", "round(value, 6)")
+    with capsys.disabled():
+        print(f" vLLM and transformers agree on {captions:.0%} of the captions, {scores:.0%} of the scores ")
+    assert captions >= 0.95 and scores >= 0.9
 
 
-def counted(run: Path, table: str, columns: str) -> list[tuple[Any, ...]]:
-    return duckdb.sql(f"SELECT count(*), {columns} FROM '{run}/{table}/**/*.parquet'").fetchall()
+def agreement(run: Path, other: Path, table: str, column: str) -> float:
+    """The share of rows that two runs have in common and that say the same; every row is in both."""
+    query = f"SELECT key, {column} FROM '{{}}/{table}/**/*.parquet' ORDER BY key, candidate"
+    mine, others = (duckdb.sql(query.format(folder)).fetchall() for folder in (run, other))
+    assert [key for key, _ in mine] == [key for key, _ in others] and len(mine) > 10
+    return sum(one == two for one, two in zip(mine, others, strict=True)) / len(mine)

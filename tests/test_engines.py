@@ -21,7 +21,7 @@ from pipeline.engine import Engine, EngineDied, Reply, Request, Sampling
 from pipeline.engines import echo, openai, transformers, vllm
 from tests import tiny
 from tests.faults import Faulty
-from tests.served import serving
+from tests.served import Served
 
 HOT = Sampling(temperature=1.0, max_tokens=16)
 SCHEMA = json.dumps(
@@ -47,39 +47,38 @@ class Opened:
 
 
 @contextmanager
-def open_echo(_: Path) -> Iterator[Opened]:
+def open_echo(_: pytest.FixtureRequest) -> Iterator[Opened]:
     yield Opened(engine=echo.open(echo.Config()), num_ahead=1)
 
 
 @contextmanager
-def open_transformers(model: Path) -> Iterator[Opened]:
-    config = transformers.Config(model=str(model), dtype="float32", batch_size=4)
+def open_transformers(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    model = str(fixtures.getfixturevalue("tiny_model"))
+    config = transformers.Config(model=model, dtype="float32", batch_size=4)
     yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=8192)
 
 
 @contextmanager
-def open_openai(_: Path) -> Iterator[Opened]:
+def open_openai(_: pytest.FixtureRequest) -> Iterator[Opened]:
     with Faulty(share=0.1, faults=("500", "429", "broken", "closed")) as server:
         config = openai.Config(model="echo", base_url=server.url, max_in_flight=4)
         yield Opened(engine=openai.open(config), num_ahead=16)
 
 
-VLLM: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
-
-
 @contextmanager
-def open_vllm(model: Path) -> Iterator[Opened]:
-    config = vllm.Config(model=str(model), **VLLM, max_in_flight=8, kv_cache_gib=1)
+def open_vllm(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    model, flags = fixtures.getfixturevalue("tiny_model"), fixtures.getfixturevalue("vllm_flags")
+    config = vllm.Config(model=str(model), **flags, max_in_flight=8)
     yield Opened(engine=vllm.open(config), num_ahead=32, num_tokens=512)
 
 
 @contextmanager
-def open_served(model: Path) -> Iterator[Opened]:
-    with serving(model, **VLLM) as server:
-        config = openai.Config(
-            model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
-        )
-        yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=512)
+def open_served(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    server = fixtures.getfixturevalue("tiny_server")
+    config = openai.Config(
+        model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
+    )
+    yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=512)
 
 
 MODELS = [
@@ -91,8 +90,8 @@ ENGINES = [pytest.param(open_echo, id="echo"), pytest.param(open_openai, id="ope
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def opened(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Opened]:
-    with request.param(tiny_model) as found:
+def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
+    with request.param(request) as found:
         yield found
         found.engine.close()
         found.engine.close()  # closing twice is closing
@@ -313,8 +312,8 @@ def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path) -> None:
-    engine = vllm.open(vllm.Config(model=str(tiny_model), **VLLM, kv_cache_gib=1, num_restarts=1))
+def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags, num_restarts=1))
     requests = [request(n % 50, ladder=(GREEDY,)) for n in range(150)]
     undisturbed = [reply.text for reply in ask(engine, *requests)]
     replies = engine.generate(requests)
@@ -331,8 +330,8 @@ def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path) ->
 
 
 @pytest.mark.vllm
-def test_vllm_is_not_opened_again_when_it_was_told_to_end(tiny_model: Path) -> None:
-    engine = vllm.open(vllm.Config(model=str(tiny_model), **VLLM, kv_cache_gib=1))
+def test_vllm_is_not_opened_again_when_it_was_told_to_end(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags))
     replies = engine.generate(request(n % 50, ladder=(GREEDY,)) for n in range(150))
     taken = [next(replies) for _ in range(5)]
     core().terminate()
@@ -348,9 +347,9 @@ def core() -> BaseProcess:
 
 
 @pytest.mark.vllm
-def test_a_server_behind_faults_and_killed_in_between_gives_the_same_answers(tiny_model: Path) -> None:
+def test_a_server_behind_faults_gives_the_same_answers(tiny_server: Served) -> None:
     requests = [request(n % 50, ladder=(GREEDY,)) for n in range(200)]
-    with serving(tiny_model, **VLLM) as server, Faulty(upstream=server.address) as proxy:
+    with Faulty(upstream=tiny_server.address) as proxy:
         config = openai.Config(model="tiny", base_url=proxy.url, timeout=5, max_pixels=tiny.PIXELS**2)
         engine = openai.open(config)
         undisturbed = [reply.text for reply in ask(engine, *requests)]
@@ -359,4 +358,3 @@ def test_a_server_behind_faults_and_killed_in_between_gives_the_same_answers(tin
         engine.close()
     assert sum(proxy.seen.values()) - proxy.seen[""] > 20
     assert disturbed == undisturbed
-    assert not server.endpoint.exists()
