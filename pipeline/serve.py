@@ -117,11 +117,11 @@ def _of_openai(found: openai.Config) -> Server:
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            yield flag
+        if isinstance(value, bool):
+            yield flag if value else f"--no-{flag.removeprefix('--')}"
         elif isinstance(value, dict):
             yield f"{flag}={json.dumps(value)}"
-        elif value is not None and value is not False:
+        elif value is not None:
             yield f"{flag}={'auto' if value == -1 else value}"
 
 

@@ -148,16 +148,20 @@ def start(run: Path, what: str, **options: Any) -> BaseProcess:
 def _work(run: Path, what: str, options: dict[str, Any]) -> None:
     from pipeline import parts
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(_log(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     parts.MAX_AGE = AGE
     sys.exit(make(run, what, **options).exit_code)
+
+
+def _log(run: Path) -> Path:
+    return run.with_suffix(".log")
 
 
 def _undisturbed(run: Path, stage: str) -> float:
     begun = time.monotonic()
     process = start(run, stage)
     process.join()
-    assert process.exitcode == 0, f"{stage} failed before anything was killed"
+    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{_log(run).read_text()[-3000:]}"
     return time.monotonic() - begun
 
 
@@ -179,7 +183,8 @@ def _until_done(run: Path, stage: str, noise: Random, seconds: dict[str, float],
             if kills == 0:
                 seconds[stage] = time.monotonic() - begun
             return kills
-        assert process.exitcode == -signal.SIGKILL, f"{stage} ended with {process.exitcode} after {kills} kills"
+        said = _log(run).read_text()[-3000:]
+        assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{said}"
         kills += 1
 
 

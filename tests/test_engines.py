@@ -158,7 +158,7 @@ def test_a_seed_decides_the_answer_whoever_is_asked_beside(engine: Engine) -> No
 
 
 def test_a_schema_is_followed(engine: Engine) -> None:
-    ladder = (replace(HOT, max_tokens=64),)
+    ladder = (replace(HOT, max_tokens=256),)
     for reply in ask(engine, *(request(n, schema=SCHEMA, ladder=ladder) for n in range(6))):
         values = json.loads(reply.text)
         assert sorted(values) == ["stars", "verdict"]

@@ -640,6 +640,16 @@ def written_by_a_model(folder: Path, **engine: Any) -> Path:
     )
 
 
+def reworded(name: str, run: Path, changes: dict[str, str]) -> None:
+    """The words that ship, changed, in the place where a run looks for its own."""
+    words = (ROOT / "stages" / name).read_text()
+    for before, after in changes.items():
+        assert before in words
+        words = words.replace(before, after)
+    (run / name).parent.mkdir()
+    (run / name).write_text(words)
+
+
 def rubrics_of(run: Path) -> list[Rubric]:
     return list(tables.read(run / "rubric/mine/00000.parquet", Rubric))
 
@@ -664,14 +674,16 @@ def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) -> None:
     """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges."""
-    ours = {"dtype": "float32", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": True}
+    ours: dict[str, Any] = {"dtype": "float32", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": True}
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
-    (run / "writers").mkdir()
-    shipped = (ROOT / "stages/writers/committee.toml").read_text()
-    # an untrained model would rather say nothing, and has no end of words
-    short = shipped.replace("max_criteria = 12", "min_criteria = 1\nmax_criteria = 2").replace("= 240", "= 16")
-    (run / "writers" / "committee.toml").write_text(short)
+    # An untrained model would rather say nothing, and has no end of words, or of the blanks that JSON may have.
+    hot = {"temperature = 0.0": "temperature = 1.0", "ladder = [0.3, 0.6, 0.9]": "ladder = [1.0]"}
+    brief = {"max_criteria = 12": "min_criteria = 1\nmax_criteria = 2", "= 240": "= 16"}
+    reworded("writers/committee.toml", run, {**hot, **brief})
+    reworded("rubrics/text_only.toml", run, hot)
+    tight = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+    ours["args"] = [f"--structured-outputs-config={tight}"]
     toml = (run / "run.toml").read_text()
     for what, model in (("rubric", tiny_model), ("score", tiny.make_text(tmp_path / "text"))):
         with serving(model, **ours) as server:
@@ -679,7 +691,7 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
             for stage in ("ingest", "caption", what) if what == "rubric" else (what,):
                 assert make(run, stage).exit_code == 0
     rows = rubrics_of(run)
-    assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8
+    assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8, [row.error for row in rows]
     assert all(row.model == "tiny" and row.engine == "model" for row in rows)
     assert all(d.agreed >= 2 and 0 < d.missed <= 1 for row in rows for d in row.criteria)
     scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))

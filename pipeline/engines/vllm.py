@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ def require_vllm() -> None:
     require(
         "vllm", kind="vllm", how="`make vllm` installs it for a CPU, `pip install 'recap-pipeline[vllm]'` for a GPU"
     )
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed computes on a CPU. Its packages say so by their name or their version."""
+    packages = metadata.packages_distributions().get("vllm", [])
+    return any("cpu" in f"{package} {metadata.version(package)}" for package in packages)
 
 
 def settle_environment(*, kv_cache_gib: int) -> None:
@@ -247,6 +254,8 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,
+        # A prefill that is cut turns the random generators of seeded requests back, which those of a CPU cannot do.
+        "enable_chunked_prefill": False if on_cpu() else None,
         "limit_mm_per_prompt": {"image": config.images_per_prompt, "video": 0},
         "mm_processor_cache_gb": 0,
         # Whitespace stays the model's choice: `disable_any_whitespace` would force a style on it that it never learnt.
