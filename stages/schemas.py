@@ -31,11 +31,13 @@ _FENCED = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 def parse(text: str) -> Any:
     """The value of a JSON text, which may stand in a code fence.
 
+    Its strings may have line breaks and tabs as they are: models write them so, and not every grammar forbids it.
+
     Raises:
         ValueError: it is none, or an object in it has a name twice; the message says what and where.
     """
     try:
-        return json.loads(inner(text), object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(inner(text), strict=False, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

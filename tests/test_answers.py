@@ -196,6 +196,10 @@ def test_json_is_read_also_from_a_code_fence(value: Any) -> None:
     assert schemas.parse(text) == schemas.parse(f"```json\n{text}\n```\n") == value
 
 
+def test_a_string_may_have_line_breaks_and_tabs_as_they_are() -> None:
+    assert schemas.parse('{"reason": "a\tred\nring"}') == {"reason": "a\tred\nring"}
+
+
 @pytest.mark.parametrize("text", ["", "{", "NaN", "[1,]", '{"a": 1, "a": 2}', "[" * 100_000])
 def test_what_is_no_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

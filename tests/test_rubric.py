@@ -678,7 +678,7 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
     # An untrained model would rather say nothing, and has no end of words, or of the blanks that JSON may have.
-    hot = {"temperature = 0.0": "temperature = 1.0", "ladder = [0.3, 0.6, 0.9]": "ladder = [1.0]"}
+    hot = {"temperature = 0.0": "temperature = 1.0", "ladder = [0.3, 0.6, 0.9]": f"ladder = {[1.0] * 7}"}
     brief = {"max_criteria = 12": "min_criteria = 1\nmax_criteria = 2", "= 240": "= 16"}
     reworded("writers/committee.toml", run, {**hot, **brief})
     reworded("rubrics/text_only.toml", run, hot)
