@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ import pytest
 from pipeline import plan
 from pipeline.errors import ConfigError
 from pipeline.records import Raw
-from pipeline.sources import folder, hf, img2dataset, parquet, webdataset
+from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
 from tests.serving import served
 
 
@@ -453,6 +454,16 @@ class TestParquet:
             pq.write_table(table, tmp_path / f"{name}.parquet")
         assert [(raw.data, raw.alt_text) for raw in self.read(tmp_path)] == [(b"1", "words")] * 3
 
+    @pytest.mark.parametrize(("size", "most"), [(1 << 22, 100 << 20), (1 << 26, 250 << 20)])
+    def test_a_value_that_many_rows_have_is_not_unpacked_for_all(self, tmp_path: Path, size: int, most: int) -> None:
+        file = self.write(tmp_path / "a.parquet", {"image": [bytes(size)] * 40}, dictionary_pagesize_limit=1 << 30)
+        before, num_rows = pa.total_allocated_bytes(), 0
+        with file.open("rb") as stream:
+            for batch in _parquet.batches(_parquet.table(stream), ["image"], group=0):
+                assert pa.total_allocated_bytes() - before < most
+                num_rows += len(batch)
+        assert num_rows == 40
+
     def test_reads_over_fsspec(self, tmp_path: Path) -> None:
         import fsspec
 
@@ -473,6 +484,21 @@ class TestParquet:
 
 
 class TestHf:
+    def test_large_rows_are_in_memory_one_by_one(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = {"image": [bytes([number]) * (8 << 20) for number in range(10)]}
+        features = datasets.Features({"image": datasets.Value("binary")})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+        config = hf.Config(path=str(tmp_path / "saved"))
+        (piece,) = hf.pieces(config)
+        tracemalloc.start()
+        first = [raw.data[0] for raw in hf.read(piece, config) if raw.data is not None]
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert first == list(range(10))
+        assert most < 32 << 20
+
     def test_reads_all_splits_or_the_one_named(self, tmp_path: Path) -> None:
         import datasets
 

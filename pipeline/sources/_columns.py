@@ -21,6 +21,7 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo",
 KEY_NAMES = ("__key__", "key", "uid", "id")
 IMAGE_HELP = "the column with the images; empty: the one that is called an image, or that alone holds bytes"
 KEY_HELP = "the column with the samples' names; empty: __key__, key, uid or id, else the image's path, else the row"
+MAX_BYTES = 1 << 26  # of rows that become Python's at a time, when there are more than one
 ROOT_HELP = "the folder of the images for rows that have only a path to theirs; no path outside it is opened"
 
 
@@ -125,7 +126,14 @@ def lost(row: int, *, name: str, error: str) -> Raw:
 
 
 def values(rows: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows as Python has them. Text is UTF-8, with what is not replaced; what Python cannot have says why."""
+    """The rows as Python has them, large ones one by one.
+
+    Text is UTF-8, with what is not replaced; what Python cannot have says why.
+    """
+    if rows.num_rows > 1 and rows.nbytes > MAX_BYTES:
+        for number in range(rows.num_rows):
+            yield from values(rows.slice(number, 1))
+        return
     try:
         yield from rows.to_pylist()
     except (ValueError, OverflowError):  # text that is no UTF-8, a date before the year 1

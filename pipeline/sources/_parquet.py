@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BUFFER_BYTES = 1 << 20  # of a column that is read at a time
+MAX_ROWS = 16  # in memory at a time: a footer may lie
+MAX_BYTES = 1 << 26  # of rows in memory at a time, when there are more than one
 
 
 class Broken(ValueError):
@@ -41,14 +43,17 @@ def groups(table: pq.ParquetFile) -> Iterator[tuple[int, range]]:
         row += num
 
 
-def batches(table: pq.ParquetFile, columns: list[str], *, group: int, num_rows: int) -> Iterator[pa.RecordBatch]:
-    """A row group, at most `num_rows` at a time.
+def batches(table: pq.ParquetFile, columns: list[str], *, group: int) -> Iterator[pa.RecordBatch]:
+    """A row group, so few rows at a time that they are small whatever they are: each may be all that it has.
+
+    Values are kept once however many rows have them, so a few kilobytes may unpack to gigabytes.
 
     Raises:
         Broken: what comes next cannot be read.
     """
     with _decoding():
-        found = table.iter_batches(num_rows, row_groups=[group], columns=columns)
+        num_rows = min(MAX_ROWS, MAX_BYTES // max(1, table.metadata.row_group(group).total_byte_size))
+        found = table.iter_batches(max(1, num_rows), row_groups=[group], columns=columns)
     while True:
         with _decoding():
             batch = next(found, None)

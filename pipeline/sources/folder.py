@@ -218,5 +218,5 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as stream:
         table = _parquet.table(stream)
         for group, _ in _parquet.groups(table):
-            for batch in _parquet.batches(table, table.schema_arrow.names, group=group, num_rows=NUM_ROWS):
+            for batch in _parquet.batches(table, table.schema_arrow.names, group=group):
                 yield from _columns.values(batch)

@@ -20,7 +20,7 @@ from pipeline.sources import _columns, _common
 if TYPE_CHECKING:
     import datasets
 
-BATCH_ROWS = 16
+BATCH_ROWS = 16  # mapped at a time, which copies nothing
 
 
 @dataclass(frozen=True, kw_only=True)

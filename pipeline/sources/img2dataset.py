@@ -17,7 +17,6 @@ from pipeline.records import Piece, Raw
 from pipeline.sources import _columns, _common, _files, _parquet, _tars
 
 DONE = "_stats.json"  # img2dataset writes it when a shard is finished
-BATCH_ROWS = 1000  # of the Parquet, which has no images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ def _rows(file: str) -> Iterator[dict[str, Any]]:
     with _files.opened(file) as stream:
         table = _parquet.table(stream)
         for group, _ in _parquet.groups(table):
-            for batch in _parquet.batches(table, table.schema_arrow.names, group=group, num_rows=BATCH_ROWS):
+            for batch in _parquet.batches(table, table.schema_arrow.names, group=group):
                 yield from _columns.values(batch)
 
 

@@ -17,8 +17,6 @@ from pipeline.sources import _columns, _common, _files, _parquet
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 4  # in memory at a time: a few kilobytes may unpack to as many values of any size
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -74,7 +72,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         wanted = range(piece.start, num_rows if piece.stop is None else piece.stop)
         for group, rows in _parquet.groups(table):
             if part := range(max(rows.start, wanted.start), min(rows.stop, wanted.stop)):
-                batches = _parquet.batches(table, columns.all, group=group, num_rows=BATCH_ROWS)
+                batches = _parquet.batches(table, columns.all, group=group)
                 yield from _read_group(batches, rows.start, part, columns, config, name)
         yield from _lost(range(max(num_rows, wanted.start), wanted.stop), name, f"the file now has {num_rows} rows")
 
