@@ -99,11 +99,11 @@ class Shard:
     def _handle(self, file: str) -> int:
         if file not in self._open:
             self.close()  # a shard's images lie in file order: one open file is enough
-            self._open[file] = os.open(self._place(file), os.O_RDONLY)
+            self._open[file] = os.open(self.place(file), os.O_RDONLY)
             os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._open[file]
 
-    def _place(self, file: str) -> Path:
+    def place(self, file: str) -> Path:
         """Where a file of images lies now. A corpus may have been moved since ingest; its plan is named from within."""
         if not Path(file).is_absolute():
             return self.run.folder / file

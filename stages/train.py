@@ -109,7 +109,7 @@ def _task(run: Run, config: Config, taught: list[Lesson], *, curve: Curve, stop:
         config=config,
         model=model,
         processor=processor,
-        collator=Collator(processor, folder=run.folder, regions=config.sees),
+        collator=Collator(processor, regions=config.sees),
         learnt=dataset(learnt, order),
         measured=dataset(measured, in_order(measured, processor, alike=alike)) if measured else None,
         folder=run.folder / "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,8 @@ import pytest
 from pipeline import config, starter, tables
 from pipeline.plan import Plan, freeze
 from pipeline.records import Piece, Planned
+from stages.training.lessons import Lesson, lessons
+from stages.training.settings import Config
 from tests.runs import begin, make, picture, sections, write
 from tests.wrapped import tar
 
@@ -41,6 +44,13 @@ def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
     outcome = make(run)
     assert (outcome.exit_code, outcome.failures) == (0, {})
     assert make(run).done == 0
+    taught = list(lessons(config.load(run), Config(captions=("dense",))))
+    assert [sha256(_data(lesson)).hexdigest() for lesson in taught] == [lesson.sha256 for lesson in taught]
+    assert len(taught) == 6
+
+
+def _data(lesson: Lesson) -> bytes:
+    return Path(lesson.file).read_bytes()[lesson.offset :][: lesson.num_bytes]
 
 
 def test_names_are_from_the_folder_that_is_meant(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_copies_are_on_one_side(tables: Path) -> None:
 
 def test_only_answers_are_labels(tables: Path, processor: Any) -> None:
     found = taught(tables, captions=("statements",), scores="labels", turns=3)[:5]
-    batch = Collator(processor, folder=tables)([vars(lesson) for lesson in found])
+    batch = Collator(processor)([vars(lesson) for lesson in found])
     for lesson, labels in zip(found, batch["labels"], strict=True):
         learnt = processor.tokenizer.decode(labels[labels != IGNORED])
         assert learnt == "".join(f"{answer}<|im_end|>\n" for answer in lesson.answers)
@@ -100,7 +100,7 @@ def test_only_answers_are_labels(tables: Path, processor: Any) -> None:
 def test_the_model_is_asked_as_the_engines_ask(tables: Path, processor: Any) -> None:
     """The ids before the answer are those of the processor's own way, image tokens once."""
     (lesson,) = taught(tables)[:1]
-    collator = Collator(processor, folder=tables)
+    collator = Collator(processor)
     batch = collator([vars(lesson)])
     before = int((batch["labels"][0] == IGNORED).sum())
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": lesson.questions[0]}]}]
@@ -229,7 +229,7 @@ def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: 
     request = Request(
         id="x",
         prompt=lesson.questions[0],
-        images=(Collator(processor, folder=folder).data(vars(lesson)),),
+        images=(Collator(processor).data(vars(lesson)),),
         ladder=(Sampling(max_tokens=5),),
     )
     (reply,) = engine.generate([request])

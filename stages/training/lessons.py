@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from random import Random
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import images, tables
 from pipeline.config import Run
+from pipeline.plan import Plan
 from pipeline.records import Caption, Criterion, Image, Score
+from pipeline.shard import Shard
 from stages import recipes, rubrics
 from stages.sentences import sentences
 from stages.training.settings import Config
@@ -38,7 +41,7 @@ class Lesson:
     source_key: str
     alt_text: str | None
     sha256: str
-    file: str  # the tar that holds the image
+    file: str  # the tar that holds the image, where it lies now
     offset: int
     num_bytes: int
     width: int
@@ -69,8 +72,8 @@ class PixelRule:
 class Collator:
     """Turns lessons into a batch of tensors; only answers are labels."""
 
-    def __init__(self, processor: Any, *, folder: Path, regions: bool = False) -> None:
-        self._processor, self._folder, self._regions = processor, folder, regions
+    def __init__(self, processor: Any, *, regions: bool = False) -> None:
+        self._processor, self._regions = processor, regions
         self._rule = PixelRule.of(processor)
 
     def __call__(self, lessons: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -107,7 +110,7 @@ class Collator:
         )
 
     def data(self, lesson: Mapping[str, Any]) -> bytes:
-        with open(self._folder / lesson["file"], "rb") as file:
+        with open(lesson["file"], "rb") as file:
             return os.pread(file.fileno(), lesson["num_bytes"], lesson["offset"])
 
     def _tokens(self, lesson: Mapping[str, Any], num_image_tokens: int) -> tuple[list[int], list[int]]:
@@ -210,21 +213,32 @@ def lessons(run: Run, config: Config) -> Iterator[Lesson]:
     """What the tables of the run teach, in key order."""
     if config.method != "sft":
         question = _question(run, config) if config.method == "grpo" else None
-        for image in _images(run):
-            yield _lesson(image, () if question is None else (question(image),))
+        for _, found in _images(run):
+            for image in found:
+                yield _lesson(image, () if question is None else (question(image),))
         return
     read = _verdicts if config.scores else _texts
-    for file in sorted((run.folder / "image").glob("*.parquet")):
-        shown = {image.key: image for image in tables.read(file, Image) if image.status == "ok"}
+    for file, found in _images(run):
+        shown = {image.key: image for image in found}
         for name in config.captions:
             for image_key, group in groupby(read(run, config, name, file.name), key=lambda asked: asked.key):
                 for turns in batched(group, config.turns):
                     yield _lesson(shown[image_key], turns)
 
 
-def _images(run: Run) -> Iterator[Image]:
+def _images(run: Run) -> Iterator[tuple[Path, Iterator[Image]]]:
+    """Each table of images, and what is usable in it, with the files where they lie now."""
+    plan, _ = Plan.load(run.folder / "plan.parquet")
     for file in sorted((run.folder / "image").glob("*.parquet")):
-        yield from (image for image in tables.read(file, Image) if image.status == "ok")
+        shard = Shard(run=run, plan=plan, number=int(file.stem))
+        yield file, _usable(shard, file)
+
+
+def _usable(shard: Shard, table: Path) -> Iterator[Image]:
+    place = cache(shard.place)
+    for image in tables.read(table, Image):
+        if image.status == "ok" and image.file is not None:
+            yield replace(image, file=str(place(image.file)))
 
 
 def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
