@@ -159,6 +159,8 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     task.processor.save_pretrained(partial)
     num_images = len(set(task.learnt["sha256"]))
     (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=num_images))
+    for file in partial.glob("*.safetensors"):
+        shutil.copymode(partial / "README.md", file)  # safetensors writes for the owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     tables.sync_folder(output.parent)

@@ -236,6 +236,7 @@ def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: 
     engine.close()
     assert (reply.error, reply.num_output_tokens) == (None, 5)
     assert not any("region" in name for name in _weights(output))
+    assert len({file.stat().st_mode for file in output.iterdir()}) == 1, "others may read one file and not another"
 
 
 def _weights(folder: Path) -> list[str]:
