@@ -13,7 +13,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
@@ -207,28 +207,28 @@ def _keep(file: Path, columns: Columns) -> None:
 
 
 def _listing(folder: Path, suffix: str = ".parquet") -> Columns:
-    """Number, time, size and inode of every shard's file, by shard."""
+    """Number, time, size and inode of every shard's file, by shard.
+
+    By the folder's handle: the way to the folder is long, and a hundred thousand files need not go it.
+    """
     import numpy as np
 
     found = array("q")
     with suppress(FileNotFoundError):
-        for name, about in _files(folder):
-            if name.endswith(suffix) and (number := name.removesuffix(suffix)).isdigit():
-                found.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in os.listdir(handle):  # noqa: PTH208
+                if name.endswith(suffix) and (number := name[: -len(suffix)]).isdigit():
+                    try:
+                        about = os.stat(name, dir_fd=handle)
+                    except FileNotFoundError:  # it was there a moment ago
+                        continue
+                    found.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
+        finally:
+            os.close(handle)
     rows = np.array(found, np.int64).reshape(-1, len(ABOUT))
     rows = rows[rows[:, 0].argsort()]
     return {name: np.ascontiguousarray(column) for name, column in zip(ABOUT, rows.T, strict=True)}
-
-
-def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """By the folder's handle: the way to the folder is long, and a hundred thousand files need not go it."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for name in os.listdir(handle):  # noqa: PTH208
-            with suppress(FileNotFoundError):  # it was there a moment ago
-                yield name, os.stat(name, dir_fd=handle)
-    finally:
-        os.close(handle)
 
 
 def _said(path: str) -> Mapping[str, int] | None:
