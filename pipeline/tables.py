@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 TAIL = 1 << 16  # bytes read from the end of a table: its footer in all but the largest
 ROWS_PER_GROUP = 2_000  # rows are held in memory by the group, when written and when read
 STAMP = "recap.stamp"
@@ -315,7 +316,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def batched(rows: Iterable[R], size: int) -> Iterator[list[R]]:
+def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Runs of `size` rows, the last one shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import plugins, tables
 from pipeline.attempt import Stopped
@@ -18,17 +18,20 @@ from pipeline.config import Run, stamped
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.passes import Pass
-from pipeline.records import Demand, Rubric
 from stages import scorers
 from stages.scorers import Scorer
-from stages.training import loop
+from stages.training import loop, stored
 from stages.training.curve import Curve, card
-from stages.training.lessons import Collator, Lesson, dataset, held_out, in_order, lessons
+from stages.training.lessons import Collator, Lesson, digests, held_out, in_order, lessons
 from stages.training.loop import Task
 from stages.training.settings import Config as Config
+from stages.training.stored import Rubrics
+
+if TYPE_CHECKING:
+    import datasets
 
 VERSION = 1
-Asked = Mapping[str, tuple[Demand, ...]] | None  # of each image, its own criteria; None: the reward needs none
+STORED = "train"  # the folder in the run where checkpoints lie, and while a model learns, what it learns from
 
 
 def passes(_: Run) -> Iterable[Pass]:
@@ -60,7 +63,7 @@ def train(
     scored = _rewards(run, config)
     recipe = _recipe(run, config, scored)
     _settle_stale(run, recipe, stale)
-    asked = {name: _asked(run, scorer) for name, scorer in scored.items()}
+    asked = {name: _asked(run, name, scorer) for name, scorer in scored.items()}
     task = _task(run, config, _lessons(run, config, asked), curve=Curve(run.folder, recipe), stop=stop or Event())
     if config.method == "grpo":
         from stages.training.reinforced import Reward, trainer
@@ -80,39 +83,45 @@ def train(
     return _finished(run, task, made)
 
 
-def _lessons(run: Run, config: Config, asked: Mapping[str, Asked]) -> list[Lesson]:
+def _lessons(run: Run, config: Config, asked: Mapping[str, Rubrics | None]) -> datasets.Dataset:
     """
     Raises:
         UserError: there are none; the message says what is to be made first.
     """
-    taught = list(lessons(run, config))
-    if not taught:
+    usable = (lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked))
+    taught = stored.lessons(run.folder / STORED / "lessons.arrow", usable, Lesson)
+    if len(taught):
+        return taught
+    if next(lessons(run, config), None) is None:
         raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
-    with_rubrics = [lesson for lesson in taught if _can_be_scored(lesson, asked)]
-    if not with_rubrics:
-        missing = ", ".join(name for name, rubrics in asked.items() if rubrics is not None)
-        raise UserError(f"{run.file}: train.rewards: no image has a rubric for {missing}: recap run rubric makes them")
-    return with_rubrics
+    missing = ", ".join(name for name, rubrics in asked.items() if rubrics is not None)
+    raise UserError(f"{run.file}: train.rewards: no image has a rubric for {missing}: recap run rubric makes them")
 
 
-def _task(run: Run, config: Config, taught: list[Lesson], *, curve: Curve, stop: Event) -> Task:
-    learnt, measured = held_out(taught, num_images=config.eval_images)
-    if not learnt:
+def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, stop: Event) -> Task:
+    import numpy as np
+
+    pictures = digests(taught)
+    learnt, measured = held_out(pictures, num_images=config.eval_images)
+    if not len(learnt):
         held = f"{config.eval_images} images held out of {len(taught)} lessons leave nothing to learn"
         raise UserError(f"{run.file}: train.eval_images: {held}")
     model, processor = _start(config)
     per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
     num_batches = config.steps * config.accumulate
     alike = config.optimizer == "masters"
-    order = in_order(learnt, processor, alike=alike, per_batch=per_batch, seed=config.seed, num_batches=num_batches)
+    order = in_order(
+        taught, learnt, processor, alike=alike, per_batch=per_batch, seed=config.seed, num_batches=num_batches
+    )
     return Task(
         config=config,
         model=model,
         processor=processor,
         collator=Collator(processor, regions=config.sees),
-        learnt=dataset(learnt, order),
-        measured=dataset(measured, in_order(measured, processor, alike=alike)) if measured else None,
-        folder=run.folder / "train",
+        learnt=taught.select(order),
+        measured=taught.select(in_order(taught, measured, processor, alike=alike)) if len(measured) else None,
+        num_images=len(np.unique(pictures[order])),
+        folder=run.folder / STORED,
         curve=curve,
         stop=stop,
     )
@@ -157,13 +166,14 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     task.processor.save_pretrained(partial)
-    num_images = len(set(task.learnt["sha256"]))
-    (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=num_images))
+    (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=task.num_images))
     for file in partial.glob("*.safetensors"):
         shutil.copymode(partial / "README.md", file)  # safetensors writes for the owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     tables.sync_folder(output.parent)
+    for file in task.folder.glob("*.arrow"):
+        file.unlink()
     return output
 
 
@@ -194,7 +204,7 @@ def _settle_stale(run: Run, recipe: tables.Recipe, stale: str) -> None:
     if before is None or before.fingerprint == recipe.fingerprint or stale == "keep":
         return
     if stale == "redo":
-        shutil.rmtree(run.folder / "train", ignore_errors=True)
+        shutil.rmtree(run.folder / STORED, ignore_errors=True)
         path.unlink()
         return
     old = {**before.recipe.slice, **before.recipe.inputs}
@@ -250,13 +260,14 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
     return found
 
 
-def _asked(run: Run, scorer: Scorer) -> Asked:
+def _asked(run: Run, name: str, scorer: Scorer) -> Rubrics | None:
+    """Of each image, its own criteria; None where the reward needs none."""
     if not scorer.rubric:
         return None
-    files: Sequence[Path] = sorted((run.folder / "rubric" / scorer.rubric).glob("*.parquet"))
-    return {row.key: row.criteria for file in files for row in tables.read(file, Rubric) if row.status == "ok"}
+    files = sorted((run.folder / "rubric" / scorer.rubric).glob("*.parquet"))
+    return Rubrics(run.folder / STORED / f"rubric-{name}.arrow", files)
 
 
-def _can_be_scored(lesson: Lesson, asked: Mapping[str, Asked]) -> bool:
+def _can_be_scored(lesson: Lesson, asked: Mapping[str, Rubrics | None]) -> bool:
     """Whether each reward that needs a rubric has one for the image: an answer to it could not be told from another."""
     return all(lesson.key in rubrics for rubrics in asked.values() if rubrics is not None)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import config
+from pipeline import tables as tables_of
 from pipeline.engine import Request, Sampling
 from pipeline.engines import transformers as engines
+from pipeline.records import Demand, Rubric
 from stages import train
+from stages.training import stored
 from stages.training.curve import Step, points
-from stages.training.lessons import IGNORED, Collator, Lesson, arranged, held_out, lessons
+from stages.training.lessons import IGNORED, Collator, Lesson, arranged, digests, held_out, lessons
 from stages.training.settings import Config
 from tests.runs import begin, make
 
@@ -83,10 +90,75 @@ def test_verdicts_become_lessons(tables: Path) -> None:
     assert max(len(lesson.questions) for lesson in found) == 3
 
 
-def test_copies_are_on_one_side(tables: Path) -> None:
-    learnt, measured = held_out(taught(tables), num_images=10)
-    assert len({lesson.sha256 for lesson in measured}) == 10
-    assert not {lesson.sha256 for lesson in learnt} & {lesson.sha256 for lesson in measured}
+def test_copies_are_on_one_side(tables: Path, tmp_path: Path) -> None:
+    found = taught(tables)
+    learnt, measured = held_out(digests(stored.lessons(tmp_path / "x", found, Lesson)), num_images=10)
+    assert sorted([*learnt, *measured]) == list(range(len(found)))
+    measured_on = {found[number].sha256 for number in measured}
+    assert measured_on == set(sorted({lesson.sha256 for lesson in found})[:10])
+    assert not {found[number].sha256 for number in learnt} & measured_on
+
+
+NUMBERS = (2 * tables_of.ROWS_PER_GROUP, 4 * tables_of.ROWS_PER_GROUP)
+
+
+def grown(make: Callable[[int], object]) -> float:
+    """Bytes of Python and Arrow that each row more takes, at the peak."""
+    peaks = []
+    for num in (1, *NUMBERS):  # the first imports what there is to import
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        kept = make(num)
+        peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before)
+        tracemalloc.stop()
+        del kept
+    return (peaks[2] - peaks[1]) / (NUMBERS[1] - NUMBERS[0])
+
+
+def test_lessons_and_rubrics_are_not_held_in_memory(tables: Path, tmp_path: Path) -> None:
+    lesson, *_ = taught(tables)
+    demand = Demand(id="d", text="t" * 200, severity="minor", weight=1.0, agreed=1, missed=1.0, claim="c" * 200)
+
+    def made(num: int) -> object:
+        rows = (replace(lesson, key=f"{i:012}", answers=(f"{i} " * 100,)) for i in range(num))
+        return stored.lessons(tmp_path / f"{num}.arrow", rows, Lesson)
+
+    def asked(num: int) -> object:
+        return stored.Rubrics(tmp_path / f"rubric{num}.arrow", [tmp_path / f"{num}.parquet"])
+
+    for num in (1, *NUMBERS):
+        write_rubrics(tmp_path / f"{num}.parquet", {f"{i:012}": (demand,) * 3 for i in range(num)})
+    assert grown(made) < 100
+    assert grown(asked) < 100
+
+
+def write_rubrics(path: Path, asked: dict[str, tuple[Demand, ...]]) -> None:
+    about: dict[str, Any] = {"name": "r", "error": None, "num_teachers": 1, "writer": "claims"}
+    rows = (
+        Rubric(key=key, status="ok" if criteria else "empty", criteria=criteria, **about)
+        for key, criteria in asked.items()
+    )
+    tables_of.write(path, Rubric, rows, tables_of.Recipe(stage="rubric", name="r", version=1, slice={}, inputs={}))
+
+
+demands = st.builds(
+    Demand, id=st.text(), text=st.text(), severity=st.just("minor"), weight=st.floats(0, 3), agreed=st.integers(0, 9),
+    missed=st.floats(0, 1), claim=st.none() | st.text(),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.integers(0, 10**9).map(lambda i: f"{i:012}"), st.lists(demands, max_size=2).map(tuple)))
+def test_rubrics_on_disk_are_a_mapping(
+    tmp_path_factory: pytest.TempPathFactory, asked: dict[str, tuple[Demand, ...]]
+) -> None:
+    folder = tmp_path_factory.mktemp("rubrics")
+    some, others = (dict(list(asked.items())[i::2]) for i in (0, 1))
+    write_rubrics(folder / "0.parquet", some)
+    write_rubrics(folder / "1.parquet", others)
+    found = stored.Rubrics(folder / "all.arrow", [folder / "0.parquet", folder / "1.parquet"])
+    assert dict(found) == {key: criteria for key, criteria in asked.items() if criteria}
+    for key in (*asked, "", "0", "9" * 13):
+        assert (key in found) == bool(asked.get(key)) == (found.get(key) is not None)
 
 
 def test_only_answers_are_labels(tables: Path, processor: Any) -> None:

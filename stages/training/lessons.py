@@ -7,35 +7,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from itertools import groupby, islice
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline import images, tables
 from pipeline.config import Run
 from pipeline.plan import Plan
-from pipeline.records import Caption, Criterion, Image, Score
+from pipeline.records import Caption, Criterion, Image, Record, Score
 from pipeline.shard import Shard
+from pipeline.tables import batched
 from stages import recipes, rubrics
 from stages.sentences import sentences
 from stages.training.settings import Config
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import torch
 
-T = TypeVar("T")
+    Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of lessons, from 0
+    Digests = np.ndarray[Any, np.dtype[np.uint64]]  # the first 64 bits: enough to tell millions of pictures apart
+
 IGNORED = -100  # a label that is not learnt
 MAX_PIXELS = 1280 * 28 * 28  # of a picture, as the engines have it by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class Lesson(Record):
     """An image with questions about it and their answers."""
+
+    table: ClassVar[str] = "lesson"
 
     key: str
     source_key: str
@@ -142,61 +149,79 @@ class Collator:
         return [one for i in ids for one in ([i] * num_image_tokens if i == image else [i])]
 
 
-def arranged(sizes: Sequence[int], *, num_batches: int, batch_size: int, seed: int) -> list[int]:
+def arranged(sizes: Sequence[int] | Numbers, *, num_batches: int, batch_size: int, seed: int) -> array[int]:
     """The order of lessons for a whole training, epoch after epoch: each batch has images of one size.
 
     It follows from its arguments alone, so that a training which was killed goes on with the same lessons.
 
-    >>> arranged([1, 2, 1, 2], num_batches=2, batch_size=2, seed=0) in ([0, 2, 1, 3], [2, 0, 1, 3], [0, 2, 3, 1])
+    >>> order = arranged([1, 2, 1, 2], num_batches=2, batch_size=2, seed=0)
+    >>> list(order) in ([0, 2, 1, 3], [2, 0, 1, 3], [0, 2, 3, 1])
     True
     """
     rng = Random(f"order/{seed}")
     waiting: dict[int, list[int]] = {}
-    batches: list[list[int]] = []
-    while len(batches) < num_batches:
-        order = list(range(len(sizes)))
+    taken = array("q")
+    while len(taken) < num_batches * batch_size:
+        order = array("q", range(len(sizes)))
         rng.shuffle(order)
         for lesson in order:
             batch = waiting.setdefault(sizes[lesson], [])
             batch.append(lesson)
             if len(batch) == batch_size:
-                batches.append(waiting.pop(sizes[lesson]))
-    return [lesson for batch in batches[:num_batches] for lesson in batch]
-
-
-def dataset(taught: Sequence[Lesson], order: Sequence[int]) -> datasets.Dataset:
-    import datasets
-
-    return datasets.Dataset.from_list([asdict(lesson) for lesson in taught]).select(order)
+                taken.extend(waiting.pop(sizes[lesson]))
+    return taken[: num_batches * batch_size]
 
 
 def in_order(
-    taught: Sequence[Lesson],
+    taught: datasets.Dataset,
+    numbers: Numbers,
     processor: Any,
     *,
     alike: bool,
     per_batch: int = 1,
     seed: int = 0,
     num_batches: int | None = None,
-) -> list[int]:
-    """The order of the lessons of so many batches; without `num_batches` every one once, by size.
+) -> Numbers:
+    """The lessons of so many batches, of those that have these numbers; without `num_batches` every one once, by size.
 
     Args:
         alike: a batch has images of one size, which is faster on a CPU; rare sizes may wait for long.
     """
-    rule = PixelRule.of(processor)
-    sizes = [_num_pixels(lesson, rule) if alike else 0 for lesson in taught]
+    import numpy as np
+
+    sizes = _sizes(taught, PixelRule.of(processor))[numbers] if alike else np.zeros(len(numbers), np.int64)
     if num_batches is None:
-        return sorted(range(len(taught)), key=lambda number: sizes[number])
-    return arranged(sizes, num_batches=num_batches, batch_size=per_batch, seed=seed)
+        order: Numbers = np.argsort(sizes, kind="stable")
+    else:
+        order = np.asarray(arranged(sizes, num_batches=num_batches, batch_size=per_batch, seed=seed))
+    return numbers[order]
 
 
-def _num_pixels(lesson: Lesson, rule: PixelRule) -> int:
-    """Of the picture as the model sees it."""
-    width, height = images.target_size(
-        lesson.width, lesson.height, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
-    )
-    return width * height
+def _sizes(taught: datasets.Dataset, rule: PixelRule) -> Numbers:
+    """The pixels of each lesson's picture as the model sees it."""
+    import numpy as np
+
+    @lru_cache
+    def size(width: int, height: int) -> int:
+        width, height = images.target_size(
+            width, height, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
+        )
+        return width * height
+
+    columns = zip(*(_values(taught, name) for name in ("width", "height")), strict=True)
+    return np.fromiter((size(*one) for one in columns), np.int64, len(taught))
+
+
+def digests(taught: datasets.Dataset) -> Digests:
+    """Of each lesson's image."""
+    import numpy as np
+
+    return np.fromiter((int(sha256[:16], 16) for sha256 in _values(taught, "sha256")), np.uint64, len(taught))
+
+
+def _values(taught: datasets.Dataset, column: str) -> Iterator[Any]:
+    for chunk in taught.data.column(column).chunks:
+        yield from chunk.to_pylist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +285,6 @@ def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
     )
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """Runs of `size` items, the last one shorter."""
-    rest = iter(items)
-    while run := tuple(islice(rest, size)):
-        yield run
-
-
 def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
     """Every good caption, as the answer to what its recipe asks."""
     recipe = recipes.load(config.recipe or run.sections["caption"][name].recipe, run=run.folder)
@@ -320,10 +338,9 @@ def _captions(run: Run, name: str, file: str) -> Iterator[Caption]:
     return (row for row in tables.read(run.folder / "caption" / name / file, Caption) if row.status == "ok")
 
 
-def held_out(taught: Sequence[Lesson], *, num_images: int) -> tuple[list[Lesson], list[Lesson]]:
-    """Lessons to learn and lessons to measure on; copies of one picture are on one side."""
-    chosen = set(sorted({lesson.sha256 for lesson in taught})[:num_images])
-    return (
-        [lesson for lesson in taught if lesson.sha256 not in chosen],
-        [lesson for lesson in taught if lesson.sha256 in chosen],
-    )
+def held_out(pictures: Digests, *, num_images: int) -> tuple[Numbers, Numbers]:
+    """The numbers of lessons to learn and to measure on, from their digests; copies of one picture are on one side."""
+    import numpy as np
+
+    measured = np.isin(pictures, np.unique(pictures)[:num_images])
+    return np.flatnonzero(~measured), np.flatnonzero(measured)

@@ -35,6 +35,7 @@ class Task:
     collator: Collator
     learnt: datasets.Dataset
     measured: datasets.Dataset | None  # held out
+    num_images: int  # that are learnt from, copies once
     folder: Path  # where its checkpoints lie
     curve: Curve
     stop: Event  # set when it is to be left, with a checkpoint

@@ -1,0 +1,100 @@
+"""Measures how much memory a training takes for each million images: two steps, on tables of two sizes.
+
+A hundred scenes with a committee's rubrics are multiplied, under keys and digests of their own. Memory is what the
+kernel cannot drop and read from a file again, at its peak. The last line is JSON.
+
+    python -m benchmarks.lessons [--images 20000 200000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import config, starter, tables
+from pipeline.passes import select
+from pipeline.records import Caption, Image, Record, Rubric, make_key
+from pipeline.run import Runner
+from stages.teachers import TEACHERS
+
+SIZE = 10_000  # images in a shard
+DISTINCT = 100
+TABLES: dict[str, type[Record]] = {"image": Image, "caption/hasty": Caption, "rubric/committee": Rubric}
+TRAIN = {"steps": 2, "eval_images": 8, "num_workers": 0}
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"batch_size": 2},
+    "grpo": {"batch_size": 4, "group_size": 2, "max_tokens": 8, "rewards": {"committee": 1.0}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs=2, default=[20_000, 200_000])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    args = parser.parse_args()
+    few, many = args.images
+    found = {}
+    for method in args.methods:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            peaks = [peak(make(Path(folder) / str(num), method, num)) for num in (few, many)]
+        growth = (peaks[1] - peaks[0]) / (many - few) * 1_000_000
+        found[method] = {"peak_mib": [round(mib) for mib in peaks], "mib_per_million_images": round(growth)}
+        print(f"{method}: {peaks[0]:,.0f} MiB at {few:,} images, {peaks[1]:,.0f} MiB at {many:,}", flush=True)
+    print(json.dumps({"benchmark": "lessons", "images": args.images, **found}))
+
+
+def make(run: Path, method: str, num_images: int) -> Path:
+    """A run with so many images in its tables."""
+    committee = [name for name in TEACHERS if name != "hasty"]
+    sections: dict[str, dict[str, Any]] = {
+        "source": {"kind": "scenes", "num_images": DISTINCT, "broken_share": 0.0, "duplicate_share": 0.0},
+        **{f"engines.{name}": {"kind": "stages.teachers", "teacher": name} for name in TEACHERS},
+        **{f"caption.{name}": {"recipe": "scenes", "engine": name} for name in TEACHERS},
+        "rubric.committee": {"teachers": committee, "student": "hasty"},
+        "score.committee": {"kind": "rubric", "rubric": "committee", "captions": ["hasty"]},
+        "train": {"method": method, "captions": ["hasty"], **TRAIN, **METHODS[method]},
+    }
+    starter.begin(run, sections)
+    runner = Runner(run=config.load(run))
+    for stage in ("ingest", "caption", "rubric"):
+        assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
+    for folder, record in TABLES.items():
+        file = run / folder / "00000.parquet"
+        rows, stamp = list(tables.read(file, record)), tables.read_stamp(file)
+        assert stamp is not None and len(rows) == DISTINCT
+        for shard in range(num_images // SIZE):
+            more = (multiplied(rows[i % DISTINCT], shard, i) for i in range(SIZE))
+            tables.write(run / folder / f"{shard:05d}.parquet", record, more, stamp.recipe, durable=False)
+    return run
+
+
+def multiplied(row: Any, shard: int, index: int) -> Any:
+    key = make_key(shard, index)
+    if not isinstance(row, Image):
+        return replace(row, key=key)
+    return replace(row, key=key, shard=shard, index=index, sha256=hashlib.sha256(key.encode()).hexdigest())
+
+
+def peak(run: Path) -> float:
+    """Of a training's memory without pages of files, MiB."""
+    child = subprocess.Popen([sys.executable, "-m", "pipeline", "run", "train", "--run", str(run)])
+    most = 0
+    while child.poll() is None:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        most = max(most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        time.sleep(0.02)
+    assert child.returncode == 0, f"training in {run} ended with {child.returncode}"
+    return most / 1024
+
+
+if __name__ == "__main__":
+    main()
