@@ -38,6 +38,10 @@ BATCH_ITEMS = 64
 BATCH_BYTES = 1 << 20
 PIPE_BYTES = 1 << 20  # the next file waits in the pipe while one is decoded
 
+# How the environment variables begin that a decoder is given: how libraries are found, text is written, memory is had.
+# Keys are in the others.
+GIVEN = ("LD_", "DYLD_", "NIX_", "PYTHON", "LANG", "LC_", "TZ", "TMPDIR", "MALLOC_", "OMP_", "OPENBLAS_", "RECAP_")
+
 # Sent to whole process groups when a person or a cluster ends a run; the parent decides, and then closes the pipe.
 NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -214,7 +218,7 @@ def _start(job: str) -> subprocess.Popen[bytes]:
         bufsize=1 << 16,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**{name: value for name, value in os.environ.items() if name.startswith(GIVEN)}, "PYTHONPATH": path},
     )
     if cast(BinaryIO, process.stdout).readline() != b"ready\n":
         raise DecodersBroken(f"{sys.executable} did not start a decoder: exit status {_ended(process)}")

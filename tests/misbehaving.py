@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import replace
 
 from pipeline import images
 
@@ -17,4 +18,6 @@ def probe(data: bytes, *, limits: images.Limits) -> images.Probe:
         os._exit(3)
     if data.startswith(b"raise"):
         raise ZeroDivisionError
+    if data.startswith(b"tell"):
+        return replace(images.probe(data), error="\n".join(os.environ))
     return images.probe(data, limits=limits)

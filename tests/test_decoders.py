@@ -104,6 +104,16 @@ def test_a_file_that_kills_its_decoder_costs_its_own_row(evil: bytes, words: str
             assert found == probe(data)
 
 
+def test_a_decoder_is_not_given_what_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = {"JUDGE_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FSSPEC_HTTPS", "SSH_AUTH_SOCK"}
+    for name in (*secret, "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "/of/mine")
+    with ProbePool(num_procs=1, probe=MISBEHAVING) as pool:
+        (found,) = pool.map([b"tell"])
+    given = set((found.error or "").splitlines())
+    assert ({"LD_LIBRARY_PATH", "PYTHONPATH"} - given, secret & given) == (set(), set())
+
+
 def test_memory_is_bounded() -> None:
     files = [picture(1), lying_png(16000, 16000), picture(2)]
     with ProbePool(num_procs=1, max_memory=256 << 20) as pool:
