@@ -15,6 +15,8 @@ import pytest
 from tests import disasters, runs
 from tests.runs import ROOT, begin, corpus, make, sections, times
 
+pytestmark = pytest.mark.slow
+
 IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg", "jpg", "jpg"]
 
 
@@ -57,7 +59,6 @@ def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -
     assert not [path for path in run.rglob("*.tmp") if ".work" not in path.parts]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [("echo", 10), ("server", 5), ("transformers", 6), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
@@ -68,7 +69,6 @@ def test_kills_cost_nothing(kind: str, kills: int) -> None:
     assert toll.rows > 250 * toll.runs > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num", [2, 3])
 def test_a_shard_in_several_processes_is_whole(run: Path, quiet: Path, num: int) -> None:
     for stage in disasters.STAGES:

@@ -240,6 +240,7 @@ def greedy_texts(tiny_model: Path) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", MODELS, indirect=True)
 def test_greedy_captions_agree(opened: Opened, greedy_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     replies = ask(opened.engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))

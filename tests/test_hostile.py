@@ -23,6 +23,7 @@ def test_hostile_corpora_have_one_right_row_for_each_input(tmp_path: Path) -> No
     assert not others  # no name in a corpus led anywhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [wrapped.tars, wrapped.tables, wrapped.downloads])
 def test_a_corpus_is_the_same_for_a_seed(make: wrapped.Maker, tmp_path: Path) -> None:
     once, again = make(tmp_path / "once", 1), make(tmp_path / "again", 1)

@@ -145,6 +145,7 @@ def appendices(text: str, asked: Sequence[Demand], random: Random) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @given(written(), st.randoms(use_true_random=False))
 def test_praise_repetition_and_the_rubric_itself_raise_nothing(
     made: tuple[list[str], list[str], Any], random: Random

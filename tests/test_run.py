@@ -36,6 +36,7 @@ def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
     return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read(path, record)]
 
 
+@pytest.mark.slow
 @given(
     kinds=st.lists(st.sampled_from([*GOOD, *GOOD, *BAD]), min_size=1, max_size=25),
     candidates=st.integers(1, 3),
@@ -314,6 +315,7 @@ def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path:
     assert files(run) == files(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path, finished: Path, seed: int) -> None:
     """The same command after SIGKILLs ends at the same bytes."""
@@ -342,6 +344,7 @@ def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path, finished: Path, seed
     }
 
 
+@pytest.mark.slow
 def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -54,6 +54,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_told_to() -> None:
     assert (arguments["trust_remote_code"], arguments["load_format"]) == (False, "safetensors")
 
 
+@pytest.mark.slow
 def test_a_key_is_in_no_file_and_no_message(tmp_path: Path) -> None:
     judge = {"kind": "openai", "model": "echo", "api_key_env": "JUDGE_KEY", "give_up_after": 5.0}
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 3))

@@ -103,6 +103,7 @@ def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
     team.close()
 
 
+@pytest.mark.slow
 def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -143,6 +144,7 @@ def begin_and_caption(run: Path) -> None:
     assert make(run, "caption", workers=2).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> None:
     child, run = under_way(tmp_path)
     os.kill(children(child.pid)[0], signal.SIGKILL)
@@ -151,6 +153,7 @@ def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> Non
     assert make(run, "caption", workers=2).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
     child, run = under_way(tmp_path)
     child.send_signal(signal.SIGTERM)
