@@ -35,13 +35,18 @@ def corpus(folder: Path, kinds: Iterable[str], *, first: int = 0) -> Path:
     """A folder of files, one of each kind in GOOD or BAD, in the order of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, kind in enumerate(kinds, first):
-        data = {"cut": lambda i: picture(i, size=(400, 300))[:500], "empty": lambda _: b"", "text": lambda _: b"words"}
-        name = f"{i:05d}.{kind if kind in GOOD else 'jpg'}"
-        made = data.get(kind, lambda i, kind=kind: picture(i, "jpeg" if kind == "jpg" else kind))(i)
-        (folder / name).write_bytes(made)
+        (folder / f"{i:05d}.{kind if kind in GOOD else 'jpg'}").write_bytes(_file(kind, i))
         if i % 3 == 0 and kind in GOOD:
             (folder / f"{i:05d}.txt").write_text(f"alt text of number {i}")
     return folder
+
+
+def _file(kind: str, number: int) -> bytes:
+    if kind == "cut":
+        return picture(number, size=(400, 300))[:500]
+    if kind in ("empty", "text"):
+        return {"empty": b"", "text": b"words"}[kind]
+    return picture(number, "jpeg" if kind == "jpg" else kind)
 
 
 def sections(photos: Path, /, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
