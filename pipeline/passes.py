@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline import database, plugins
 from pipeline.config import Run, stages_of
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, QueryError, UnknownName
-from pipeline.records import Caption, Image, Record, columns
+from pipeline.errors import ConfigError, UnknownName
+from pipeline.records import Record
 
 if TYPE_CHECKING:
     import duckdb
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
-CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
 ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs, with all that they read
 
 
@@ -125,48 +124,13 @@ def with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
     return [p for p in passes if p.folder in folders]
 
 
-def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
-    """The score passes that an SQL condition of run.toml mentions, beside columns of image and caption.
-
-    Raises:
-        ConfigError: it is no SQL, or mentions a column that there is not.
-    """
-    try:
-        names = database.names_in(sql, clause=clause)
-    except QueryError as error:
-        raise ConfigError(f"{run.file}: {field}", str(error)) from error
-    taken = {*columns(Caption), *columns(Image), "caption", "num_words"}
-    for score in run.sections["score"]:
-        if score in taken:
-            raise ConfigError(f"{run.file}: score.{score}", f"{score} is a column in SQL already; choose another name")
-    known = {*run.sections["score"], *taken}
-    if unknown := sorted(names - known):
-        message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
-        raise ConfigError(f"{run.file}: {field}", message)
-    return set(names & set(run.sections["score"]))
-
-
-def check_binds(run: Run, field: str, query: str) -> None:
-    """Finds wrong types and functions before any shard is begun: the query is planned over empty tables.
-
-    Raises:
-        ConfigError: it cannot be planned.
-    """
-    with database.connect(run.folder, files="none.parquet") as connection:
-        try:
-            database.select(connection, f"EXPLAIN {query}")
-        except QueryError as error:
-            raise ConfigError(f"{run.file}: {field}", str(error)) from error
-
-
 def connect(run: Run, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
     """The views of a run without what is left of passes that run.toml no longer has.
 
     Args:
         files: which table files they see; one shard's when it is `00007.parquet`.
     """
-    scored = {score: score_folders(run, [score]) for score in run.sections["score"]}
-    pairs = ", ".join(database.literal(folder) for folders in scored.values() for folder in folders)
+    pairs = ", ".join(map(database.literal, score_folders(run, run.sections["score"])))
     names = ", ".join(map(database.literal, run.sections["caption"]))
     where = {"caption": f"name IN ({names})" if names else "false"}
     where["score"] = f"'score/' || name || '/' || caption IN ({pairs})" if pairs else "false"

@@ -14,11 +14,12 @@ from pipeline import database, plugins
 from pipeline.config import Run, key
 from pipeline.engine import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownName
-from pipeline.passes import Pass, check_binds, scores_in
+from pipeline.passes import Pass
 from pipeline.records import Caption, Image, columns
 from pipeline.shard import Shard
 from stages import answers, recipes
 from stages.asking import Drawing, engine_slice, paired, seed_of
+from stages.conditions import check_binds, scores_in
 from stages.recipes import Recipe
 
 NAMED = True

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from pipeline import config, database, tables
 from pipeline.config import key
 from pipeline.engine import Engine
-from pipeline.passes import Pass, score_folders, scores_in
+from pipeline.passes import Pass, score_folders
 from pipeline.records import Exported, Image, NamedScore
 from pipeline.shard import Shard
 from pipeline.writers import Example, TrainingSet
+from stages.conditions import scores_in
 
 VERSION = 1
 

@@ -15,9 +15,10 @@ from pipeline import config, database
 from pipeline.config import key
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
-from pipeline.passes import ORDER_BY, Pass, check_binds, score_folders, scores_in
+from pipeline.passes import Pass, score_folders
 from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, columns
 from pipeline.shard import Shard
+from stages.conditions import ORDER_BY, check_binds, scores_in
 
 VERSION = 1
 IMAGE_COLUMNS = tuple(name for name in columns(Image) if name not in columns(Caption))
