@@ -172,7 +172,7 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     tables.sync_folder(output.parent)
-    for file in task.folder.glob("*.arrow"):
+    for file in task.folder.glob("*.arrow*"):  # and what a kill cut short
         file.unlink()
     return output
 

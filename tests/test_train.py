@@ -283,9 +283,11 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_
     shutil.rmtree(killed / "model")
     shutil.rmtree(killed / "train" / "checkpoint-6")
     (killed / "train" / "checkpoint-9").mkdir()  # cut short
+    (killed / "train" / ".lessons.arrow.0.tmp").touch()  # too
     train.train(config.load(killed), {})
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
     assert "held-out" in (killed / "model/README.md").read_text()
+    assert not [file for folder in folders for file in (folder / "train").glob("*.arrow*")]
 
 
 @pytest.mark.slow
