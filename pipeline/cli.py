@@ -154,13 +154,17 @@ def status(
     """Per pass: done, missing, stale, failed rows, rate, time left; missing shards as a Slurm --array expression."""
     from pipeline import config
     from pipeline import status as report
+    from pipeline.passes import left_over
     from pipeline.run import Runner
+    from pipeline.terminal import say
     from pipeline.watch import Watch
 
     runner = Runner(run=config.load(run))
     watch = Watch.of(runner)
     passes = report.survey(runner, watch)
     print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes, watch))
+    if folders := left_over(runner.run):
+        say(f"recap: left over, of passes that run.toml does not have (nothing reads them): {', '.join(folders)}")
 
 
 Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print; parquet is binary.")]

@@ -13,7 +13,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import database, tables
+from pipeline import database, passes, tables
 from pipeline.config import Run
 from pipeline.plan import Plan
 from pipeline.records import Image, Raw, Record
@@ -62,8 +62,8 @@ class Shard:
         return of
 
     def query(self, sql: str) -> Iterator[tuple[Any, ...]]:
-        """The rows of a SELECT over this shard's own tables (see manifests/views.sql)."""
-        connection = database.connect(self.run.folder, files=f"{self.number:05d}.parquet")
+        """The rows of a SELECT over this shard's own tables (see manifests/views.sql), of passes that there are."""
+        connection = passes.connect(self.run, files=f"{self.number:05d}.parquet")
         try:
             yield from database.rows(connection, sql)
         finally:

@@ -63,14 +63,14 @@ def pass_of(folder: Path, section: dict[str, Any] | None = None, **sections: Any
 
 
 @contextmanager
-def shard_of(folder: Path, images: list[Image]) -> Iterator[Shard]:
+def shard_of(folder: Path, images: list[Image], **sections: Any) -> Iterator[Shard]:
     """A run with one shard, whose image n is the eight bytes of its number."""
     plan.freeze(folder / "plan.parquet", [Piece(file="f", start=0, stop=len(images) or 1)], shard_size=10_000)
     tables.write(table_path(folder, "image", 0), Image, images, RECIPE)
     (folder / "shards").mkdir(exist_ok=True)
     (folder / "shards" / "00000.tar").write_bytes(b"".join(f"{i:08d}".encode() for i in range(len(images))))
     frozen, _ = plan.Plan.load(folder / "plan.parquet")
-    shard = Shard(run=run_of(folder), plan=frozen, number=0)
+    shard = Shard(run=run_of(folder, **sections), plan=frozen, number=0)
     yield shard
     shard.close()
 
@@ -123,9 +123,10 @@ def keys_where(folder: Path, where: str, *, of: str | None = None) -> list[int]:
     section = {"where": where} | ({} if of is None else {"of": of})
     captions = {"dense": {"engine": "model"} | section, "short": {"engine": "model"}}
     judge = {"judge": {"kind": "text"}} if of else {}
-    (p,) = (p for p in caption.passes(run_of(folder, caption=captions, score=judge)) if p.name == "dense")
+    parts = {"caption": captions, "score": judge}
+    (p,) = (p for p in caption.passes(run_of(folder, **parts)) if p.name == "dense")
     images = [image(i, status="empty" if i == 4 else "ok", alt_text="a cat" if i == 5 else None) for i in range(6)]
-    with shard_of(folder, images) as shard:
+    with shard_of(folder, images, **parts) as shard:
         return [int(wanted.image.key) for wanted in p.inputs(shard)]
 
 

@@ -218,7 +218,10 @@ def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
     )
     run = begin(tmp_path / "run", parts)
     assert make(run).exit_code == 0
-    asked = "SELECT name, '' FROM caption UNION SELECT name, caption FROM score ORDER BY ALL"
+    asked = (
+        "SELECT name, '' FROM caption UNION SELECT name, caption FROM score"
+        " UNION SELECT name, caption FROM stats WHERE name <> '' ORDER BY ALL"
+    )
 
     def shown() -> list[list[str]]:
         return list(csv.reader(io.StringIO(recap("sql", asked, "--format", "csv", "--run", run).stdout)))[1:]
@@ -228,8 +231,27 @@ def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
     parts["caption.new"] = parts.pop("caption.old")
     write(run, parts)
     assert shown() == [row for row in every if "old" not in row]
+    left = recap("status", "--json", "--run", run).stderr
+    assert left.endswith("(nothing reads them): caption/old, score/form/old, score/judge/old\n")
     with database.connect(run) as connection:  # plain DuckDB shows what lies there
         assert sorted(map(list, database.rows(connection, asked))) == every
+
+
+def test_a_score_that_is_no_longer_given_decides_nothing(tmp_path: Path) -> None:
+    parts = sections(
+        corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
+    )
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    asked = "SELECT DISTINCT reason = 'unscored:judge' IS TRUE FROM verdict WHERE caption = 'old'"
+    with database.connect(run) as connection:
+        assert list(database.rows(connection, asked)) == [(False,)]
+    parts["score.judge"]["captions"] = ["dense"]
+    write(run, parts)
+    assert make(run).exit_code == 0
+    assert (run / "score" / "judge" / "old").is_dir()
+    with database.connect(run) as connection:
+        assert list(database.rows(connection, asked)) == [(True,)]
 
 
 def test_a_slow_question_has_no_progress_bar_in_its_answer(run: Path) -> None:
