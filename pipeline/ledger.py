@@ -1,4 +1,4 @@
-"""Decides what is done, what is missing and what is stale, from the stamps of the tables alone."""
+"""Decides what is done, missing or stale, from the stamps of the tables and the sizes of the files beside them alone."""
 
 from __future__ import annotations
 

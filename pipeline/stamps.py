@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+import subprocess
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from pipeline import tables
+from pipeline.decoders import num_cores
 from pipeline.ledger import Kind, Ledger, State
+from pipeline.listing import ABOUT, listing
 from pipeline.passes import Pass
 from pipeline.plan import Plan
 
@@ -35,8 +38,8 @@ if TYPE_CHECKING:
 
 SETTLED = 2 * 10**9  # nanoseconds: a file written later than this before it was read may change within one clock tick
 THREADS = 16  # that read stamps: a network file system answers each of them late
+MANY = 10_000  # shards, from which on it is worth processes to list their files
 CHUNK = 250  # stamps that a thread reads before it is given more
-ABOUT = ("shard", "mtime", "size", "inode")  # of a file
 SAID = ("num_rows", "digest", "head")  # by every stamp, besides an "input:FOLDER", "status:STATUS", "beside:FILES"
 STAMP = re.compile(
     rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+)(?:,"payload":(\{[^}]*\}))?,'
@@ -108,25 +111,35 @@ class Overview:
         for name in reads:
             standing = standing * MIX + self._standing(name)
         for name in sorted(name for name in own if name.startswith("beside:")):
-            sizes = self._sizes(name.removeprefix("beside:"))
-            standing = standing * MIX + ((own[name] > 0) & (own[name] != sizes))
+            standing = standing * MIX + ((own[name] > 0) & (own[name] != self._beside[name]))
         return standing
 
-    def _sizes(self, files: str) -> Ints:
-        """By shard, the bytes of such a file as shards/*.tar, as it is now; 0 where there is none."""
-        import numpy as np
+    @cached_property
+    def _tables(self) -> Mapping[str, Columns]:
+        """What lies in the folder of each pass."""
+        return self._listed({folder: f"{folder}/*.parquet" for folder in self._passes})
 
-        folder, _, suffix = files.rpartition("/*")
-        seen, sizes = _listing(self._ledger.run.folder / folder, suffix), np.zeros(self._plan.num_shards, np.int64)
-        planned = seen["shard"] < len(sizes)
-        sizes[seen["shard"][planned]] = seen["size"][planned]
-        return sizes
+    @cached_property
+    def _beside(self) -> Mapping[str, Ints]:
+        """Of each kind of file that any stamp names, the bytes by shard as they are now; 0 where there is none."""
+        names = {name for folder in self._passes for name in self.columns(folder) if name.startswith("beside:")}
+        seen = self._listed({name: name.removeprefix("beside:") for name in sorted(names)})
+        return {name: self._spread(files)["size"] for name, files in seen.items()}
+
+    def _listed(self, patterns: Mapping[str, str]) -> Mapping[str, Columns]:
+        paths = [f"{self._ledger.run.folder}/{pattern}" for pattern in patterns.values()]
+        found = listings(paths, num_procs=num_cores() if self._plan.num_shards > MANY else 1)
+        return dict(zip(patterns, map(_sorted, found), strict=True))
 
     def _columns(self, folder: str) -> Columns:
         """What the files of a folder are and say, by shard; 0 where there is no table."""
+        return self._spread(self._current(folder))
+
+    def _spread(self, known: Columns) -> Columns:
+        """The same by shard; 0 where there is nothing."""
         import numpy as np
 
-        known, num = self._current(folder), self._plan.num_shards
+        num = self._plan.num_shards
         planned = known["shard"] < num
         spread = {name: np.zeros(num, np.int64) for name in known}
         for name, column in known.items():
@@ -137,7 +150,7 @@ class Overview:
         """The folder's whole tables as they are now, a row each; what was read is kept for the next time."""
         import numpy as np
 
-        seen, kept = _listing(self._ledger.run.folder / folder), _load(self._file(folder), (*ABOUT, *SAID))
+        seen, kept = self._tables[folder], _load(self._file(folder), (*ABOUT, *SAID))
         self._broken[folder] = []
         if all(np.array_equal(seen[name], kept[name]) for name in ABOUT):
             return kept
@@ -206,27 +219,23 @@ def _keep(file: Path, columns: Columns) -> None:
         np.savez(out, **columns)  # type: ignore[arg-type]
 
 
-def _listing(folder: Path, suffix: str = ".parquet") -> Columns:
-    """Number, time, size and inode of every shard's file, by shard.
+def listings(patterns: Iterable[str], *, num_procs: int) -> list[array[int]]:
+    """`listing` of each, several at once where there may be several processes."""
+    if num_procs < 2:
+        return [*map(listing, patterns)]
+    with ThreadPoolExecutor(num_procs) as pool:
+        return [*pool.map(_elsewhere, patterns)]
 
-    By the folder's handle: the way to the folder is long, and a hundred thousand files need not go it.
-    """
+
+def _elsewhere(pattern: str) -> array[int]:
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("listing.py")), pattern]
+    return array("q", subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def _sorted(files: array[int]) -> Columns:
     import numpy as np
 
-    found = array("q")
-    with suppress(FileNotFoundError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            for name in os.listdir(handle):  # noqa: PTH208
-                if name.endswith(suffix) and (number := name[: -len(suffix)]).isdigit():
-                    try:
-                        about = os.stat(name, dir_fd=handle)
-                    except FileNotFoundError:  # it was there a moment ago
-                        continue
-                    found.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
-        finally:
-            os.close(handle)
-    rows = np.array(found, np.int64).reshape(-1, len(ABOUT))
+    rows = np.array(files, np.int64).reshape(-1, len(ABOUT))
     rows = rows[rows[:, 0].argsort()]
     return {name: np.ascontiguousarray(column) for name, column in zip(ABOUT, rows.T, strict=True)}
 

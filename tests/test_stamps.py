@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import config, starter
 from pipeline.run import Runner
-from pipeline.stamps import Overview
+from pipeline.stamps import Overview, listings
 from tests.runs import begin, corpus, make, sections, write
 
 
@@ -113,3 +113,15 @@ def test_a_damaged_cache_is_no_cache(finished: Path, tmp_path: Path) -> None:
     for path in (run / ".work" / "stamps").iterdir():
         os.truncate(path, path.stat().st_size // 2)
     assert kinds(run) == expected
+
+
+def test_folders_are_listed_alike_here_and_elsewhere(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "7.tar").write_bytes(b"words")
+    for name in ("x.tar", "7.tar.gz", ".8.tar"):
+        (tmp_path / name).touch()
+    patterns = [f"{finished}/image/*.parquet", f"{tmp_path}/*.tar", f"{tmp_path}/none/*.tar"]
+    here, elsewhere = (listings(patterns, num_procs=num) for num in (1, 2))
+    about = (tmp_path / "7.tar").stat()
+    assert here == elsewhere
+    assert sorted(here[0][::4]) == list(range(5))
+    assert (here[1].tolist(), len(here[2])) == ([7, about.st_mtime_ns, 5, about.st_ino], 0)
