@@ -1,4 +1,4 @@
-"""Decides what is done, missing or stale, from the stamps of the tables and the sizes of the files beside them alone."""
+"""Decides what is done, missing or stale: by the stamps of the tables, and the sizes of the files beside them."""
 
 from __future__ import annotations
 
