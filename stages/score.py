@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 from pipeline import plugins
-from pipeline.config import Plugin, Run, Section, key, stamped
+from pipeline.config import Plugin, Run, Section, key
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError
 from pipeline.passes import Pass
 from pipeline.records import Caption, Demand, Image, Rubric, Score, columns
 from pipeline.shard import Shard
 from stages import scorers
-from stages.asking import engine_slice, paired, seed_of
+from stages.asking import paired, seed_of
 from stages.scorers import Mark, Sample, Scorer
 
 NAMED = True
@@ -123,18 +122,9 @@ def _pass(run: Run, name: str, caption: str, config: Scored, scorer: Scorer) -> 
         reads=("image", *([f"rubric/{scorer.rubric}"] if scorer.rubric else []), f"caption/{caption}"),
         engines=scorer.engines,
         version=VERSION,
-        slice=_slice(run, name, config, scorer),
+        slice=scorer.slice(run, field=f"score.{name}"),
         record=Score,
         max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
         inputs=partial(inputs, name=name, caption=caption, rubric=scorer.rubric, seed=run.seed),
         work=partial(work, name=name, caption=caption, scorer=scorer),
     )
-
-
-def _slice(run: Run, name: str, config: Scored, scorer: Scorer) -> dict[str, Any]:
-    """The seed decides something only where a model is asked."""
-    kind = {"kind": config.scorer.kind, "version": getattr(scorer.module, "VERSION", 1), **stamped(scorer.config)}
-    if not scorer.engines:
-        return kind
-    asked = [engine_slice(run, engine, field=f"score.{name}.engine") for engine in scorer.engines]
-    return {**kind, "seed": run.seed, "engines": asked}

@@ -181,12 +181,13 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
 
 
 def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Recipe:
-    """All that decides the model: the words and numbers of `[train]`, and the tables that are read."""
+    """All that decides the model: the words and numbers of `[train]`, its rewards, and the tables that are read."""
     folders = ["image", *(f"caption/{name}" for name in config.captions if config.method != "regions")]
     folders += [f"score/{config.scores}/{name}" for name in config.captions if config.scores]
     folders += [f"rubric/{scorer.rubric}" for scorer in scored.values() if scorer.rubric]
     inputs = {folder: _digest(run.folder / folder) for folder in folders}
-    return tables.Recipe(stage="train", name="", version=VERSION, slice=stamped(config), inputs=inputs)
+    rewards = {f"score.{name}": scorer.slice(run, field=f"score.{name}") for name, scorer in scored.items()}
+    return tables.Recipe(stage="train", name="", version=VERSION, slice={**stamped(config), **rewards}, inputs=inputs)
 
 
 def _digest(folder: Path) -> str:
@@ -251,9 +252,6 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
         for name in config.rewards
     }
     for name, scorer in found.items():
-        for engine in scorer.engines:
-            if engine not in run.engines:
-                raise ConfigError(f"{run.file}: score.{name}", plugins.unknown(engine, sorted(run.engines)))
         if scorer.rubric and scorer.rubric not in run.sections["rubric"]:
             known_rubrics = sorted(run.sections["rubric"])
             raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.unknown(scorer.rubric, known_rubrics))

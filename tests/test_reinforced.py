@@ -211,6 +211,11 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(run: Path, tmp_path:
     begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=2, eval_images=0))
     with pytest.raises(Refused, match="learning_rate"):
         train.train(config.load(folder), {})
+    other = sections(**FORM, steps=2, eval_images=0)
+    begin(folder, {**other, "score.form": {"kind": "text", "captions": ["hasty"]}})
+    with pytest.raises(Refused, match=r"others of these: score\.form;"):
+        train.train(config.load(folder), {})
+    begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=2, eval_images=0))
     before = weights(folder)
     train.train(config.load(folder), {}, stale="redo")
     assert weights(folder) != before

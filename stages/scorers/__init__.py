@@ -25,9 +25,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.config import Plugin
+from pipeline.config import Plugin, Run, stamped
 from pipeline.engine import Engine
 from pipeline.records import Criterion, Demand, ScoreStatus
+from stages.asking import engine_slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,23 @@ class Mark:
 class Scorer:
     """A scorer and its config, ready."""
 
+    kind: str
     module: ModuleType
     config: Any
     engines: tuple[str, ...]
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
+
+    def slice(self, run: Run, *, field: str) -> dict[str, Any]:
+        """All that decides its marks. The seed does only where a model is asked.
+
+        Raises:
+            ConfigError: an engine that it asks is not there; `field` says who asks.
+        """
+        found = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.config)}
+        if not self.engines:
+            return found
+        asked = [engine_slice(run, engine, field=f"{field}.engine") for engine in self.engines]
+        return {**found, "seed": run.seed, "engines": asked}
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[Mark]:
         marks: Iterator[Mark] = self.module.score(samples, self.config, engines)
@@ -97,7 +111,7 @@ def load(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
         config = module.prepare(config, run=run, field=field)
     names = module.engines(config) if hasattr(module, "engines") else ()
     rubric = module.rubric(config) if hasattr(module, "rubric") else ""
-    return Scorer(module=module, config=config, engines=tuple(names), rubric=rubric)
+    return Scorer(kind=plugin.kind, module=module, config=config, engines=tuple(names), rubric=rubric)
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:
