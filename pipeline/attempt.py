@@ -184,15 +184,16 @@ class Tally:
         self.examples: dict[str, str] = {}
 
     def keep(self, row: Record) -> None:
-        self.rows += 1
-        self.errors += status_of(row) in row.failed
+        """One that was made before."""
+        self._enter(row)
+        self.meter.add(0, 0, kept=1)
 
     def count(self, row: Record) -> None:
         """
         Raises:
             ShardFailed: more than `max_error_share` of the rows have failed.
         """
-        self.keep(row)
+        self._enter(row)
         self.new += 1
         self.retries += max(0, getattr(row, "attempt", 1) - 1)
         self.prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
@@ -203,6 +204,10 @@ class Tally:
             self._note(status_of(row), getattr(row, "error", None) or "no message")
         if self.rows >= SETTLED and self.errors > self.p.max_error_share * self.rows:
             raise ShardFailed(self._why())
+
+    def _enter(self, row: Record) -> None:
+        self.rows += 1
+        self.errors += status_of(row) in row.failed
 
     def stat(self, shard: int, waiting: float | None) -> Stat:
         return Stat(

@@ -50,7 +50,7 @@ class Meter:
 
     def __init__(self, title: str, *, num_shards: int, num_rows: int | None) -> None:
         self.title, self.num_shards, self.num_rows = title, num_shards, num_rows
-        self.rows = self.failed = self.shards = 0
+        self.rows = self.failed = self.kept = self.shards = 0
         self._lock = threading.Lock()
         self._start = self._said = time.monotonic()
         self._bar: Any = None
@@ -71,11 +71,19 @@ class Meter:
     def count(self, row: Record) -> None:
         self.add(1, int(getattr(row, "status", "ok") in row.failed))
 
-    def add(self, rows: int, failed: int) -> None:
+    def add(self, rows: int, failed: int, kept: int = 0) -> None:
+        """
+        Args:
+            rows: that were made.
+            failed: of these.
+            kept: rows of an earlier attempt, which need no time.
+        """
         with self._lock:
             self.rows += rows
             self.failed += failed
+            self.kept += kept
             if self._bar is not None:
+                self._bar.total = None if self.num_rows is None else self.num_rows - self.kept
                 self._bar.update(rows)
             elif time.monotonic() - self._said > QUIET:
                 self._line()
@@ -90,7 +98,7 @@ class Meter:
         self._said = time.monotonic()
         seconds = max(self._said - self._start, 1e-9)
         rate = self.rows / seconds
-        unfinished = max(0, (self.num_rows or 0) - self.rows) if self.shards < self.num_shards else 0
+        unfinished = max(0, (self.num_rows or 0) - self.kept - self.rows) if self.shards < self.num_shards else 0
         left = f", {duration(unfinished / rate)} left" if unfinished and rate else ""
         say(
             f"{self.title}: shard {self.shards}/{self.num_shards}, {short(self.rows)} rows, "
@@ -101,17 +109,18 @@ class Meter:
 class Relay(Meter):
     """Counts in a worker process, for the meter of the process that hears it."""
 
-    def __init__(self, tell: Callable[[tuple[int, int]], None]) -> None:
+    def __init__(self, tell: Callable[[tuple[int, int, int]], None]) -> None:
         super().__init__("", num_shards=1, num_rows=None)
         self._tell = tell
 
-    def add(self, rows: int, failed: int) -> None:
+    def add(self, rows: int, failed: int, kept: int = 0) -> None:
         self.rows += rows
         self.failed += failed
+        self.kept += kept
         if time.monotonic() - self._said > RELAY:
             self.flush()
 
     def flush(self) -> None:
-        self._tell((self.rows, self.failed))
-        self.rows = self.failed = 0
+        self._tell((self.rows, self.failed, self.kept))
+        self.rows = self.failed = self.kept = 0
         self._said = time.monotonic()

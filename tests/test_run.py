@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, tables
+from pipeline import config, tables, terminal
 from pipeline.errors import Refused
 from pipeline.ledger import Ledger
 from pipeline.parts import Parts
@@ -370,3 +371,16 @@ def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, fin
     assert kept > 0
     assert make(run).exit_code == 0
     assert files(run / "caption") == files(finished / "caption")
+
+
+def test_the_time_left_is_that_of_the_rows_which_are_still_to_be_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with terminal.Meter("caption:dense", num_shards=1, num_rows=1000) as meter:
+        meter.add(0, 0, kept=700)
+        now[0] = 100.0
+        meter.add(200, 1)
+        assert capsys.readouterr().err.endswith("200 rows, 2.0 rows/s, 1 failed, 50 s left\n")
+        meter.shard_done()
