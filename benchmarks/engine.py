@@ -90,12 +90,14 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     small = make_run(folder / "small", [picture(n, (SIDE, SIDE)) for n in range(args.images)], model, args)
     results: dict[str, list[float]] = {}
     with engine_in_process(model, args) as engine:
+        results["decode ms"] = [cpu_ms(decoded, images_of(small))]
         pictures = [decoded(data) for data in images_of(small)]
         ways = {"a": lambda: bare(engine, pictures, args), "b": lambda: captioned(small, "inside")}
         results |= take_turns(ways, args.pairs)
         if args.photographs:
             large = make_run(folder / "large", [picture(n, PHOTO) for n in range(args.photographs)], model, args)
             photographs = images_of(large)
+            results["draft ms"] = [cpu_ms(drafted, photographs)]
             ways = {"a12": lambda: bare(engine, photographs, args), "b12": lambda: captioned(large, "inside")}
             results |= take_turns(ways, args.pairs)
     with serving(model, **FLAGS) as server:
@@ -143,9 +145,10 @@ def bare(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict
     """Images/s of the engine alone. Pictures that are still files are decoded in a pool of two threads."""
     core = engine._core._engine
     text = engine._prompter.text(Request(id="", prompt=PROMPT, images=(b"",)))
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), cpu_seconds()
     num_tokens = engine._loop.run(ask_all(core, text, images, args.in_flight))
-    return {"rate": len(images) / (time.perf_counter() - start), "tokens": num_tokens}
+    seconds = time.perf_counter() - start
+    return {"rate": len(images) / seconds, "tokens": num_tokens, **cpu_of_an_image(spent, len(images))}
 
 
 async def ask_all(core: Any, text: str, images: list[Any], in_flight: int) -> int:
@@ -191,13 +194,14 @@ def captioned(run: Path, name: str) -> dict[str, float]:
     for made in ("caption", "stats"):
         shutil.rmtree(run / made, ignore_errors=True)
     runner = Runner(run=config.load(run))
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), cpu_seconds()
     outcome = runner.execute(select(runner.passes, f"caption:{name}"))
     seconds = time.perf_counter() - start
     if outcome.exit_code:
         raise SystemExit(f"caption:{name} failed: {outcome.failures}")
     num_rows, num_tokens, waiting = of_tables(run, name)
-    return {"rate": num_rows / seconds, "tokens": num_tokens, "waiting": waiting}
+    of_an_image = cpu_of_an_image(spent, num_rows)
+    return {"rate": num_rows / seconds, "tokens": num_tokens, "waiting": waiting, **of_an_image}
 
 
 def of_tables(run: Path, name: str) -> tuple[int, int, float]:
@@ -209,6 +213,35 @@ def of_tables(run: Path, name: str) -> tuple[int, int, float]:
         query = f"SELECT sum(waiting * seconds) / sum(seconds) FROM '{run}/stats/caption/{name}/*.parquet'"
         ((waiting,),) = connection.execute(query).fetchall()
     return rows, int(tokens or 0), round(waiting or 0.0, 4)
+
+
+# What the CPU did
+
+
+def cpu_ms(decode: Callable[[bytes], Image.Image], images: list[bytes]) -> float:
+    """Milliseconds of one thread for an image."""
+    begun = time.process_time()
+    for data in images:
+        decode(data)
+    return 1000 * (time.process_time() - begun) / len(images)
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of those that it has started: vLLM's, where nothing else runs."""
+    return time.process_time(), sum(time.clock_gettime(~pid << 3 | 2) for pid in children(os.getpid()))
+
+
+def children(pid: int) -> Iterator[int]:
+    """With their own."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield child
+            yield from children(child)
+
+
+def cpu_of_an_image(before: tuple[float, float], num_images: int) -> dict[str, float]:
+    own, others = (1000 * (now - then) / num_images for now, then in zip(cpu_seconds(), before, strict=True))
+    return {"own ms": round(own, 2), "vllm ms": round(others, 2)}
 
 
 # (d)
@@ -326,6 +359,16 @@ def summary(results: dict[str, list[float]], args: argparse.Namespace) -> dict[s
         "rates": {name: [round(rate, 2) for rate in results[name]] for name in NAMES if name in results},
         "tokens": {name: results[f"{name} tokens"] for name in NAMES if f"{name} tokens" in results},
         "waiting": {name: results[f"{name} waiting"] for name in NAMES if f"{name} waiting" in results},
+        "cpu_ms_of_an_image": {
+            name: {"own": median(results[f"{name} own ms"]), "vllm": median(results[f"{name} vllm ms"])}
+            for name in NAMES
+            if f"{name} own ms" in results
+        },
+        "decode_ms_of_an_image": {
+            name: round(results[f"{way} ms"][0], 2)
+            for name, way in (("b", "decode"), ("b12", "draft"))
+            if f"{way} ms" in results
+        },
         "ratios": {
             f"{over}/{under}": [round(x / y, 3) for x, y in zip(results[over], results[under], strict=True)]
             for over, under in (("b", "a"), ("b12", "a12"), ("c", "d"))
@@ -360,6 +403,10 @@ def show(found: dict[str, Any]) -> None:
         waited = found["waiting"].get(name)
         idle = f"   engine waited {median(waited):.1%}" if waited else ""
         print(f"  ({name}) {NAMES[name]:42} median {median(rates):7.1f}   {min(rates):7.1f} to {max(rates):7.1f}{idle}")
+    for name, cpu in found["cpu_ms_of_an_image"].items():
+        print(f"  ({name}) CPU time of an image: {cpu['own']:5.1f} ms in this process, {cpu['vllm']:5.1f} ms in vLLM's")
+    for name, spent in found["decode_ms_of_an_image"].items():
+        print(f"  ({name}) of it, decoding an image takes {spent:.1f} ms, alone and in one thread")
     for pair, ratios in found["ratios"].items():
         print(f"  {pair:7} median {median(ratios):.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
 
