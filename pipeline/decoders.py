@@ -40,7 +40,7 @@ PIPE_BYTES = 1 << 20  # the next file waits in the pipe while one is decoded
 
 # How the environment variables begin that a decoder is given: how libraries are found, text is written, memory is had.
 # Keys are in the others.
-GIVEN = ("LD_", "DYLD_", "NIX_", "PYTHON", "LANG", "LC_", "TZ", "TMPDIR", "MALLOC_", "OMP_", "OPENBLAS_", "RECAP_")
+GIVEN = ("LD_", "DYLD_", "NIX_", "PYTHON", "LANG", "LC_", "TZ", "TMPDIR", "MALLOC_", "OMP_", "OPENBLAS_", "RECAP_TEST_")
 
 # Sent to whole process groups when a person or a cluster ends a run; the parent decides, and then closes the pipe.
 NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -105,7 +105,7 @@ def test_a_file_that_kills_its_decoder_costs_its_own_row(evil: bytes, words: str
 
 
 def test_a_decoder_is_not_given_what_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = {"JUDGE_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FSSPEC_HTTPS", "SSH_AUTH_SOCK"}
+    secret = {"JUDGE_KEY", "RECAP_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FSSPEC_HTTPS", "SSH_AUTH_SOCK"}
     for name in (*secret, "LD_LIBRARY_PATH"):
         monkeypatch.setenv(name, "/of/mine")
     with ProbePool(num_procs=1, probe=MISBEHAVING) as pool:
