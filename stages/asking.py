@@ -11,7 +11,8 @@ import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pipeline import plugins
@@ -120,6 +121,13 @@ def seed_of(*parts: str | int) -> int:
     return int.from_bytes(digest[:8]) % (2**31 - ROOM)
 
 
+@lru_cache(maxsize=256)
+def json_of(sampling: Sampling) -> str:
+    """As tables have it."""
+    return json.dumps(asdict(sampling))
+
+
+@lru_cache(maxsize=256)
 def hash_of(*words: str) -> str:
     """Of the words asked, 16 hex digits."""
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]

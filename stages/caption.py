@@ -5,7 +5,6 @@ It knows recipes and where they are asked; it does not know who answers, nor wha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from pipeline.passes import Pass
 from pipeline.records import Caption, Image, columns
 from pipeline.shard import Shard
 from stages import answers, recipes
-from stages.asking import Drawing, engine_slice, paired, seed_of
+from stages.asking import Drawing, engine_slice, json_of, paired, seed_of
 from stages.conditions import check_binds, scores_in
 from stages.recipes import Recipe
 
@@ -114,7 +113,7 @@ class Asker:
             model=engine.model,
             revision=engine.revision,
             prompt_hash=asked.hash,
-            sampling=json.dumps(asdict(reply.sampling)),
+            sampling=json_of(reply.sampling),
             engine=self.engine,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 GRAM = 4  # words that must come again in the same order to count as said before
 RUN = 24  # words said before in a row
@@ -24,6 +25,7 @@ _ENDS = re.compile(r"[.!?…]+\s+|[。！？\n]+")
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
+@lru_cache(maxsize=4096)
 def loop_in(text: str) -> str:
     """What is repeated, in words for a person; "" when nothing is."""
     return next(filter(None, _signs(text)), "")

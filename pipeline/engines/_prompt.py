@@ -5,6 +5,7 @@ It takes chat template and rounding rule from the model's own processor. It know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,12 @@ class Prompter:
     def _decode(self, image: bytes) -> Picture:
         rule = self._rule
         return images.pixels(image, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels)
+
+
+def answered(tokenizer: Any, tokens: Sequence[int], *, stopped: bool) -> str:
+    """The words of an answer, without the token that ended it."""
+    said = tokens[:-1] if stopped else tokens
+    return str(tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def messages(request: Request) -> list[dict[str, Any]]:

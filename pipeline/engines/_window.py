@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.engine import EngineDied, Reply, Request, Sampling, settle
@@ -49,6 +50,8 @@ class Window(Generic[P]):
 
     def __init__(self, bounds: Bounds, *, prepare: Callable[[Request], P], ask: Ask[P], loop: Loop) -> None:
         self._bounds, self._prepare, self._ask, self._loop = bounds, prepare, ask, loop
+        self._most_drawn = bounds.max_in_flight + bounds.num_ahead
+        self._draw_again_at = self._most_drawn - bounds.num_ahead // 2  # several at once: each waking costs
         self._pool = ThreadPoolExecutor(bounds.num_threads, thread_name_prefix="prepare")
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -92,7 +95,8 @@ class Window(Generic[P]):
     def _replies(self, call: _Call) -> Iterator[Reply]:
         while (reply := call.take()) is not None:
             with self._lock:
-                self._room.notify_all()
+                if call.num_held == self._bounds.max_unordered - 1:
+                    self._room.notify_all()
             yield reply
 
     def _end(self, call: _Call) -> None:
@@ -119,11 +123,13 @@ class Window(Generic[P]):
 
     def _wait_for_room(self, call: _Call) -> bool:
         """Waits until one more request may be drawn; False when nobody wants its reply any more."""
-        limit = self._bounds.max_in_flight + self._bounds.num_ahead
+
+        def room(most_drawn: int) -> bool:
+            return self._num_drawn < most_drawn and call.num_held < self._bounds.max_unordered
+
         with self._lock:
-            self._room.wait_for(
-                lambda: call.over or (self._num_drawn < limit and call.num_held < self._bounds.max_unordered)
-            )
+            if not room(self._most_drawn):
+                self._room.wait_for(lambda: call.over or room(self._draw_again_at))
             if call.over:
                 return False
             self._num_drawn += 1
@@ -134,8 +140,12 @@ class Window(Generic[P]):
     def _start(self, call: _Call, request: Request) -> None:
         with self._lock:
             n = call.draw()
-        prepared = self._pool.submit(self._prepare, request)
-        self._loop.soon(lambda: call.spawn(self._answer(request, prepared), lambda task: self._finish(call, n, task)))
+
+        def answer(prepared: Future[P]) -> None:
+            call.spawn(self._answer(request, prepared), lambda task: self._finish(call, n, task))
+
+        # The loop is woken once for a request, when it can be asked.
+        self._pool.submit(self._prepare, request).add_done_callback(lambda done: self._loop.soon(partial(answer, done)))
 
     # The loop's thread.
 
@@ -144,12 +154,13 @@ class Window(Generic[P]):
             self._num_drawn -= 1
             if not task.cancelled():
                 call.put(n, task)
-            self._room.notify_all()
+            if self._num_drawn < self._draw_again_at or call.over:
+                self._room.notify_all()
             self._measure()
 
     async def _answer(self, request: Request, prepared: Future[P]) -> Reply:
         try:
-            ready = await asyncio.wrap_future(prepared)
+            ready = prepared.result()
         except BadRequest as error:
             return settle(request, Reply(error=str(error)), 1)[0]
         async with self._in_flight:

@@ -275,9 +275,8 @@ class _Asker:
         )
 
     def _reply(self, row: Row, num_prompt_tokens: int) -> Reply:
-        said = row.tokens[:-1] if row.stopped else row.tokens
         return Reply(
-            text=self._tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            text=_prompt.answered(self._tokenizer, row.tokens, stopped=row.stopped),
             finish_reason="stop" if row.stopped else "length",
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=len(row.tokens),

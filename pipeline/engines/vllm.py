@@ -13,7 +13,7 @@ import itertools
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 SHUTDOWN = 30.0  # seconds for vLLM's processes to end by themselves
+NUM_TEXTS = 256  # prompts whose tokens are kept: with images all may have the same words
 TOLD_TO_END = "vLLM was told to end, by a signal or by an operator"
 
 ON_DEVICES = True  # each worker process is to have GPUs of its own
@@ -100,7 +101,8 @@ class Vllm(Windowed):
         self._loop = loop
         self._prompter = prompter
         self._prompts: Once[Any] = Once(_prompt.NUM_KEPT)
-        self._core = _Core(config)
+        self._tokens: Once[Sequence[int]] = Once(NUM_TEXTS)
+        self._core = _Core(config, prompter.processor.tokenizer)
         loop.run(self._core.start())
         self.revision = str(config.revision or self._core.commit or "")
         max_in_flight = config.max_in_flight or 2 * config.max_num_seqs
@@ -122,13 +124,14 @@ class Vllm(Windowed):
         return self._prompts((request.system, request.prompt, request.images), partial(self._rendered, request))
 
     def _rendered(self, request: Request) -> Any:
-        pictures = self._prompter.pictures(request)
-        prompt: dict[str, Any] = {"prompt": self._prompter.text(request)}
+        text, pictures = self._prompter.text(request), self._prompter.pictures(request)
+        data: dict[str, Any] = {}
         if pictures:
             names = [_name(*shown) for shown in zip(request.images, pictures, strict=True)]
-            prompt |= {"multi_modal_data": {"image": list(pictures)}, "multi_modal_uuids": {"image": names}}
+            data = {"multi_modal_data": {"image": list(pictures)}, "multi_modal_uuids": {"image": names}}
         try:
-            return self._core.render(prompt)
+            tokens = self._tokens(text, partial(self._core.tokens, text))
+            return self._core.render({"prompt_token_ids": list(tokens), **data})
         except Exception as error:  # the model's own processor, which promises no type
             raise BadRequest(f"{type(error).__name__}: {error}") from error
 
@@ -141,10 +144,10 @@ def _name(image: bytes, picture: Picture) -> str:
 
 
 class _Core:
-    """The engine that is alive now, and how often it was opened. Lives on the loop, but for `render`."""
+    """The engine that is alive now, and how often it was opened. Lives on the loop, but for `tokens` and `render`."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
         self._engine: Any = None
         self._guard: Guard | None = None
         self._num_deaths = 0
@@ -184,17 +187,24 @@ class _Core:
         if self._guard is not None:
             self._guard.dismiss()
 
-    def render(self, prompt: dict[str, Any]) -> Any:
+    def tokens(self, text: str) -> Sequence[int]:
         """In any thread. vLLM has a tokenizer for each of `renderer_num_workers` threads."""
+        renderer, parameters = self._renderer()
+        found: Sequence[int] = renderer.tokenize_prompt({"prompt": text}, parameters)["prompt_token_ids"]
+        return found
+
+    def render(self, prompt: dict[str, Any]) -> Any:
+        """In any thread."""
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-        engine = self._engine
-        if engine is None:
-            raise EngineDied("the engine is closed")
-        renderer = engine.renderer
-        parameters = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
-        (rendered,) = renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)], parameters)
+        renderer, parameters = self._renderer()
+        (rendered,) = renderer.render_cmpl([parse_model_prompt(renderer.model_config, prompt)], parameters)
         return rendered
+
+    def _renderer(self) -> tuple[Any, Any]:
+        if (engine := self._engine) is None:
+            raise EngineDied("the engine is closed")
+        return engine.renderer, engine.renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
 
     async def ask(self, prepared: Any, request: Request, sampling: Sampling, seed: int) -> Reply:
         """Asks again when the engine dies and could be opened again."""
@@ -203,13 +213,33 @@ class _Core:
         while True:
             engine, number = self._engine, next(self._numbers)
             try:
-                return await _answer(engine, dict(prepared), _parameters(request, sampling, seed), f"recap-{number}")
+                parameters = _parameters(request, sampling, seed)
+                return await self._answer(engine, dict(prepared), parameters, f"recap-{number}")
             except EngineDeadError as error:
                 await self._replace(engine, error)
             except EngineGenerateError as error:
                 if not engine.errored:
                     raise BadRequest(f"{error.__cause__ or error}") from error
                 await self._replace(engine, error)
+
+    async def _answer(self, engine: Any, prompt: dict[str, Any], parameters: Any, name: str) -> Reply:
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            async for output in engine.generate(prompt, parameters, name):
+                last = output
+        except (VLLMClientError, ValueError, TypeError) as error:
+            raise BadRequest(str(error)) from error
+        (answer,) = last.outputs
+        if answer.finish_reason == "abort":  # what there is of the answer is cut off
+            raise EngineDied(TOLD_TO_END)
+        return Reply(
+            text=_prompt.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop"),
+            finish_reason=answer.finish_reason,
+            num_prompt_tokens=len(last.prompt_token_ids or ()),
+            num_output_tokens=len(answer.token_ids),
+            logprobs=_chosen(answer.token_ids, answer.logprobs),
+        )
 
     async def _replace(self, dead: Any, error: Exception) -> None:
         """Opens a new engine, once for all who noticed."""
@@ -300,26 +330,7 @@ def _parameters(request: Request, sampling: Sampling, seed: int) -> Any:
         logprobs=0 if request.logprobs else None,
         structured_outputs=StructuredOutputsParams(json=request.schema) if request.schema is not None else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-async def _answer(engine: Any, prompt: dict[str, Any], parameters: Any, name: str) -> Reply:
-    from vllm.exceptions import VLLMClientError
-
-    try:
-        async for output in engine.generate(prompt, parameters, name):
-            last = output
-    except (VLLMClientError, ValueError, TypeError) as error:
-        raise BadRequest(str(error)) from error
-    (answer,) = last.outputs
-    if answer.finish_reason == "abort":  # what there is of the answer is cut off
-        raise EngineDied(TOLD_TO_END)
-    return Reply(
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        num_prompt_tokens=len(last.prompt_token_ids or ()),
-        num_output_tokens=len(answer.token_ids),
-        logprobs=_chosen(answer.token_ids, answer.logprobs),
+        detokenize=False,  # token by token in this process, which has to feed the engine; the whole is ours, at once
     )
 
 
