@@ -78,7 +78,7 @@ class Engine(Protocol):
         ...
 
     def waiting(self) -> float | None:
-        """[0, 1]: the share of time, since the last call of this method, that the engine waited for input."""
+        """[0, 1]: the share of the engine that stood empty for want of input, on average since this was last asked."""
         ...
 
     def close(self) -> None:

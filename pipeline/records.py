@@ -290,7 +290,7 @@ class Stat(Record):
     num_retries: int  # asked again up the sampling ladder
     num_prompt_tokens: int
     num_output_tokens: int
-    waiting: float | None  # [0, 1]: share of the time that the engine waited for input
+    waiting: float | None  # [0, 1]: share of the engine that stood empty for want of input, on average over the time
     host: str
     pid: int
     code_version: str

@@ -166,6 +166,17 @@ def test_waiting_is_the_share_of_time_that_the_engine_lacked_input() -> None:
     assert fed is not None and fed < 0.4
 
 
+def test_an_engine_that_is_half_full_waits_half_the_time() -> None:
+    def two_then_none() -> Iterator[Request]:
+        yield from requests(2)
+        time.sleep(0.5)
+
+    with window(Model(seconds=lambda _: 0.5)) as opened:
+        list(opened.generate(two_then_none()))
+        waited = opened.waiting()
+    assert waited is not None and 0.2 < waited < 0.9
+
+
 def test_neighbours_do_in_common_things_once() -> None:
     once: Once[int] = Once(2)
     made: list[int] = []

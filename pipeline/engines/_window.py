@@ -39,7 +39,7 @@ class Bounds:
     """How much of everything there is at most, counted in requests."""
 
     max_in_flight: int  # asked and not answered, over all calls
-    enough: int  # with this many in flight the engine has all it can use
+    enough: int  # with this many in flight the engine has all it can use, at least 1
     num_ahead: int  # drawn and being prepared, over all calls
     max_unordered: int  # drawn by one call and not yet taken from it: the reorder buffer and what is in flight
     num_threads: int  # that prepare
@@ -188,9 +188,10 @@ class Window(Generic[P]):
         return reply
 
     def _measure(self) -> None:
-        """Notes whether the engine is idle for lack of input: room in the window, and whatever is next not ready."""
+        """Notes how much of what the engine can use stands empty because whatever is next is not ready."""
         coming = self._num_drawn > self._num_asking
-        self._meter.note(starved=coming and self._num_asking < self._bounds.enough, busy=bool(self._calls))
+        empty = max(0.0, 1 - self._num_asking / self._bounds.enough)
+        self._meter.note(starved=empty if coming else 0.0, busy=bool(self._calls))
 
 
 class Windowed:
@@ -279,14 +280,14 @@ class _Call:
 
 
 class _Meter:
-    """Which share of the time, of that in which anything was asked at all, went by with the engine starved."""
+    """How much of the engine stood empty for want of input, on average over the time in which anything was asked."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._starved = self._busy = False
+        self._starved, self._busy = 0.0, False
         self._starved_for = self._busy_for = 0.0  # seconds
 
-    def note(self, *, starved: bool, busy: bool) -> None:
+    def note(self, *, starved: float, busy: bool) -> None:
         now = time.monotonic()
         self._starved_for += (now - self._since) * self._starved
         self._busy_for += (now - self._since) * self._busy
