@@ -269,11 +269,13 @@ def make_peer(environment: Path) -> None:
 def peer(python: Path, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
     script = Path(__file__).with_name("peer_datatrove.py")
     command = [str(python), str(script), str(payloads), url.removesuffix("/v1"), "tiny", str(args.in_flight)]
+    spent = cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise SystemExit(f"datatrove failed:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return {"rate": found["num"] / found["seconds"]}
+    of_an_image = cpu_of_an_image(spent, found["num"]) | {"own ms": round(1000 * found["cpu"] / found["num"], 2)}
+    return {"rate": found["num"] / found["seconds"], **of_an_image}
 
 
 # The corpus
@@ -404,7 +406,7 @@ def show(found: dict[str, Any]) -> None:
         idle = f"   engine waited {median(waited):.1%}" if waited else ""
         print(f"  ({name}) {NAMES[name]:42} median {median(rates):7.1f}   {min(rates):7.1f} to {max(rates):7.1f}{idle}")
     for name, cpu in found["cpu_ms_of_an_image"].items():
-        print(f"  ({name}) CPU time of an image: {cpu['own']:5.1f} ms in this process, {cpu['vllm']:5.1f} ms in vLLM's")
+        print(f"  ({name}) CPU time of an image: {cpu['own']:5.1f} ms of its own, {cpu['vllm']:5.1f} ms of vLLM's")
     for name, spent in found["decode_ms_of_an_image"].items():
         print(f"  ({name}) of it, decoding an image takes {spent:.1f} ms, alone and in one thread")
     for pair, ratios in found["ratios"].items():

@@ -220,9 +220,7 @@ def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: 
         seeds = [outcome for outcome in found if outcome.arm == arm]
         shown_figures = [[getattr(outcome.figures, name) for outcome in seeds] for name in names]
         shown_figures.append([outcome.rubric for outcome in seeds])
-        told = "".join(
-            f"{mean(values):>10.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" for values in shown_figures
-        )
+        told = "".join(f"{mean(values):>10.3f} ± {spread(values):.3f}" for values in shown_figures)
         print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{told}")
     best = [outcome.figures.f1 for outcome in found if outcome.arm == "rubrics"]
     if best:
