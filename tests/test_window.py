@@ -193,3 +193,10 @@ def test_neighbours_do_in_common_things_once() -> None:
         thread.join()
     assert [once(n, lambda n=n: make(n)) for n in (1, 2, 3, 1)] == [1, 2, 3, 1]
     assert made == [1, 2, 3, 1]
+
+
+def test_what_failed_once_is_tried_again() -> None:
+    once: Once[int] = Once(2)
+    with pytest.raises(ZeroDivisionError):
+        once(1, lambda: 1 // 0)
+    assert once(1, lambda: 7) == 7

@@ -339,7 +339,10 @@ async def _cancel_all() -> None:
 
 
 class Once(Generic[T]):
-    """Does what neighbours have in common once: the last few results are kept; who comes second waits for the first."""
+    """Does what neighbours have in common once: the last few results are kept; who comes second waits for the first.
+
+    A failure is told to those who wait for it, and not kept: the next one tries again.
+    """
 
     def __init__(self, num_kept: int) -> None:
         self._num_kept = num_kept
@@ -357,6 +360,9 @@ class Once(Generic[T]):
         try:
             mine.set_result(make())
         except BaseException as error:  # whoever waits for it must hear of it, whatever it is; raised again
+            with self._lock:
+                if self._results.get(key) is mine:
+                    del self._results[key]
             mine.set_exception(error)
             raise
         return mine.result()
