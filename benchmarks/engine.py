@@ -3,9 +3,10 @@
 (a) a bare loop over vLLM's asynchronous engine, images decoded in memory beforehand; (b) `recap run caption` with the
 engine in process, from tars to Parquet; (c) the same over a server; (d) datatrove's inference runner on that server,
 payloads prebuilt in memory. (a) and (b), and (c) and (d), take turns; start-up is excluded everywhere. Then (a) and (b)
-with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. vLLM
-starts twice, once in process and once as a server. datatrove gets an environment of its own, for its extras would
-replace vLLM.
+with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. The bare
+loop asks vLLM as its documentation does, so vLLM tokenizes each prompt and detokenizes token by token; the pipeline
+spares itself both. vLLM starts twice, once in process and once as a server. datatrove gets an environment of its own,
+for its extras would replace vLLM.
 
     python -m benchmarks.engine [--images 2000] [--pairs 5] [--photographs 200] [--out benchmarks/results/engine.json]
 """

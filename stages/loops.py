@@ -25,7 +25,7 @@ _ENDS = re.compile(r"[.!?…]+\s+|[。！？\n]+")
 _NUMBER = re.compile(r"\d[\d.,]*")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)  # an answer is looked at when it comes, and again when its row is written
 def loop_in(text: str) -> str:
     """What is repeated, in words for a person; "" when nothing is."""
     return next(filter(None, _signs(text)), "")

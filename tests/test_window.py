@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -148,6 +149,35 @@ def test_stopping_early_gives_the_room_back() -> None:
         next(replies)
         replies.close()  # type: ignore[attr-defined]
         assert [reply.text for reply in opened.generate(requests(9, 100))] == [str(n) for n in range(100, 109)]
+
+
+def test_what_nobody_waits_for_is_not_prepared() -> None:
+    prepared, first, go = list[str](), threading.Event(), threading.Event()
+
+    class Slow(Model):
+        def prepare(self, request: Request) -> str:
+            prepared.append(request.id)
+            if request.id != "0":
+                first.set()
+                go.wait()
+            return request.id
+
+    with window(Slow()) as opened:
+        replies = opened.generate(requests(90))
+        next(replies)
+        assert first.wait(10)
+        replies.close()  # type: ignore[attr-defined]
+        go.set()
+        assert [reply.text for reply in opened.generate(requests(3, 100))] == ["100", "101", "102"]
+    assert len(prepared) <= 1 + BOUNDS.num_threads + 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_small_windows_and_many_calls_come_to_an_end(most: int) -> None:
+    bounds = Bounds(max_in_flight=most, enough=1, num_ahead=8, max_unordered=most, num_threads=2)
+    with window(Model(seconds=lambda _: 0.0), bounds) as opened, ThreadPoolExecutor(6) as pool:
+        said = pool.map(lambda n: [reply.text for reply in opened.generate(requests(30, 100 * n))], range(6))
+        assert list(said) == [[str(100 * n + m) for m in range(30)] for n in range(6)]
 
 
 def test_waiting_is_the_share_of_time_that_the_engine_lacked_input() -> None:

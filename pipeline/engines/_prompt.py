@@ -57,6 +57,7 @@ class Prompter:
 
     def __init__(self, config: Model) -> None:
         self.processor = _processor(config)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model without images has no more
         self._rule = PixelRule.of(self.processor, max_pixels=config.max_pixels)
         self._decoded: Once[Picture] = Once(NUM_KEPT)
 
@@ -91,9 +92,10 @@ class Prompter:
 
 
 def answered(tokenizer: Any, tokens: Sequence[int], *, stopped: bool) -> str:
-    """The words of an answer, without the token that ended it."""
+    """The words of an answer, without the token that ended it, or the part of a character at which it was cut."""
     said = tokens[:-1] if stopped else tokens
-    return str(tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return text if stopped else text.rstrip("\ufffd")
 
 
 def messages(request: Request) -> list[dict[str, Any]]:

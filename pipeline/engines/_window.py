@@ -51,7 +51,8 @@ class Window(Generic[P]):
     def __init__(self, bounds: Bounds, *, prepare: Callable[[Request], P], ask: Ask[P], loop: Loop) -> None:
         self._bounds, self._prepare, self._ask, self._loop = bounds, prepare, ask, loop
         self._most_drawn = bounds.max_in_flight + bounds.num_ahead
-        self._draw_again_at = self._most_drawn - bounds.num_ahead // 2  # several at once: each waking costs
+        self._few_drawn = self._most_drawn - bounds.num_ahead // 2
+        self._full = False
         self._pool = ThreadPoolExecutor(bounds.num_threads, thread_name_prefix="prepare")
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -118,18 +119,16 @@ class Window(Generic[P]):
             error = raised
         with self._lock:
             self._num_drawn -= call.drawing
+            self._room.notify_all()
             call.ended(error)
             self._measure()
 
     def _wait_for_room(self, call: _Call) -> bool:
         """Waits until one more request may be drawn; False when nobody wants its reply any more."""
-
-        def room(most_drawn: int) -> bool:
-            return self._num_drawn < most_drawn and call.num_held < self._bounds.max_unordered
-
         with self._lock:
-            if not room(self._most_drawn):
-                self._room.wait_for(lambda: call.over or room(self._draw_again_at))
+            self._room.wait_for(
+                lambda: call.over or (not self._is_full() and call.num_held < self._bounds.max_unordered)
+            )
             if call.over:
                 return False
             self._num_drawn += 1
@@ -137,15 +136,28 @@ class Window(Generic[P]):
             self._measure()
         return True
 
+    def _is_full(self) -> bool:
+        """Once full, until there is room for several: waking the feeders for each one costs more than drawing it."""
+        if self._num_drawn >= self._most_drawn:
+            self._full = True
+        elif self._num_drawn < self._few_drawn:
+            self._full = False
+        return self._full
+
     def _start(self, call: _Call, request: Request) -> None:
         with self._lock:
             n = call.draw()
+
+        def prepare() -> P:
+            if call.over:
+                raise BadRequest("nobody waits for it")
+            return self._prepare(request)
 
         def answer(prepared: Future[P]) -> None:
             call.spawn(self._answer(request, prepared), lambda task: self._finish(call, n, task))
 
         # The loop is woken once for a request, when it can be asked.
-        self._pool.submit(self._prepare, request).add_done_callback(lambda done: self._loop.soon(partial(answer, done)))
+        self._pool.submit(prepare).add_done_callback(lambda done: self._loop.soon(partial(answer, done)))
 
     # The loop's thread.
 
@@ -154,7 +166,7 @@ class Window(Generic[P]):
             self._num_drawn -= 1
             if not task.cancelled():
                 call.put(n, task)
-            if self._num_drawn < self._draw_again_at or call.over:
+            if not self._is_full() or call.over:
                 self._room.notify_all()
             self._measure()
 
@@ -189,7 +201,7 @@ class Window(Generic[P]):
 
     def _measure(self) -> None:
         """Notes how much of what the engine can use stands empty because whatever is next is not ready."""
-        coming = self._num_drawn > self._num_asking
+        coming = bool(self._calls) and self._num_drawn > self._num_asking
         empty = max(0.0, 1 - self._num_asking / self._bounds.enough)
         self._meter.note(starved=empty if coming else 0.0, busy=bool(self._calls))
 

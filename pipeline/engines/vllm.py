@@ -102,7 +102,7 @@ class Vllm(Windowed):
         self._prompter = prompter
         self._prompts: Once[Any] = Once(_prompt.NUM_KEPT)
         self._tokens: Once[Sequence[int]] = Once(NUM_TEXTS)
-        self._core = _Core(config, prompter.processor.tokenizer)
+        self._core = _Core(config, prompter.tokenizer)
         loop.run(self._core.start())
         self.revision = str(config.revision or self._core.commit or "")
         max_in_flight = config.max_in_flight or 2 * config.max_num_seqs
@@ -233,8 +233,12 @@ class _Core:
         (answer,) = last.outputs
         if answer.finish_reason == "abort":  # what there is of the answer is cut off
             raise EngineDied(TOLD_TO_END)
+        try:
+            text = _prompt.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
+        except (OverflowError, ValueError, TypeError) as error:  # tokens that are no words; models have more places
+            raise BadRequest(f"the answer cannot be read: {error}") from error
         return Reply(
-            text=_prompt.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop"),
+            text=text,
             finish_reason=answer.finish_reason,
             num_prompt_tokens=len(last.prompt_token_ids or ()),
             num_output_tokens=len(answer.token_ids),
