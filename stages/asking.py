@@ -122,8 +122,8 @@ def seed_of(*parts: str | int) -> int:
 
 
 @lru_cache(maxsize=256)
-def json_of(sampling: Sampling) -> str:
-    """As tables have it."""
+def sampling_json(sampling: Sampling) -> str:
+    """As the tables of captions have it; nearly every row has the same."""
     return json.dumps(asdict(sampling))
 
 

@@ -17,7 +17,7 @@ from pipeline.passes import Pass
 from pipeline.records import Caption, Image, columns
 from pipeline.shard import Shard
 from stages import answers, recipes
-from stages.asking import Drawing, engine_slice, json_of, paired, seed_of
+from stages.asking import Drawing, engine_slice, paired, sampling_json, seed_of
 from stages.conditions import check_binds, scores_in
 from stages.recipes import Recipe
 
@@ -113,7 +113,7 @@ class Asker:
             model=engine.model,
             revision=engine.revision,
             prompt_hash=asked.hash,
-            sampling=json_of(reply.sampling),
+            sampling=sampling_json(reply.sampling),
             engine=self.engine,
         )
 
