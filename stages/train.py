@@ -145,7 +145,9 @@ def _start(config: Config) -> tuple[Any, Any]:
         )
     processor.tokenizer.padding_side = "left" if config.method == "grpo" else "right"
     if config.optimizer == "masters":
-        model = model.bfloat16()
+        from stages.training.masters import kept_in
+
+        model = model.to(kept_in())
         if not loop.has_gpu():
             small.quicken(model, compiled=config.compile)
             if config.method == "grpo":
@@ -161,6 +163,8 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     if hasattr(model, loop.READER):
         delattr(model, loop.READER)
     model.config.use_cache = True  # the trainer turned it off
+    if task.config.optimizer == "masters":
+        model = model.bfloat16()  # whatever it was kept in while it learnt
     output = run.folder / task.config.output
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -232,6 +234,14 @@ def test_masters_keep_what_16_bits_lose() -> None:
     assert all(torch.equal(again.state[p]["master"], masters[name]) for name, p in model.named_parameters())
 
 
+def test_what_a_killed_process_was_compiling_is_nobodys() -> None:
+    code = "import os; from stages.training import small; small._compile_apart(); print(os.environ[NAME])"
+    run = [sys.executable, "-c", f"NAME = 'TORCHINDUCTOR_CACHE_DIR'; {code}"]
+    first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2))
+    assert first and second and first != second
+    assert not Path(first).exists()
+
+
 @pytest.mark.parametrize("sizes", [((96, 96), (96, 96)), ((96, 96), (128, 80))])
 def test_quicker_code_computes_the_same(processor: Any, sizes: tuple[tuple[int, int], ...]) -> None:
     from PIL import Image
@@ -310,6 +320,7 @@ def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: 
     engine.close()
     assert (reply.error, reply.num_output_tokens) == (None, 5)
     assert not any("region" in name for name in _weights(output))
+    assert json.loads((output / "config.json").read_bytes())["dtype"] == "bfloat16"
     assert len({file.stat().st_mode for file in output.iterdir()}) == 1, "others may read one file and not another"
 
 

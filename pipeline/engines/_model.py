@@ -37,7 +37,9 @@ class Model:
 class Weights:
     """How they are computed with."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of the weights; auto: as they are stored")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "of the weights; auto: as they are stored, but 32 bits on a CPU that has no quick 16"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,13 @@ class Serving(Weights):
     tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
     kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
     enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
+
+
+def imitates_16_bits() -> bool:
+    """Whether this CPU has no instructions for bfloat16: it takes ten times as long for a product as in float32."""
+    import torch
+
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def require(module: str, *, kind: str, how: str) -> None:

@@ -19,7 +19,7 @@ from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
 from pipeline.engines._choose import Chooser, Grammars, Row
-from pipeline.engines._model import Model, Weights, require
+from pipeline.engines._model import Model, Weights, imitates_16_bits, require
 from pipeline.engines._window import BadRequest, Bounds, Loop, Window, Windowed
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def open(config: Config) -> Transformers:  # noqa: A001
         )
     except (OSError, ValueError) as error:
         raise _prompt.unloadable(config, error) from error
-    return Transformers(config, model.to(_device(config.device)).eval(), prompter)
+    device = _device(config.device)
+    if config.dtype == "auto" and device == "cpu" and imitates_16_bits():
+        model = model.float()
+    return Transformers(config, model.to(device).eval(), prompter)
 
 
 def _device(asked: str) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
-from pipeline.engines._model import Model, Serving, require
+from pipeline.engines._model import Model, Serving, imitates_16_bits, require
 from pipeline.engines._orphans import Guard
 from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
 
@@ -280,7 +280,7 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "model": str(config.model),
         "revision": config.revision,
         "tokenizer_revision": config.revision,
-        "dtype": _stored_dtype(config) if config.dtype == "auto" else config.dtype,
+        "dtype": _auto_dtype(config) if config.dtype == "auto" else config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "load_format": "safetensors",  # never a pickle
         "max_model_len": config.max_model_len or -1,  # as many as the model has and the memory holds
@@ -299,8 +299,8 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
     }
 
 
-def _stored_dtype(config: Config) -> str:
-    """vLLM's own "auto" would compute in 16 bits what is stored in 32; the engines are to agree."""
+def _auto_dtype(config: Config) -> str:
+    """As the engine transformers has it: vLLM's own "auto" would compute in 16 bits what is stored in 32."""
     from transformers import PretrainedConfig
 
     try:
@@ -309,7 +309,8 @@ def _stored_dtype(config: Config) -> str:
         return "auto"
     places = (values, values.get("text_config") or {})
     found = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
-    return next((str(dtype) for dtype in found if dtype), "auto")
+    stored = next((str(dtype) for dtype in found if dtype), "auto")
+    return "float32" if stored != "auto" and on_cpu() and imitates_16_bits() else stored
 
 
 def _compiled(config: Config) -> str:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.engines._model import imitates_16_bits
+
 SMALLEST = 60  # a matrix with a shorter side, an embedding and every vector are AdamW's
+
+
+def kept_in() -> torch.dtype:
+    """The type that weights have while they learn: 16 bits, where this machine multiplies them."""
+    return torch.float32 if imitates_16_bits() and not torch.cuda.is_available() else torch.bfloat16
 
 
 class Masters(torch.optim.Optimizer):  # type: ignore[misc]
@@ -83,7 +90,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix with its singular values pushed towards one, by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.775, 2.0315
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = (wide / (wide.norm() + 1e-7)).bfloat16()
+    x = (wide / (wide.norm() + 1e-7)).to(kept_in())
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -5,7 +5,12 @@ Its folder loads in transformers and vLLM unchanged: architecture, tokenizer, pr
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,10 +177,20 @@ def quicken(model: Any, *, compiled: bool) -> None:
     code.Qwen2_5_VisionPatchEmbed.forward = embed_patches
     model.set_attn_implementation("eager")
     if compiled:
+        _compile_apart()
         for block in model.model.visual.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+@cache
+def _compile_apart() -> None:
+    """Has torch compile into a folder of this process: what a killed one was writing would be taken for whole."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="recap-compiled-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def see_once(visual: Any) -> None:
