@@ -22,5 +22,8 @@ CREATE VIEW verdict AS SELECT * FROM read_parquet('verdict/*.parquet', union_by_
 -- One row per sample of the finished training set.
 CREATE VIEW export AS SELECT * FROM read_parquet('export/index/*.parquet', union_by_name = true);
 
+-- The learning curve of a training: one row per step and figure.
+CREATE VIEW step AS SELECT * FROM read_parquet('step/*.parquet', union_by_name = true);
+
 -- How each shard of each pass was made: rates, tokens, errors.
 CREATE VIEW stats AS SELECT * FROM read_parquet('stats/**/*.parquet', union_by_name = true);

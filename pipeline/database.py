@@ -15,13 +15,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import plugins
 from pipeline.errors import MachineError, QueryError, UnknownName
-from pipeline.records import Caption, Exported, Image, Planned, Record, Rubric, Score, Stat, Verdict, schema
+from pipeline.records import Caption, Exported, Image, Planned, Record, Rubric, Score, Stat, Step, Verdict, schema
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Rubric, Score, Verdict, Stat, Exported)
+RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Rubric, Score, Verdict, Step, Stat, Exported)
 VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
 QUIET = "SET enable_progress_bar = false"  # it would go to standard output, which is data
 MAX_CELL = 100  # characters of a value in a table for people

@@ -273,6 +273,21 @@ class Exported(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step(Record):
+    """One point of a learning curve."""
+
+    table: ClassVar[str] = "step"
+
+    step: int
+    name: str  # loss, eval_loss, learning_rate, ...
+    value: float
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.step, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stat(Record):
     """How one shard of one pass was made. Rewritten with its table; nothing depends on it."""
 

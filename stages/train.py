@@ -18,11 +18,13 @@ from pipeline.config import Run, stamped
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.passes import Pass
-from stages import scorers
+from pipeline.records import Step
+from pipeline.terminal import say
+from stages import rubrics, scorers
 from stages.scorers import Scorer
 from stages.training import loop, stored
 from stages.training.curve import Curve, card
-from stages.training.lessons import Collator, Lesson, digests, held_out, in_order, lessons
+from stages.training.lessons import Collator, Lesson, digests, held_out, in_order, lessons, recipe_of
 from stages.training.loop import Task
 from stages.training.settings import Config as Config
 from stages.training.stored import Rubrics
@@ -30,7 +32,7 @@ from stages.training.stored import Rubrics
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1
+VERSION = 2
 STORED = "train"  # the folder in the run where checkpoints lie, and while a model learns, what it learns from
 
 
@@ -63,14 +65,19 @@ def train(
     scored = _rewards(run, config)
     recipe = _recipe(run, config, scored)
     _settle_stale(run, recipe, stale)
+    if _is_done(run, config, recipe):
+        return run.folder / config.output
     asked = {name: _asked(run, name, scorer) for name, scorer in scored.items()}
     task = _task(run, config, _lessons(run, config, asked), curve=Curve(run.folder, recipe), stop=stop or Event())
     if config.method == "grpo":
-        from stages.training.reinforced import Reward, trainer
+        from stages.training.reinforced import Reward, ending, reader, trainer
 
+        form = recipe_of(run, config, config.captions[0]).form
+        read = reader(form, ends=ending(task.model, task.processor), max_tokens=config.max_tokens)
         data = task.collator.data
         rewards = [
-            Reward(name, scorer, engines=engines, data=data, asked=asked[name] or {}) for name, scorer in scored.items()
+            Reward(name, scorer, engines=engines, data=data, asked=asked[name] or {}, read=read)
+            for name, scorer in scored.items()
         ]
         made = trainer(task, rewards)
     else:
@@ -106,29 +113,32 @@ def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, s
     if not len(learnt):
         held = f"{config.eval_images} images held out of {len(taught)} lessons leave nothing to learn"
         raise UserError(f"{run.file}: train.eval_images: {held}")
-    model, processor = _start(config)
+    model, processor, saved_as = _start(config)
     per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
     num_batches = config.steps * config.accumulate
     alike = config.optimizer == "masters"
     order = in_order(
         taught, learnt, processor, alike=alike, per_batch=per_batch, seed=config.seed, num_batches=num_batches
     )
+    num_images = len(np.unique(pictures[order]))
+    say(f"train: {len(taught)} lessons; {config.steps} steps see {num_images} of their images")
     return Task(
         config=config,
         model=model,
+        saved_as=saved_as,
         processor=processor,
         collator=Collator(processor, regions=config.sees),
         learnt=taught.select(order),
         measured=taught.select(in_order(taught, measured, processor, alike=alike)) if len(measured) else None,
-        num_images=len(np.unique(pictures[order])),
+        num_images=num_images,
         folder=run.folder / STORED,
         curve=curve,
         stop=stop,
     )
 
 
-def _start(config: Config) -> tuple[Any, Any]:
-    """The model to begin with, and its processor."""
+def _start(config: Config) -> tuple[Any, Any, Any]:
+    """The model to begin with, its processor, and the type that its weights are saved in: the one that they came in."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -138,11 +148,12 @@ def _start(config: Config) -> tuple[Any, Any]:
     if config.model == "new":
         processor = small.new_processor()
         model: Any = small.new_model(processor)
+        saved_as = torch.bfloat16 if config.optimizer == "masters" else model.dtype
     else:
         processor = AutoProcessor.from_pretrained(str(config.model))
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(config.model), dtype=torch.float32, use_safetensors=True
-        )
+        model = AutoModelForImageTextToText.from_pretrained(str(config.model), dtype="auto", use_safetensors=True)
+        saved_as = model.dtype
+        model = model.float()
     processor.tokenizer.padding_side = "left" if config.method == "grpo" else "right"
     if config.optimizer == "masters":
         from stages.training.masters import kept_in
@@ -154,7 +165,7 @@ def _start(config: Config) -> tuple[Any, Any]:
                 small.see_once(model.model.visual)
     if config.freeze_vision:
         model.model.visual.requires_grad_(False)
-    return model, processor
+    return model, processor, saved_as
 
 
 def _finished(run: Run, task: Task, made: Any) -> Path:
@@ -163,12 +174,10 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     if hasattr(model, loop.READER):
         delattr(model, loop.READER)
     model.config.use_cache = True  # the trainer turned it off
-    if task.config.optimizer == "masters":
-        model = model.bfloat16()  # whatever it was kept in while it learnt
     output = run.folder / task.config.output
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.to(task.saved_as).save_pretrained(partial)
     task.processor.save_pretrained(partial)
     (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=task.num_images))
     for file in partial.glob("*.safetensors"):
@@ -191,12 +200,41 @@ def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Re
     folders += [f"rubric/{scorer.rubric}" for scorer in scored.values() if scorer.rubric]
     inputs = {folder: _digest(run.folder / folder) for folder in folders}
     rewards = {f"score.{name}": scorer.slice(run, field=f"score.{name}") for name, scorer in scored.items()}
-    return tables.Recipe(stage="train", name="", version=VERSION, slice={**stamped(config), **rewards}, inputs=inputs)
+    words = {**stamped(config), **rewards, "asks": _asks(run, config), "weights": _weights(str(config.model))}
+    return tables.Recipe(stage="train", name="", version=VERSION, slice=words, inputs=inputs)
+
+
+def _asks(run: Run, config: Config) -> dict[str, Any]:
+    """The words that are put to the model."""
+    if config.method == "regions":
+        return {}
+    if config.scores:
+        return stamped(rubrics.load(run.sections["score"][config.scores].scorer.config.rubric, run=run.folder))
+    return {name: recipe_of(run, config, name).slice for name in config.captions}
+
+
+def _weights(model: str) -> str:
+    """The digest of those in a folder; a model on the Hub is known by its name."""
+    total = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def _digest(folder: Path) -> str:
     stamps = (tables.read_stamp(file) for file in sorted(folder.glob("*.parquet")))
     return hashlib.sha256("".join(stamp.digest for stamp in stamps if stamp).encode()).hexdigest()
+
+
+def _is_done(run: Run, config: Config, recipe: tables.Recipe) -> bool:
+    """Whether the model is there, made from the same by all of its steps."""
+    path = Curve.path(run.folder)
+    if not (run.folder / config.output / "README.md").exists() or not path.exists():
+        return False
+    stamp = tables.read_stamp(path)
+    made = stamp is not None and stamp.fingerprint == recipe.fingerprint
+    return made and max((point.step for point in tables.read(path, Step)), default=0) >= config.steps
 
 
 def _settle_stale(run: Run, recipe: tables.Recipe, stale: str) -> None:

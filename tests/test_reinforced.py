@@ -16,10 +16,12 @@ from pipeline.attempt import Stopped
 from pipeline.errors import Refused, UserError
 from pipeline.records import Caption, Criterion, Rubric
 from stages import flags, scorers, train
-from stages.training.reinforced import Reward, breakdown, check_prompt, complete, manners, unexpanded
+from stages.training.reinforced import Reward, breakdown, check_prompt, complete, manners, reader, unexpanded
 from tests.runs import begin, make
 
+ROOT = Path(__file__).parent.parent
 TEACHERS = ("warm", "boxy", "plain", "central")
+END = 2  # the token that ends an answer
 
 
 def sections(**changes: Any) -> dict[str, dict[str, Any]]:
@@ -32,6 +34,7 @@ def sections(**changes: Any) -> dict[str, dict[str, Any]]:
         "score.form": {"kind": "tests.letters", "captions": ["hasty"]},
         "train": {
             "method": "grpo",
+            "model": "scenes-captioner",
             "captions": ["hasty"],
             "rewards": {"committee": 1.0},
             "group_size": 2,
@@ -41,12 +44,11 @@ def sections(**changes: Any) -> dict[str, dict[str, Any]]:
             "warmup_steps": 0,
             "weight_decay": 0.0,
             "optimizer": "masters",
-            "max_tokens": 12,
+            "max_tokens": 64,
             "eval_images": 2,
             "eval_steps": 4,
             "save_steps": 2,
             "log_steps": 1,
-            "num_workers": 0,
         },
     }
     made["train"] |= changes
@@ -74,10 +76,13 @@ def reward(run: Path, asked: Mapping[str, Any] | None = None) -> tuple[Reward, d
     captions = list(tables.read(run / "caption/hasty/00000.parquet", Caption))
     columns = {
         "completions": [[{"role": "assistant", "content": row.text}] for row in captions],
+        "completion_ids": [[7, END]] * len(captions),
         "key": [row.key for row in captions],
         **{name: [""] * len(captions) for name in ("alt_text", "source_key", "file", "offset", "num_bytes")},
     }
-    made = Reward("committee", scorer, engines={}, data=lambda _: b"", asked=rubrics if asked is None else asked)
+    given = rubrics if asked is None else asked
+    read = reader(None, ends={END}, max_tokens=64)
+    made = Reward("committee", scorer, engines={}, data=lambda _: b"", asked=given, read=read)
     return made, columns
 
 
@@ -96,6 +101,19 @@ def test_what_cannot_be_scored_gives_no_reward(run: Path) -> None:
     told: dict[str, float] = {}
     assert given(**columns, log_metric=told.__setitem__) == [None] * len(columns["key"])
     assert told["unscored/committee"] == 1
+
+
+def test_what_the_caption_stage_refuses_earns_nothing(run: Path) -> None:
+    given, columns = reward(run)
+    before = given(**columns, log_metric=lambda *_: None)
+    loops = "A red ring. " * 40
+    columns["completion_ids"] = [[7, 7], *columns["completion_ids"][1:]]  # it was cut
+    columns["completions"] = [*columns["completions"][:-1], loops]
+    told: dict[str, float] = {}
+    after = given(**columns, log_metric=told.__setitem__)
+    assert min(value for value in before if value is not None) > 0
+    assert after == [0.0, *before[1:-1], 0.0]
+    assert told["rate/unusable"] == pytest.approx(2 / len(after))
 
 
 def test_what_is_met_is_counted_by_weight_and_sort() -> None:
@@ -145,7 +163,8 @@ def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
         ({"rewards": {}}, "needs rewards"),
         ({"rewards": {"comittee": 1.0}}, "comittee"),
         ({"batch_size": 3}, "group_size"),
-        ({"method": "sft"}, "rewards are for"),
+        ({"method": "sft"}, 'rewards is a key of another method than "sft"'),
+        ({"turns": 2}, 'turns is a key of another method than "grpo"'),
         ({"lora": 4}, "lora needs"),
         ({"captions": ["hastie"]}, "hastie"),
         ({"eval_images": 16}, "eval_images"),
@@ -156,7 +175,7 @@ def test_what_is_wrong_in_train_is_said(run: Path, tmp_path: Path, changes: dict
         train.train(config.load(copy(run, tmp_path / "run", **changes)), {})
 
 
-# an untrained model makes no claims, so its answers differ in their form alone
+# a reward by which answers differ, whatever is claimed
 FORM = {"rewards": {"form": 1.0}, "learning_rate": 1e-2}
 
 
@@ -221,6 +240,22 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(run: Path, tmp_path:
     assert weights(folder) != before
 
 
+@pytest.mark.slow
+def test_what_is_done_is_not_trained_again(run: Path, tmp_path: Path) -> None:
+    folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
+    train.train(config.load(folder), {})
+    shutil.rmtree(folder / "train")
+    before = (folder / "model/model.safetensors").stat().st_mtime_ns
+    train.train(config.load(folder), {})
+    assert (folder / "model/model.safetensors").stat().st_mtime_ns == before and not (folder / "train").exists()
+    (folder / "recipes").mkdir()
+    (folder / "recipes/scenes.toml").write_text(
+        (ROOT / "stages/recipes/scenes.toml").read_text().replace("the", "this")
+    )
+    with pytest.raises(Refused, match="asks"):
+        train.train(config.load(folder), {})
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model/model.safetensors").read_bytes()
 
@@ -232,7 +267,7 @@ def curve(folder: Path, name: str) -> list[float]:
 def test_the_manifest_of_the_model_is_valid(tmp_path: Path) -> None:
     from pipeline.passes import all_passes
 
-    shutil.copy(Path(__file__).parent.parent / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
+    shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)
     assert {p.title for p in all_passes(run)} >= {"rubric:committee", "score:committee:student"}
     assert set(run.sections["train"][""].rewards) <= set(run.sections["score"])

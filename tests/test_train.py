@@ -22,10 +22,10 @@ from pipeline import config
 from pipeline import tables as tables_of
 from pipeline.engine import Request, Sampling
 from pipeline.engines import transformers as engines
-from pipeline.records import Demand, Rubric
+from pipeline.records import Demand, Rubric, Step
 from stages import train
 from stages.training import stored
-from stages.training.curve import Step, points
+from stages.training.curve import points
 from stages.training.lessons import IGNORED, Collator, Lesson, arranged, digests, held_out, lessons
 from stages.training.settings import Config
 from tests.runs import begin, make

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import config, database, passes, plan
@@ -166,7 +165,7 @@ def survey(run: config.Run) -> Report:
             scores=tuple(_distributions(connection)),
             answers=tuple(_answers(connection)),
             costs=costs,
-            curves=tuple(_curves(connection, run.folder)),
+            curves=tuple(_curves(connection)),
             settings=tuple(_settings(run)),
         )
 
@@ -278,22 +277,16 @@ def _costs(connection: duckdb.DuckDBPyConnection) -> tuple[tuple[Cost, ...], flo
     return costs, max((row[-1] for row in rows), default=None)
 
 
-def _curves(connection: duckdb.DuckDBPyConnection, run: Path) -> Iterator[Curve]:
-    """What trainings wrote into step/, where they wrote (name, step, value)."""
-    if next((run / "step").rglob("*.parquet"), None) is None:
-        return
-    table = f"read_parquet({database.literal(f'{run.absolute()}/step/**/*.parquet')}, union_by_name = true)"
-    if not {"name", "step", "value"} <= {row[0] for row in database.rows(connection, f"DESCRIBE FROM {table}")}:
-        return
-    for name, points in groupby(database.rows(connection, POINTS.format(table=table)), key=lambda row: row[0]):
+def _curves(connection: duckdb.DuckDBPyConnection) -> Iterator[Curve]:
+    for name, points in groupby(database.rows(connection, POINTS), key=lambda row: row[0]):
         yield Curve(name=name, points=tuple((step, value) for _, step, value in points))
 
 
 # Steps that fall on one point of the picture are averaged. How fast a training was is no part of what it learnt.
 POINTS = f"""
-    SELECT name, avg(step) AS place, avg(value) FROM {{table}}
+    SELECT name, avg(step) AS place, avg(value) FROM step
     WHERE isfinite(value) AND NOT regexp_matches(name, '(runtime|_per_second|total_flos)$')
-    GROUP BY name, step * {NUM_POINTS} // (SELECT greatest(max(step), 1) FROM {{table}}) ORDER BY name, place"""
+    GROUP BY name, step * {NUM_POINTS} // (SELECT greatest(max(step), 1) FROM step) ORDER BY name, place"""
 
 
 def _settings(run: config.Run) -> Iterator[Setting]:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pipeline import tables
 from pipeline.config import Run, stamped
-from pipeline.records import Record
+from pipeline.records import Step
 from stages.training.settings import Config
 
 # how fast it was, and how answers were drawn, is no part of what was learnt
 DROPPED = re.compile(r"clip_ratio|completions/m|num_tokens|step_time|total_flos|runtime|_per_second")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step(Record):
-    """One point of a learning curve."""
-
-    table: ClassVar[str] = "step"
-
-    step: int
-    name: str  # loss, eval_loss, learning_rate, ...
-    value: float
-
-    @property
-    def id(self) -> tuple[str | int, ...]:
-        return (self.step, self.name)
 
 
 class Curve:
@@ -63,6 +47,8 @@ def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:
 def card(run: Run, config: Config, log: Sequence[Mapping[str, Any]], *, num_images: int) -> str:
     """The model's README.md: what it learnt from, how, and how far it got."""
     last = {name: value for entry in log for name, value in entry.items() if name.startswith("eval_")}
+    if config.method == "grpo":
+        last.pop("eval_loss", None)  # one answer to an image has none to be compared with
     figures = "".join(
         f"| {name.removeprefix('eval_').replace('_', ' ')} | {last[name]:.4g} |\n"
         for name in ("eval_loss", "eval_mean_token_accuracy", "eval_regions_loss", "eval_reward", "eval_words")

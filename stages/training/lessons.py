@@ -287,7 +287,7 @@ def _lesson(image: Image, turns: Sequence[Asked]) -> Lesson:
 
 def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
     """Every good caption, as the answer to what its recipe asks."""
-    recipe = recipes.load(config.recipe or run.sections["caption"][name].recipe, run=run.folder)
+    recipe = recipe_of(run, config, name)
     alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
     for caption in _captions(run, name, file):
         question = recipe.ask(alt_texts[caption.key]).prompt
@@ -299,9 +299,14 @@ def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
         )
 
 
+def recipe_of(run: Run, config: Config, name: str) -> recipes.Recipe:
+    """What is asked of who learns from this caption pass."""
+    return recipes.load(config.recipe or run.sections["caption"][name].recipe, run=run.folder)
+
+
 def _question(run: Run, config: Config) -> Callable[[Image], Asked]:
     """What is asked about an image, with no answer."""
-    recipe = recipes.load(config.recipe or run.sections["caption"][config.captions[0]].recipe, run=run.folder)
+    recipe = recipe_of(run, config, config.captions[0])
 
     def asked(image: Image) -> Asked:
         question = recipe.ask(image.alt_text).prompt

@@ -21,7 +21,7 @@ from stages.training.settings import Config
 if TYPE_CHECKING:
     import datasets
 
-TOLD = ("loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward")  # in messages
+TOLD = {"loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward"}  # in messages
 READER = "region_reader"  # the part of the model that is thrown away in the end
 
 
@@ -31,6 +31,7 @@ class Task:
 
     config: Config
     model: Any
+    saved_as: Any  # torch.dtype of the weights that are left
     processor: Any
     collator: Collator
     learnt: datasets.Dataset
@@ -118,10 +119,11 @@ def keeper(task: Task) -> Any:
         def on_log(
             self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
         ) -> None:
-            shown = {name: float(value) for name, value in (logs or {}).items() if name in TOLD and value is not None}
+            told = TOLD - {"eval_loss"} if task.config.method == "grpo" else TOLD  # one answer to an image has none
+            shown = {name: float(value) for name, value in (logs or {}).items() if name in told and value is not None}
             if shown:
-                told = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-                say(f"train: step {state.global_step}/{task.config.steps}, {told}")
+                line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+                say(f"train: step {state.global_step}/{task.config.steps}, {line}")
 
     return Keeper()
 

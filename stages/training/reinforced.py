@@ -1,7 +1,8 @@
 """Decides how a model learns from the scores of its own answers: GRPO, by TRL, with the run's own scorers as reward.
 
-What is filtered on is what is trained on: a reward is a section of `[score]`, called as the score stage calls it. A
-scorer that cannot say gives no reward, never 0; a group without a reward moves nothing.
+What is filtered on is what is trained on: a reward is a section of `[score]`, called as the score stage calls it, for
+answers that the caption stage would call ok; one that was cut, loops or has not its form is never kept, and earns 0. A
+scorer that cannot say gives no reward, never 0; a group without a reward gives no gradient.
 
 GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
 """
@@ -9,16 +10,18 @@ GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
-from pipeline.engine import Engine
+from pipeline.engine import Engine, Reply, Sampling
 from pipeline.records import Criterion, Demand
-from stages import flags
+from stages import answers, flags
+from stages.answers import Answer, Form
 from stages.loops import loop_in
 from stages.scorers import Mark, Sample, Scorer
 from stages.training import loop
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 Log = Callable[[str, float], None]
+Read = Callable[[str, Sequence[int]], Answer]  # from a text and its tokens
 WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
 KEPT_PICTURES = 32  # decoded, for the answers of one group ask for one picture
 PROMPT_TOKENS = 3072  # at most, the picture's included: vllm need not hold room for a model's whole context
@@ -47,42 +51,51 @@ class Reward:
         engines: Mapping[str, Engine],
         data: Callable[[Mapping[str, Any]], bytes],
         asked: Mapping[str, tuple[Demand, ...]],
+        read: Read,
     ) -> None:
         """
         Args:
             name: of the section in `[score]`.
             data: the image file of a lesson.
             asked: of each key, the criteria of its own rubric, for a scorer that reads one.
+            read: what the caption stage makes of an answer.
         """
         self.__name__ = name
-        self._scorer, self._engines, self._data, self._asked = scorer, engines, data, asked
+        self._scorer, self._engines, self._data, self._asked, self._read = scorer, engines, data, asked, read
 
     def __call__(
-        self, *, completions: Sequence[Any], key: Sequence[str], log_metric: Log, **columns: Sequence[Any]
+        self,
+        *,
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        key: Sequence[str],
+        log_metric: Log,
+        **columns: Sequence[Any],
     ) -> list[float | None]:
-        rows = [
-            {"key": name, **{column: columns[column][i] for column in ("file", "offset", "num_bytes")}}
-            for i, name in enumerate(key)
-        ]
+        read = [self._read(text_of(said), ids) for said, ids in zip(completions, completion_ids, strict=True)]
         samples = [
             Sample(
-                key=row["key"],
+                key=key[number],
                 candidate=number,
-                text=text_of(completion),
+                text=answer.text,
                 alt_text=columns["alt_text"][number],
                 source_key=columns["source_key"][number],
-                data=partial(self._data, row),
-                asked=self._asked.get(row["key"]),
+                data=partial(self._data, {name: columns[name][number] for name in ("file", "offset", "num_bytes")}),
+                asked=self._asked.get(key[number]),
             )
-            for number, (row, completion) in enumerate(zip(rows, completions, strict=True))
+            for number, answer in enumerate(read)
+            if answer.status == "ok"
         ]
-        marks = list(self._scorer.score(samples, self._engines))
-        self._tell(marks, log_metric)
-        return [mark.value for mark in marks]
+        given = self._scorer.score(samples, self._engines)
+        marks = {sample.candidate: mark for sample, mark in zip(samples, given, strict=True)}
+        log_metric("rate/unusable", 1 - len(samples) / len(read))
+        self._tell(list(marks.values()), log_metric)
+        return [marks[number].value if number in marks else 0.0 for number in range(len(read))]
 
     def _tell(self, marks: Sequence[Mark], log_metric: Log) -> None:
         """How often criteria are met, by what they weigh and by their sort, and how many marks failed."""
-        log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
+        if marks:
+            log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
         for name, values in breakdown(criterion for mark in marks for criterion in mark.criteria).items():
             log_metric(f"met/{self.__name__}/{name}", fmean(values))
 
@@ -101,6 +114,22 @@ def breakdown(criteria: Iterable[Criterion]) -> dict[str, list[float]]:
 def text_of(completion: Any) -> str:
     """What was said: a string, or the content of the one message that a conversation was answered with."""
     return (completion if isinstance(completion, str) else str(completion[0]["content"])).strip()
+
+
+def reader(form: Form | None, *, ends: Collection[int], max_tokens: int) -> Read:
+    """How an answer is read: as the caption stage reads the same reply of an engine.
+
+    Args:
+        form: of the recipe that was asked.
+        ends: tokens that end an answer; one without was cut.
+    """
+    sampling = Sampling(max_tokens=max_tokens)
+
+    def read(text: str, ids: Sequence[int]) -> Answer:
+        ended = bool(ids) and ids[-1] in ends
+        return answers.read(Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling), form)
+
+    return read
 
 
 def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
@@ -137,13 +166,25 @@ def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
                 prompt_ids = [unexpanded(ids, processor.image_token_id) for ids in prompt_ids]
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            """As they are ordered, by size, where TRL draws another order at each evaluation."""
+            from torch.utils.data import SequentialSampler
+
+            return SequentialSampler(eval_dataset)
+
         def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-            """By the same draws every time, and without a change to those of training."""
+            """Without a change to the draws of training."""
             import torch
 
             with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
                 return super().evaluate(*args, **kwargs)
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """By the same draws for the same images, whatever this process has drawn before."""
+            import torch
+
+            torch.manual_seed(config.seed + crc32(inputs[0]["key"].encode()))
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
         def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
             mode = "train" if self.model.training else "eval"
@@ -236,12 +277,15 @@ def _prompt(system: str, questions: Sequence[str]) -> list[dict[str, str]]:
     return [*told, {"role": "user", "content": questions[0]}]
 
 
+def ending(model: Any, processor: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
+
+
 def _never(model: Any, processor: Any, *, by_vllm: bool) -> dict[str, Any]:
     """Keeps special tokens out of answers: an image token that was drawn would crash the next forward pass."""
-    tokenizer = processor.tokenizer
-    ends = model.generation_config.eos_token_id
-    allowed = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    never = sorted(set(tokenizer.all_special_ids) - allowed)
+    never = sorted(set(processor.tokenizer.all_special_ids) - ending(model, processor))
     return {"logit_bias": dict.fromkeys(never, -100.0)} if by_vllm else {"suppress_tokens": never}
 
 

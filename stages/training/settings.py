@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from pipeline.config import key
@@ -79,12 +79,31 @@ class Config:
         return self.batch_size * self.accumulate // self.group_size
 
     def __post_init__(self) -> None:
+        foreign = {name for method, names in KEYS.items() if method != self.method for name in names}
+        for field in fields(self):
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            if field.name in foreign and getattr(self, field.name) != default:
+                raise ValueError(f'{field.name} is a key of another method than "{self.method}"')
         if self.method == "grpo":
             if not self.rewards:
                 raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')
             if self.batch_size % self.group_size:
                 raise ValueError(f"batch_size = {self.batch_size} is no multiple of group_size = {self.group_size}")
-        elif self.rewards:
-            raise ValueError(f'rewards are for method = "grpo", not for "{self.method}"')
         if self.lora and (self.sees or self.optimizer == "masters"):
             raise ValueError('lora needs method = "sft" or "grpo", no regions, and optimizer = "adamw"')
+
+
+KEYS = {  # that one method alone has
+    "sft": ("scores", "turns", "regions"),
+    "grpo": (
+        "rewards",
+        "group_size",
+        "temperature",
+        "max_tokens",
+        "kl",
+        "loss",
+        "aggregate",
+        "rollouts",
+        "vllm_memory",
+    ),
+}
