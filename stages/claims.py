@@ -21,6 +21,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 THINGS = "objects"  # what a count of everything counts
 OPPOSITES = {"right of": "left of", "below": "above", "around": "inside"}  # said, and kept the other way round
 
+DIRECTIONS = ("left of", "above")  # hold over several steps, and never both ways
+
 
 class Claim(NamedTuple):
     """One atomic statement about a picture.
@@ -125,6 +127,19 @@ def holds(claim: Claim, scene: Scene) -> bool:
             return a is not None and b is not None and a is not b and related(a, claim.value, b)
     thing = things.get(claim.about)
     return thing is not None and claim.value in {"object": "", "size": thing.size, "texture": thing.texture}[claim.kind]
+
+
+def contradicts(claim: Claim, other: Claim) -> bool:
+    """Whether no scene has both.
+
+    >>> contradicts(Claim("size", "red ring", "small"), Claim("size", "red ring", "large"))
+    True
+    """
+    if claim.kind != other.kind:
+        return False
+    if claim.kind == "relation":
+        return claim == other._replace(about=other.other, other=other.about) and claim.value in DIRECTIONS
+    return claim.about == other.about and claim.value != other.value
 
 
 def measure(text: str, scene: Scene) -> Measure:

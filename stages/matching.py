@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import chain, groupby
 from typing import Literal
 
-from stages.claims import Claim, Kind, parse, pieces
+from stages.claims import Claim, Kind, contradicts, parse, pieces
 
 How = Literal["states", "avoids", "only", "plain"]
 PLAIN = "Each sentence is a statement about the picture, and none says again what was said"
@@ -35,6 +35,9 @@ class Heard:
 
     def __contains__(self, claim: Claim) -> bool:
         return claim in self.claims.get(claim.kind, ())
+
+    def denies(self, claim: Claim) -> bool:
+        return any(contradicts(claim, other) for other in self.against(claim.kind))
 
     def against(self, kind: Kind) -> frozenset[Claim]:
         """What it is held to have claimed where that is to its harm."""
@@ -64,7 +67,8 @@ def held_to(text: str) -> Heard:
 class Check:
     """How one criterion is decided.
 
-    states: the caption makes all of the claims. avoids: none of them. only: of one kind it makes no claim besides
+    states: the caption makes all of the claims, and none that contradicts one: naming every texture does not say which
+    it is. avoids: none of them. only: of one kind it makes no claim besides
     these, and, unless it may be silent, one of that kind at least. plain: see `Heard`.
 
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
@@ -82,7 +86,7 @@ class Check:
     def is_met(self, caption: Heard) -> bool:
         match self.how:
             case "states":
-                return all(claim in caption for claim in self.claims)
+                return all(claim in caption and not caption.denies(claim) for claim in self.claims)
             case "avoids":
                 return not any(claim in caption.against(claim.kind) for claim in self.claims)
             case "only":

@@ -23,7 +23,7 @@ from stages.asking import answered, engine_slice, seed_of
 from stages.writers import Evidence, Written, majority
 
 NAMED = True
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Config:
     writer: str = key("claims", "who writes: a module of writers/, or one of your own with a dot")
     engine: str = key("", "the model that writes, where the writer asks one: a name in [engines]")
     words: str = key("", "what that model is asked: a file of writers/, your own or one that ships")
-    agree: int = key(0, "so many teachers make the committee's word; 0: half of those that have a caption", least=0)
+    agree: int = key(0, "so many teachers make the committee's word; 0: at least half of them", least=0)
     max_error_share: float | None = key(None, "in the place of the run's", stamp=False, least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
             key=image_key,
             teachers=tuple(said),
             student=tuple(row.text for row in candidates),
-            num_agree=config.agree or max(1, majority(len(said))),
+            num_agree=config.agree or majority(len(config.teachers)),
             alt_text=image.alt_text,
             source_key=image.source_key,
             data=partial(shard.data, image),

@@ -2,8 +2,8 @@
 
 Three sorts of criteria. What the committee says and the student left out at least once is to be said. Things that the
 student named and the committee does not bear out are to be avoided. And whatever the student says now: of each kind of
-claim nothing may be said besides what the committee bears out, so that a student that learns to talk finds no reward in
-inventing; where the committee has a word on that kind, silence is no way to meet it.
+claim nothing may be said besides what the committee bears out, so that inventing costs a student that learns to talk;
+where the committee has a word on that kind, silence is no way to meet it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.records import Demand, Severity
-from stages.claims import KINDS, Claim, Kind
+from stages.claims import DIRECTIONS, KINDS, Claim, Kind, contradicts
 from stages.matching import Check, Heard, heard
 from stages.writers import WEIGHTS, Evidence, Written
 
 if TYPE_CHECKING:
     from stages.rubric import Config
 
-VERSION = 1
+VERSION = 2
 SEVERITY: Mapping[Kind, Severity] = {
     "object": "critical",
     "count": "critical",
@@ -33,7 +33,6 @@ SEVERITY: Mapping[Kind, Severity] = {
     "texture": "important",
     "background": "minor",
 }
-DIRECTIONS = ("left of", "above")  # hold over several steps, and never both ways
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def _checks(teachers: Sequence[Heard], student: Sequence[Heard], num_agree: int)
 def agreement(votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
     """The committee's word: what enough teachers say, and no more or as many of them contradict."""
     enough = {claim for claim, num in votes.items() if num >= num_agree}
-    return {c for c in enough if not any(_contradicts(c, other) and votes[other] >= votes[c] for other in enough)}
+    return {c for c in enough if not any(contradicts(c, other) and votes[other] >= votes[c] for other in enough)}
 
 
 def _borne_out(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
@@ -95,7 +94,7 @@ def _borne_out(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -
     One teacher's word may be its own mistake, that of more than half of those who make an agreement hardly is.
     """
     others = {claim for claim, num in votes.items() if 2 * num > num_agree} | set(_entailed(agreed))
-    return {claim for claim in others if not any(_contradicts(claim, word) for word in agreed)}
+    return {claim for claim in others if not any(contradicts(claim, word) for word in agreed)}
 
 
 def _demand(number: int, check: Check, teachers: Sequence[Heard], student: Sequence[Heard]) -> Demand:
@@ -114,14 +113,6 @@ def _demand(number: int, check: Check, teachers: Sequence[Heard], student: Seque
 
 def _sorted(claims: Iterable[Claim]) -> list[Claim]:
     return sorted(claims, key=lambda claim: (KINDS.index(claim.kind), claim))
-
-
-def _contradicts(claim: Claim, other: Claim) -> bool:
-    if claim.kind != other.kind:
-        return False
-    if claim.kind == "relation":
-        return claim == other._replace(about=other.other, other=other.about) and claim.value in DIRECTIONS
-    return claim.about == other.about and claim.value != other.value
 
 
 def _entailed(claims: Iterable[Claim]) -> Iterator[Claim]:
