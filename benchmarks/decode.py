@@ -25,8 +25,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoders import ProbePool, num_cores
+from pipeline.decoders import ProbePool
 from pipeline.images import probe
+from pipeline.machine import num_cores
 
 SIZES = {"64 px": (64, 64), "224 px": (224, 224), "640 px": (640, 427), "12 MP": (4000, 3000)}
 

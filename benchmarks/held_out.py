@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean
 
 from pipeline.engine import Engine, Request
@@ -16,6 +17,7 @@ from stages import recipes
 SEED = 90_001  # a world that nothing is trained on
 CORPUS = scenes.Config(num_images=100_000, seed=SEED, broken_share=0.0, duplicate_share=0.0)
 JUDGE, CAPTIONER = "stages/models/scenes-judge", "stages/models/scenes-captioner"
+STUDENT = Path("stages/models/scenes-student")
 
 
 @dataclass(frozen=True, kw_only=True)

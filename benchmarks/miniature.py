@@ -6,7 +6,8 @@ that is already recorded is not trained again, so the table can be made over day
 sentences that the judge believes; as it asks a model it has a quarter of the samples. No arm looks at the truth of a
 scene (the student's vision tower has learnt from labelled scenes); the held-out world is seen by no training.
 
-    python -m benchmarks.miniature FOLDER --student MODEL [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
+    python -m benchmarks.miniature                       # the tables of what is recorded
+    python -m benchmarks.miniature FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
 
 FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models. With --shared
 most of the committee has one blind spot, which its consensus has too: what rubrics do then is shown, not hidden.
@@ -26,7 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.held_out import JUDGE, Line, alt_text, captions, line, rounded, show, shown
+from benchmarks.held_out import JUDGE, STUDENT, Line, alt_text, captions, line, rounded, show, shown
 from benchmarks.teachers import committee
 from pipeline import config, starter
 from pipeline.passes import select
@@ -40,6 +41,7 @@ from stages.writers import Evidence, claims, majority
 RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
 TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
 SFT_BATCH = 32
+BEFORE = "student"  # the arm that is not trained on
 MORE = """
 [engines.consensus]
 kind = "stages.teachers"
@@ -83,9 +85,10 @@ def supervised(base: Config, *taught: str) -> Config:
     )
 
 
-def arms(base: Config) -> Mapping[str, Config]:
+def arms(base: Config) -> Mapping[str, Config | None]:
     every = tuple(f"more-{name}" for name in TEACHERS)
     return {
+        BEFORE: None,
         "rubrics": base,
         "own teacher": supervised(base, "more-hasty"),
         "all teachers": supervised(base, *every),
@@ -96,22 +99,23 @@ def arms(base: Config) -> Mapping[str, Config]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One training, measured."""
+    """One training, measured; or the student that it began from."""
 
     arm: str
+    student: str  # digest of its weights
     shared: bool  # the committee has a common blind spot
     seed: int
     made_from: str  # digest of the student, the run and the settings
     num_scenes: int  # that it was measured on
     samples: int  # drawn in training
-    minutes: float  # of the last attempt, where it was killed
+    minutes: float  # of the last attempt where it was killed, measuring included
     figures: Line
     rubric: float  # the mean rubric score of its captions
 
 
 def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
     """The run that all arms learn from, its tables made."""
-    text = manifest().replace("../scenes-captioner-sft/model", str(student.absolute()))
+    text = of_student(student)
     text += MORE.format(judge=Path(judge).absolute())
     text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
     if shared:
@@ -130,21 +134,30 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     return run
 
 
-def digest(student: Path, settings: Config, *, shared: bool) -> str:
+def digest(student: str, settings: Config | None, *, shared: bool) -> str:
     """Of all that decides an arm but its seed, wherever its models and its run lie."""
-    weights = hashlib.sha256((student / "model.safetensors").read_bytes()).hexdigest()
     words = [tomllib.loads(manifest()), MORE, TAUGHT, shared]
-    parts = [weights, words, {**config.stamped(settings), "model": "", "seed": 0}]
+    parts = [student, words, settings and {**config.stamped(settings), "model": "", "seed": 0}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def weights(model: Path) -> str:
+    """The digest that a student is known by."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def of_student(student: Path) -> str:
+    """The run.toml that begins from this model."""
+    return manifest().replace('"scenes-student"', f'"{student.absolute()}"')
 
 
 def manifest() -> str:
     return (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
 
 
-def trained(run: config.Run, settings: Config, *, name: str) -> Path:
+def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
     """The model of an arm: trained in a folder of its own that shares the run's tables."""
-    folder = run.folder / "arms" / name
+    folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
         if not (folder / table).exists():
@@ -152,7 +165,8 @@ def trained(run: config.Run, settings: Config, *, name: str) -> Path:
     if not (folder / "model" / "README.md").exists():
         engines = Engines(run.engines)
         try:
-            train.train(replace(run, folder=folder, sections={**run.sections, "train": {"": settings}}), engines)
+            sections = {**run.sections, "train": {"": replace(settings, seed=seed)}}
+            train.train(replace(run, folder=folder, sections=sections), engines)
         finally:
             engines.close_all_but(())
     return folder / "model"
@@ -197,36 +211,39 @@ def recorded() -> Iterator[Outcome]:
 
 
 def record(outcome: Outcome) -> None:
-    about = {name: value for name, value in vars(outcome).items() if name != "figures"}
     with RESULTS.open("a") as file:
-        file.write(json.dumps({**about, **rounded(outcome.figures)}) + "\n")
+        file.write(json.dumps({**_about(outcome), **rounded(outcome.figures)}) + "\n")
 
 
-def measured(model: str, num_scenes: int, rubrics: Rubrics) -> tuple[Line, float]:
-    said = captions(model, num_scenes)
-    return line(said), round(rubrics.score(said), 4)
+def _about(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in vars(outcome).items() if name != "figures"}
 
 
-def table(num_scenes: int, student: Sequence[str], rubrics: Rubrics, *, shared: bool) -> None:
-    lines = committee(num_scenes, shared=shared)
-    lines["alt text"] = line([alt_text(index) for index in range(num_scenes)])
-    lines["supervised student"] = line(student)
+def tables(outcomes: Sequence[Outcome]) -> None:
+    """A table for each comparison: one student, one world."""
+    for key in dict.fromkeys((one.student, one.shared, one.num_scenes) for one in outcomes):
+        table([one for one in outcomes if (one.student, one.shared, one.num_scenes) == key])
+
+
+def table(outcomes: Sequence[Outcome]) -> None:
+    about = outcomes[0]
+    world = "most of the committee share a blind spot" if about.shared else "blind spots of the committee differ"
+    print(f"\nstudent {about.student}, {about.num_scenes} held-out scenes; {world}")
+    lines = committee(about.num_scenes, shared=about.shared)
+    lines["alt text"] = line([alt_text(index) for index in range(about.num_scenes)])
     show(lines)
-    print(f"rubric score of the supervised student: {rubrics.score(student):.3f}\n")
     names = [field.name for field in fields(Line)]
-    print(f"{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
-    found = [outcome for outcome in recorded() if (outcome.shared, outcome.num_scenes) == (shared, num_scenes)]
-    for arm in dict.fromkeys(outcome.arm for outcome in found):
-        seeds = [outcome for outcome in found if outcome.arm == arm]
-        shown_figures = [[getattr(outcome.figures, name) for outcome in seeds] for name in names]
-        shown_figures.append([outcome.rubric for outcome in seeds])
-        told = "".join(f"{mean(values):>10.3f} ± {spread(values):.3f}" for values in shown_figures)
+    print(f"\n{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
+    by_arm = {arm: [one for one in outcomes if one.arm == arm] for arm in dict.fromkeys(one.arm for one in outcomes)}
+    for arm, seeds in by_arm.items():
+        columns = [[getattr(one.figures, name) for one in seeds] for name in names]
+        columns.append([one.rubric for one in seeds])
+        told = "".join(f"{mean(values):>10.3f} ± {spread(values):.3f}" for values in columns)
         print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{told}")
-    best = [outcome.figures.f1 for outcome in found if outcome.arm == "rubrics"]
-    if best:
-        before, goal = lines["supervised student"].f1, lines["consensus"].f1
-        print(f"GRPO with rubrics closes {(mean(best) - before) / (goal - before):.0%} of the gap to the consensus")
-    print(json.dumps({name: rounded(one) for name, one in lines.items()}))
+    if by_arm.keys() >= {BEFORE, "rubrics"}:
+        before, best = (mean(one.figures.f1 for one in by_arm[arm]) for arm in (BEFORE, "rubrics"))
+        share = (best - before) / (lines["consensus"].f1 - before)
+        print(f"GRPO with rubrics closes {share:.0%} of the gap to the consensus")
 
 
 def spread(values: Sequence[float]) -> float:
@@ -235,42 +252,50 @@ def spread(values: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--student", type=Path, required=True, help="the supervised model that every arm begins from")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="where arms are trained; without it only tables are printed"
+    )
+    parser.add_argument("--student", type=Path, default=STUDENT, help="the supervised model that every arm begins from")
     parser.add_argument("--judge", default=JUDGE)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--arms", nargs="*", help="only these; by default all. None trained: only the table")
+    parser.add_argument("--arms", nargs="*", help="only these; by default all")
     parser.add_argument("--shared", action="store_true", help="most of the committee has one blind spot")
     args = parser.parse_args()
+    if args.folder is not None:
+        compare(args)
+    tables(list(recorded()))
+    print(json.dumps([{**_about(one), **rounded(one.figures)} for one in recorded()]))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Trains and records the arms that are not recorded yet."""
     run = begin(args.folder, student=args.student, judge=args.judge, shared=args.shared)
-    student = captions(str(args.student), args.scenes)
-    rubrics = Rubrics.of(student, shared=args.shared)
-    base: Config = run.sections["train"][""]
-    done = {(outcome.made_from, outcome.seed, outcome.num_scenes) for outcome in recorded()}
+    student = weights(args.student)
+    before = captions(str(args.student), args.scenes)
+    rubrics = Rubrics.of(before, shared=args.shared)
+    done = {(one.made_from, one.seed, one.num_scenes) for one in recorded()}
     for seed in range(args.seeds):
-        for arm, settings in arms(base).items():
-            made_from = digest(args.student, settings, shared=args.shared)
-            if (made_from, seed, args.scenes) in done or (args.arms is not None and arm not in args.arms):
+        for arm, settings in arms(run.sections["train"][""]).items():
+            made_from = digest(student, settings, shared=args.shared)
+            asked = arm == BEFORE or args.arms is None or arm in args.arms
+            if (made_from, seed, args.scenes) in done or not asked or (settings is None and seed > 0):
                 continue
             start = time.monotonic()
-            model = trained(run, replace(settings, seed=seed), name=f"{arm.replace(' ', '-')}-{seed}")
-            minutes = round((time.monotonic() - start) / 60, 1)
-            figures, score = measured(str(model), args.scenes, rubrics)
-            samples = settings.steps * settings.batch_size
-            about = Outcome(
+            said = before if settings is None else captions(str(trained(run, arm, settings, seed)), args.scenes)
+            outcome = Outcome(
                 arm=arm,
+                student=student,
                 shared=args.shared,
                 seed=seed,
                 made_from=made_from,
                 num_scenes=args.scenes,
-                samples=samples,
-                minutes=minutes,
-                figures=figures,
-                rubric=score,
+                samples=settings.steps * settings.batch_size if settings else 0,
+                minutes=round((time.monotonic() - start) / 60, 1),
+                figures=line(said),
+                rubric=round(rubrics.score(said), 4),
             )
-            record(about)
-    table(args.scenes, student, rubrics, shared=args.shared)
+            record(outcome)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import tomllib
 import types
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, 
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownName
+from pipeline.machine import num_cores
 
 if TYPE_CHECKING:
     from pipeline import slurm
@@ -295,7 +295,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     return Run(
         file=file,
         folder=file.parent,
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=num_cores(),
         **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(_Top)),
         source=source.plugin("pipeline.sources", common=common),
         corpus=source.only(common).parse(Corpus),

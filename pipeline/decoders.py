@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import BinaryIO, TypeVar, cast
 
 from pipeline.images import Limits, Probe
+from pipeline.machine import num_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -161,11 +162,6 @@ def ahead(
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from pipeline import tables
-from pipeline.decoders import num_cores
 from pipeline.ledger import Kind, Ledger, State
 from pipeline.listing import ABOUT, listing
+from pipeline.machine import num_cores
 from pipeline.passes import Pass
 from pipeline.plan import Plan
 

@@ -21,11 +21,12 @@ from pipeline.engine import Reply, Request
 from pipeline.engines import echo
 from pipeline.errors import ConfigError
 from pipeline.passes import Pass, all_passes, select
-from pipeline.records import Caption, Demand, Image, Piece, Rubric, Score
+from pipeline.records import Caption, Demand, Image, Piece, Rubric, Score, Step
+from pipeline.run import Engines
 from pipeline.shard import Shard, table_path
-from pipeline.sources.scenes import scene
-from stages import matching, rubric
-from stages.claims import Claim, facts, parse, verbalise
+from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, scene
+from stages import matching, rubric, train
+from stages.claims import Claim, contradicts, facts, parse, say, verbalise
 from stages.matching import Check, heard
 from stages.scorers import Mark, Sample
 from stages.scorers import rubric as scorer
@@ -218,6 +219,29 @@ def test_inventing_lowers_the_reward_of_a_student_that_learnt_to_talk(
             assert reward(f"{text} {verbalise([thing], Random(0))}", asked) <= reward(text, asked)
 
 
+OTHERWISE = {"size": SIZES, "texture": TEXTURES, "background": BACKGROUNDS, "count": ("1", "2", "3", "4")}
+
+
+def contraries(claim: Claim) -> list[Claim]:
+    """What cannot hold beside it."""
+    if claim.kind == "relation":
+        turned = claim._replace(about=claim.other, other=claim.about)
+        return [turned] if contradicts(claim, turned) else []
+    values = OTHERWISE.get(claim.kind, ())
+    return [claim._replace(value=value) for value in values if value != claim.value]
+
+
+@given(written())
+def test_saying_it_both_ways_raises_nothing(made: tuple[list[str], list[str], Any]) -> None:
+    teachers, _, asked = made
+    for text in teachers if asked else ():
+        for claim in sorted(parse(text).claims):
+            about = (Claim("object", claim.about, ""),) if claim.kind in ("size", "texture") else ()
+            more = [say((*about, other), Random(0)) for other in contraries(claim)]
+            for appended in (*more, " ".join(more)):
+                assert reward(f"{text} {appended}", asked) <= reward(text, asked), appended
+
+
 def test_silence_is_worth_little() -> None:
     shown = [scene(5, i) for i in range(50)]
     rubrics = [
@@ -349,14 +373,14 @@ def test_rubrics_by_claims_are_as_their_version_says() -> None:
         for *teachers, student in PICTURES
         for need in range(1, len(teachers))
     ]
-    assert (claims.VERSION, digest(rows)) == (1, "55584356482db868"), CHANGED
+    assert (claims.VERSION, digest(rows)) == (2, "55584356482db868"), CHANGED
 
 
 def test_marks_by_claims_are_as_their_version_says() -> None:
     rows = [
         marked(text, demands(said[:3], said[3])) for said in PICTURES for text in ("", *said, f"{said[3]} {said[0]}")
     ]
-    assert (scorer.VERSION, digest(rows)) == (2, "4bab02b9fd98f0e8"), CHANGED
+    assert (scorer.VERSION, digest(rows)) == (3, "70a7004da86b2f64"), CHANGED
 
 
 # What a model writes
@@ -672,6 +696,22 @@ def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
     assert sum(row.status == "error" for row in after) < len(bad)
 
 
+LEARNS = """
+[train]
+method = "grpo"
+model = "scenes-captioner"
+captions = ["student"]
+recipe = "scenes"
+rewards = { mine = 1.0 }
+group_size = 2
+batch_size = 4
+steps = 2
+max_tokens = 64
+eval_images = 0
+log_steps = 1
+"""
+
+
 @pytest.mark.vllm
 def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) -> None:
     """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges."""
@@ -688,9 +728,14 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
     toml = (run / "run.toml").read_text()
     for what, model in (("rubric", tiny_model), ("score", tiny.make_text(tmp_path / "text"))):
         with serving(model, **ours) as server:
-            (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1"))
+            (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1") + LEARNS)
             for stage in ("ingest", "caption", what) if what == "rubric" else (what,):
                 assert make(run, stage).exit_code == 0
+            if what == "score":
+                learnt = config.load(run)
+                engines = Engines(learnt.engines)
+                train.train(learnt, engines)
+                engines.close_all_but(())
     rows = rubrics_of(run)
     assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8, [row.error for row in rows]
     assert all(row.model == "tiny" and row.engine == "model" for row in rows)
@@ -698,6 +743,10 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
     scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
     assert len(scores) == 32 and any(score.status == "ok" for score in scores)
     assert all((score.value is None) == (score.status != "ok") for score in scores)
+    points = {(point.step, point.name): point.value for point in tables.read(run / "step/00000.parquet", Step)}
+    assert {(step, "unscored/mine") for step in (1, 2)} <= points.keys()
+    assert any(name.startswith("met/mine/weight_") for _, name in points), "the served judge decided nothing"
+    assert (run / "model/model.safetensors").exists()
 
 
 def test_the_recipe_for_gpus_is_a_valid_run(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import config, serve
 from pipeline.engines import vllm
-from pipeline.engines._model import imitates_16_bits
 from pipeline.errors import ConfigError
+from pipeline.machine import imitates_16_bits
 
 
 def run(tmp_path: Path, **engines: dict[str, Any]) -> config.Run:

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Literal
 
 from pipeline.config import key
-from pipeline.decoders import num_cores
 from pipeline.errors import ConfigError
+from pipeline.machine import num_cores
 
 MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 
@@ -53,13 +53,6 @@ class Serving(Weights):
     tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
     kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
     enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
-
-
-def imitates_16_bits() -> bool:
-    """Whether this CPU has no instructions for bfloat16: it takes ten times as long for a product as in float32."""
-    import torch
-
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def require(module: str, *, kind: str, how: str) -> None:

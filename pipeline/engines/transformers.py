@@ -19,8 +19,9 @@ from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
 from pipeline.engines._choose import Chooser, Grammars, Row
-from pipeline.engines._model import Model, Weights, imitates_16_bits, require
+from pipeline.engines._model import Model, Weights, require
 from pipeline.engines._window import BadRequest, Bounds, Loop, Window, Windowed
+from pipeline.machine import imitates_16_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import key
 from pipeline.engine import EngineDied, Reply, Request, Sampling
 from pipeline.engines import _prompt
-from pipeline.engines._model import Model, Serving, imitates_16_bits, require
+from pipeline.engines._model import Model, Serving, require
 from pipeline.engines._orphans import Guard
 from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
+from pipeline.machine import imitates_16_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

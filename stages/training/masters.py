@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engines._model import imitates_16_bits
+from pipeline.machine import imitates_16_bits
 
 SMALLEST = 60  # a matrix with a shorter side, an embedding and every vector are AdamW's
 
