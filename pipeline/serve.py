@@ -34,6 +34,7 @@ from pipeline.terminal import duration, say
 READY_TIMEOUT = 1800.0  # seconds; large models load from slow disks
 SHUTDOWN = 60.0  # seconds that the server has to end by itself
 POLL = 0.5  # seconds
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is for what lies outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class Server:
             "disable_uvicorn_access_log": True,
         }
         # `vllm serve` is the same; but under the package's name for CPUs it does not find its own version.
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments), *self.args]
+        # -P: as with any command, what lies in the folder that one stands in is not for Python to find.
+        return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments), *self.args]
 
 
 def serve(
@@ -76,10 +78,10 @@ def serve(
     if not is_loopback(host) and not server.key:
         raise ConfigError(f"{run.file}: engines.{name}", needs_key(host))
     port = port or _free_port(host)
-    url = f"http://{_reachable(host)}:{port}"
+    url = f"http://{_bracketed(_reachable(host))}:{port}"
     note = config.endpoint(run.file.parent, name)
     with _child(server.command(host=host, port=port), key=server.key, kv_cache_gib=server.engine.kv_cache_gib) as child:
-        took = _wait_until_ready(child, f"http://{host}:{port}/health", timeout=ready_timeout)
+        took = _wait_until_ready(child, f"http://{_bracketed(host)}:{port}/health", timeout=ready_timeout)
         if took is None:
             return
         with _noted(
@@ -141,8 +143,13 @@ def _reachable(host: str) -> str:
     return socket.gethostname() if host in ("0.0.0.0", "::") else host
 
 
+def _bracketed(host: str) -> str:
+    """As it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
@@ -203,7 +210,7 @@ def _wait_until_ready(child: _Child, url: str, *, timeout: float) -> float | Non
 
 def _is_well(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with DIRECT.open(url, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

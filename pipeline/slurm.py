@@ -33,6 +33,7 @@ class Resources:
     qos: str = key("", "the quality of service")
     constraint: str = key("", "features that a node must have, e.g. a100")
     gpus: int = key(1, "GPUs of a task that runs a model; tasks that run none get none", least=0)
+    workers: int = key(1, "processes of a task, each with a shard, an engine and GPUs of its own", least=1)
     cpus: int = key(4, "CPU cores of a task", least=1)
     memory: str = key("", "of a task, e.g. 64G; empty: the partition's default")
     time: str = key("", "the time limit, as Slurm writes it: 04:00:00, 1-12:00:00; empty: the partition's own")
@@ -74,6 +75,8 @@ def read_section(section: Section) -> Config:
     resources = {}
     for stage in STAGES:
         own = section.sub(stage)
+        if stage == "server" and "workers" in own.values:
+            raise own.error("workers", "a server has none; set replicas in [engines.NAME.serve]")
         merged = Section({**common.values, **own.values}, file=own.file, field=own.field)
         resources[stage] = merged.parse(Resources)
         limit = seconds(resources[stage].time)
@@ -158,6 +161,10 @@ class Cluster:
         found: Resources = self.run.slurm.resources[job.stage]
         return found
 
+    def on_gpus(self, job: Job) -> frozenset[str]:
+        """The engines that compute in its own tasks, on GPUs."""
+        return frozenset(name for name in job.engines - self.served if self.run.engines[name].kind not in NO_GPU)
+
     def array(self, array: Array) -> str:
         """The script of an array: plain text, complete, and good for `sbatch` by hand."""
         resources = self.resources(array.job)
@@ -165,17 +172,18 @@ class Cluster:
         throttle = f"%{resources.max_running}" if resources.max_running else ""
         num = self.num_blocks
         index = f"$((SLURM_ARRAY_TASK_ID + {array.offset}))" if array.offset else "$SLURM_ARRAY_TASK_ID"
+        workers = f" --workers {resources.workers}" if resources.workers > 1 else ""
         return "\n".join(
             [
-                *self._head(array.job.title, resources, gpus=self._needs_gpu(array.job), log="%A_%a"),
+                *self._head(array.job.title, resources, gpus=bool(self.on_gpus(array.job)), log="%A_%a"),
                 f"#SBATCH --array={indices}{throttle}",
-                f"#SBATCH --comment=blocks={num},offset={array.offset}",
+                f"#SBATCH --comment=blocks={num},offset={array.offset},shards={self.num_shards}",
                 "",
                 f"# Each task makes one of {num} blocks of {self.num_shards} shards; what is done is skipped at once.",
                 *resources.setup,
                 f"block={index}",
                 *self._signals(),
-                *self._start(array.job, resources, f'{array.job.title} --shard "$block/{num}"'),
+                *self._start(array.job, resources, f'{array.job.title} --shard "$block/{num}"{workers}'),
                 *self._end('"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"'),
             ]
         )
@@ -234,11 +242,9 @@ class Cluster:
     def _folder(self) -> str:
         return shlex.quote(str(self.run.file.parent.resolve()))
 
-    def _needs_gpu(self, job: Job) -> bool:
-        return any(self.run.engines[name].kind not in NO_GPU for name in job.engines - self.served)
-
     def _command(self, resources: Resources) -> str:
-        return resources.command or f"{shlex.quote(sys.executable)} -m pipeline"
+        # -P: the folder that one submits from may hold a `pipeline` of its own; that is not for Python to find.
+        return resources.command or f"{shlex.quote(sys.executable)} -P -m pipeline"
 
     def _head(self, title: str, resources: Resources, *, gpus: bool, log: str) -> Iterator[str]:
         yield "#!/bin/bash"

@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from pathlib import Path
 
 from pipeline import config, plugins, queue, serve
-from pipeline.config import Run
+from pipeline.config import Plugin, Run
 from pipeline.engines import openai
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.ledger import DUE, Kind
@@ -137,7 +138,10 @@ def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, lis
     chosen = {p.folder for one in what for p in select(runner.passes, one)}
     overview = Overview(runner.ledger, runner.plan, runner.passes)  # without it, every stamp would be read
     runner.check_stale([p for p in runner.passes if p.folder in chosen and overview.shards(p, "stale")])
-    return runner, [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+    found = [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+    for job in found:
+        check_gpus(Cluster(run=run, num_shards=runner.plan.num_shards), job)
+    return runner, found
 
 
 def check_served(run: Run, name: str) -> None:
@@ -156,14 +160,55 @@ def check_served(run: Run, name: str) -> None:
         raise ConfigError(f"{run.file}: engines.{name}", serve.needs_key(host))
 
 
+def check_gpus(cluster: Cluster, job: Job) -> None:
+    """Before a cluster lends GPUs that no process would use.
+
+    Raises:
+        ConfigError: the workers of a task cannot use as many as it asks for.
+    """
+    asked, file = cluster.resources(job), cluster.run.file
+    each = {name: num_gpus(cluster.run.engines[name]) for name in cluster.on_gpus(job)}
+    if not each:
+        return
+    size = max(num or asked.gpus for num in each.values())
+    if asked.gpus > (most := asked.workers * size):
+        users = ", ".join(f"engines.{name}" for name in sorted(each))
+        more = f", or workers = {asked.gpus // size}" if asked.gpus // size > asked.workers else ""
+        raise ConfigError(
+            f"{file}: slurm.{job.stage}.gpus",
+            f"of {asked.gpus} no more than {most} would be used: workers = {asked.workers}, and each has {size} for "
+            f"{users}; set gpus = {most}{more}",
+        )
+    shards = -(-cluster.num_shards // cluster.num_blocks)
+    if asked.workers > shards:
+        say(
+            f"recap: {file}: slurm.{job.stage}.workers: a task has {shards} shards for {asked.workers} workers; "
+            f"with slurm.num_tasks = {max(1, cluster.num_shards // asked.workers)} each has one, with fewer tasks more"
+        )
+
+
+def num_gpus(engine: Plugin) -> int | None:
+    """How many GPUs one process of an engine uses; None where its section does not say it."""
+    if engine.kind == "transformers":
+        return 1
+    if not hasattr(engine.config, "tensor_parallel_size"):
+        return None
+    sizes = {"tensor_parallel_size": engine.config.tensor_parallel_size, **getattr(engine.config, "extra", {})}
+    return prod(int(sizes.get(f"{how}_parallel_size", 1)) for how in ("tensor", "pipeline", "data"))
+
+
 def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
-    """What `submit` would submit if nothing were in the queue, for people to read and to change."""
-    texts: list[str] = []
+    """What `submit` would submit if nothing were in the queue, for people to read and to change.
+
+    Several begin with a line each that is no script's first, so that sbatch refuses them as one, instead of running
+    just the first.
+    """
+    texts: list[tuple[str, str]] = []
 
     def put(title: str, text: str, dependency: str) -> str:
         shebang, rest = text.split("\n", 1)
         wait = f"# submit with: sbatch --dependency='{dependency}'\n" if dependency else ""
-        texts.append(f"{shebang}\n{wait}{rest}\n")
+        texts.append((title, f"{shebang}\n{wait}{rest}\n"))
         return f"<{title}>"
 
     cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
@@ -174,7 +219,8 @@ def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
     asked = {job.title for job in chosen}  # what the others lack is not this script's concern
     due = {title: blocks if title in asked else [] for title, blocks in missing_blocks(cluster, runner, found).items()}
     Chain(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
-    yield from texts
+    for number, (title, text) in enumerate(texts, 1):
+        yield (f"# {title}: script {number} of {len(texts)}, a file of its own\n" if texts[1:] else "") + text
 
 
 def submit(runner: Runner, chosen: Sequence[Job]) -> int:
@@ -186,10 +232,11 @@ def submit(runner: Runner, chosen: Sequence[Job]) -> int:
     """
     cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
     placed: list[str] = []
+    serving = f"{cluster.prefix}serve-"
 
     def put(title: str, text: str, dependency: str) -> str:
-        if (engine := title.removeprefix("serve-")) in cluster.served:
-            cluster.endpoint(engine).unlink(missing_ok=True)  # of a server that is dead
+        if title.startswith("serve-"):
+            cluster.endpoint(title.removeprefix("serve-")).unlink(missing_ok=True)  # of a server that is dead
         job = queue.submit(text, [f"--dependency={dependency}"] if dependency else [])
         placed.append(cluster.prefix + title)
         cluster.keep(title, job, text, dependency)
@@ -204,7 +251,7 @@ def submit(runner: Runner, chosen: Sequence[Job]) -> int:
             window=queue.max_array_size(),
             due=missing_blocks(cluster, runner, found),
             busy=blocks_in(cluster, queued),
-            servers={t.name.removeprefix(f"{cluster.prefix}serve-"): t.array for t in queued if "-serve-" in t.name},
+            servers={t.name.removeprefix(serving): t.array for t in queued if t.name.startswith(serving)},
             put=put,
         )
         num = chain.lay(chosen)
@@ -220,22 +267,34 @@ def blocks_in(cluster: Cluster, queued: Iterable[queue.Task]) -> dict[tuple[str,
     """
     found = {}
     for task in queued:
-        if (place := place_of(task)) is None:
+        if (place := place_of(task.comment, task.index)) is None:
             continue
-        num, block = place
-        if num != cluster.num_blocks:
+        if (place.num_blocks, place.num_shards) != (cluster.num_blocks, cluster.num_shards):
+            keep = f", or set slurm.num_tasks = {place.num_blocks}" if place.num_shards == cluster.num_shards else ""
             raise Refused(
-                f"{task.name} {task.id} is in the queue with {num} blocks, now there would be "
-                f"{cluster.num_blocks}: wait for it, `scancel` it, or set slurm.num_tasks = {num}"
+                f"{task.name} {task.id} is in the queue with {place.num_blocks} blocks of {place.num_shards} shards, "
+                f"now there would be {cluster.num_blocks} of {cluster.num_shards}: wait for it, or `scancel` it{keep}"
             )
-        found[task.name.removeprefix(cluster.prefix), block] = task.array
+        found[task.name.removeprefix(cluster.prefix), place.block] = task.array
     return found
 
 
-def place_of(task: queue.Task) -> tuple[int, int] | None:
-    """In how many blocks the shards were divided for this task, and which is its own; None: it has no shards."""
-    blocks = re.fullmatch(r"blocks=(\d+),offset=(\d+)", task.comment)
-    return (int(blocks[1]), int(blocks[2]) + task.index) if blocks and task.index is not None else None
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which shards a task has."""
+
+    block: int
+    num_blocks: int
+    num_shards: int  # that were divided into them
+
+
+def place_of(comment: str, index: int | None) -> Place | None:
+    """Of the task with this index, by the comment of its array; None: it has no shards."""
+    found = re.fullmatch(r"blocks=(\d+),offset=(\d+),shards=(\d+)", comment)
+    if not found or index is None:
+        return None
+    num_blocks, offset, num_shards = map(int, found.groups())
+    return Place(block=offset + index, num_blocks=num_blocks, num_shards=num_shards)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pipeline.passes import Pass
 from pipeline.plan import format_spec, parse_spec
 from pipeline.run import Runner
 from pipeline.slurm import Cluster, Job
-from pipeline.submit import block_of, jobs, place_of
+from pipeline.submit import Place, block_of, jobs, place_of
 
 LAST_BYTES = 4096  # of a log: its last line is in them
 
@@ -73,45 +73,42 @@ class Watch:
 
     def silent(self, p: Pass, shards: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Shards whose task has ended and left no word but its log: killed, out of memory, lost with its node."""
-        title, num = self._title(p), self.cluster.num_blocks
-        queued = {place_of(task) for task in self._of(p)}
+        title, num_blocks, num_shards = self._title(p), self.cluster.num_blocks, self.cluster.num_shards
+        queued = {place_of(task.comment, task.index) for task in self._of(p)}
         logs = self._logs().get(title.replace(":", "."), {}) if title else {}
         for shard in shards:
-            block = block_of(shard, num, self.cluster.num_shards)
-            if (num, block) not in queued and (num, block) in logs:
-                log = logs[num, block]
+            block = block_of(shard, num_blocks, num_shards)
+            place = Place(block=block, num_blocks=num_blocks, num_shards=num_shards)
+            if place not in queued and (log := logs.get(place)):
                 yield shard, f"its task ended early ({_last_line(log) or 'without a word'}); see {log}"
 
     def _of(self, p: Pass) -> Iterator[queue.Task]:
         name = self.cluster.prefix + self._title(p)
-        return (task for task in self.tasks if task.name == name and place_of(task) is not None)
+        return (task for task in self.tasks if task.name == name and place_of(task.comment, task.index) is not None)
 
     def _title(self, p: Pass) -> str:
         return next((job.title for job in self.jobs if p in job.passes), "")
 
     def _shards(self, task: queue.Task) -> Iterable[int]:
-        place = place_of(task)
+        place = place_of(task.comment, task.index)
         assert place is not None
-        num, block = place
-        return parse_spec(f"{block}/{num}", self.cluster.num_shards)
+        return parse_spec(f"{place.block}/{place.num_blocks}", place.num_shards)
 
-    def _logs(self) -> Mapping[str, Mapping[tuple[int, int], Path]]:
-        """Title -> number of blocks and block -> the log of the last task that had it."""
-        offsets = dict(self._submitted())
-        found: dict[str, dict[tuple[int, int], Path]] = defaultdict(dict)
+    def _logs(self) -> Mapping[str, Mapping[Place, Path]]:
+        """Title -> place -> the log of the last task that had it."""
+        comments = dict(self._submitted())
+        found: dict[str, dict[Place, Path]] = defaultdict(dict)
         parsed = (re.fullmatch(r"(.+)-(\d+)_(\d+)\.log", file.name) for file in self.cluster.logs.glob("*.log"))
         for log in sorted((one for one in parsed if one), key=lambda one: int(one[2])):
-            if log[2] in offsets:
-                num, offset = offsets[log[2]]
-                found[log[1]][num, offset + int(log[3])] = self.cluster.logs / log[0]
+            if place := place_of(comments.get(log[2], ""), int(log[3])):
+                found[log[1]][place] = self.cluster.logs / log[0]
         return found
 
-    def _submitted(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Job -> number of blocks and offset, as its script has them."""
+    def _submitted(self) -> Iterator[tuple[str, str]]:
+        """Job -> the comment in its script."""
         for script in self.cluster.folder.glob("*.sh"):
-            place = re.search(r"^#SBATCH --comment=blocks=(\d+),offset=(\d+)$", script.read_text(), re.MULTILINE)
-            if place:
-                yield script.stem.rpartition("-")[2], (int(place[1]), int(place[2]))
+            if comment := re.search(r"^#SBATCH --comment=(.*)$", script.read_text(), re.MULTILINE):
+                yield script.stem.rpartition("-")[2], comment[1]
 
 
 def _last_line(log: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline import config, serve
 from pipeline.engines import vllm
 from pipeline.errors import ConfigError
 from pipeline.machine import imitates_16_bits
+from tests.faults import Faulty
 
 
 def run(tmp_path: Path, **engines: dict[str, Any]) -> config.Run:
@@ -68,3 +70,19 @@ def test_an_engine_that_cannot_be_served_is_the_users_error(tmp_path: Path) -> N
         serve.describe(described, "echo")
     with pytest.raises(ConfigError, match="did you mean 'judge'"):
         serve.describe(described, "jugde")
+
+
+def test_whether_it_is_ready_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Faulty() as server:
+        assert serve._is_well(server.url.removesuffix("/v1") + "/health")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_an_address_of_ipv6_has_ports_and_urls(host: str) -> None:
+    assert serve._free_port(host) > 0
+    assert serve._bracketed(host) == f"[{host}]" and serve._bracketed("0.0.0.0") == "0.0.0.0"

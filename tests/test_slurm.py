@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import config
-from pipeline.errors import ConfigError
+from pipeline import config, queue
+from pipeline.errors import ConfigError, Refused
 from pipeline.passes import all_passes
 from pipeline.plan import parse_spec
 from pipeline.slurm import Array, Cluster, seconds
-from pipeline.submit import Chain, Job, block_of, jobs
+from pipeline.submit import Chain, Job, block_of, blocks_in, jobs
 from tests.runs import ROOT, begin, corpus, make, recap, sections, write
 
 EXAMPLE = {
@@ -146,6 +147,113 @@ def test_an_engine_that_could_not_be_served_or_asked_is_named(
     assert all(word in done.stderr for word in says), done.stderr
 
 
+def fake_slurm(folder: Path, queued: str) -> dict[str, str]:
+    """Commands of a Slurm in whose queue `queued` is, a line for each task; it takes every job."""
+    says = {"squeue": f"printf %s '{queued}'", "sbatch": "cat > /dev/null; echo 100", "scontrol": "true"}
+    folder.mkdir()
+    for name, does in says.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_the_file_of_a_server_that_runs_stays_where_an_engine_is_called_like_a_stage(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"]), caption__dense={"engine": "caption"})
+    parts |= {"engines.caption": {**OPENAI, "api_key_env": "KEY"}, "slurm": {"serve": ["caption"]}}
+    run = begin(tmp_path / "run", parts)
+    found = Cluster(run=config.load(run), num_shards=1)
+    endpoint = found.endpoint("caption")
+    endpoint.parent.mkdir()
+    endpoint.write_text("{}")
+    env = fake_slurm(tmp_path / "bin", f"77|N/A|RUNNING|node|{found.prefix}serve-caption|None|(null)")
+    said = recap("slurm", "submit", "caption", "ingest", "--run", run, **env).stderr
+    assert "100: caption, after" in said and "serve-caption" not in said
+    assert endpoint.exists()
+
+
+def test_what_runs_and_what_ended_without_a_word_is_told_by_the_comment(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"shard_size": 1}, slurm={"num_tasks": 2})
+    run = begin(tmp_path / "run", parts)
+    prefix = Cluster(run=config.load(run), num_shards=4).prefix
+    recap("slurm", "submit", "ingest", "--run", run, **fake_slurm(tmp_path / "submitted", ""))
+    (run / "slurm" / "logs" / "ingest-100_0.log").write_text("Killed\n")
+    task = f"100|1|RUNNING|gpu07|{prefix}ingest|None|blocks=2,offset=0,shards=4"
+    shown = recap("status", "--run", run, **fake_slurm(tmp_path / "running", task)).stdout
+    assert "running ingest: 2-3 on gpu07 (100_1)" in shown
+    assert "failed ingest 00000: its task ended early (Killed)" in shown
+
+
+@pytest.mark.parametrize(
+    ("comment", "says"),
+    [
+        ("blocks=4,offset=2,shards=12", []),
+        ("blocks=3,offset=2,shards=12", ["3 blocks of 12 shards", "4 of 12", "slurm.num_tasks = 3"]),
+        ("blocks=4,offset=2,shards=11", ["4 blocks of 11 shards", "4 of 12: wait for it, or `scancel` it"]),
+    ],
+)
+def test_a_task_whose_block_has_other_shards_now_is_named(tmp_path: Path, comment: str, says: list[str]) -> None:
+    found = cluster(tmp_path, 12, {"num_tasks": 4})
+    name, told = f"{found.prefix}caption", {"state": "PENDING", "node": "", "reason": "Priority"}
+    task = queue.Task(array="7", index=1, name=name, comment=comment, **told)
+    if not says:
+        assert blocks_in(found, [task]) == {("caption", 3): "7"}
+        return
+    with pytest.raises(Refused) as error:
+        blocks_in(found, [task])
+    assert all(word in str(error.value) for word in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("engine", "slurm", "says"),
+    [
+        ({}, {"gpus": 8}, ["slurm.caption.gpus", "of 8 no more than 1", "set gpus = 1, or workers = 8"]),
+        ({}, {"gpus": 8, "workers": 8}, []),
+        ({"tensor_parallel_size": 4}, {"gpus": 8}, ["no more than 4", "set gpus = 4, or workers = 2"]),
+        ({"tensor_parallel_size": 4}, {"gpus": 8, "workers": 2}, []),
+        ({"tensor_parallel_size": 2, "extra": {"pipeline_parallel_size": 4}}, {"gpus": 8}, []),
+        ({"kind": "transformers"}, {"gpus": 2}, ["no more than 1"]),
+        ({"kind": "echo", "model": None}, {"gpus": 8}, []),
+    ],
+)
+def test_gpus_that_no_process_would_use_are_not_asked_for(
+    tmp_path: Path, engine: dict[str, Any], slurm: dict[str, Any], says: list[str]
+) -> None:
+    captioner = {name: value for name, value in ({"kind": "vllm", "model": "m"} | engine).items() if value}
+    parts = {**sections(corpus(tmp_path / "photos", ["jpg"] * 8), source={"shard_size": 1}), "slurm.caption": slurm}
+    run = begin(tmp_path / "run", parts | {"engines.captioner": captioner, "slurm": {"num_tasks": 1}})
+    done = recap("slurm", "script", "caption", "--run", run, check=False)
+    assert done.returncode == (2 if says else 0), done.stderr
+    assert all(word in done.stderr for word in says), done.stderr
+    if not says:
+        workers = f" --workers {slurm['workers']}" if "workers" in slurm else ""
+        assert f'run caption --shard "$block/1"{workers} --run' in done.stdout
+
+
+def test_workers_without_shards_of_their_own_are_named(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 8), source={"shard_size": 1})
+    slurm = {"slurm.caption": {"gpus": 2, "workers": 2}}
+    run = begin(tmp_path / "run", parts | slurm | {"engines.captioner": {"kind": "vllm", "model": "m"}})
+    said = recap("slurm", "script", "caption", "--run", run).stderr
+    assert "a task has 1 shards for 2 workers; with slurm.num_tasks = 4" in said
+
+
+def test_several_scripts_are_none_to_sbatch(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
+    text = recap("slurm", "script", "ingest", "caption", "--run", run).stdout
+    assert text.startswith("# ingest: script 1 of 2")
+    assert "\n# caption: script 2 of 2, a file of its own\n#!/bin/bash\n" in text
+
+
+def test_a_job_is_not_misled_by_the_folder_that_it_starts_in(tmp_path: Path) -> None:
+    found = cluster(tmp_path, 1, {})
+    text = found.array(Array(job=jobs(all_passes(found.run))[0], offset=0, blocks=(0,)))
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise SystemExit(3)")
+    (command,) = (line.partition(" run ingest")[0] for line in text.splitlines() if " run ingest" in line)
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    assert subprocess.run([*command.split(), "--help"], cwd=tmp_path, env=env, capture_output=True).returncode == 0
+
+
 def test_a_window_adds_its_offset(tmp_path: Path) -> None:
     found = cluster(tmp_path, 12, {})
     job = jobs(all_passes(found.run))[0]
@@ -171,6 +279,7 @@ def test_a_stage_that_waits_between_its_passes_is_one_job_a_pass(tmp_path: Path)
         ({"time": "four hours"}, ["slurm.ingest.time", "'four hours'", "04:00:00"]),
         ({"time": "00:04:00"}, ["time", "over before the notice of 300 s"]),
         ({"gpus": -1}, ["gpus", "-1", "the least is 0"]),
+        ({"server": {"workers": 2}}, ["slurm.server.workers", "replicas"]),
     ],
 )
 def test_what_is_wrong_in_the_section_is_named(tmp_path: Path, slurm: dict[str, Any], says: list[str]) -> None:
