@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -73,7 +74,10 @@ def init(
     say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
     if engine == "echo":
         say("its engine is `echo`, which makes words up: good for a first look. Name your model in [engines.captioner]")
-    say(f"next: recap try caption:dense --run {folder}, then recap run all --run {folder}")
+    if engine == "openai":
+        say("its server is to be started by `recap serve captioner`; for another, write its URL in [engines.captioner]")
+    there = shlex.quote(str(folder))
+    say(f"next: recap try caption:dense --run {there}, then recap run all --run {there}")
 
 
 @app.command(epilog="Example: recap plan --run runs/photos")
@@ -120,6 +124,8 @@ def run_stage(
     from pipeline.run import Runner
 
     if stage == "train":  # made from all shards at once: a model is no table
+        if (shard, workers, retry) != ("all", 1, ""):
+            raise UserError("train: it makes one model of all shards; --shard, --workers and --retry are not for it")
         _train(config.load(run), stale)
         return
     statuses = frozenset(filter(None, retry.split(",")))
@@ -173,7 +179,7 @@ Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help
 @app.command(epilog="""Example: recap sql "SELECT status, count(*) FROM caption GROUP BY ALL" --run runs/photos""")
 def sql(
     query: Annotated[
-        str, typer.Argument(metavar="SELECT", help="Over plan, image, caption, score, verdict, export, stats.")
+        str, typer.Argument(metavar="SELECT", help="Over plan, image, caption, rubric, score, verdict, export, step, stats.")
     ],
     run: RunOption = Path(),
     format: Format = "table",

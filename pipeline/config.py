@@ -60,6 +60,7 @@ def key(
     help: str = "",
     *,
     stamp: bool = True,
+    shown: bool = True,
     least: float | None = None,
     most: float | None = None,
     locate: str | None = None,
@@ -71,11 +72,12 @@ def key(
         default: its value when the section does not have it; without one it is required.
         help: one line that `recap init` writes above it.
         stamp: whether it decides rows. URLs, windows and time-outs do not.
+        shown: whether `recap init` writes it; what only tests set it does not.
         least, most: bounds of a number, inclusive.
         locate: "path": relative to run.toml's folder; "model": also one of `<run>/models` or of stages/models;
             "endpoint": a URL, or the word for the file that `recap serve` writes.
     """
-    about = {"help": help, "stamp": stamp, "least": least, "most": most, "locate": locate}
+    about = {"help": help, "stamp": stamp, "shown": shown, "least": least, "most": most, "locate": locate}
     if factory is not MISSING:
         return dataclasses.field(default_factory=factory, metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -88,6 +90,7 @@ class Plugin:
     kind: str
     module: ModuleType
     config: Any
+    where: str = ""  # its file and field, for what only opening it finds wrong
 
     @property
     def stamp(self) -> dict[str, Any]:
@@ -209,7 +212,8 @@ class Section:
             raise self.error("kind", str(error)) from error
         if not hasattr(module, "Config"):
             raise self.error("kind", f"{kind!r} is a module, but no plugin: it has no Config (see {package})")
-        return Plugin(kind=kind, module=module, config=self.parse(module.Config, ignore=common | {"kind"}))
+        found = self.parse(module.Config, ignore=common | {"kind"})
+        return Plugin(kind=kind, module=module, config=found, where=f"{self.file}: {self.field}")
 
     def _value(self, name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -296,7 +300,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         file=file,
         folder=file.parent,
         num_cores=num_cores(),
-        **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(_Top)),
+        **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(Top)),
         source=source.plugin("pipeline.sources", common=common),
         corpus=source.only(common).parse(Corpus),
         engines={name: section.plugin("pipeline.engines") for name, section in top.sub("engines").named().items()},
@@ -306,7 +310,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Top:
+class Top:
     seed: int = key(0, "from which every sample's own seed is drawn", least=0)
     max_error_share: float = key(
         0.2, "a shard fails when more of its rows than this have failed, after the first 200", least=0, most=1

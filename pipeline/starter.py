@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline import plugins, tables
-from pipeline.config import Corpus, Run, describe, load
+from pipeline.config import Corpus, Run, Top, describe, load
 from pipeline.errors import ConfigError, Refused, UserError
 from pipeline.plan import freeze
-from pipeline.sources import _common
+from pipeline.slurm import Resources, Settings
+from pipeline.sources import _common, _tars
 
 WIDTH = 110
+LEVELS, NUM_FOLDERS, NUM_NAMES = 5, 3, 2000  # that a guess looks at: folders in each other, in each, names in each
 
 
 def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
@@ -27,7 +32,7 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
 
     Raises:
         Refused: there is a run already.
-        UserError: the source cannot be read as what it is said to be.
+        UserError: the source cannot be read as what it is said to be; then there is nothing of a run either.
     """
     file = folder / "run.toml"
     if file.exists():
@@ -37,14 +42,20 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     source = Path(sections["source"].get("path", "/nowhere"))
     if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
         raise Refused(f"{folder} lies in the corpus, {source}: the run's own files would be taken for images")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tables.atomic(file) as out:
         out.write(render(sections).encode())
     try:
-        run = load(folder)
+        run = load(folder.absolute())
         return run, plan(run)[1]
-    except BaseException:  # a Ctrl-C too; raised again
+    except BaseException as error:  # a Ctrl-C too; raised again
         file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
+        for place in made:
+            with suppress(OSError):  # somebody else has put something there
+                place.rmdir()
+        if isinstance(error, UserError):  # of a run.toml that nobody will find
+            raise UserError(str(error).removeprefix(f"{file.absolute()}: ")) from error
         raise
 
 
@@ -86,28 +97,37 @@ def guess_source(source: str) -> dict[str, Any]:
 
 
 def left_out(source: Mapping[str, Any]) -> str:
-    """That there are image files beside the tars or tables which are the corpus; "" where there are none."""
+    """That there are image files beside the tars or tables which are the corpus; "" where none is seen."""
     path = Path(source.get("path", ""))
     if source["kind"] not in ("webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
-    names = sorted(entry.name for entry in path.iterdir() if _common.is_image(entry.name) and entry.is_file())
+    names = list(filter(_common.is_image, _some(path)))
     if not names:
         return ""
     few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-    return f'{len(names)} image files in {path} are left out ({few}): kind = "{source["kind"]}" reads none'
+    return f'image files in {path} are left out ({few}): kind = "{source["kind"]}" reads none'
 
 
 def _kind(path: Path, source: str) -> str:
     if not path.is_dir():
         return "parquet" if source.endswith(".parquet") else "webdataset"
-    names = sorted(entry.name for entry in path.iterdir())
-    tars = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
-    if tars and any(name.endswith("_stats.json") for name in names):
-        return "img2dataset"
-    if tars:
-        return "webdataset"
-    parquet = [name for name in names if name.endswith(".parquet") and name != "metadata.parquet"]
-    return "parquet" if parquet else "folder"
+    names = list(_some(path))
+    if any(name.endswith(_tars.ENDINGS) for name in names):
+        return "img2dataset" if any(name.endswith("_stats.json") for name in names) else "webdataset"
+    parquet = [n for n in names if n.endswith((".parquet", ".pq")) and n.rpartition("/")[2] != "metadata.parquet"]
+    images = list(filter(_common.is_image, names))
+    return "parquet" if parquet and len(parquet) >= len(images) else "folder"
+
+
+def _some(folder: Path, *, below: str = "", levels: int = LEVELS) -> Iterator[str]:
+    """Names of files in a folder and in the first few below it, however many there are; the hidden are left out."""
+    with os.scandir(folder / below) as entries:
+        some = sorted((e for e in islice(entries, NUM_NAMES) if e.name[0] != "."), key=lambda entry: entry.name)
+    folders = [entry.name for entry in some if entry.is_dir(follow_symlinks=False)]
+    yield from (below + entry.name for entry in some if entry.is_file())
+    if levels > 1:
+        for name in folders[:NUM_FOLDERS]:
+            yield from _some(folder, below=f"{below}{name}/", levels=levels - 1)
 
 
 def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -118,6 +138,8 @@ def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
 def _head() -> Iterator[str]:
     yield "# A run of recap. `recap run all` makes all of it; a line with # in front of a key shows its default."
     yield "# Changing a key that decides rows makes the tables below it stale; time-outs, URLs and windows decide none."
+    yield ""
+    yield from _keys(Top, {})
 
 
 def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
@@ -129,8 +151,13 @@ def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     known = {field.name for cls in about for field in dataclasses.fields(cls)}
     assert known >= set(values) - {"kind"}, f"{name}: {set(values) - known}"
     for cls in about:
-        hints = get_type_hints(cls)
-        for field in dataclasses.fields(cls):
+        yield from _keys(cls, values)
+
+
+def _keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in values or field.metadata.get("shown", True):
             yield from _key(field, hints[field.name], values)
 
 
@@ -148,6 +175,9 @@ def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
 def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
     """The dataclasses that a section's keys come from."""
     top = name.split(".")[0]
+    if top == "slurm":
+        yield from (Settings, Resources)
+        return
     packages = {"source": "pipeline.sources", "engines": "pipeline.engines", "score": "stages.scorers"}
     if top != "engines" and top != "source":
         yield plugins.load("stages", top).Config
@@ -184,6 +214,8 @@ def _toml_key(key: str) -> str:
 def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> dict[str, dict[str, Any]]:
     """The sections of a first run: dense captions, checked as text and judged with the image."""
     asked = {"kind": engine, **({"model": model} if model else {})}
+    if engine == "openai":
+        asked["base_url"] = "endpoint"
     return {
         "source": dict(source),
         "engines.captioner": asked,
@@ -192,4 +224,5 @@ def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> di
         "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},
         "filter": {"rules": {"well_formed": "form > 0.9", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
         "export": {},
+        "slurm": {},
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config import Run
 from pipeline.errors import MachineError, UserError
-from pipeline.passes import Pass, select, with_inputs
+from pipeline.passes import Pass, all_passes, select, with_inputs
 from pipeline.plan import assign
 from pipeline.records import Caption, Image, Piece, Rubric, Score
 from pipeline.run import Runner
@@ -30,6 +30,9 @@ def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
     Raises:
         UserError: `what` names no pass that writes captions, rubrics or scores, or something failed.
     """
+    for p in select(all_passes(run), what):
+        if p.record not in (Caption, Rubric, Score):
+            raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
     with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
         here = dataclasses.replace(run, folder=Path(folder))
         _plan(here, num_images)
@@ -99,13 +102,11 @@ def _lines(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
             yield mark.key, _wrap(f"{p.title} {mark.candidate}", value)
             for c in mark.criteria:
                 yield mark.key, _wrap(f"  {c.id}", f"{c.verdict or 'cannot say'}: {c.reason or ''}")
-    elif p.record is Rubric:
+    else:
         for rubric in shard.table(p.folder, Rubric):
             yield rubric.key, _wrap(p.title, rubric.error or f"{len(rubric.criteria)} criteria")
             for demand in rubric.criteria:
                 yield rubric.key, _wrap(f"  {demand.id} ({demand.severity}, missed {demand.missed:.0%})", demand.text)
-    else:
-        raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
 
 
 def _wrap(title: str, text: str) -> str:

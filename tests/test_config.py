@@ -70,6 +70,9 @@ def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -
     assert config.stamped(run.corpus) == config.stamped(config.Corpus())
     commented = [line for line in (tmp_path / "run.toml").read_text().splitlines() if line.startswith("# ")]
     assert len(commented) > 30
+    lines = (tmp_path / "run.toml").read_text().splitlines()
+    assert {"# seed = 0", "# max_error_share = 0.2", "[slurm]", "# gpus = 1"} <= set(lines)
+    assert not any("die_after" in line or "_share = 0.0" in line for line in lines)  # what only tests set
 
 
 def test_defaults_and_urls_decide_no_rows(tmp_path: Path) -> None:

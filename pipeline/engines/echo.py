@@ -39,13 +39,13 @@ class Config:
     """`[engines.NAME]` with kind = "echo"."""
 
     text: str | None = key(None, "a fixed answer instead of words drawn from the request")
-    error_share: float = key(0.0, "share of attempts that are refused as bad requests", least=0, most=1)
-    empty_share: float = key(0.0, "share of attempts that answer nothing", least=0, most=1)
-    truncated_share: float = key(0.0, "share of attempts that are cut short", least=0, most=1)
-    repeated_share: float = key(0.0, "share of attempts that loop", least=0, most=1)
-    invalid_share: float = key(0.0, "share of attempts at a schema that are not JSON", least=0, most=1)
-    delay: float = key(0.0, "seconds that an attempt takes", stamp=False, least=0)
-    die_after: int = key(0, "attempts after which the engine dies; 0: never", stamp=False, least=0)
+    error_share: float = key(0.0, "share of attempts that are refused as bad requests", least=0, most=1, shown=False)
+    empty_share: float = key(0.0, "share of attempts that answer nothing", least=0, most=1, shown=False)
+    truncated_share: float = key(0.0, "share of attempts that are cut short", least=0, most=1, shown=False)
+    repeated_share: float = key(0.0, "share of attempts that loop", least=0, most=1, shown=False)
+    invalid_share: float = key(0.0, "share of attempts at a schema that are not JSON", least=0, most=1, shown=False)
+    delay: float = key(0.0, "seconds that an attempt takes", stamp=False, least=0, shown=False)
+    die_after: int = key(0, "attempts after which the engine dies; 0: never", stamp=False, least=0, shown=False)
 
     def __post_init__(self) -> None:
         if sum(self.shares.values()) > 1:
