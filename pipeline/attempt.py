@@ -172,12 +172,36 @@ class Attempt:
         return now is not None and now.recipe == self.recipe and now != self.before
 
 
+class Stopwatch:
+    """Parts the time of a process among the attempts that are under way: what they get adds up to the time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way, self._at = 0, time.monotonic()
+        self._got = 0.0  # seconds, by an attempt that began before all others and has not ended
+
+    def begin(self) -> float:
+        """What `end` is to be given."""
+        return self._turn(1)
+
+    def end(self, begun: float) -> float:
+        """The seconds that the attempt got."""
+        return self._turn(-1) - begun
+
+    def _turn(self, more: int) -> float:
+        with self._lock:
+            now = time.monotonic()
+            self._got += (now - self._at) / max(1, self._under_way)
+            self._at, self._under_way = now, self._under_way + more
+            return self._got
+
+
 class Tally:
     """Counts one shard's rows, and stops it when too many have failed."""
 
     def __init__(self, p: Pass, meter: Meter) -> None:
         self.p, self.meter = p, meter
-        self.started_at, self._start = time.time(), time.monotonic()
+        self.started_at = time.time()
         self.rows = self.new = self.failed = self.errors = 0
         self.retries = self.prompt_tokens = self.output_tokens = 0
         self.messages: Counter[str] = Counter()
@@ -209,14 +233,14 @@ class Tally:
         self.rows += 1
         self.errors += status_of(row) in row.failed
 
-    def stat(self, shard: int, waiting: float | None) -> Stat:
+    def stat(self, shard: int, *, seconds: float, waiting: float | None) -> Stat:
         return Stat(
             stage=self.p.stage,
             name=self.p.name,
             caption=self.p.caption,
             shard=shard,
             started_at=self.started_at,
-            seconds=time.monotonic() - self._start,
+            seconds=seconds,
             num_rows=self.rows,
             num_new_rows=self.new,
             num_errors=self.errors,

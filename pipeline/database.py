@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -25,11 +27,55 @@ RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, Rubric, Score, Ver
 VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
 QUIET = "SET enable_progress_bar = false"  # it would go to standard output, which is data
 MAX_CELL = 100  # characters of a value in a table for people
+QUERIES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # all of DuckDB's that only read
+READING = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
+EXPLAIN = re.compile(r"^EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
+READERS = re.compile(r"(read|parquet|duckdb|pragma)_\w+|generate_series|glob|json_each|json_tree|range|unnest")
 
 
-def connect(
-    folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None
-) -> duckdb.DuckDBPyConnection:
+class Connection:
+    """DuckDB with the views of one run. A view is defined when a statement names it: no other's files are looked at.
+
+    Until then, and while the run has no such table, it stands there empty, with the right columns.
+    """
+
+    def __init__(self, duck: duckdb.DuckDBPyConnection, views: Iterable[str]) -> None:
+        self.duck = duck
+        self._undefined = {_view(statement): statement for statement in views}
+        for record in RECORDS:
+            nothing = ", ".join(
+                f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in schema(record)
+            )
+            duck.execute(f"CREATE VIEW {record.table} AS SELECT {nothing} WHERE false")
+
+    def define(self, names: Iterable[str]) -> None:
+        """
+        Raises:
+            MachineError: a file of one of these views does not read.
+        """
+        import duckdb
+
+        for name in self._undefined.keys() & names:
+            try:
+                self.duck.execute(self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
+            except duckdb.Error as error:
+                why = str(error).partition("\n")[0]  # the rest shows a statement that is not the user's
+                if "No files found" not in why:
+                    remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
+                    raise MachineError(f"a file of {name} does not read: {why}; {remedy}") from error
+            del self._undefined[name]
+
+    def close(self) -> None:
+        self.duck.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None) -> Connection:
     """A connection with the views of manifests/views.sql over one run, locked into it.
 
     Args:
@@ -40,40 +86,46 @@ def connect(
     import duckdb
 
     run = folder.absolute()
-    connection = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
-    connection.execute(QUIET)
-    connection.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
-    for statement in views(run, files):
-        condition = (where or {}).get(_view(statement))
-        _define(connection, f"{statement} WHERE {condition}" if condition else statement)
-    return connection
+    duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
+    duck.execute(QUIET)
+    duck.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
+    duck.execute("SET enable_external_access = false")
+    duck.execute("SET lock_configuration = true")
+    return Connection(duck, _views(run, files, where or {}))
 
 
-def views(run: Path, files: str = "*.parquet") -> Iterator[str]:
+def _views(run: Path, files: str, where: Mapping[str, str]) -> Iterator[str]:
     """The statements of manifests/views.sql, over the run wherever one stands."""
     text = (resources.files("manifests") / "views.sql").read_text(encoding="utf-8")
     place = str(run).replace("'", "''")
-    for statement in re.sub(r"--[^\n]*", "", text).split(";"):
-        if statement.strip():
-            yield statement.strip().replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{place}/")
+    for statement in filter(None, map(str.strip, re.sub(r"--[^\n]*", "", text).split(";"))):
+        condition = where.get(_view(statement))
+        placed = statement.replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{place}/")
+        yield f"{placed} WHERE {condition}" if condition else placed
 
 
-def select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyConnection:
+def select(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
     """Runs one reading statement.
 
     Raises:
         QueryError: it is none, or it fails.
+        MachineError: a file that it reads does not read.
     """
     with _users_errors():
-        return connection.execute(_reading(connection, sql))
+        return connection.duck.execute(_reading(connection, sql))
 
 
-def rows(connection: duckdb.DuckDBPyConnection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
+def rows(connection: Connection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
     """The rows of a reading statement, `size` in memory at a time."""
-    result = select(connection, sql)
-    while batch := result.fetchmany(size):
+    yield from _fetched(select(connection, sql), size)
+
+
+def _fetched(result: duckdb.DuckDBPyConnection, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
+    while True:
+        with _users_errors():
+            batch = result.fetchmany(size)
+        if not batch:
+            return
         yield from batch
 
 
@@ -92,9 +144,8 @@ def names_in(expression: str, *, clause: str) -> frozenset[str]:
 
     with duckdb.connect() as connection:
         connection.execute(QUIET)
-        (text,) = connection.execute("SELECT json_serialize_sql(?)", [clause.format(expression)]).fetchone() or ("",)
+        tree = _tree(connection, clause.format(expression))
         volatile = {name for (name,) in connection.execute(VOLATILE).fetchall()}
-    tree = json.loads(text)
     if wrong := _why_no_expression(tree, volatile):
         raise QueryError(f"{expression!r} is no SQL that fits here: {wrong}")
     return frozenset(_found("column_names", tree))
@@ -120,13 +171,38 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _reading(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
-    import duckdb
+def _reading(connection: Connection, sql: str) -> duckdb.Statement:
+    """The one statement of `sql`, whose views are defined now.
 
-    statements = connection.extract_statements(sql)
-    if [s.type for s in statements] not in ([duckdb.StatementType.SELECT], [duckdb.StatementType.EXPLAIN]):
-        raise QueryError("only one reading statement is allowed: SELECT, FROM, DESCRIBE, SUMMARIZE, EXPLAIN")
+    Looked at is what it says, not its type: what DuckDB takes for a SELECT copies in a WITH clause, or runs a text.
+
+    Raises:
+        QueryError: it could do more than read.
+    """
+    statements = connection.duck.extract_statements(sql)
+    tree = _tree(connection.duck, EXPLAIN.sub("", statements[0].query)) if len(statements) == 1 else {"error": True}
+    nodes = list(_nodes(tree))
+    kinds = {kind for node in nodes if isinstance(kind := node.get("type"), str) and kind.endswith("_NODE")}
+    if tree["error"] or kinds - QUERIES:
+        raise QueryError(f"only one reading statement is allowed: {READING}")
+    functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
+    if unknown := sorted(name for name in functions if not READERS.fullmatch(name)):
+        raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it might do more than read")
+    connection.define({node["table_name"].strip('"').lower() for node in nodes if "table_name" in node})
     return statements[0]
+
+
+def _tree(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    """SELECT statements as DuckDB parses them: {"error": false, "statements": [...]}.
+
+    Raises:
+        QueryError: it is nested too deeply.
+    """
+    (text,) = duck.execute("SELECT json_serialize_sql(?)", [sql]).fetchone() or ("",)
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise QueryError(f"{sql[:MAX_CELL]}... is nested too deeply") from error
 
 
 @contextmanager
@@ -144,31 +220,23 @@ def _users_errors() -> Iterator[None]:
         raise QueryError(str(error)) from error
 
 
-def _found(key: str, node: Any) -> Iterator[str]:
+def _found(key: str, tree: Any) -> Iterator[str]:
     """The values of a key anywhere in a parsed statement; of a list, the first."""
-    if isinstance(node, dict):
+    for node in _nodes(tree):
         if key in node:
             yield node[key][0] if isinstance(node[key], list) else node[key]
-        for value in node.values():
-            yield from _found(key, value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _found(key, value)
 
 
-def _define(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
-    """Creates a view; an empty one with the right columns while the run has no such table."""
-    import duckdb
-
-    try:
-        connection.execute(statement)
-    except duckdb.IOException as error:
-        if "No files found" not in str(error):
-            raise
-        name = _view(statement)
-        record = next(r for r in RECORDS if r.table == name)
-        nothing = ", ".join(f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in schema(record))
-        connection.execute(f"CREATE VIEW {name} AS SELECT {nothing} WHERE false")
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """All that has parts in a parsed statement."""
+    left = [tree]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
 
 
 def _view(statement: str) -> str:
@@ -209,7 +277,7 @@ def named_query(name: str) -> str:
     return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
 
 
-def show(connection: duckdb.DuckDBPyConnection, sql: str, format: str, out: IO[bytes]) -> None:
+def show(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
     """Prints what a reading statement gives: a table for people, csv, json (a list of objects) or parquet.
 
     Raises:
@@ -220,32 +288,48 @@ def show(connection: duckdb.DuckDBPyConnection, sql: str, format: str, out: IO[b
         import pyarrow.parquet as pq
 
         with _users_errors(), pa.BufferOutputStream() as buffer:
-            pq.write_table(connection.sql(_reading(connection, sql)).to_arrow_table(), buffer)
+            pq.write_table(connection.duck.sql(_reading(connection, sql)).to_arrow_table(), buffer)
             out.write(buffer.getvalue())
         return
     result = select(connection, sql)
     names = [column[0] for column in result.description or ()]
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
-    PRINTERS[format](names, result.fetchall(), text)
-    text.detach()
+    try:
+        PRINTERS[format](names, _fetched(result), text)
+    finally:
+        text.detach()
 
 
-def _as_table(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
+def _as_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
     cells = [names, *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
 
 
-def _as_csv(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
+def _as_csv(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     writer.writerows(rows)
 
 
-def _as_json(names: list[str], rows: list[tuple[Any, ...]], out: IO[str]) -> None:
-    objects = [dict(zip(names, row, strict=True)) for row in rows]
-    print(json.dumps(objects, indent=2, ensure_ascii=False, default=str), file=out)
+def _as_json(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+    before = "[\n"
+    for row in rows:
+        one = {name: _finite(value) for name, value in zip(names, row, strict=True)}
+        text = json.dumps(one, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+        out.write(before + textwrap.indent(text, "  "))
+        before = ",\n"
+    out.write("[]\n" if before == "[\n" else "\n]\n")
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for each infinity and each NaN, for which JSON has no word."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _cell(value: Any) -> str:

@@ -66,9 +66,9 @@ class Ledger:
 
     def forget(self, shard: int) -> None:
         """A table of this shard has changed."""
-        for cache in (self._stamps, self._states, self._broken):
-            for place in [place for place in list(cache) if place[1] == shard]:  # other threads add to it
-                cache.pop(place, None)
+        for folder in self._makers:
+            for cache in (self._stamps, self._states, self._broken):
+                cache.pop((folder, shard), None)
 
     def _judge(self, p: Pass, shard: int) -> State:
         stamp = self.stamp(p.folder, shard)

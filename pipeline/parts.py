@@ -88,17 +88,16 @@ class Parts:
 
 def leave_word(folder: Path, message: str) -> None:
     """Keeps why a shard failed, for `recap status`, until the shard succeeds."""
-    with tables.atomic(folder / "failed.json", durable=False) as file:
+    with tables.atomic(folder / "failed.json") as file:
         file.write(json.dumps({"message": message, "time": time.time()}).encode())
 
 
 def last_words(folder: Path) -> str | None:
-    """Why the shard failed when it was last tried; None when it did not."""
+    """Why the shard failed when it was last tried; None when it did not, or what was kept of it does not read."""
     try:
-        message: str = json.loads((folder / "failed.json").read_bytes())["message"]
-    except FileNotFoundError:
+        return str(json.loads((folder / "failed.json").read_bytes())["message"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return message
 
 
 def _sound(rows: Iterable[Record]) -> Iterator[Record]:

@@ -23,8 +23,6 @@ from pipeline.errors import ConfigError, UnknownName
 from pipeline.records import Record
 
 if TYPE_CHECKING:
-    import duckdb
-
     from pipeline.shard import Shard
     from pipeline.writers import Payload
 
@@ -124,7 +122,7 @@ def with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
     return [p for p in passes if p.folder in folders]
 
 
-def connect(run: Run, *, files: str = "*.parquet") -> duckdb.DuckDBPyConnection:
+def connect(run: Run, *, files: str = "*.parquet") -> database.Connection:
     """The views of a run without what is left of passes that run.toml no longer has.
 
     Args:

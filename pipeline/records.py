@@ -298,7 +298,7 @@ class Stat(Record):
     caption: str  # for scores: the caption pass that was scored
     shard: int
     started_at: float  # seconds since 1970, UTC
-    seconds: float  # wall time of this attempt
+    seconds: float  # of its process's time in this attempt: while two shards are under way, each gets half of it
     num_rows: int
     num_new_rows: int  # made in this attempt; the others were kept from an earlier one
     num_errors: int

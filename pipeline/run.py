@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline import config, tables
-from pipeline.attempt import Attempt, ShardFailed, Stopped
+from pipeline.attempt import Attempt, ShardFailed, Stopped, Stopwatch
 from pipeline.engine import Engine, EngineDied
-from pipeline.errors import MachineError, Refused, UserError
+from pipeline.errors import ConfigError, MachineError, Refused, UserError
 from pipeline.ledger import DUE, Ledger, State
 from pipeline.parts import leave_word
 from pipeline.passes import Pass, all_passes
@@ -75,7 +75,10 @@ class Engines(Mapping[str, Engine]):
         with self._lock:
             if name not in self._open:
                 plugin = self._plugins[name]
-                self._open[name] = plugin.module.open(plugin.config)
+                try:
+                    self._open[name] = plugin.module.open(plugin.config)
+                except ConfigError as error:  # an engine knows its keys, not its name
+                    raise ConfigError(plugin.where, str(error)) from error
             return self._open[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -118,6 +121,7 @@ class Runner:
         self.stop = threading.Event()  # a signal came
         self.given_up = False  # no further shard would fare better
         self.outcome = Outcome()
+        self._stopwatch = Stopwatch()
         self._team: Team | None = None
 
     def execute(self, chosen: Sequence[Pass]) -> Outcome:
@@ -137,7 +141,7 @@ class Runner:
                         break
                     engines.close_all_but(p.engines)
                     with closing_after(p):
-                        self._make_pass(p, engines, alone=len(chosen) == 1)
+                        self._make_pass(p, engines)
         except Stopped:
             self.outcome.stopped = True
         except BaseException:  # a second Ctrl-C too; raised again
@@ -194,7 +198,7 @@ class Runner:
                 )
             )
 
-    def _make_pass(self, p: Pass, engines: Engines, *, alone: bool) -> None:
+    def _make_pass(self, p: Pass, engines: Engines) -> None:
         self.check_stale([p])  # what was just made may be what this pass was made from
         states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
         todo = [shard for shard, state in states.items() if self._is_due(p, state)]
@@ -207,8 +211,12 @@ class Runner:
         if broken:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
             say(f"recap: {states[broken[0]].why}{others}; it is made again")
-        for shard in blocked:
-            self._fail(p, shard, f"{states[shard].why}; run the stage that makes it first", quiet=not alone)
+        lacks = {f"{p.title} {n:05d}": f"{states[n].why}; run the stage that makes it first" for n in blocked}
+        if lacks and not self.outcome.failures:  # else it is what became of what was said before
+            place, why = next(iter(lacks.items()))
+            others = f" (and {len(lacks) - 1} shards more like it)" if lacks.keys() - {place} else ""
+            say(f"recap: {place} failed: {why}{others}")
+        self.outcome.failures |= lacks
         if todo:
             with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
@@ -304,8 +312,12 @@ class Runner:
             stop=self.stop,
             meter=meter,
         )
-        overtaken = not attempt.make(engines)
-        stat = attempt.tally.stat(number, engines.waiting(p.engines))
+        begun = self._stopwatch.begin()
+        try:
+            overtaken = not attempt.make(engines)
+        finally:
+            seconds = self._stopwatch.end(begun)
+        stat = attempt.tally.stat(number, seconds=seconds, waiting=engines.waiting(p.engines))
         if not overtaken:
             self._record(p, stat)
         return Made(stat=stat, overtaken=overtaken)
@@ -315,20 +327,17 @@ class Runner:
         recipe = tables.Recipe(stage="stats", name="", version=1, slice={}, inputs={})
         tables.write(path, Stat, [stat], recipe)
 
-    def _fail(self, p: Pass, shard: int, why: BaseException | str, *, quiet: bool = False) -> None:
+    def _fail(self, p: Pass, shard: int, why: BaseException) -> None:
         place = f"{p.title} {shard:05d}"
-        message = why if isinstance(why, str) else str(why) or type(why).__name__
-        if not isinstance(why, str | ShardFailed | EngineDied | OSError | MachineError):
-            assert isinstance(why, BaseException)
+        message = str(why) or type(why).__name__
+        if not isinstance(why, ShardFailed | EngineDied | OSError | MachineError):
             message = "".join(traceback.format_exception(why)).rstrip()
         if isinstance(why, tables.BrokenTable):
             message += self._set_aside(why.path)
         self.outcome.failures[place] = message
-        if not quiet:
-            say(f"recap: {place} failed: {message}")
-        if not isinstance(why, str):
-            with suppress(OSError):
-                leave_word(work_folder(self.run.folder, p.folder, shard), message)
+        say(f"recap: {place} failed: {message}")
+        with suppress(OSError):
+            leave_word(work_folder(self.run.folder, p.folder, shard), message)
 
     def _set_aside(self, path: Path) -> str:
         """Takes a table that does not read out of the way, and out of the views; the next run makes it again."""

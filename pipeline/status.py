@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _survey(runner: Runner, p: Pass, overview: Overview, watch: Watch) -> PassSt
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
         seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, len(running)) if rate else None,
-        reasons=tuple(overview.reasons(p, "stale"))[:MAX_LINES],
+        reasons=tuple(overview.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(running),
         waiting=watch.waiting(p),
@@ -89,11 +90,17 @@ def _rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None
     """Rows per second and seconds per shard, as measured, over shards drawn evenly from those done."""
     step = max(1, len(done) // SAMPLE)
     paths = [table_path(run / "stats", p.folder, shard) for shard in done[::step]]
-    stats = [stat for path in paths if path.exists() for stat in tables.read(path, Stat) if stat.num_new_rows]
+    stats = [stat for path in paths for stat in _read(path) if stat.num_new_rows]
     if not stats:
         return None
     seconds = sum(stat.seconds for stat in stats)
     return sum(stat.num_new_rows for stat in stats) / max(seconds, 1e-9), seconds / len(stats)
+
+
+def _read(path: Path) -> Iterator[Stat]:
+    """None where there is no such file, or none that reads: nothing depends on it."""
+    with suppress(FileNotFoundError, tables.BrokenTable):
+        yield from tables.read(path, Stat)
 
 
 def table(passes: Sequence[PassStatus], watch: Watch) -> str:
@@ -134,7 +141,7 @@ def _notes(passes: Sequence[PassStatus]) -> Iterator[str]:
             yield f"running {p.title}: {len(p.running)} tasks in all"
         for why, num in p.waiting.items():
             yield f"waiting {p.title}: {num} tasks ({why})"
-        for reason in p.reasons:
+        for reason in p.reasons[:MAX_LINES]:
             yield f"stale {p.title}: {reason}"
         for shard, why in list(p.failures.items())[:MAX_LINES]:
             yield f"failed {p.title} {shard}: {why}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
-from pipeline import database
+from pipeline import config, database, passes, starter
 from pipeline.cli import app
+from pipeline.errors import MachineError, QueryError
 from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, times, write
 from tests.wrapped import tar
 
@@ -52,6 +55,44 @@ def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     assert status["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
     assert all(p["num_missing"] == p["stale"] == 0 for p in status.values())
     assert (tmp_path / "run" / "export" / "README.md").exists()
+
+
+def test_init_says_what_comes_next_as_a_shell_takes_it(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"])
+    assert f"--run '{tmp_path}/my run'" in recap("init", tmp_path / "my run", "--source", photos).stderr
+
+
+def test_init_asks_the_server_that_recap_serve_starts(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"])
+    done = recap("init", tmp_path / "run", "--source", photos, "--engine", "openai", "--model", "m")
+    assert "recap serve captioner" in done.stderr
+    assert 'base_url = "endpoint"' in (tmp_path / "run" / "run.toml").read_text()
+
+
+def test_an_init_that_fails_leaves_nothing_and_names_no_file_of_its_own(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"])
+    done = recap("init", tmp_path / "new" / "run", "--source", photos, "--engine", "vllm", check=False)
+    assert (done.returncode, "run.toml" in done.stderr) == (2, False)
+    assert done.stderr.startswith("recap: engines.captioner.model: is missing")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["2024/a/000.tar", "README.md"], "webdataset"),
+        (["00/000.tar", "00/000_stats.json"], "img2dataset"),
+        (["data/train/0.parquet", "preview.png"], "parquet"),
+        (["cats/1.jpg", "dogs/2.jpg", "dogs/3.jpg", "boxes/all.parquet"], "folder"),
+        (["cats/1.jpg", "metadata.parquet"], "folder"),
+        ([".cache/0.tar", "cats/1.jpg"], "folder"),
+    ],
+)
+def test_what_lies_deeper_is_guessed_too(tmp_path: Path, files: list[str], kind: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert starter.guess_source(str(tmp_path))["kind"] == kind
 
 
 def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> None:
@@ -121,6 +162,25 @@ def test_sql_speaks_every_format(run: Path) -> None:
     assert (table[0].split(), len(table)) == (["key", "status"], 1 + len(rows))
 
 
+def test_json_has_no_infinity(run: Path) -> None:
+    out = io.BytesIO()
+    with database.connect(run) as connection:
+        query = "SELECT i, 1 / i AS x, [{'v': 'nan'::DOUBLE}] AS y FROM range(0, 3, 2) AS t(i)"
+        database.show(connection, query, "json", out)
+        database.show(connection, "FROM image WHERE false", "json", out)
+    first, second = {"i": 0, "x": None, "y": [{"v": None}]}, {"i": 2, "x": 0.5, "y": [{"v": None}]}
+    assert out.getvalue().decode() == f"{json.dumps([first, second], indent=2)}\n[]\n"
+
+
+@pytest.mark.parametrize("format", ["csv", "json"])
+def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
+    out = io.BytesIO()
+    with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
+        query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
+        database.show(connection, query, format, out)
+    assert b"1999" in out.getvalue()
+
+
 def test_sql_as_parquet_can_be_piped(run: Path, tmp_path: Path) -> None:
     with database.connect(run) as connection, open(tmp_path / "out.parquet", "wb") as out:
         database.show(connection, "FROM verdict", "parquet", out)
@@ -147,6 +207,70 @@ def test_sql_only_reads_and_only_the_run(run: Path, query: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("recap: ")
     assert times(run) == before
+
+
+COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"EXPLAIN ANALYZE {COPY}",
+        f"EXPLAIN (ANALYZE) {COPY}",
+        f"explain /* a */ analyze {COPY}",
+        f"WITH a AS ({COPY}) SELECT 1",
+        f"EXPLAIN ANALYZE WITH a AS ({COPY}) SELECT 1",
+        f"SELECT 1 WHERE EXISTS (WITH a AS ({COPY}) SELECT 1)",
+        "FROM json_execute_serialized_sql(json_serialize_sql($$WITH a AS (" + COPY + ") SELECT 1$$))",
+        "FROM query($$WITH a AS (" + COPY + ") SELECT 1$$)",
+        "EXPLAIN ANALYZE CREATE TABLE x AS SELECT 1",
+        "PRAGMA enable_profiling",
+        "CALL enable_logging()",
+    ],
+)
+def test_nothing_that_reads_writes_on_the_way(run: Path, query: str) -> None:
+    before = times(run)
+    with (
+        database.connect(run) as connection,
+        pytest.raises(QueryError, match=r"only one reading|not allowed|needs a SELECT"),
+    ):
+        database.select(connection, query.format(run=run))
+    assert times(run) == before
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "EXPLAIN SELECT * FROM image",
+        "EXPLAIN ANALYZE FROM image",
+        "SUMMARIZE verdict",
+        "DESCRIBE SELECT key FROM score",
+        "SHOW TABLES",
+        "WITH RECURSIVE n AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM n WHERE i < 3) FROM n",
+        "SELECT unnest(flags) FROM caption UNION SELECT key FROM read_parquet('{run}/image/*.parquet')",
+    ],
+)
+def test_what_reads_is_allowed(run: Path, query: str) -> None:
+    with database.connect(run) as connection:
+        assert database.select(connection, query.format(run=run)).fetchall()
+
+
+def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
+    os.truncate(damaged, 50)
+    with passes.connect(config.load(run), files="00000.parquet") as shard:
+        assert list(database.rows(shard, "SELECT count(*) FROM image")) == [(10,)]
+    with passes.connect(config.load(run)) as connection:
+        assert list(database.rows(connection, "SELECT 1")) == [(1,)]
+        assert ("stats",) in database.rows(connection, "SHOW TABLES")
+        assert list(database.rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]
+        with pytest.raises(MachineError, match=f"{damaged.name}.*may be removed"):
+            database.select(connection, "SELECT (SELECT count(*) FROM Stats)")
+    told = recap("query", "cost", "--run", run, check=False)
+    assert (told.returncode, told.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
+    status = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--json").stdout)}
+    assert status["caption:dense"]["rows_per_second"] > 0
 
 
 def test_every_named_query_answers_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
@@ -180,6 +304,19 @@ def test_a_trial_shows_captions_and_scores_and_leaves_nothing(run: Path) -> None
     assert " ".join(text.split()) in " ".join(captions.split())
 
 
+@pytest.mark.parametrize("stage", ["ingest", "filter"])
+def test_a_trial_of_what_it_cannot_show_is_refused_at_once(tmp_path: Path, stage: str) -> None:
+    run = write(tmp_path / "run", sections(tmp_path / "nowhere"))
+    done = recap("try", stage, "--run", run, check=False)
+    assert (done.returncode, f"{stage} makes none of them" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("option", [("--shard", "0"), ("--retry", "error"), ("--workers", "2")])
+def test_a_training_refuses_what_is_for_shards(run: Path, option: tuple[str, str]) -> None:
+    done = recap("run", "train", *option, "--run", run, check=False)
+    assert (done.returncode, "are not for it" in done.stderr) == (2, True)
+
+
 def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
     import duckdb
 
@@ -197,7 +334,7 @@ def test_photographs_beside_tars_are_not_left_out_without_a_word(tmp_path: Path)
     photos = corpus(tmp_path / "photos", ["jpg", "png"])
     (photos / "more.tar").write_bytes(tar({"a.jpg": picture(7)}))
     said = recap("init", tmp_path / "run", "--source", photos).stderr
-    assert f'2 image files in {photos} are left out (00000.jpg, 00001.png): kind = "webdataset" reads none' in said
+    assert f'image files in {photos} are left out (00000.jpg, 00001.png): kind = "webdataset" reads none' in said
     (photos / "more.tar").rename(tmp_path / "more.tar")
     assert "left out" not in recap("init", tmp_path / "other", "--source", photos).stderr
 
@@ -258,3 +395,20 @@ def test_a_slow_question_has_no_progress_bar_in_its_answer(run: Path) -> None:
     with database.connect(run) as connection:
         (shown,) = next(database.rows(connection, "SELECT current_setting('enable_progress_bar')"))
     assert not shown
+
+
+def test_what_a_stage_lacks_is_said_once(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"shard_size": 1}))
+    done = recap("run", "caption", "--run", run, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("run the stage that makes it first") == 1
+    assert "caption:dense 00000" in done.stderr and "(and 3 shards more like it)" in done.stderr
+
+
+def test_a_key_that_the_environment_lacks_is_named_with_its_engine(tmp_path: Path) -> None:
+    engine = {"kind": "openai", "model": "m", "base_url": "endpoint", "api_key_env": "NO_SUCH_KEY"}
+    parts = sections(corpus(tmp_path / "photos", ["jpg"])) | {"engines.captioner": engine}
+    run = begin(tmp_path / "run", parts)
+    done = recap("run", "all", "--run", run, check=False)
+    said = f"{run}/run.toml: engines.captioner: api_key_env: the environment has no NO_SUCH_KEY"
+    assert (done.returncode, said in done.stderr) == (2, True)

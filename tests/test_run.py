@@ -287,6 +287,18 @@ def test_what_the_machine_is_asked_before_its_input_is_there_says_what_is_missin
     assert "image/00000.parquet is missing" in done.stderr
 
 
+def test_the_seconds_of_overlapped_shards_add_up_to_those_of_the_pass(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 20), engines__captioner={"delay": 0.1})
+    run = begin(tmp_path / "run", parts)
+    make(run, "ingest")
+    start = time.monotonic()
+    make(run, "caption")
+    whole = time.monotonic() - start
+    seconds = [stat.seconds for stat in rows(run, "stats/caption/dense", Stat)]
+    assert len(seconds) == 2
+    assert 10 * 0.1 <= sum(seconds) <= whole
+
+
 def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before_the_next(tmp_path: Path) -> None:
     record = tmp_path / "record"
     names = {

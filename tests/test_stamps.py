@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config, starter
+from pipeline import config, starter, status
+from pipeline.parts import leave_word
 from pipeline.run import Runner
+from pipeline.shard import work_folder
 from pipeline.stamps import Overview, listings
+from pipeline.watch import Watch
 from tests.runs import begin, corpus, make, sections, write
 
 
@@ -113,6 +116,47 @@ def test_a_damaged_cache_is_no_cache(finished: Path, tmp_path: Path) -> None:
     for path in (run / ".work" / "stamps").iterdir():
         os.truncate(path, path.stat().st_size // 2)
     assert kinds(run) == expected
+
+
+def survey(run: Path) -> dict[str, status.PassStatus]:
+    runner = Runner(run=config.load(run))
+    return {p.title: p for p in status.survey(runner, Watch.of(runner))}
+
+
+def test_every_reason_is_told(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 7)
+    for shard in range(7):
+        parts = sections(photos, source={"shard_size": 1}, caption__dense={"num_candidates": shard + 1})
+        run = begin(tmp_path / "run", parts) if shard == 0 else write(tmp_path / "run", parts)
+        make(run, "ingest", shards=str(shard))
+        make(run, "caption", shards=str(shard))
+    found = survey(run)["caption:dense"]
+    assert sorted(found.reasons) == [f"num_candidates: {num} -> 7" for num in range(1, 7)]
+    assert status.table([found], Watch.of(Runner(run=config.load(run)))).count("num_candidates") == status.MAX_LINES
+
+
+@pytest.mark.parametrize("words", ["", '{"mess', "[]", "{}", "null"])
+def test_last_words_that_do_not_read_are_none(finished: Path, tmp_path: Path, words: str) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "verdict" / "00001.parquet").unlink()
+    folder = work_folder(run, "verdict", 1)
+    leave_word(folder, "out of paper")
+    assert survey(run)["filter"].failures == {"00001": "out of paper"}
+    (folder / "failed.json").write_text(words)
+    assert survey(run)["filter"].failures == {}
+
+
+def test_forgetting_a_shard_does_not_take_longer_when_more_are_known(finished: Path) -> None:
+    def seconds(num_known: int) -> float:
+        ledger = Runner(run=config.load(finished)).ledger
+        for shard in range(num_known):
+            ledger.stamp("image", shard)
+        start = time.thread_time()
+        for shard in range(100):
+            ledger.forget(shard)
+        return time.thread_time() - start
+
+    assert seconds(20_000) < 20 * seconds(100)
 
 
 def test_folders_are_listed_alike_here_and_elsewhere(finished: Path, tmp_path: Path) -> None:

@@ -10,12 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import config, database, passes, plan
-
-if TYPE_CHECKING:
-    import duckdb
 
 NUM_BINS = 20  # of a score's distribution
 MAX_WORDS = 2_000  # longer texts count as this long
@@ -231,23 +228,23 @@ COSTS = """
     FROM stats GROUP BY stage, name, caption ORDER BY min(started_at), stage, name, caption"""
 
 
-def _one(connection: duckdb.DuckDBPyConnection, sql: str) -> int | None:
+def _one(connection: database.Connection, sql: str) -> int | None:
     """The only value of a statement; None when it gives no row."""
     row = next(database.rows(connection, sql), None)
     return None if row is None or row[0] is None else int(row[0])
 
 
-def _tallies(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[Tally, ...]:
+def _tallies(connection: database.Connection, sql: str) -> tuple[Tally, ...]:
     rows = database.rows(connection, f"{sql} LIMIT {MAX_ROWS}")
     return tuple(Tally(of=of, label=label, count=num, example=example) for of, label, num, example in rows)
 
 
-def _lengths(connection: duckdb.DuckDBPyConnection) -> Iterator[Lengths]:
+def _lengths(connection: database.Connection) -> Iterator[Lengths]:
     for name, rows in groupby(database.rows(connection, LENGTHS), key=lambda row: row[0]):
         yield Lengths(name=name, counts=tuple((words, count) for _, words, count in rows))
 
 
-def _distributions(connection: duckdb.DuckDBPyConnection) -> Iterator[Distribution]:
+def _distributions(connection: database.Connection) -> Iterator[Distribution]:
     for (score, caption), rows in groupby(database.rows(connection, SCORES), key=lambda row: row[:2]):
         counts, total = dict[int | None, int](), 0.0
         for _, _, place, count, sum_of_values in rows:
@@ -263,21 +260,21 @@ def _distributions(connection: duckdb.DuckDBPyConnection) -> Iterator[Distributi
         )
 
 
-def _answers(connection: duckdb.DuckDBPyConnection) -> Iterator[Answers]:
+def _answers(connection: database.Connection) -> Iterator[Answers]:
     rows = database.rows(connection, f"{ANSWERS} LIMIT {MAX_ANSWERS}")
     for (score, caption, criterion), group in groupby(rows, key=lambda row: row[:3]):
         answers = tuple(Answer(verdict=verdict, count=num, value=mean) for *_, verdict, num, mean, _ in group)
         yield Answers(score=score, caption=caption, criterion=criterion, answers=answers)
 
 
-def _costs(connection: duckdb.DuckDBPyConnection) -> tuple[tuple[Cost, ...], float | None]:
+def _costs(connection: database.Connection) -> tuple[tuple[Cost, ...], float | None]:
     names = [field.name for field in dataclasses.fields(Cost)]
     rows = list(database.rows(connection, COSTS))
     costs = tuple(Cost(**dict(zip(names, row[:-1], strict=True))) for row in rows)
     return costs, max((row[-1] for row in rows), default=None)
 
 
-def _curves(connection: duckdb.DuckDBPyConnection) -> Iterator[Curve]:
+def _curves(connection: database.Connection) -> Iterator[Curve]:
     for name, points in groupby(database.rows(connection, POINTS), key=lambda row: row[0]):
         yield Curve(name=name, points=tuple((step, value) for _, step, value in points))
 

@@ -12,15 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import config, database, images, passes
 from pipeline.plan import Plan
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
 from pipeline.shard import Shard
-
-if TYPE_CHECKING:
-    import duckdb
 
 THUMBNAIL = 256 * 256  # pixels
 MAX_CAPTIONS = 4  # of an image that are shown
@@ -65,7 +62,7 @@ def sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
             yield Sheet(kind=kind, samples=samples)
 
 
-def _drawn(connection: duckdb.DuckDBPyConnection, num_images: int) -> Iterator[tuple[str, list[str]]]:
+def _drawn(connection: database.Connection, num_images: int) -> Iterator[tuple[str, list[str]]]:
     """Kind -> keys."""
     sizes = {kind: max(1, round(share * num_images)) for kind, share in SHARES.items()}
     if _any(connection, "verdict"):
@@ -100,14 +97,14 @@ UNUSABLE = f"""
     SELECT status, {ORDERED} FROM image WHERE status <> 'ok' GROUP BY status ORDER BY count(*) DESC, status"""
 
 
-def _take(connection: duckdb.DuckDBPyConnection, sql: str, size: int) -> list[str]:
+def _take(connection: database.Connection, sql: str, size: int) -> list[str]:
     """Keys of each group in turn, so that a rare reason is seen beside a common one."""
     groups = [keys or () for _, keys in database.rows(connection, sql.format(size=size))]
     keys = (key for key in chain.from_iterable(zip_longest(*groups)) if key is not None)
     return list(islice(dict.fromkeys(keys), size))
 
 
-def _any(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+def _any(connection: database.Connection, table: str) -> bool:
     return next(database.rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
 
 
@@ -155,7 +152,7 @@ def _thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
     return file.getvalue(), None
 
 
-def _captions(connection: duckdb.DuckDBPyConnection, wanted: str) -> dict[str, list[Shown]]:
+def _captions(connection: database.Connection, wanted: str) -> dict[str, list[Shown]]:
     verdicts = {verdict.id: verdict for verdict in (Verdict(**r) for r in _rows(connection, Verdict, wanted))}
     scores: dict[tuple[Any, ...], list[Score]] = {}
     for row in _rows(connection, Score, wanted, order="name"):
@@ -176,7 +173,7 @@ def _rank(shown: Shown) -> tuple[bool, bool]:
 
 
 def _rows(
-    connection: duckdb.DuckDBPyConnection, record: type[Record], wanted: str, *, order: str = "key"
+    connection: database.Connection, record: type[Record], wanted: str, *, order: str = "key"
 ) -> Iterator[dict[str, Any]]:
     names = columns(record)
     chosen = ", ".join(map(database.identifier, names))
