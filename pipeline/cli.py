@@ -179,7 +179,10 @@ Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help
 @app.command(epilog="""Example: recap sql "SELECT status, count(*) FROM caption GROUP BY ALL" --run runs/photos""")
 def sql(
     query: Annotated[
-        str, typer.Argument(metavar="SELECT", help="Over plan, image, caption, rubric, score, verdict, export, step, stats.")
+        str,
+        typer.Argument(
+            metavar="SELECT", help="Over plan, image, caption, rubric, score, verdict, export, step, stats."
+        ),
     ],
     run: RunOption = Path(),
     format: Format = "table",
