@@ -186,8 +186,13 @@ def quicken(model: Any, *, compiled: bool) -> None:
 
 @cache
 def _compile_apart() -> None:
-    """Has torch compile into a folder of this process: what a killed one was writing would be taken for whole."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    """Has torch compile into a folder of this process: what a killed one was writing would be taken for whole.
+
+    A folder that the user has named stays; torch writes its own default there too.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         folder = tempfile.mkdtemp(prefix="recap-compiled-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
