@@ -136,7 +136,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
 
 def digest(student: str, settings: Config | None, *, shared: bool) -> str:
     """Of all that decides an arm but its seed, wherever its models and its run lie."""
-    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared]
+    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared, claims.VERSION, rubric.VERSION]
     parts = [student, words, settings and {**config.stamped(settings), "model": "", "seed": 0}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -156,20 +156,17 @@ def manifest() -> str:
 
 
 def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
-    """The model of an arm: trained in a folder of its own that shares the run's tables."""
+    """The model of an arm: trained in a folder of its own that shares the run's tables, and left alone when it is done."""
     folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
         if not (folder / table).exists():
             (folder / table).symlink_to(run.folder / table)
-    if not (folder / "model" / "README.md").exists():
-        engines = Engines(run.engines)
-        try:
-            sections = {**run.sections, "train": {"": replace(settings, seed=seed)}}
-            train.train(replace(run, folder=folder, sections=sections), engines)
-        finally:
-            engines.close_all_but(())
-    return folder / "model"
+    engines, sections = Engines(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
+    try:
+        return train.train(replace(run, folder=folder, sections=sections), engines)
+    finally:
+        engines.close_all_but(())
 
 
 @dataclass(frozen=True, kw_only=True)
