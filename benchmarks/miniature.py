@@ -156,12 +156,12 @@ def manifest() -> str:
 
 
 def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
-    """The model of an arm: trained in a folder of its own that shares the run's tables, and left alone when it is done."""
+    """The model of an arm: trained, unless it is done, in a folder of its own that shares the run's tables."""
     folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
         if not (folder / table).exists():
-            (folder / table).symlink_to(run.folder / table)
+            (folder / table).symlink_to((run.folder / table).absolute())
     engines, sections = Engines(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
     try:
         return train.train(replace(run, folder=folder, sections=sections), engines)
