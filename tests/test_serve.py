@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ def test_whether_it_is_ready_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyP
         assert serve._is_well(server.url.removesuffix("/v1") + "/health")
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
 @pytest.mark.parametrize("host", ["::", "::1"])
 def test_an_address_of_ipv6_has_ports_and_urls(host: str) -> None:
-    assert serve._free_port(host) > 0
+    try:
+        assert serve._free_port(host) > 0
+    except OSError as error:  # the machine has no IPv6, which it says of itself; no address is misread
+        assert error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
     assert serve._bracketed(host) == f"[{host}]" and serve._bracketed("0.0.0.0") == "0.0.0.0"
