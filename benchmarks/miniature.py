@@ -69,18 +69,21 @@ temperature = 1.0
 
 def supervised(base: Config, *taught: str) -> Config:
     """Word by word from these passes, for as many samples as the answers that GRPO draws."""
-    return replace(
-        base,
+    return Config(
         method="sft",
-        rewards={},
+        model=base.model,
         captions=taught,
         batch_size=SFT_BATCH,
         steps=base.steps * base.batch_size // SFT_BATCH,
         learning_rate=3e-4,
-        muon=Config.muon,
+        warmup_steps=base.warmup_steps,
+        decay=base.decay,
+        optimizer=base.optimizer,
+        freeze_vision=base.freeze_vision,
         compile=True,
         eval_images=256,
         eval_steps=1000,
+        log_steps=base.log_steps,
         save_steps=500,
     )
 

@@ -271,3 +271,13 @@ def test_the_manifest_of_the_model_is_valid(tmp_path: Path) -> None:
     run = config.load(tmp_path)
     assert {p.title for p in all_passes(run)} >= {"rubric:committee", "score:committee:student"}
     assert set(run.sections["train"][""].rewards) <= set(run.sections["score"])
+
+
+def test_every_arm_of_the_miniature_is_a_valid_training(tmp_path: Path) -> None:
+    from benchmarks import miniature
+
+    shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
+    made = miniature.arms(config.load(tmp_path).sections["train"][""])
+    drawn = {arm: one.steps * one.batch_size for arm, one in made.items() if one is not None}
+    assert drawn.pop("one mark") * 4 == drawn["rubrics"]
+    assert set(drawn.values()) == {51200}

@@ -270,12 +270,17 @@ def text_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as plain products: on a CPU the backward pass of the fused kernel takes half of a training step."""
-    import torch
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv
+    """Attention as plain products: on a CPU the backward pass of the fused kernel takes half of a training step.
 
-    key, value = (repeat_kv(part, module.num_key_value_groups) for part in (key, value))
-    weights = torch.matmul(query * scaling, key.transpose(2, 3))
+    Query heads that share a key head stand below one another as more queries of it: keys are not copied for each.
+    """
+    import torch
+
+    batch, num_heads, length, size = query.shape
+    shared = num_heads // module.num_key_value_groups
+    grouped = (query * scaling).reshape(batch, shared, -1, size)
+    weights = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask is not None:
-        weights = weights + attention_mask
-    return torch.matmul(torch.softmax(weights, -1), value).transpose(1, 2).contiguous(), None
+        weights = (weights.view(batch, num_heads, length, -1) + attention_mask).view_as(weights)
+    seen = torch.matmul(torch.softmax(weights, -1), value).view(batch, num_heads, length, size)
+    return seen.transpose(1, 2).contiguous(), None
