@@ -21,10 +21,11 @@ from pipeline.engine import Reply, Request
 from pipeline.engines import echo
 from pipeline.errors import ConfigError
 from pipeline.passes import Pass, all_passes, select
-from pipeline.records import Caption, Demand, Image, Piece, Rubric, Score
+from pipeline.records import Caption, Demand, Image, Piece, Rubric, Score, Step
+from pipeline.run import Engines
 from pipeline.shard import Shard, table_path
 from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, scene
-from stages import matching, rubric
+from stages import matching, rubric, train
 from stages.claims import Claim, contradicts, facts, parse, say, verbalise
 from stages.matching import Check, heard
 from stages.scorers import Mark, Sample
@@ -33,7 +34,7 @@ from stages.teachers import TEACHERS, caption
 from stages.writers import Evidence, Written, claims, llm, majority
 from tests import tiny
 from tests.runs import ROOT, begin, make
-from tests.served import serving
+from tests.served import Served, serving
 from tests.test_score import RECIPE, Scripted, caption_row, image_row
 
 PRAISE = (
@@ -695,9 +696,25 @@ def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
     assert sum(row.status == "error" for row in after) < len(bad)
 
 
+TRAIN = """
+[train]
+method = "grpo"
+model = "scenes-captioner"
+recipe = "scenes"
+captions = ["student"]
+rewards = { mine = 1.0 }
+group_size = 2
+batch_size = 4
+steps = 2
+max_tokens = 64
+eval_images = 0
+log_steps = 1
+"""
+
+
 @pytest.mark.vllm
 def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) -> None:
-    """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges."""
+    """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges and rewards."""
     ours: dict[str, Any] = {"dtype": "float32", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": True}
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
@@ -705,22 +722,35 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
     hot = {"temperature = 0.0": "temperature = 1.0", "ladder = [0.3, 0.6, 0.9]": f"ladder = {[1.0] * 7}"}
     brief = {"max_criteria = 12": "min_criteria = 1\nmax_criteria = 2", "= 240": "= 16"}
     reworded("writers/committee.toml", run, {**hot, **brief})
-    reworded("rubrics/text_only.toml", run, hot)
+    reworded("rubrics/text_only.toml", run, {**hot, "max_tokens = 2048": "max_tokens = 128"})
     tight = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
     ours["args"] = [f"--structured-outputs-config={tight}"]
-    toml = (run / "run.toml").read_text()
-    for what, model in (("rubric", tiny_model), ("score", tiny.make_text(tmp_path / "text"))):
-        with serving(model, **ours) as server:
-            (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1"))
-            for stage in ("ingest", "caption", what) if what == "rubric" else (what,):
-                assert make(run, stage).exit_code == 0
+    toml = (run / "run.toml").read_text() + TRAIN
+
+    def at(server: Served) -> config.Run:
+        (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1"))
+        return config.load(run)
+
+    with serving(tiny_model, **ours) as writer:
+        at(writer)
+        for stage in ("ingest", "caption", "rubric"):
+            assert make(run, stage).exit_code == 0
     rows = rubrics_of(run)
     assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8, [row.error for row in rows]
     assert all(row.model == "tiny" and row.engine == "model" for row in rows)
     assert all(d.agreed >= 2 and 0 < d.missed <= 1 for row in rows for d in row.criteria)
-    scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
+    with serving(tiny.make_text(tmp_path / "text"), **ours) as judge:
+        loaded = at(judge)
+        assert make(run, "score").exit_code == 0
+        scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
+        asked = judge.num_answered()
+        model = train.train(loaded, Engines(loaded.engines))
+        assert judge.num_answered() >= asked + 8
     assert len(scores) == 32 and any(score.status == "ok" for score in scores)
     assert all((score.value is None) == (score.status != "ok") for score in scores)
+    unscored = [step.value for step in tables.read(run / "step/00000.parquet", Step) if step.name == "unscored/mine"]
+    assert len(unscored) == 2 and all(0 <= share <= 1 for share in unscored)
+    assert (model / "model.safetensors").exists()
 
 
 def test_the_recipe_for_gpus_is_a_valid_run(tmp_path: Path) -> None:
