@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import stages.rubric
 from benchmarks.held_out import JUDGE, STUDENT, Line, alt_text, captions, line, rounded, show, shown
 from benchmarks.teachers import committee
 from pipeline import config, starter
@@ -137,15 +138,17 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     return run
 
 
-def digest(student: str, settings: Config | None, *, shared: bool) -> str:
-    """Of all that decides an arm but its seed, wherever its models and its run lie."""
-    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared, claims.VERSION, rubric.VERSION]
-    parts = [student, words, settings and {**config.stamped(settings), "model": "", "seed": 0}]
+def digest(student: str, judge: str, settings: Config | None, *, shared: bool) -> str:
+    """Of all that decides an arm and its figures but its seed, wherever its models and its run lie."""
+    versions = [module.VERSION for module in (claims, rubric, stages.rubric, train)]
+    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared, versions]
+    asked = judge if settings and "mark" in settings.rewards else ""
+    parts = [student, asked, words, settings and {**config.stamped(settings), "model": "", "seed": 0}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def weights(model: Path) -> str:
-    """The digest that a student is known by."""
+    """The digest that a model is known by."""
     return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
@@ -271,13 +274,13 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     """Trains and records the arms that are not recorded yet."""
     run = begin(args.folder, student=args.student, judge=args.judge, shared=args.shared)
-    student = weights(args.student)
+    student, judge = weights(args.student), weights(Path(args.judge))
     before = captions(str(args.student), args.scenes)
     rubrics = Rubrics.of(before, shared=args.shared)
     done = {(one.made_from, one.seed, one.num_scenes) for one in recorded()}
     for seed in range(args.seeds):
         for arm, settings in arms(run.sections["train"][""]).items():
-            made_from = digest(student, settings, shared=args.shared)
+            made_from = digest(student, judge, settings, shared=args.shared)
             asked = arm == BEFORE or args.arms is None or arm in args.arms
             if (made_from, seed, args.scenes) in done or not asked or (settings is None and seed > 0):
                 continue

@@ -105,7 +105,7 @@ class Ledger:
         return State(kind="stale", why=f"its input {inputs} changed", stamp=stamp)
 
 
-def changes(old: tables.Recipe, new: Pass) -> Iterator[str]:
+def changes(old: tables.Recipe, new: Pass | tables.Recipe) -> Iterator[str]:
     """What a person would say has changed in the words and numbers that decide a table's rows."""
     if old.version != new.version:
         yield f"stage {new.stage} is now version {new.version}, was {old.version}"

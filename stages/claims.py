@@ -22,6 +22,7 @@ THINGS = "objects"  # what a count of everything counts
 OPPOSITES = {"right of": "left of", "below": "above", "around": "inside"}  # said, and kept the other way round
 
 DIRECTIONS = ("left of", "above")  # hold over several steps, and never both ways
+MEETINGS = ("inside", "touching")  # one of them at most holds of two things, and one way
 
 
 class Claim(NamedTuple):
@@ -130,15 +131,17 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def contradicts(claim: Claim, other: Claim) -> bool:
-    """Whether no scene has both.
+    """Whether no scene has both. Relations are in their canonical form.
 
     >>> contradicts(Claim("size", "red ring", "small"), Claim("size", "red ring", "large"))
     True
     """
-    if claim.kind != other.kind:
+    if claim.kind != other.kind or claim == other:
         return False
     if claim.kind == "relation":
-        return claim == other._replace(about=other.other, other=other.about) and claim.value in DIRECTIONS
+        if {claim.about, claim.other} != {other.about, other.other}:
+            return False
+        return {claim.value, other.value} <= {*MEETINGS} or (claim.value == other.value and claim.value in DIRECTIONS)
     return claim.about == other.about and claim.value != other.value
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import plugins, tables
+from pipeline import ledger, plugins, tables
 from pipeline.attempt import Stopped
 from pipeline.config import Run, stamped
 from pipeline.engine import Engine
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 STORED = "train"  # the folder in the run where checkpoints lie, and while a model learns, what it learns from
+CARD = "README.md"  # in the model's folder
 
 
 def passes(_: Run) -> Iterable[Pass]:
@@ -64,7 +65,7 @@ def train(
     _check(run, config)
     scored = _rewards(run, config)
     recipe = _recipe(run, config, scored)
-    _settle_stale(run, recipe, stale)
+    _settle_stale(run, config, recipe, stale)
     if _is_done(run, config, recipe):
         return run.folder / config.output
     asked = {name: _asked(run, name, scorer) for name, scorer in scored.items()}
@@ -179,9 +180,9 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     model.to(task.saved_as).save_pretrained(partial)
     task.processor.save_pretrained(partial)
-    (partial / "README.md").write_text(card(run, task.config, made.state.log_history, num_images=task.num_images))
+    (partial / CARD).write_text(card(run, task.config, made.state.log_history, num_images=task.num_images))
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "README.md", file)  # safetensors writes for the owner alone
+        shutil.copymode(partial / CARD, file)  # safetensors writes for the owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     tables.sync_folder(output.parent)
@@ -210,7 +211,8 @@ def _asks(run: Run, config: Config) -> dict[str, Any]:
         return {}
     if config.scores:
         return stamped(rubrics.load(run.sections["score"][config.scores].scorer.config.rubric, run=run.folder))
-    return {name: recipe_of(run, config, name).slice for name in config.captions}
+    asked = {name: recipe_of(run, config, name).slice for name in config.captions}
+    return {name: {key: said for key, said in words.items() if key != "flags"} for name, words in asked.items()}
 
 
 def _weights(model: str) -> str:
@@ -230,14 +232,14 @@ def _digest(folder: Path) -> str:
 def _is_done(run: Run, config: Config, recipe: tables.Recipe) -> bool:
     """Whether the model is there, made from the same by all of its steps."""
     path = Curve.path(run.folder)
-    if not (run.folder / config.output / "README.md").exists() or not path.exists():
+    if not (run.folder / config.output / CARD).exists() or not path.exists():
         return False
     stamp = tables.read_stamp(path)
     made = stamp is not None and stamp.fingerprint == recipe.fingerprint
     return made and max((point.step for point in tables.read(path, Step)), default=0) >= config.steps
 
 
-def _settle_stale(run: Run, recipe: tables.Recipe, stale: str) -> None:
+def _settle_stale(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> None:
     """
     Raises:
         Refused: what was trained so far was trained otherwise.
@@ -248,13 +250,14 @@ def _settle_stale(run: Run, recipe: tables.Recipe, stale: str) -> None:
         return
     if stale == "redo":
         shutil.rmtree(run.folder / STORED, ignore_errors=True)
+        (run.folder / config.output / CARD).unlink(missing_ok=True)  # else the old model would pass for the new one
         path.unlink()
         return
-    old = {**before.recipe.slice, **before.recipe.inputs}
-    new = {**recipe.slice, **recipe.inputs}
-    changed = ", ".join(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
+    inputs = sorted({**before.recipe.inputs, **recipe.inputs})
+    others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
+    changed = [*ledger.changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
     raise Refused(
-        f"{run.file}: train: checkpoints in {run.folder / 'train'} were made with others of these: {changed};"
+        f"{run.file}: train: checkpoints in {run.folder / STORED} were made otherwise: {'; '.join(changed)};"
         " use --stale redo to begin anew, --stale keep to go on from them"
     )
 

@@ -22,7 +22,7 @@ from stages.matching import Heard
 from stages.rubrics import Words
 from stages.scorers import Mark, Sample, judge, weighted_mean
 
-VERSION = 3
+VERSION = 4
 WORDS = "text_only"  # what a judge is asked where the section does not say
 
 

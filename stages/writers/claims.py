@@ -24,7 +24,7 @@ from stages.writers import WEIGHTS, Evidence, Written
 if TYPE_CHECKING:
     from stages.rubric import Config
 
-VERSION = 2
+VERSION = 3
 SEVERITY: Mapping[Kind, Severity] = {
     "object": "critical",
     "count": "critical",
