@@ -97,26 +97,38 @@ def guess_source(source: str) -> dict[str, Any]:
 
 
 def left_out(source: Mapping[str, Any]) -> str:
-    """That there are image files beside the tars or tables which are the corpus; "" where none is seen."""
-    path = Path(source.get("path", ""))
-    if source["kind"] not in ("webdataset", "img2dataset", "parquet") or not path.is_dir():
+    """That there are images beside the tars or tables which are the corpus, or those beside images; "" for neither."""
+    path, kind = Path(source.get("path", "")), source["kind"]
+    if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
-    names = list(filter(_common.is_image, _some(path)))
+    tars, tables, images = _sorted_out(_some(path))
+    what, names = ("tars and tables", [*tars, *tables]) if kind == "folder" else ("image files", images)
     if not names:
         return ""
     few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-    return f'image files in {path} are left out ({few}): kind = "{source["kind"]}" reads none'
+    return f'{what} in {path} are left out ({few}): kind = "{kind}" reads none'
 
 
 def _kind(path: Path, source: str) -> str:
+    """By what lies in the folder itself, or, where that has neither tars nor tables, by what lies below too."""
     if not path.is_dir():
         return "parquet" if source.endswith(".parquet") else "webdataset"
-    names = list(_some(path))
-    if any(name.endswith(_tars.ENDINGS) for name in names):
-        return "img2dataset" if any(name.endswith("_stats.json") for name in names) else "webdataset"
-    parquet = [n for n in names if n.endswith((".parquet", ".pq")) and n.rpartition("/")[2] != "metadata.parquet"]
-    images = list(filter(_common.is_image, names))
-    return "parquet" if parquet and len(parquet) >= len(images) else "folder"
+    names = list(_some(path, levels=1))
+    if not any(_sorted_out(names)[:2]):
+        names = list(_some(path))
+    tars, tables, images = _sorted_out(names)
+    if len(tars) + len(tables) < max(1, len(images)):
+        return "folder"
+    if not tars:
+        return "parquet"
+    return "img2dataset" if any(name.endswith("_stats.json") for name in names) else "webdataset"
+
+
+def _sorted_out(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """Of names of files: tars, tables of images, and images."""
+    names = list(names)
+    tables = [n for n in names if n.endswith((".parquet", ".pq")) and n.rpartition("/")[2] != "metadata.parquet"]
+    return [n for n in names if n.endswith(_tars.ENDINGS)], tables, [n for n in names if _common.is_image(n)]
 
 
 def _some(folder: Path, *, below: str = "", levels: int = LEVELS) -> Iterator[str]:
@@ -127,7 +139,8 @@ def _some(folder: Path, *, below: str = "", levels: int = LEVELS) -> Iterator[st
     yield from (below + entry.name for entry in some if entry.is_file())
     if levels > 1:
         for name in folders[:NUM_FOLDERS]:
-            yield from _some(folder, below=f"{below}{name}/", levels=levels - 1)
+            with suppress(PermissionError):  # a lost+found, which no source reads either
+                yield from _some(folder, below=f"{below}{name}/", levels=levels - 1)
 
 
 def render(sections: Mapping[str, Mapping[str, Any]]) -> str:

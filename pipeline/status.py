@@ -69,7 +69,7 @@ def _survey(runner: Runner, p: Pass, overview: Overview, watch: Watch) -> PassSt
         statuses=statuses,
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
-        seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, len(running)) if rate else None,
+        seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, watch.num_workers(p)) if rate else None,
         reasons=tuple(overview.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(running),

@@ -161,18 +161,26 @@ def check_served(run: Run, name: str) -> None:
 
 
 def check_gpus(cluster: Cluster, job: Job) -> None:
-    """Before a cluster lends GPUs that no process would use.
+    """Before a cluster lends GPUs that no process would use, or fewer than every process needs.
 
     Raises:
-        ConfigError: the workers of a task cannot use as many as it asks for.
+        ConfigError: the workers of a task cannot use as many as it asks for, or would have too few.
     """
     asked, file = cluster.resources(job), cluster.run.file
     each = {name: num_gpus(cluster.run.engines[name]) for name in cluster.on_gpus(job)}
     if not each:
         return
+    users = ", ".join(f"engines.{name}" for name in sorted(each))
+    least = max(num or 1 for num in each.values())
+    if 0 < asked.gpus < (need := asked.workers * least):
+        fewer = f", or workers = {asked.gpus // least}" if asked.gpus >= least else ""
+        raise ConfigError(
+            f"{file}: slurm.{job.stage}.gpus",
+            f"{asked.gpus} are too few: workers = {asked.workers}, and each needs {least} for {users}; "
+            f"set gpus = {need}{fewer}",
+        )
     size = max(num or asked.gpus for num in each.values())
     if asked.gpus > (most := asked.workers * size):
-        users = ", ".join(f"engines.{name}" for name in sorted(each))
         more = f", or workers = {asked.gpus // size}" if asked.gpus // size > asked.workers else ""
         raise ConfigError(
             f"{file}: slurm.{job.stage}.gpus",

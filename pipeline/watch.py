@@ -59,6 +59,11 @@ class Watch:
             if task.state != "PENDING"
         ]
 
+    def num_workers(self, p: Pass) -> int:
+        """Processes of the tasks that are at work on it."""
+        each = next((self.cluster.resources(job).workers for job in self.jobs if p in job.passes), 1)
+        return each * len(self.running(p))
+
     def waiting(self, p: Pass) -> dict[str, int]:
         """Why tasks wait, in Slurm's words -> how many."""
         return dict(Counter(task.reason for task in self._of(p) if task.state == "PENDING"))

@@ -86,6 +86,9 @@ def test_an_init_that_fails_leaves_nothing_and_names_no_file_of_its_own(tmp_path
         (["cats/1.jpg", "dogs/2.jpg", "dogs/3.jpg", "boxes/all.parquet"], "folder"),
         (["cats/1.jpg", "metadata.parquet"], "folder"),
         ([".cache/0.tar", "cats/1.jpg"], "folder"),
+        (["2020/a/1.jpg", "2020/b/2.jpg", "2020/backup/old.tar.gz"], "folder"),
+        (["0.parquet", "1.parquet", "assets/1.png", "assets/2.png", "assets/3.png"], "parquet"),
+        (["README.md"], "folder"),
     ],
 )
 def test_what_lies_deeper_is_guessed_too(tmp_path: Path, files: list[str], kind: str) -> None:
@@ -172,6 +175,13 @@ def test_json_has_no_infinity(run: Path) -> None:
     assert out.getvalue().decode() == f"{json.dumps([first, second], indent=2)}\n[]\n"
 
 
+def test_json_has_strings_as_they_are(run: Path) -> None:
+    out = io.BytesIO()
+    with database.connect(run) as connection:
+        database.show(connection, "SELECT 'a' || chr(8232) || 'b' || chr(133) || chr(10) || 'c' AS x", "json", out)
+    assert json.loads(out.getvalue()) == [{"x": "a\u2028b\x85\nc"}]
+
+
 @pytest.mark.parametrize("format", ["csv", "json"])
 def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
     out = io.BytesIO()
@@ -215,6 +225,22 @@ COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
 @pytest.mark.parametrize(
     "query",
     [
+        "EXPLAIN (FORMAT JSON) SELECT count(*) FROM image",
+        "EXPLAIN(ANALYZE) FROM image",
+        "explain analyze FROM image",
+        "FROM repeat('a', 3)",
+    ],
+)
+def test_what_only_reads_is_allowed(run: Path, query: str) -> None:
+    out = io.BytesIO()
+    with database.connect(run) as connection:
+        database.show(connection, query, "json", out)
+    assert json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
         f"EXPLAIN ANALYZE {COPY}",
         f"EXPLAIN (ANALYZE) {COPY}",
         f"explain /* a */ analyze {COPY}",
@@ -224,6 +250,7 @@ COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
         "FROM json_execute_serialized_sql(json_serialize_sql($$WITH a AS (" + COPY + ") SELECT 1$$))",
         "FROM query($$WITH a AS (" + COPY + ") SELECT 1$$)",
         "EXPLAIN ANALYZE CREATE TABLE x AS SELECT 1",
+        "FROM histogram(image, width)",
         "PRAGMA enable_profiling",
         "CALL enable_logging()",
     ],
@@ -334,6 +361,8 @@ def test_photographs_beside_tars_are_not_left_out_without_a_word(tmp_path: Path)
     photos = corpus(tmp_path / "photos", ["jpg", "png"])
     (photos / "more.tar").write_bytes(tar({"a.jpg": picture(7)}))
     said = recap("init", tmp_path / "run", "--source", photos).stderr
+    assert f'tars and tables in {photos} are left out (more.tar): kind = "folder" reads none' in said
+    said = recap("init", tmp_path / "tars", "--source", photos, "--kind", "webdataset").stderr
     assert f'image files in {photos} are left out (00000.jpg, 00001.png): kind = "webdataset" reads none' in said
     (photos / "more.tar").rename(tmp_path / "more.tar")
     assert "left out" not in recap("init", tmp_path / "other", "--source", photos).stderr

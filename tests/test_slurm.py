@@ -16,6 +16,7 @@ from pipeline.passes import all_passes
 from pipeline.plan import parse_spec
 from pipeline.slurm import Array, Cluster, seconds
 from pipeline.submit import Chain, Job, block_of, blocks_in, jobs
+from pipeline.watch import Watch
 from tests.runs import ROOT, begin, corpus, make, recap, sections, write
 
 EXAMPLE = {
@@ -212,10 +213,13 @@ def test_a_task_whose_block_has_other_shards_now_is_named(tmp_path: Path, commen
         ({"tensor_parallel_size": 4}, {"gpus": 8, "workers": 2}, []),
         ({"tensor_parallel_size": 2, "extra": {"pipeline_parallel_size": 4}}, {"gpus": 8}, []),
         ({"kind": "transformers"}, {"gpus": 2}, ["no more than 1"]),
+        ({}, {"workers": 8}, ["1 are too few", "each needs 1 for engines.captioner", "set gpus = 8, or workers = 1"]),
+        ({"tensor_parallel_size": 4}, {"gpus": 4, "workers": 2}, ["4 are too few", "set gpus = 8, or workers = 1"]),
+        ({}, {"gpus": 0, "workers": 2}, []),
         ({"kind": "echo", "model": None}, {"gpus": 8}, []),
     ],
 )
-def test_gpus_that_no_process_would_use_are_not_asked_for(
+def test_gpus_are_as_many_as_the_processes_use(
     tmp_path: Path, engine: dict[str, Any], slurm: dict[str, Any], says: list[str]
 ) -> None:
     captioner = {name: value for name, value in ({"kind": "vllm", "model": "m"} | engine).items() if value}
@@ -227,6 +231,16 @@ def test_gpus_that_no_process_would_use_are_not_asked_for(
     if not says:
         workers = f" --workers {slurm['workers']}" if "workers" in slurm else ""
         assert f'run caption --shard "$block/1"{workers} --run' in done.stdout
+
+
+def test_the_processes_at_work_are_the_workers_of_all_tasks(tmp_path: Path) -> None:
+    found = cluster(tmp_path, 8, {"num_tasks": 2}, slurm__ingest={"workers": 3})
+    passes = all_passes(found.run)
+    told = {"name": f"{found.prefix}ingest", "comment": "blocks=2,offset=0,shards=8", "node": "n", "reason": ""}
+    tasks = tuple(queue.Task(array="7", index=index, state="RUNNING", **told) for index in (0, 1))
+    watch = Watch(cluster=found, jobs=tuple(jobs(passes)), tasks=tasks, problem="")
+    at_work = {p.title: watch.num_workers(p) for p in passes}
+    assert (at_work["ingest"], at_work["filter"]) == (6, 0)
 
 
 def test_workers_without_shards_of_their_own_are_named(tmp_path: Path) -> None:
