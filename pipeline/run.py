@@ -212,9 +212,11 @@ class Runner:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
             say(f"recap: {states[broken[0]].why}{others}; it is made again")
         lacks = {f"{p.title} {n:05d}": f"{states[n].why}; run the stage that makes it first" for n in blocked}
-        if lacks and not self.outcome.failures:  # else it is what became of what was said before
-            place, why = next(iter(lacks.items()))
-            others = f" (and {len(lacks) - 1} shards more like it)" if lacks.keys() - {place} else ""
+        failed = {place.rpartition(" ")[2] for place in self.outcome.failures}  # what these lack now was said before
+        news = [(place, why) for place, why in lacks.items() if place.rpartition(" ")[2] not in failed]
+        if news:
+            place, why = news[0]
+            others = f" (and {len(news) - 1} shards more like it)" if news[1:] else ""
             say(f"recap: {place} failed: {why}{others}")
         self.outcome.failures |= lacks
         if todo:

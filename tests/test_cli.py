@@ -434,6 +434,20 @@ def test_what_a_stage_lacks_is_said_once(tmp_path: Path) -> None:
     assert "caption:dense 00000" in done.stderr and "(and 3 shards more like it)" in done.stderr
 
 
+def test_every_shard_that_lacks_something_is_named(tmp_path: Path) -> None:
+    parts = sections(
+        corpus(tmp_path / "photos", ["jpg"] * 2), source={"shard_size": 1}, filter={"rules": {}, "choose": "form DESC"}
+    )
+    del parts["score.judge"]
+    run = begin(tmp_path / "run", {**parts, "caption.other": {"engine": "captioner"}})
+    for stage in ("ingest", "caption"):
+        assert make(run, stage).exit_code == 0
+    for gone in ("dense/00001", "other/00000"):
+        (run / "caption" / f"{gone}.parquet").unlink()
+    said = recap("run", "score", "--run", run, check=False).stderr
+    assert "score:form:dense 00001 failed" in said and "score:form:other 00000 failed" in said
+
+
 def test_a_key_that_the_environment_lacks_is_named_with_its_engine(tmp_path: Path) -> None:
     engine = {"kind": "openai", "model": "m", "base_url": "endpoint", "api_key_env": "NO_SUCH_KEY"}
     parts = sections(corpus(tmp_path / "photos", ["jpg"])) | {"engines.captioner": engine}

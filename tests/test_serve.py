@@ -12,7 +12,6 @@ import pytest
 from pipeline import config, serve
 from pipeline.engines import vllm
 from pipeline.errors import ConfigError
-from pipeline.machine import imitates_16_bits
 from tests.faults import Faulty
 
 
@@ -38,17 +37,26 @@ def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "stored", [{"dtype": "float32"}, {"text_config": {"torch_dtype": "float32"}}, {"dtype": "bfloat16"}]
+    ("stored", "imitates", "dtype"),
+    [
+        ({"dtype": "float32"}, False, "float32"),
+        ({"text_config": {"torch_dtype": "float32"}}, False, "float32"),
+        ({"dtype": "bfloat16"}, False, "bfloat16"),
+        ({"dtype": "bfloat16"}, True, "float32"),
+    ],
 )
-def test_a_vllm_engine_is_served_as_it_is_described(tmp_path: Path, stored: dict[str, Any]) -> None:
+def test_a_vllm_engine_is_served_as_it_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], imitates: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(vllm, "on_cpu", lambda: True)
+    monkeypatch.setattr(vllm, "imitates_16_bits", lambda: imitates)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))
     engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
     command = serve.describe(run(tmp_path, captioner=engine), "captioner").command(host="127.0.0.1", port=1)
     assert f"--model={tmp_path / 'models' / 'mine'}" in command
     assert "--served-model-name=mine" in command and "--max-model-len=4096" in command
-    quick = not (vllm.on_cpu() and imitates_16_bits())
-    assert f"--dtype={'bfloat16' if quick and 'bfloat16' in stored.values() else 'float32'}" in command
+    assert f"--dtype={dtype}" in command
 
 
 def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -234,12 +235,21 @@ def test_masters_keep_what_16_bits_lose() -> None:
     assert all(torch.equal(again.state[p]["master"], masters[name]) for name, p in model.named_parameters())
 
 
-def test_what_a_killed_process_was_compiling_is_nobodys() -> None:
+def compiles_in(folder: str | None) -> str:
+    """Where a process compiles whose environment names this folder."""
     code = "import os; from stages.training import small; small._compile_apart(); print(os.environ[NAME])"
-    run = [sys.executable, "-c", f"NAME = 'TORCHINDUCTOR_CACHE_DIR'; {code}"]
-    first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2))
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    env = {key: value for key, value in os.environ.items() if key != name} | ({name: folder} if folder else {})
+    run = [sys.executable, "-c", f"NAME = {name!r}; {code}"]
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout.strip()
+
+
+def test_each_process_compiles_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """So what a killed one was writing is taken for whole by nobody."""
+    first, second = compiles_in(None), compiles_in(None)
     assert first and second and first != second
     assert not Path(first).exists()
+    assert compiles_in(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [((96, 96), (96, 96)), ((96, 96), (128, 80))])

@@ -79,11 +79,12 @@ class Config:
         return self.batch_size * self.accumulate // self.group_size
 
     def __post_init__(self) -> None:
-        foreign = {name for method, names in KEYS.items() if method != self.method for name in names}
+        owners = {name: method for method, names in KEYS.items() if method != self.method for name in names}
         for field in fields(self):
             default = field.default_factory() if field.default_factory is not MISSING else field.default
-            if field.name in foreign and getattr(self, field.name) != default:
-                raise ValueError(f'{field.name} is a key of another method than "{self.method}"')
+            if field.name in owners and getattr(self, field.name) != default:
+                whose = f'{field.name} is a key of method = "{owners[field.name]}"'
+                raise ValueError(f'{whose}, and this is method = "{self.method}": remove it, or change the method')
         if self.method == "grpo":
             if not self.rewards:
                 raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')

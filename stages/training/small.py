@@ -262,7 +262,7 @@ def vision_attention(
 
 
 def text_attention(
-    module: Any,
+    _module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -277,8 +277,7 @@ def text_attention(
     import torch
 
     batch, num_heads, length, size = query.shape
-    shared = num_heads // module.num_key_value_groups
-    grouped = (query * scaling).reshape(batch, shared, -1, size)
+    grouped = (query * scaling).reshape(batch, key.shape[1], -1, size)
     weights = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask is not None:
         weights = (weights.view(batch, num_heads, length, -1) + attention_mask).view_as(weights)
