@@ -45,6 +45,9 @@ class Task:
 def arguments(task: Task) -> dict[str, Any]:
     """What the arguments of every trainer of transformers have in common."""
     config = task.config
+    # Drawing answers takes so long that a picture is never waited for; and who is forked at an evaluation, when the
+    # process is at its largest, would keep a copy of all of it.
+    num_workers = 0 if config.method == "grpo" else config.num_workers
     return {
         "output_dir": str(task.folder),
         "max_steps": config.steps,
@@ -64,9 +67,9 @@ def arguments(task: Task) -> dict[str, Any]:
         "logging_steps": config.log_steps,
         "seed": config.seed,
         "remove_unused_columns": False,
-        "dataloader_num_workers": config.num_workers,
-        "dataloader_prefetch_factor": 4 if config.num_workers else None,
-        "dataloader_persistent_workers": config.num_workers > 0,
+        "dataloader_num_workers": num_workers,
+        "dataloader_prefetch_factor": 4 if num_workers else None,
+        "dataloader_persistent_workers": num_workers > 0,
         "disable_tqdm": True,
         "report_to": "none",
     }

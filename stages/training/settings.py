@@ -47,7 +47,7 @@ class Config:
         False, "compile the layers (masters on a CPU only): a slower start, then a third faster", stamp=False
     )
     seed: int = key(0, "of the order of lessons, of new weights and of the answers drawn", least=0)
-    num_workers: int = key(1, "processes that prepare lessons", least=0, stamp=False)
+    num_workers: int = key(1, "processes that prepare lessons; grpo has none", least=0, stamp=False)
 
     # grpo
     rewards: Mapping[str, float] = key(
