@@ -218,12 +218,15 @@ def test_a_judge_of_sentences_has_one_line_for_each_criterion(tmp_path: Path) ->
 def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
     (run / "step").mkdir()
-    points = {"step": [10, 20, 20, 20], "value": [2.0, 1.0, 1.5, 60.0]}
-    names = {"name": ["loss", "loss", "eval_loss", "eval_runtime"]}
+    points = {"step": [10, 10, 20, 20, 20], "value": [0.5, 2.0, 1.0, 1.5, 60.0]}
+    names = {"name": ["entropy", "loss", "loss", "eval_loss", "eval_runtime"]}
     pq.write_table(pa.table(names | points), run / "step" / "00000.parquet")
     curves = {curve.name: curve.points for curve in survey(config.load(run)).curves}
-    assert curves == {"loss": ((10, 2.0), (20, 1.0)), "eval_loss": ((20, 1.5),)}
-    assert "held out: 1.5" in report(run).text
+    assert curves == {"entropy": ((10, 0.5),), "loss": ((10, 2.0), (20, 1.0)), "eval_loss": ((20, 1.5),)}
+    shown = report(run).text
+    assert "held out: 1.5" in shown
+    drawn = shown.partition("below each curve")[2]
+    assert drawn.index("loss") < drawn.index("entropy")
 
 
 def test_a_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:

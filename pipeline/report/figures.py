@@ -237,6 +237,7 @@ def tone(value: float | None) -> str:
 
 # Training, costs and settings.
 
+FIRST = ("loss", "mean_token_accuracy", "reward", "words")  # of the curves; those that say why come after
 
 def _training(found: Sequence[Curve]) -> Section:
     """Figures that were measured in training and on held-out samples share a picture."""
@@ -254,7 +255,7 @@ def _training(found: Sequence[Curve]) -> Section:
             curves(name, lines),
             legend([(line.tone, f"{line.label}: {line.points[-1][1]:.4g}") for line in lines]),
         )
-        for name, lines in pictures.items()
+        for name, lines in sorted(pictures.items(), key=lambda picture: picture[0] not in FIRST)
     )
     return Section(title="Training", lead="Step by step; below each curve stands its last value.", body=_grid(cards))
 
