@@ -272,6 +272,35 @@ def test_quicker_code_computes_the_same(processor: Any, sizes: tuple[tuple[int, 
     assert torch.allclose(before[there], after[there], atol=1e-4)
 
 
+def test_quicker_code_draws_the_same(processor: Any) -> None:
+    from PIL import Image
+
+    from stages.training import small
+
+    torch.manual_seed(0)
+    model = small.new_model(processor).eval()
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+        )
+        for question in ("Describe the picture.", "What?")
+    ]
+    pictures = [Image.effect_noise((96, 96), 90).convert("RGB") for _ in texts]
+    inputs = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    asked: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    before = model.generate(**inputs, **asked)
+    small.quicken(model, compiled=False)
+    after = model.generate(**inputs, **asked)
+    assert torch.equal(before.sequences, after.sequences)
+    assert torch.allclose(torch.stack(before.logits), torch.stack(after.logits), atol=1e-4)
+
+
 def test_a_picture_that_stands_there_often_is_seen_once(processor: Any) -> None:
     from PIL import Image
 

@@ -239,6 +239,7 @@ def tone(value: float | None) -> str:
 
 FIRST = ("loss", "mean_token_accuracy", "reward", "words")  # of the curves; those that say why come after
 
+
 def _training(found: Sequence[Curve]) -> Section:
     """Figures that were measured in training and on held-out samples share a picture."""
     pictures: dict[str, list[Line]] = {}

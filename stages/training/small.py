@@ -262,7 +262,7 @@ def vision_attention(
 
 
 def text_attention(
-    _module: Any,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -272,14 +272,18 @@ def text_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention as plain products: on a CPU the backward pass of the fused kernel takes half of a training step.
 
-    Query heads that share a key head stand below one another as more queries of it: keys are not copied for each.
+    While an answer is drawn, a token at a time, the heads that share keys ask as queries of one, and no key is copied.
     """
     import torch
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv
 
     batch, num_heads, length, size = query.shape
-    grouped = (query * scaling).reshape(batch, key.shape[1], -1, size)
-    weights = torch.matmul(grouped, key.transpose(2, 3))
+    if length == 1:
+        query = query.reshape(batch, key.shape[1], -1, size)
+    else:
+        key, value = (repeat_kv(part, module.num_key_value_groups) for part in (key, value))
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
-        weights = (weights.view(batch, num_heads, length, -1) + attention_mask).view_as(weights)
-    seen = torch.matmul(torch.softmax(weights, -1), value).view(batch, num_heads, length, size)
+        weights = weights + attention_mask
+    seen = torch.matmul(torch.softmax(weights, -1), value).reshape(batch, num_heads, length, size)
     return seen.transpose(1, 2).contiguous(), None
