@@ -237,7 +237,10 @@ def table(outcomes: Sequence[Outcome]) -> None:
     show(lines)
     names = [field.name for field in fields(Line)]
     print(f"\n{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
-    by_arm = {arm: [one for one in outcomes if one.arm == arm] for arm in dict.fromkeys(one.arm for one in outcomes)}
+    made_from = {one.arm: one.made_from for one in outcomes}  # the last one's: what was made otherwise is no more shown
+    by_arm = {
+        arm: [one for one in outcomes if (one.arm, one.made_from) == (arm, now)] for arm, now in made_from.items()
+    }
     for arm, seeds in by_arm.items():
         columns = [[getattr(one.figures, name) for one in seeds] for name in names]
         columns.append([one.rubric for one in seeds])
