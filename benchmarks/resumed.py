@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -80,7 +81,8 @@ def trained(run: Path, *, kill_at: int | None = None) -> float:
             step = STEP.search(told)
             if kill_at is not None and step is not None and int(step[1]) >= kill_at:
                 process.kill()
-    assert (process.returncode == 0) == (kill_at is None), f"the training of {run} ended with {process.returncode}"
+    meant = 0 if kill_at is None else -signal.SIGKILL
+    assert process.returncode == meant, f"the training of {run} ended with {process.returncode}"
     return round((time.monotonic() - begun) / 60, 1)
 
 

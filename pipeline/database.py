@@ -28,8 +28,8 @@ QUIET = "SET enable_progress_bar = false"  # it would go to standard output, whi
 MAX_CELL = 100  # characters of a value in a table for people
 QUERIES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # all of DuckDB's that only read
 READING = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
-EXPLAIN = re.compile(r"^EXPLAIN\b\s*(ANALYZE\b|\([\w\s,]*\))?", re.IGNORECASE)
-READERS = re.compile(  # none that takes the name of a view as text: it would not be defined
+EXPLAIN = re.compile(r"^EXPLAIN\b\s*(ANALYZE\b|\(\s*(ANALYZE|FORMAT)\b[\w\s,']*\))?", re.IGNORECASE)
+READERS = re.compile(  # none that reads the rows of a view by a text: the view would not be defined
     r"(read|parquet|duckdb|pragma)_\w+|generate_series|glob|json_(each|tree)|range|repeat(_row)?|sniff_csv|unnest"
 )
 
@@ -184,7 +184,7 @@ def _reading(connection: Connection, sql: str) -> duckdb.Statement:
     tree = _tree(connection.duck, EXPLAIN.sub("", statements[0].query)) if len(statements) == 1 else {"error": True}
     nodes = list(_nodes(tree))
     kinds = {kind for node in nodes if isinstance(kind := node.get("type"), str) and kind.endswith("_NODE")}
-    if tree["error"] or kinds - QUERIES:
+    if tree["error"] or not tree["statements"] or kinds - QUERIES:
         raise QueryError(f"only one reading statement is allowed: {READING}")
     functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
     if unknown := sorted(name for name in functions if not READERS.fullmatch(name)):

@@ -212,8 +212,9 @@ class Runner:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
             say(f"recap: {states[broken[0]].why}{others}; it is made again")
         lacks = {f"{p.title} {n:05d}": f"{states[n].why}; run the stage that makes it first" for n in blocked}
-        failed = {place.rpartition(" ")[2] for place in self.outcome.failures}  # what these lack now was said before
-        news = [(place, why) for place, why in lacks.items() if place.rpartition(" ")[2] not in failed]
+        made = [q.title for q in self.passes if q.folder in p.reads]
+        said = {n for n in blocked if any(f"{title} {n:05d}" in self.outcome.failures for title in made)}
+        news = [(place, why) for n, (place, why) in zip(blocked, lacks.items(), strict=True) if n not in said]
         if news:
             place, why = news[0]
             others = f" (and {len(news) - 1} shards more like it)" if news[1:] else ""

@@ -97,12 +97,16 @@ def guess_source(source: str) -> dict[str, Any]:
 
 
 def left_out(source: Mapping[str, Any]) -> str:
-    """That there are images beside the tars or tables which are the corpus, or those beside images; "" for neither."""
+    """What looks like images too, and is not of the kind that the corpus has; "" where nothing does."""
     path, kind = Path(source.get("path", "")), source["kind"]
     if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
     tars, tables, images = _sorted_out(_some(path))
-    what, names = ("tars and tables", [*tars, *tables]) if kind == "folder" else ("image files", images)
+    what, names = "image files", images
+    if kind == "folder":
+        what, names = "tars and tables", [*tars, *tables]
+    elif kind == "parquet" and tars:
+        what, names = "tars and image files", [*tars, *images]
     if not names:
         return ""
     few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
@@ -110,13 +114,14 @@ def left_out(source: Mapping[str, Any]) -> str:
 
 
 def _kind(path: Path, source: str) -> str:
-    """By what lies in the folder itself, or, where that has neither tars nor tables, by what lies below too."""
+    """By what lies in the folder itself; where that has no tars and at most an index, by what lies below too."""
     if not path.is_dir():
         return "parquet" if source.endswith(".parquet") else "webdataset"
     names = list(_some(path, levels=1))
-    if not any(_sorted_out(names)[:2]):
-        names = list(_some(path))
     tars, tables, images = _sorted_out(names)
+    if not tars and len(tables) < 2:
+        names = list(_some(path))
+        tars, tables, images = _sorted_out(names)
     if len(tars) + len(tables) < max(1, len(images)):
         return "folder"
     if not tars:

@@ -171,13 +171,13 @@ def check_gpus(cluster: Cluster, job: Job) -> None:
     if not each:
         return
     users = ", ".join(f"engines.{name}" for name in sorted(each))
-    least = max(num or 1 for num in each.values())
+    least = max(num or 0 for num in each.values())  # 0: none says it; it may compute on the CPU, or elsewhere
     if 0 < asked.gpus < (need := asked.workers * least):
         fewer = f", or workers = {asked.gpus // least}" if asked.gpus >= least else ""
         raise ConfigError(
             f"{file}: slurm.{job.stage}.gpus",
             f"{asked.gpus} are too few: workers = {asked.workers}, and each needs {least} for {users}; "
-            f"set gpus = {need}{fewer}",
+            f"set gpus = {need}{fewer}, or gpus = 0 to compute on the CPU",
         )
     size = max(num or asked.gpus for num in each.values())
     if asked.gpus > (most := asked.workers * size):

@@ -12,8 +12,9 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import ledger, plugins, tables
+from pipeline import plugins, tables
 from pipeline.attempt import Stopped
+from pipeline.changes import changes
 from pipeline.config import Run, stamped
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, Refused, UserError
@@ -255,7 +256,7 @@ def _settle_stale(run: Run, config: Config, recipe: tables.Recipe, stale: str) -
         return
     inputs = sorted({**before.recipe.inputs, **recipe.inputs})
     others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
-    changed = [*ledger.changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
+    changed = [*changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
     raise Refused(
         f"{run.file}: train: checkpoints in {run.folder / STORED} were made otherwise: {'; '.join(changed)};"
         " use --stale redo to begin anew, --stale keep to go on from them"

@@ -216,6 +216,7 @@ def test_a_task_whose_block_has_other_shards_now_is_named(tmp_path: Path, commen
         ({}, {"workers": 8}, ["1 are too few", "each needs 1 for engines.captioner", "set gpus = 8, or workers = 1"]),
         ({"tensor_parallel_size": 4}, {"gpus": 4, "workers": 2}, ["4 are too few", "set gpus = 8, or workers = 1"]),
         ({}, {"gpus": 0, "workers": 2}, []),
+        ({"kind": "stages.teachers", "model": None, "teacher": "hasty"}, {"workers": 4}, []),
         ({"kind": "echo", "model": None}, {"gpus": 8}, []),
     ],
 )
