@@ -4,8 +4,8 @@
 
 FOLDER gets two copies of manifests/scenes-grpo that share their tables: `whole` trains in one go, `killed` gets SIGKILL
 half way, between two checkpoints, and is started again. Printed are the minutes, the points of the curve that both have
-alike, and what the two captioners say of held-out scenes. What FOLDER has already is not made again. The last line is
-JSON.
+alike, whether the weights are, and what the two captioners say of held-out scenes. What FOLDER has already is not made
+again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def main() -> None:
         print(f"{name:16}{passed:8.1f} minutes")
     before, after = (curve(run) for run in (whole, killed))
     alike = sum(after.get(point) == value for point, value in before.items())
-    print(f"{alike} of {len(before)} points of the curve are alike\n")
+    print(f"{alike} of {len(before)} points of the curve are alike")
+    same = len({(run / "model" / "model.safetensors").read_bytes() for run in (whole, killed)}) == 1
+    print(f"the weights are {'the same' if same else 'others'}, bit for bit\n")
     lines = {run.name: line(captions(str(run / "model"), args.scenes)) for run in (whole, killed)}
     show(lines)
     apart = abs(lines["whole"].f1 - lines["killed"].f1)
     print(f"F1 differs by {apart:.4f}")
     figures = {name: rounded(one) for name, one in lines.items()}
-    told = {"benchmark": "resumed", "minutes": minutes, "points": len(before), "alike": alike, **figures}
+    told = {"benchmark": "resumed", "minutes": minutes, "points": len(before), "alike": alike, "same": same, **figures}
     print(json.dumps(told))
     sys.exit(apart > 0.01)
 
