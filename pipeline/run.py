@@ -211,15 +211,13 @@ class Runner:
         if broken:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
             say(f"recap: {states[broken[0]].why}{others}; it is made again")
-        lacks = {f"{p.title} {n:05d}": f"{states[n].why}; run the stage that makes it first" for n in blocked}
+        lacks = {n: f"{states[n].why}; run the stage that makes it first" for n in blocked}
         made = [q.title for q in self.passes if q.folder in p.reads]
-        said = {n for n in blocked if any(f"{title} {n:05d}" in self.outcome.failures for title in made)}
-        news = [(place, why) for n, (place, why) in zip(blocked, lacks.items(), strict=True) if n not in said]
+        news = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in made)]
         if news:
-            place, why = news[0]
             others = f" (and {len(news) - 1} shards more like it)" if news[1:] else ""
-            say(f"recap: {place} failed: {why}{others}")
-        self.outcome.failures |= lacks
+            say(f"recap: {p.title} {news[0]:05d} failed: {lacks[news[0]]}{others}")
+        self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in lacks.items()}
         if todo:
             with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
