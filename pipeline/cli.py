@@ -140,12 +140,14 @@ def _train(run: Run, stale: Literal["stop", "redo", "keep"]) -> None:
 
     from pipeline import plugins
     from pipeline.attempt import Stopped
-    from pipeline.run import Engines, stopping
+    from pipeline.run import Engines, Runner, stopping
 
+    training = plugins.load("stages", "train")
+    Runner(run=run, stale=stale).check_made(training.reads(run))
     engines, stop = Engines(run.engines), Event()
     try:
         with stopping(stop):
-            print(plugins.load("stages", "train").train(run, engines, stale=stale, stop=stop))
+            print(training.train(run, engines, stale=stale, stop=stop))
     except Stopped:
         raise typer.Exit(75) from None
     finally:

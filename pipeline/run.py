@@ -198,6 +198,26 @@ class Runner:
                 )
             )
 
+    def check_made(self, folders: Iterable[str]) -> None:
+        """Before something is made of whole tables: each shard of them is there, and made as run.toml says.
+
+        Raises:
+            Refused: one is not; with `stale` as "keep" what is there will do.
+        """
+        if self.stale == "keep":
+            return
+        for p in (p for p in self.passes if p.folder in folders):
+            states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
+            due = {shard: state for shard, state in states.items() if state.kind != "done"}
+            if due:
+                shard, state = next(iter(due.items()))
+                redo = " --stale redo" if any(state.kind == "stale" for state in due.values()) else ""
+                raise Refused(
+                    f"{p.title}: {len(due)} of {len(states)} shards are not as {self.run.file} has them; the first is"
+                    f" {shard:05d}, {state.kind}{f': {state.why}' if state.why else ''}; make them by"
+                    f" `recap run {p.title}{redo} --run {self.run.folder}`, or use what there is by --stale keep"
+                )
+
     def _make_pass(self, p: Pass, engines: Engines) -> None:
         self.check_stale([p])  # what was just made may be what this pass was made from
         states = {shard: self.ledger.state(p, shard) for shard in self.wanted}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +19,7 @@ from pipeline.attempt import Stopped
 from pipeline.changes import changes
 from pipeline.config import Run, stamped
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, Refused, UserError
+from pipeline.errors import ConfigError, Refused, UnknownName, UserError
 from pipeline.passes import Pass
 from pipeline.records import Step
 from pipeline.terminal import say
@@ -43,6 +45,17 @@ def passes(_: Run) -> Iterable[Pass]:
     return ()
 
 
+def reads(run: Run) -> Sequence[str]:
+    """The folders of the tables that the training of `[train]` learns from.
+
+    Raises:
+        ConfigError: `[train]` names what is not there.
+    """
+    config: Config = run.sections["train"][""]
+    _check(run, config)
+    return _reads(config, _rewards(run, config))
+
+
 def train(
     run: Run,
     engines: Mapping[str, Engine],
@@ -54,7 +67,8 @@ def train(
 
     Args:
         engines: those that rewards ask.
-        stale: what to do with checkpoints that other words, numbers or tables made.
+        stale: what to do with checkpoints that other words, numbers or tables made; "keep" goes on from them, and has
+            a model that they finished for done.
         stop: set from outside, it ends the training with a checkpoint.
 
     Raises:
@@ -65,12 +79,12 @@ def train(
     config: Config = run.sections["train"][""]
     _check(run, config)
     scored = _rewards(run, config)
-    recipe = _recipe(run, config, scored)
-    _settle_stale(run, config, recipe, stale)
+    recipe = _settled(run, config, _recipe(run, config, scored), stale)
     if _is_done(run, config, recipe):
         return run.folder / config.output
     asked = {name: _asked(run, name, scorer) for name, scorer in scored.items()}
     task = _task(run, config, _lessons(run, config, asked), curve=Curve(run.folder, recipe), stop=stop or Event())
+    task.curve.begin()
     if config.method == "grpo":
         from stages.training.reinforced import Reward, ending, reader, trainer
 
@@ -78,7 +92,15 @@ def train(
         read = reader(form, ends=ending(task.model, task.processor), max_tokens=config.max_tokens)
         data = task.collator.data
         rewards = [
-            Reward(name, scorer, engines=engines, data=data, asked=asked[name] or {}, read=read)
+            Reward(
+                name,
+                scorer,
+                engines=engines,
+                data=data,
+                asked=asked[name] or {},
+                read=read,
+                max_error_share=run.max_error_share,
+            )
             for name, scorer in scored.items()
         ]
         made = trainer(task, rewards)
@@ -98,11 +120,11 @@ def _lessons(run: Run, config: Config, asked: Mapping[str, Rubrics | None]) -> d
         UserError: there are none; the message says what is to be made first.
     """
     usable = (lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked))
-    taught = stored.lessons(run.folder / STORED / "lessons.arrow", usable, Lesson)
-    if len(taught):
-        return taught
+    if (first := next(usable, None)) is not None:
+        return stored.lessons(run.folder / STORED / "lessons.arrow", chain([first], usable), Lesson)
     if next(lessons(run, config), None) is None:
-        raise UserError(f"{run.file}: train: {', '.join(config.captions)} taught nothing: make them first")
+        nothing = f"nothing usable in {', '.join(_reads(config, {}))}: make these tables first"
+        raise UserError(f"{run.file}: train: there is nothing to learn from: {nothing}")
     missing = ", ".join(name for name, rubrics in asked.items() if rubrics is not None)
     raise UserError(f"{run.file}: train.rewards: no image has a rubric for {missing}: recap run rubric makes them")
 
@@ -115,7 +137,7 @@ def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, s
     if not len(learnt):
         held = f"{config.eval_images} images held out of {len(taught)} lessons leave nothing to learn"
         raise UserError(f"{run.file}: train.eval_images: {held}")
-    model, processor, saved_as = _start(config)
+    model, processor, saved_as = _start(run, config)
     per_batch = config.batch_size // (config.group_size if config.method == "grpo" else 1)
     num_batches = config.steps * config.accumulate
     alike = config.optimizer == "masters"
@@ -139,8 +161,12 @@ def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, s
     )
 
 
-def _start(config: Config) -> tuple[Any, Any, Any]:
-    """The model to begin with, its processor, and the type that its weights are saved in: the one that they came in."""
+def _start(run: Run, config: Config) -> tuple[Any, Any, Any]:
+    """The model to begin with, its processor, and the type that its weights are saved in: the one that they came in.
+
+    Raises:
+        ConfigError: there is no such model, or it does not load.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -152,8 +178,12 @@ def _start(config: Config) -> tuple[Any, Any, Any]:
         model: Any = small.new_model(processor)
         saved_as = torch.bfloat16 if config.optimizer == "masters" else model.dtype
     else:
-        processor = AutoProcessor.from_pretrained(str(config.model))
-        model = AutoModelForImageTextToText.from_pretrained(str(config.model), dtype="auto", use_safetensors=True)
+        name = str(config.model)
+        try:
+            processor = AutoProcessor.from_pretrained(name)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{run.file}: train.model", f"{name!r} does not load: {error}") from error
         saved_as = model.dtype
         model = model.float()
     processor.tokenizer.padding_side = "left" if config.method == "grpo" else "right"
@@ -197,13 +227,18 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
 
 def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Recipe:
     """All that decides the model: the words and numbers of `[train]`, its rewards, and the tables that are read."""
-    folders = ["image", *(f"caption/{name}" for name in config.captions if config.method != "regions")]
-    folders += [f"score/{config.scores}/{name}" for name in config.captions if config.scores]
-    folders += [f"rubric/{scorer.rubric}" for scorer in scored.values() if scorer.rubric]
-    inputs = {folder: _digest(run.folder / folder) for folder in folders}
+    inputs = {folder: _digest(run.folder / folder) for folder in _reads(config, scored)}
     rewards = {f"score.{name}": scorer.slice(run, field=f"score.{name}") for name, scorer in scored.items()}
     words = {**stamped(config), **rewards, "asks": _asks(run, config), "weights": _weights(str(config.model))}
     return tables.Recipe(stage="train", name="", version=VERSION, slice=words, inputs=inputs)
+
+
+def _reads(config: Config, scored: Mapping[str, Scorer]) -> list[str]:
+    """The folders of tables; of the pass that GRPO is asked like, it reads the words alone."""
+    learnt = config.captions if config.method == "sft" else ()
+    captions = [f"caption/{name}" for name in learnt]
+    scores = [f"score/{config.scores}/{name}" for name in learnt if config.scores]
+    return ["image", *captions, *scores, *(f"rubric/{scorer.rubric}" for scorer in scored.values() if scorer.rubric)]
 
 
 def _asks(run: Run, config: Config) -> dict[str, Any]:
@@ -240,23 +275,31 @@ def _is_done(run: Run, config: Config, recipe: tables.Recipe) -> bool:
     return made and max((point.step for point in tables.read(path, Step)), default=0) >= config.steps
 
 
-def _settle_stale(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> None:
-    """
+def _settled(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> tables.Recipe:
+    """What the model is, or is to be, made from: what made the checkpoints, where these are kept.
+
     Raises:
         Refused: what was trained so far was trained otherwise.
     """
     path = Curve.path(run.folder)
     before = tables.read_stamp(path) if path.exists() else None
-    if before is None or before.fingerprint == recipe.fingerprint or stale == "keep":
-        return
+    if before is None and loop.last_checkpoint(run.folder / STORED) is None:
+        return recipe
+    if before is not None and (stale == "keep" or before.fingerprint == recipe.fingerprint):
+        return before.recipe
     if stale == "redo":
         shutil.rmtree(run.folder / STORED, ignore_errors=True)
         (run.folder / config.output / CARD).unlink(missing_ok=True)  # else the old model would pass for the new one
-        path.unlink()
-        return
-    inputs = sorted({**before.recipe.inputs, **recipe.inputs})
-    others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
-    changed = [*changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
+        path.unlink(missing_ok=True)
+        return recipe
+    if before is None:
+        if stale == "keep":
+            return recipe
+        changed = [f"nobody knows how, for {path} has gone"]
+    else:
+        inputs = sorted({**before.recipe.inputs, **recipe.inputs})
+        others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
+        changed = [*changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
     raise Refused(
         f"{run.file}: train: checkpoints in {run.folder / STORED} were made otherwise: {'; '.join(changed)};"
         " use --stale redo to begin anew, --stale keep to go on from them"
@@ -266,8 +309,15 @@ def _settle_stale(run: Run, config: Config, recipe: tables.Recipe, stale: str) -
 def _check(run: Run, config: Config) -> None:
     """
     Raises:
-        ConfigError: `[train]` names a pass that is not there.
+        ConfigError: `[train]` names a pass that is not there, or what it needs is not installed.
+        UserError: this process sees several GPUs.
     """
+    for package in () if config.method == "regions" else ("trl", "peft"):
+        if find_spec(package) is None:
+            raise ConfigError(f"{run.file}: train", f"needs {package}: pip install 'recap-pipeline[train]'")
+    if config.rollouts == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(f"{run.file}: train.rollouts", "'vllm' needs it: pip install 'recap-pipeline[vllm]'")
+    loop.check_devices(str(run.file))
     if config.method == "regions":
         return
     known = sorted(run.sections["caption"])
@@ -278,7 +328,11 @@ def _check(run: Run, config: Config) -> None:
             raise ConfigError(f"{run.file}: train.captions", plugins.unknown(name, known))
     if config.scores and config.scores not in run.sections["score"]:
         raise ConfigError(f"{run.file}: train.scores", plugins.unknown(config.scores, sorted(run.sections["score"])))
-    loop.check_devices(str(run.file))
+    if config.recipe:
+        try:
+            recipe_of(run, config, config.captions[0])
+        except UnknownName as error:
+            raise ConfigError(f"{run.file}: train.recipe", str(error)) from error
 
 
 # Rewards

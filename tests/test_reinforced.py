@@ -13,11 +13,12 @@ import pytest
 
 from pipeline import config, tables
 from pipeline.attempt import Stopped
-from pipeline.errors import Refused, UserError
+from pipeline.errors import MachineError, Refused, UserError
 from pipeline.records import Caption, Criterion, Rubric
+from pipeline.run import Runner
 from stages import flags, scorers, train
 from stages.training.reinforced import Reward, breakdown, check_prompt, complete, manners, reader, unexpanded
-from tests.runs import begin, make
+from tests.runs import begin, make, recap
 
 ROOT = Path(__file__).parent.parent
 TEACHERS = ("warm", "boxy", "plain", "central")
@@ -82,7 +83,7 @@ def reward(run: Path, asked: Mapping[str, Any] | None = None) -> tuple[Reward, d
     }
     given = rubrics if asked is None else asked
     read = reader(None, ends={END}, max_tokens=64)
-    made = Reward("committee", scorer, engines={}, data=lambda _: b"", asked=given, read=read)
+    made = Reward("committee", scorer, engines={}, data=lambda _: b"", asked=given, read=read, max_error_share=0.2)
     return made, columns
 
 
@@ -166,6 +167,11 @@ def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
         ({"method": "sft"}, 'rewards is a key of method = "grpo", and this is method = "sft"'),
         ({"turns": 2}, 'turns is a key of method = "sft", and this is method = "grpo"'),
         ({"lora": 4}, "lora needs"),
+        ({"rewards": {"committee": 0.0}}, "a weight is a number above 0"),
+        ({"rewards": {"committee": float("nan")}}, "a weight is a number above 0"),
+        ({"captions": ["hasty", "warm"]}, "grpo asks the words of one pass"),
+        ({"model": "/nowhere/model"}, "run.toml: train.model: '/nowhere/model' does not load"),
+        ({"recipe": "scene"}, "run.toml: train.recipe: 'scene' is none of .*did you mean 'scenes'"),
         ({"captions": ["hastie"]}, "hastie"),
         ({"eval_images": 16}, "eval_images"),
     ],
@@ -173,6 +179,47 @@ def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
 def test_what_is_wrong_in_train_is_said(run: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train.train(config.load(copy(run, tmp_path / "run", **changes)), {})
+
+
+def test_what_is_not_installed_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "vllm" else object())
+    with pytest.raises(UserError, match=r"run.toml: train.rollouts: .*pip install 'recap-pipeline\[vllm\]'"):
+        train.train(config.load(copy(run, tmp_path / "run", rollouts="vllm")), {})
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run.toml: train: needs trl: pip install 'recap-pipeline\[train\]'"):
+        train.train(config.load(run), {})
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("rubric", "recap run rubric makes them"), ("image", "nothing usable in image")]
+)
+def test_without_tables_it_is_said_what_makes_them(run: Path, tmp_path: Path, folder: str, message: str) -> None:
+    shutil.rmtree(copy(run, tmp_path / "run") / folder)
+    with pytest.raises(UserError, match=message):
+        train.train(config.load(tmp_path / "run"), {})
+
+
+def test_tables_that_are_stale_or_not_all_there_are_not_learnt_from(run: Path, tmp_path: Path) -> None:
+    folder = copy(run, tmp_path / "run")
+    made = config.load(folder)
+    assert train.reads(made) == ["image", "rubric/committee"]
+    Runner(run=made).check_made(train.reads(made))
+    begin(folder, {**sections(), "rubric.committee": {"teachers": list(TEACHERS), "student": "hasty", "agree": 3}})
+    done = recap("run", "train", "--run", folder, check=False)
+    assert done.returncode == 2 and "rubric:committee: 1 of 1 shards" in done.stderr, done.stderr
+    assert "stale: agree: 0 -> 3" in done.stderr and "recap run rubric:committee --stale redo" in done.stderr
+    begin(folder, sections())
+    (folder / "image/00000.parquet").unlink()
+    with pytest.raises(Refused, match=r"ingest: 1 of 1 shards are not as .* missing; make them by `recap run ingest"):
+        Runner(run=made).check_made(train.reads(made))
+    Runner(run=made, stale="keep").check_made(train.reads(made))
+
+
+def test_a_reward_that_mostly_fails_ends_the_training(run: Path) -> None:
+    given, columns = reward(run, asked={})
+    with pytest.raises(MachineError, match=r"score\.committee: 256 of the last 256 answers .*no rubric"):
+        for _ in range(256):
+            given(**columns, log_metric=lambda *_: None)
 
 
 # a reward by which answers differ, whatever is claimed
@@ -264,6 +311,40 @@ def test_what_is_done_is_not_trained_again(run: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(Refused, match="asks"):
         train.train(config.load(folder), {})
+
+
+@pytest.mark.slow
+def test_what_is_kept_stays_as_it_is(run: Path, tmp_path: Path) -> None:
+    folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
+    train.train(config.load(folder), {})
+    before = weights(folder), (folder / "step/00000.parquet").read_bytes()
+    begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=1, eval_images=0))
+    shutil.rmtree(folder / "train")
+    train.train(config.load(folder), {}, stale="keep")
+    assert (weights(folder), (folder / "step/00000.parquet").read_bytes()) == before
+    with pytest.raises(Refused, match="learning_rate"):
+        train.train(config.load(folder), {})
+
+
+@pytest.mark.slow
+def test_checkpoints_of_unknown_origin_are_not_gone_on_from(run: Path, tmp_path: Path) -> None:
+    folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
+    train.train(config.load(folder), {})
+    shutil.rmtree(folder / "step")
+    with pytest.raises(Refused, match=r"otherwise: nobody knows how, for .*step/00000.parquet has gone"):
+        train.train(config.load(folder), {})
+
+
+def test_a_curve_is_there_before_the_first_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy(run, tmp_path / "run", **FORM)
+    monkeypatch.setattr("stages.training.reinforced.trainer", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config.load(folder), {})
+    assert pq.read_metadata(folder / "step/00000.parquet").num_rows == 0
+    begin(folder, sections(**{**FORM, "learning_rate": 2e-2}))
+    with pytest.raises(Refused, match="learning_rate"):
+        train.train(config.load(folder), {})
+    recap("report", "--run", folder)  # of a training without a step yet
 
 
 def weights(folder: Path) -> bytes:

@@ -151,6 +151,8 @@ def load_words(name: str, *, run: Path | None) -> Words:
     words = section.parse(Words)
     if "criteria" not in fields_in(words.prompt) or words.unit != "caption":
         raise section.error("prompt", "must have {criteria}, and {caption} last")
+    if words.unsure in ("no", "yes"):
+        raise section.error("unsure", f"{words.unsure!r} is an answer of every criterion too")
     return words
 
 

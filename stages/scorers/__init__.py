@@ -9,7 +9,7 @@ and where it needs them
 
 - `prepare(config, *, run, field) -> config`: reads the words that its keys name; what it returns goes to `score`, and
   `pipeline.config.stamped` of it into the fingerprint;
-- `engines(config) -> tuple[str, ...]`: the names in `[engines]` that it asks;
+- `engines(config) -> Mapping[str, str]`: of the keys that name engines, the names in `[engines]` that it asks;
 - `rubric(config) -> str`: the name in `[rubric]` whose criteria its samples are to carry;
 - `VERSION`: an integer, raised when equal samples get other marks.
 
@@ -75,19 +75,23 @@ class Scorer:
     kind: str
     module: ModuleType
     config: Any
-    engines: tuple[str, ...]
+    asks: Mapping[str, str]  # key -> the engine that it names
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return tuple(self.asks.values())
 
     def slice(self, run: Run, *, field: str) -> dict[str, Any]:
         """All that decides its marks. The seed does only where a model is asked.
 
         Raises:
-            ConfigError: an engine that it asks is not there; `field` says who asks.
+            ConfigError: an engine that it asks is not there; `field` is the section that names it.
         """
         found = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.config)}
-        if not self.engines:
+        if not self.asks:
             return found
-        asked = [engine_slice(run, engine, field=f"{field}.engine") for engine in self.engines]
+        asked = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.asks.items()]
         return {**found, "seed": run.seed, "engines": asked}
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[Mark]:
@@ -109,9 +113,9 @@ def load(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     module, config = plugin.module, plugin.config
     if hasattr(module, "prepare"):
         config = module.prepare(config, run=run, field=field)
-    names = module.engines(config) if hasattr(module, "engines") else ()
+    asks = module.engines(config) if hasattr(module, "engines") else {}
     rubric = module.rubric(config) if hasattr(module, "rubric") else ""
-    return Scorer(kind=plugin.kind, module=module, config=config, engines=tuple(names), rubric=rubric)
+    return Scorer(kind=plugin.kind, module=module, config=config, asks=asks, rubric=rubric)
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:

@@ -71,8 +71,8 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Judge:
         raise ConfigError(f"{field}.rubric", str(error)) from error
 
 
-def engines(config: Judge) -> tuple[str, ...]:
-    return (config.engine,)
+def engines(config: Judge) -> Mapping[str, str]:
+    return {"engine": config.engine}
 
 
 def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[Mark]:

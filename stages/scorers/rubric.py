@@ -58,8 +58,8 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
     return Marker(rubric=config.rubric, judge=config.judge, words=words)
 
 
-def engines(config: Marker) -> tuple[str, ...]:
-    return (config.judge,) if config.judge else ()
+def engines(config: Marker) -> Mapping[str, str]:
+    return {"judge": config.judge} if config.judge else {}
 
 
 def rubric(config: Marker) -> str:

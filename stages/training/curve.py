@@ -29,6 +29,11 @@ class Curve:
     def path(folder: Path) -> Path:
         return folder / "step" / "00000.parquet"
 
+    def begin(self) -> None:
+        """Before the first step, so that no checkpoint is ever without its stamp."""
+        if not self._path.exists():
+            self.write([])
+
     def write(self, log: Sequence[Mapping[str, Any]]) -> None:
         tables.write(self._path, Step, points(log), self._recipe)
 

@@ -10,6 +10,7 @@ GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
 from __future__ import annotations
 
 import re
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from pipeline.engine import Engine, Reply, Sampling
+from pipeline.errors import MachineError
 from pipeline.records import Criterion, Demand
 from stages import answers, flags
 from stages.answers import Answer, Form
@@ -37,6 +39,7 @@ Read = Callable[[str, Sequence[int]], Answer]  # from a text and its tokens
 WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
 KEPT_PICTURES = 32  # decoded, for the answers of one group ask for one picture
 PROMPT_TOKENS = 3072  # at most, the picture's included: vllm need not hold room for a model's whole context
+SETTLED = 256  # answers after which the share of those that could not be scored tells
 NUMBERED = re.compile(r"([a-z_]+?)_?\d+$")
 
 
@@ -52,6 +55,7 @@ class Reward:
         data: Callable[[Mapping[str, Any]], bytes],
         asked: Mapping[str, tuple[Demand, ...]],
         read: Read,
+        max_error_share: float,
     ) -> None:
         """
         Args:
@@ -59,8 +63,10 @@ class Reward:
             data: the image file of a lesson.
             asked: of each key, the criteria of its own rubric, for a scorer that reads one.
             read: what the caption stage makes of an answer.
+            max_error_share: [0, 1]; when of the last answers more could not be scored, the training ends.
         """
         self.__name__ = name
+        self._max_error_share, self._failed = max_error_share, deque[str | None](maxlen=SETTLED)
         self._scorer, self._engines, self._data, self._asked, self._read = scorer, engines, data, asked, read
 
     def __call__(
@@ -72,6 +78,10 @@ class Reward:
         log_metric: Log,
         **columns: Sequence[Any],
     ) -> list[float | None]:
+        """
+        Raises:
+            MachineError: too many answers could not be scored.
+        """
         read = [self._read(text_of(said), ids) for said, ids in zip(completions, completion_ids, strict=True)]
         samples = [
             Sample(
@@ -90,6 +100,7 @@ class Reward:
         marks = {sample.candidate: mark for sample, mark in zip(samples, given, strict=True)}
         log_metric("rate/unusable", 1 - len(samples) / len(read))
         self._tell(list(marks.values()), log_metric)
+        self._check(marks.values())
         return [marks[number].value if number in marks else 0.0 for number in range(len(read))]
 
     def _tell(self, marks: Sequence[Mark], log_metric: Log) -> None:
@@ -98,6 +109,17 @@ class Reward:
             log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
         for name, values in breakdown(criterion for mark in marks for criterion in mark.criteria).items():
             log_metric(f"met/{self.__name__}/{name}", fmean(values))
+
+    def _check(self, marks: Iterable[Mark]) -> None:
+        """A judge that never answers would otherwise train nothing for days, and leave a model in the end."""
+        self._failed.extend(mark.error or mark.status if mark.value is None else None for mark in marks)
+        failed = [why for why in self._failed if why is not None]
+        if len(self._failed) == SETTLED and len(failed) > self._max_error_share * SETTLED:
+            commonest, num = Counter(failed).most_common(1)[0]
+            raise MachineError(
+                f"score.{self.__name__}: {len(failed)} of the last {SETTLED} answers could not be scored, more than"
+                f" max_error_share = {self._max_error_share}; most often ({num} times): {commonest}"
+            )
 
 
 def breakdown(criteria: Iterable[Criterion]) -> dict[str, list[float]]:
@@ -213,7 +235,9 @@ def trainer(task: Task, rewards: Sequence[Reward]) -> Any:
         use_vllm=by_vllm,
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=config.vllm_memory,
-        vllm_max_model_length=PROMPT_TOKENS + config.max_tokens,
+        vllm_max_model_length=min(
+            PROMPT_TOKENS + config.max_tokens, model.config.get_text_config().max_position_embeddings
+        ),
         log_multimodal=False,
     )
     made = Trainer(

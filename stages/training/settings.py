@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
@@ -20,8 +21,10 @@ class Config:
     )
     model: str = key("new", "a model's folder or name on the Hub; new: a small Qwen2.5-VL, untrained", locate="model")
     output: str = key("model", "the folder in the run that the trained model is written to", stamp=False)
-    captions: tuple[str, ...] = key(("main",), "sft: caption passes whose texts, or whose scores, are learnt")
-    recipe: str = key("", "what the model is asked; empty: what the first of `captions` asked")
+    captions: tuple[str, ...] = key(
+        ("main",), "sft: caption passes whose texts, or whose scores, are learnt; grpo: the one whose words are asked"
+    )
+    recipe: str = key("", "what the model is asked; empty: what each of `captions` asked")
     scores: str = key("", "sft: a score pass by a judge: its verdicts are learnt; empty: the captions' texts are")
     turns: int = key(1, "sft: questions about one image in one lesson", least=1)
     regions: float = key(0.0, "sft: weight of naming what lies under each image token besides", least=0)
@@ -73,11 +76,6 @@ class Config:
         """Whether regions are learnt, alone or besides."""
         return self.method == "regions" or self.regions > 0
 
-    @property
-    def prompts_per_step(self) -> int:
-        """Of grpo: images whose answers make one step."""
-        return self.batch_size * self.accumulate // self.group_size
-
     def __post_init__(self) -> None:
         owners = {name: method for method, names in KEYS.items() if method != self.method for name in names}
         for field in fields(self):
@@ -88,6 +86,10 @@ class Config:
         if self.method == "grpo":
             if not self.rewards:
                 raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')
+            if unfit := {name: weight for name, weight in self.rewards.items() if not 0 < weight < math.inf}:
+                raise ValueError(f"rewards are {unfit}: a weight is a number above 0")
+            if len(self.captions) > 1:
+                raise ValueError(f"captions are {list(self.captions)}: grpo asks the words of one pass")
             if self.batch_size % self.group_size:
                 raise ValueError(f"batch_size = {self.batch_size} is no multiple of group_size = {self.group_size}")
         if self.lora and (self.sees or self.optimizer == "masters"):
