@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Threads that wait for each other inside a tiny model's every layer are twenty times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where bytecode may not be kept, every process that a test starts compiles torch and transformers anew: 20 s each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No test times anything, and what CI finds a person must be able to find again.
 settings.register_profile(

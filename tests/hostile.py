@@ -28,7 +28,7 @@ from pipeline import config, images
 from pipeline.decoders import ProbePool
 from tests import corpora, wrapped
 from tests.corpora import Expected
-from tests.runs import begin, recap, sections
+from tests.runs import begin, recap_alone, sections
 
 TIMEOUT = 60.0  # seconds, as ingest sets it for one file
 DECODERS_OWN = ("the decoder crashed", "decoding took more", "the decoder ended")  # what a file did to a decoder
@@ -106,7 +106,7 @@ def count(folder: Path, expected: list[Expected], **source: Any) -> Counts:
     about = {"path": str(folder / "corpus"), "shard_size": 500, "max_error_share": 1.0, **source}
     parts = sections(folder / "corpus", filter={"rules": {}}, caption__dense={"recipe": "short"})
     run = begin(folder / "run", {**parts, "source": about})
-    done = recap("run", "all", "--run", run, check=False)
+    done = recap_alone("run", "all", "--run", run, check=False)
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
     counts.crashes += done.returncode != 0

@@ -7,13 +7,15 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from io import BytesIO
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 from PIL import Image
 
-from pipeline import config, starter
+from pipeline import cli, config, starter
 from pipeline.passes import select
 from pipeline.run import Outcome, Runner
 
@@ -90,7 +92,31 @@ def make(folder: Path, what: str = "all", **options: Any) -> Outcome:
 
 
 def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command line, as a user has it."""
+    """The command line in this process, which starts no interpreter for it; what it raises unforeseen is raised.
+
+    Raises:
+        CalledProcessError: it ended with another code than 0, and `check`.
+    """
+    out, err = (TextIOWrapper(BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    code: str | int | None = 0
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, env))
+        stack.enter_context(patch.object(sys, "argv", ["recap", *map(str, args)]))
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    said = [cast(BytesIO, stream.buffer).getvalue().decode() for stream in (out, err)]
+    done = subprocess.CompletedProcess(args, int(code or 0), *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def recap_alone(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user has it."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *map(str, args)],
         capture_output=True,

@@ -18,7 +18,7 @@ import typer
 from pipeline import config, database, passes, starter
 from pipeline.cli import app
 from pipeline.errors import MachineError, QueryError
-from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, times, write
+from tests.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
 from tests.wrapped import tar
 
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
@@ -48,10 +48,10 @@ def test_an_unknown_option_is_the_users_error() -> None:
 
 def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "cut", "png"] * 4)
-    recap("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
-    done = recap("run", "all", "--run", tmp_path / "run")
+    recap_alone("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
+    done = recap_alone("run", "all", "--run", tmp_path / "run")
     assert done.stdout == ""
-    status = {p["title"]: p for p in json.loads(recap("status", "--run", tmp_path / "run", "--json").stdout)}
+    status = {p["title"]: p for p in json.loads(recap_alone("status", "--run", tmp_path / "run", "--json").stdout)}
     assert status["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
     assert all(p["num_missing"] == p["stale"] == 0 for p in status.values())
     assert (tmp_path / "run" / "export" / "README.md").exists()

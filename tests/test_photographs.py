@@ -15,7 +15,7 @@ import pytest
 from pipeline import tables
 from pipeline.records import Caption, Image, Record
 from tests import corpora
-from tests.runs import ROOT, begin, make, recap, sections
+from tests.runs import ROOT, begin, make, recap_alone, sections
 
 MODEL = {"kind": "transformers", "dtype": "float32", "max_pixels": 112 * 112, "batch_size": 8}
 
@@ -39,7 +39,7 @@ def parts(photos: Path, model: Path) -> dict[str, dict[str, object]]:
 def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny_model: Path) -> None:
     expected = corpora.photographs(tmp_path / "photos")
     run = begin(tmp_path / "run", parts(tmp_path / "photos", tiny_model), max_error_share=1.0)
-    done = recap("run", "all", "--run", run, check=False)
+    done = recap_alone("run", "all", "--run", run, check=False)
     assert done.returncode == 0, done.stderr
     images = rows(run, "image", Image)
     assert {image.source_key: image.status for image in images} == expected

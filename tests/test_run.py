@@ -26,7 +26,7 @@ from pipeline.passes import all_passes
 from pipeline.plan import Plan
 from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
 from pipeline.shard import work_folder
-from tests.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap, sections, times, write
+from tests.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap_alone, sections, times, write
 
 # The command line with parts ten times a second, so that a short shard has some to adopt.
 HASTY = "from pipeline import cli, parts; parts.MAX_AGE = 0.1; cli.main()"
@@ -273,7 +273,7 @@ def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path
     parts = sections(source, source={"shard_size": 260}, engines__captioner={"invalid_share": 1.0})
     parts["caption.dense"] = {"recipe": "structured", "engine": "captioner"}
     run = begin(tmp_path / "run", parts)
-    done = recap("run", "all", "--run", run, check=False)
+    done = recap_alone("run", "all", "--run", run, check=False)
     assert done.returncode == 1
     assert "200 of its first 200 rows failed" in done.stderr
     assert "invalid" in done.stderr
@@ -282,7 +282,7 @@ def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path
 
 def test_what_the_machine_is_asked_before_its_input_is_there_says_what_is_missing(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
-    done = recap("run", "caption", "--run", run, check=False)
+    done = recap_alone("run", "caption", "--run", run, check=False)
     assert done.returncode == 1
     assert "image/00000.parquet is missing" in done.stderr
 

@@ -16,7 +16,7 @@ from pipeline.engines import openai, transformers, vllm
 from pipeline.errors import ConfigError
 from pipeline.run import Runner
 from tests.faults import Faulty
-from tests.runs import ROOT, begin, corpus, files, make, picture, recap, sections, write
+from tests.runs import ROOT, begin, corpus, files, make, picture, recap_alone, sections, write
 
 SESAME = "sesame-1234"
 PICKLES = {"cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -61,11 +61,11 @@ def test_a_key_is_in_no_file_and_no_message(tmp_path: Path) -> None:
     with Faulty() as server:
         server.key = SESAME
         run = begin(tmp_path / "run", parts | {"engines.judge": {**judge, "base_url": server.url}})
-        said = [recap("run", "all", "--run", run, JUDGE_KEY=SESAME)]
-        said += [recap("slurm", "script", "--run", run, JUDGE_KEY=SESAME), recap("report", "--run", run)]
+        said = [recap_alone("run", "all", "--run", run, JUDGE_KEY=SESAME)]
+        said += [recap_alone("slurm", "script", "--run", run, JUDGE_KEY=SESAME), recap_alone("report", "--run", run)]
         server.key = "another"
         (run / "score" / "judge" / "dense" / "00000.parquet").unlink()
-        said += [recap("run", "score", "--run", run, JUDGE_KEY=SESAME, check=False)]
+        said += [recap_alone("run", "score", "--run", run, JUDGE_KEY=SESAME, check=False)]
     assert [done.returncode for done in said] == [0, 0, 0, 1]
     assert "answered 401" in said[-1].stderr
     assert all(SESAME not in done.stdout + done.stderr for done in said)
