@@ -188,7 +188,9 @@ def test_a_schema_that_says_more_than_is_checked_is_refused(schema: Any, message
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+        max_leaves=10,
     )
 )
 def test_json_is_read_also_from_a_code_fence(value: Any) -> None:

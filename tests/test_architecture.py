@@ -77,6 +77,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert not {"torch", "transformers", "vllm", "duckdb", "pyarrow", "numpy", "PIL", "tqdm"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path: Path) -> None:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run(

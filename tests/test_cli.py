@@ -48,10 +48,10 @@ def test_an_unknown_option_is_the_users_error() -> None:
 
 def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "cut", "png"] * 4)
-    recap_alone("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
+    recap("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
     done = recap_alone("run", "all", "--run", tmp_path / "run")
     assert done.stdout == ""
-    status = {p["title"]: p for p in json.loads(recap_alone("status", "--run", tmp_path / "run", "--json").stdout)}
+    status = {p["title"]: p for p in json.loads(recap("status", "--run", tmp_path / "run", "--json").stdout)}
     assert status["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
     assert all(p["num_missing"] == p["stale"] == 0 for p in status.values())
     assert (tmp_path / "run" / "export" / "README.md").exists()
@@ -188,7 +188,7 @@ def test_json_has_strings_as_they_are(run: Path) -> None:
 def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
-        query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
+        query = "SELECT CASE WHEN i < 400_000 THEN i ELSE error('too far') END AS i FROM range(500_000) AS t(i)"
         database.show(connection, query, format, out)
     assert b"1999" in out.getvalue()
 

@@ -46,6 +46,7 @@ def test_photographs_have_the_right_status_and_are_shown(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.slow
 def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
     expected = hostile(tmp_path, seed=1)
     config = folder.Config(path=str(tmp_path))

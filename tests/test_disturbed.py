@@ -24,15 +24,15 @@ def begin(folder: Path, photos: Path, server: Faulty, **changes: Any) -> Path:
     return runs.begin(folder, runs.sections(photos, engines__captioner=engine, engines__judge=engine))
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return runs.corpus(tmp_path / "photos", ["jpg", "png", "webp"] * (NUM_PHOTOS // 3))
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.corpus(tmp_path_factory.mktemp("corpus") / "photos", ["jpg", "png", "webp"] * (NUM_PHOTOS // 3))
 
 
-@pytest.fixture
-def undisturbed(tmp_path: Path, photos: Path) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[str, bytes]:
     with Faulty() as server:
-        run = begin(tmp_path / "undisturbed", photos, server)
+        run = begin(tmp_path_factory.mktemp("undisturbed") / "run", photos, server)
         assert runs.make(run).exit_code == 0
     return tables(run)
 
@@ -51,6 +51,7 @@ def test_a_server_that_fails_at_a_tenth_of_all_requests(
     assert tables(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_shard_and_started_again(
     tmp_path: Path, photos: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_server_that_is_killed_in_mid_shard_and_started_again(
     assert tables(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_dead_ends_the_run_and_says_all(
     tmp_path: Path, photos: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

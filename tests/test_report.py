@@ -156,6 +156,7 @@ def test_a_tar_that_has_gone_is_told_of(finished: Path, tmp_path: Path) -> None:
     assert "No such file" in html.text
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
     run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", MIX)))
     unplanned = report(run)
@@ -177,6 +178,7 @@ def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
         assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(run)
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", MIX), filter={"rules": {"never": "judge > 2"}})
     run = begin(tmp_path / "none", parts)
@@ -189,6 +191,7 @@ def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None
     assert "Of 2 images, 0 could be used" in report(broken).text
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 3)
     (photos / "00000.txt").write_text(EVIL)

@@ -112,6 +112,7 @@ def test_another_time_out_or_window_changes_nothing(run: Path, finished: Path) -
     assert times(run) == before
 
 
+@pytest.mark.slow
 def test_a_new_pass_judge_or_engine_leaves_the_finished_tables_alone(run: Path, finished: Path) -> None:
     photos = finished.parent / "photos"
     before = {name: data for name, data in times(run).items() if "/verdict/" not in name and "/export/" not in name}
@@ -191,6 +192,7 @@ def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
     assert outcome.exit_code == 0
 
 
+@pytest.mark.slow
 def test_what_a_retry_made_stale_is_named_and_not_skipped(run: Path, finished: Path) -> None:
     photos = finished.parent / "photos"
     parts = sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"empty_share": 0.5})
@@ -268,6 +270,7 @@ def test_a_status_that_does_not_exist_is_refused(run: Path) -> None:
         make(run, "caption", retry=frozenset({"eror"}))
 
 
+@pytest.mark.slow
 def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path) -> None:
     source = corpus(tmp_path / "photos", ["jpg"] * 260)
     parts = sections(source, source={"shard_size": 260}, engines__captioner={"invalid_share": 1.0})
@@ -299,6 +302,7 @@ def test_the_seconds_of_overlapped_shards_add_up_to_those_of_the_pass(tmp_path: 
     assert 10 * 0.1 <= sum(seconds) <= whole
 
 
+@pytest.mark.slow
 def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before_the_next(tmp_path: Path) -> None:
     record = tmp_path / "record"
     names = {
@@ -318,6 +322,7 @@ def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before
     assert not record.exists()  # what is done needs no engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path: Path, workers: int) -> None:
     run = tmp_path / "run"

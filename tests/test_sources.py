@@ -454,7 +454,9 @@ class TestParquet:
             pq.write_table(table, tmp_path / f"{name}.parquet")
         assert [(raw.data, raw.alt_text) for raw in self.read(tmp_path)] == [(b"1", "words")] * 3
 
-    @pytest.mark.parametrize(("size", "most"), [(1 << 22, 100 << 20), (1 << 26, 250 << 20)])
+    @pytest.mark.parametrize(
+        ("size", "most"), [(1 << 22, 100 << 20), pytest.param(1 << 26, 250 << 20, marks=pytest.mark.slow)]
+    )
     def test_a_value_that_many_rows_have_is_not_unpacked_for_all(self, tmp_path: Path, size: int, most: int) -> None:
         file = self.write(tmp_path / "a.parquet", {"image": [bytes(size)] * 40}, dictionary_pagesize_limit=1 << 30)
         before, num_rows = pa.total_allocated_bytes(), 0

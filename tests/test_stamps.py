@@ -123,6 +123,7 @@ def survey(run: Path) -> dict[str, status.PassStatus]:
     return {p.title: p for p in status.survey(runner, Watch.of(runner))}
 
 
+@pytest.mark.slow
 def test_every_reason_is_told(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 7)
     for shard in range(7):

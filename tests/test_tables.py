@@ -117,6 +117,7 @@ def test_no_table_is_no_stamp(tmp_path: Path) -> None:
     assert tables.read_stamp(tmp_path / "none.parquet") is None
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [score(str(i)) for i in range(20)]

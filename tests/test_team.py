@@ -125,6 +125,7 @@ def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, ti
     assert made[0] == made[1] and len(made[0]) == 4
 
 
+@pytest.mark.slow
 def test_each_worker_keeps_its_engine_and_overlaps_two_shards(tmp_path: Path) -> None:
     """The engine answers nothing until two calls are under way together: shards of one process, or it would hang."""
     record = tmp_path / "record"

@@ -118,6 +118,7 @@ def grown(make: Callable[[int], object]) -> float:
     return (peaks[2] - peaks[1]) / (NUMBERS[1] - NUMBERS[0])
 
 
+@pytest.mark.slow
 def test_lessons_and_rubrics_are_not_held_in_memory(tables: Path, tmp_path: Path) -> None:
     lesson, *_ = taught(tables)
     demand = Demand(id="d", text="t" * 200, severity="minor", weight=1.0, agreed=1, missed=1.0, claim="c" * 200)
@@ -244,6 +245,7 @@ def compiles_in(folder: str | None) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout.strip()
 
 
+@pytest.mark.slow
 def test_each_process_compiles_in_a_folder_of_its_own(tmp_path: Path) -> None:
     """So what a killed one was writing is taken for whole by nobody."""
     first, second = compiles_in(None), compiles_in(None)
