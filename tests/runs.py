@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 from PIL import Image
@@ -108,8 +108,8 @@ def recap(*args: object, check: bool = True, **env: str) -> subprocess.Completed
             cli.main()
         except SystemExit as ended:
             code = ended.code
-    said = [cast(BytesIO, stream.buffer).getvalue().decode() for stream in (out, err)]
-    done = subprocess.CompletedProcess(args, int(code or 0), *said)
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    done = subprocess.CompletedProcess(["recap", *map(str, args)], int(code or 0), *said)
     if check:
         done.check_returncode()
     return done
