@@ -184,11 +184,12 @@ def test_json_has_strings_as_they_are(run: Path) -> None:
     assert json.loads(out.getvalue()) == [{"x": "a\u2028b\x85\nc"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["csv", "json"])
 def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
-        query = "SELECT CASE WHEN i < 400_000 THEN i ELSE error('too far') END AS i FROM range(500_000) AS t(i)"
+        query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
         database.show(connection, query, format, out)
     assert b"1999" in out.getvalue()
 
