@@ -23,6 +23,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 WITH_MODELS = {"test_engines", "test_reinforced", "test_train"}
+APART = {"test_disasters"}  # each takes long, and they share little
 
 # No test times anything, and what CI finds a person must be able to find again.
 settings.register_profile(
@@ -36,7 +37,8 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "models" if Path(file).stem in WITH_MODELS else file
+        name = Path(file).stem
+        return "models" if name in WITH_MODELS else nodeid if name in APART else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
