@@ -351,7 +351,7 @@ def core() -> BaseProcess:
 def test_a_server_behind_faults_gives_the_same_answers(tiny_server: Served) -> None:
     requests = [request(n % 50, ladder=(GREEDY,)) for n in range(200)]
     with Faulty(upstream=tiny_server.address) as proxy:
-        config = openai.Config(model="tiny", base_url=proxy.url, timeout=5, max_pixels=tiny.PIXELS**2)
+        config = openai.Config(model="tiny", base_url=proxy.url, timeout=20, max_pixels=tiny.PIXELS**2)
         engine = openai.open(config)
         undisturbed = [reply.text for reply in ask(engine, *requests)]
         proxy.share = 0.1
