@@ -285,16 +285,16 @@ def _settled(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> tab
     before = tables.read_stamp(path) if path.exists() else None
     if before is None and loop.last_checkpoint(run.folder / STORED) is None:
         return recipe
-    if before is not None and (stale == "keep" or before.fingerprint == recipe.fingerprint):
-        return before.recipe
+    if stale == "keep":
+        return recipe if before is None else before.recipe
+    if before is not None and before.fingerprint == recipe.fingerprint:
+        return recipe
     if stale == "redo":
         shutil.rmtree(run.folder / STORED, ignore_errors=True)
         (run.folder / config.output / CARD).unlink(missing_ok=True)  # else the old model would pass for the new one
         path.unlink(missing_ok=True)
         return recipe
     if before is None:
-        if stale == "keep":
-            return recipe
         changed = [f"nobody knows how, for {path} has gone"]
     else:
         inputs = sorted({**before.recipe.inputs, **recipe.inputs})
