@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +28,17 @@ from pipeline import config, images
 from pipeline.decoders import ProbePool
 from tests import corpora, wrapped
 from tests.corpora import Expected
-from tests.runs import begin, recap_alone, sections
+from tests.runs import ROOT, begin, sections
 
 TIMEOUT = 60.0  # seconds, as ingest sets it for one file
 DECODERS_OWN = ("the decoder crashed", "decoding took more", "the decoder ended")  # what a file did to a decoder
 RECORD = "RECAP_TEST_MEASURED"  # the environment variable with the file to which `measured` writes
+# Runs a command and prints the KiB of its largest process. In a process of its own, for the kernel counts a child as
+# large as its parent was when it was started, and remembers the largest of all children.
+WEIGHED = """import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)"""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +53,7 @@ class Counts:
     crashes: int = 0  # decoders that a file ended, and runs that did not end with 0
     captions_missing: int = 0  # of images that are ok, and samples missing in what is exported
     longest_decode: float = 0.0  # seconds
-    run_mib: int = 0  # most memory that one process of the run took, or this one before it
+    run_mib: int = 0  # most memory that one process of the run took
     decoder_mib: int = 0  # most memory that a decoder took
 
     @property
@@ -106,11 +112,14 @@ def count(folder: Path, expected: list[Expected], **source: Any) -> Counts:
     about = {"path": str(folder / "corpus"), "shard_size": 500, "max_error_share": 1.0, **source}
     parts = sections(folder / "corpus", filter={"rules": {}}, caption__dense={"recipe": "short"})
     run = begin(folder / "run", {**parts, "source": about})
-    done = recap_alone("run", "all", "--run", run, check=False)
+    command = [sys.executable, "-c", WEIGHED, sys.executable, "-m", "pipeline", "run", "all", "--run", str(run)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
     counts.crashes += done.returncode != 0
-    counts.run_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+    counts.run_mib = int(done.stdout) >> 10
     rows = [row for path in sorted((run / "image").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     counts.crashes += sum((row["error"] or "").startswith(DECODERS_OWN) for row in rows)
     counts.rows_right, counts.rows_too_many = compared(expected, rows)
