@@ -78,7 +78,8 @@ def open_served(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
     config = openai.Config(
         model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
     )
-    yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=512)
+    num_tokens = fixtures.getfixturevalue("served_flags")["max_model_len"]
+    yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=num_tokens)
 
 
 MODELS = [

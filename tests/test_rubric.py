@@ -730,9 +730,8 @@ log_steps = 1
 
 
 @pytest.mark.vllm
-def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) -> None:
+def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: dict[str, Any], tmp_path: Path) -> None:
     """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges and rewards."""
-    ours: dict[str, Any] = {"dtype": "float32", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": True}
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
     # An untrained model would rather say nothing, and has no end of words, or of the blanks that JSON may have.
@@ -740,23 +739,20 @@ def test_writer_and_judge_are_served_models(tiny_model: Path, tmp_path: Path) ->
     brief = {"max_criteria = 12": "min_criteria = 1\nmax_criteria = 2", "= 240": "= 16"}
     reworded("writers/committee.toml", run, {**hot, **brief})
     reworded("rubrics/text_only.toml", run, {**hot, "max_tokens = 2048": "max_tokens = 128"})
-    tight = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
-    ours["args"] = [f"--structured-outputs-config={tight}"]
     toml = (run / "run.toml").read_text() + TRAIN
 
     def at(server: Served) -> config.Run:
         (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1"))
         return config.load(run)
 
-    with serving(tiny_model, **ours) as writer:
-        at(writer)
-        for stage in ("ingest", "caption", "rubric"):
-            assert make(run, stage).exit_code == 0
+    at(tiny_server)
+    for stage in ("ingest", "caption", "rubric"):
+        assert make(run, stage).exit_code == 0
     rows = rubrics_of(run)
     assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8, [row.error for row in rows]
     assert all(row.model == "tiny" and row.engine == "model" for row in rows)
     assert all(d.agreed >= 2 and 0 < d.missed <= 1 for row in rows for d in row.criteria)
-    with serving(tiny.make_text(tmp_path / "text"), **ours) as judge:
+    with serving(tiny.make_text(tmp_path / "text"), **served_flags) as judge:
         loaded = at(judge)
         assert make(run, "score").exit_code == 0
         scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
