@@ -37,10 +37,10 @@ test-slurm: $(VENV)/.test  ## The tests on a real Slurm, started on this machine
 	$(BIN)/python -m pytest -m "slurm and not vllm"
 
 disasters: $(VENV)/.test  ## 300 kills over all stages and three engines, counted
-	$(BIN)/python -m tests.disasters --kills 300
+	$(BIN)/python -m tests.support.disasters --kills 300
 
 hostile: $(VENV)/.test  ## 10,000 mutated images and all hostile files, tars and Parquet, counted
-	$(BIN)/python -m tests.hostile --mutants 10000
+	$(BIN)/python -m tests.support.hostile --mutants 10000
 
 $(VENV)/.uv:
 	$(PYTHON) -m venv $(VENV)

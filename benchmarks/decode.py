@@ -4,7 +4,7 @@
 
 Three ways to check the same JPEGs, held in memory, by turns:
   plain   a loop over Pillow's full decode and sha256: what one would write without thinking
-  probe   a loop over `pipeline.images.probe`, in processes that share nothing and that a bad file would end
+  probe   a loop over `pipeline.decoding.images.probe`, in processes that share nothing and that a bad file would end
   pool    `ProbePool`, fed by one parent over pipes
 The last line is JSON. Shares by CPU time count all processes, the parent too, and hardly mind a busy machine.
 """
@@ -25,8 +25,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.decoders import ProbePool
-from pipeline.images import probe
+from pipeline.decoding.images import probe
+from pipeline.decoding.probe_pool import ProbePool
 from pipeline.machine import num_cores
 
 SIZES = {"64 px": (64, 64), "224 px": (224, 224), "640 px": (640, 427), "12 MP": (4000, 3000)}

@@ -37,14 +37,14 @@ from typing import Any
 from PIL import Image
 
 from benchmarks import held
-from pipeline import config, starter
-from pipeline.engine import Request, Sampling
-from pipeline.engines import openai, vllm
-from pipeline.images import target_size
-from pipeline.passes import select
-from pipeline.run import Runner
-from tests import tiny
-from tests.served import serving
+from pipeline import config
+from pipeline.commands import init
+from pipeline.decoding.images import target_size
+from pipeline.engines import Request, Sampling, openai, vllm
+from pipeline.execution.passes import select
+from pipeline.execution.runner import Runner
+from tests.support import tiny
+from tests.support.served import serving
 
 ROOT = Path(__file__).parent.parent
 PEER = ("datatrove==0.10.1", "httpx", "aiofiles", "aiosqlite", "orjson")
@@ -304,7 +304,7 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     (run / "recipes").mkdir(parents=True)
     (run / "recipes" / "bench.toml").write_text(RECIPE)
     (run / "run.toml").write_text(toml(sections))
-    starter.plan(config.load(run))
+    init.plan(config.load(run))
     runner = Runner(run=config.load(run))
     if runner.execute(select(runner.passes, "ingest")).exit_code:
         raise SystemExit("ingest failed")

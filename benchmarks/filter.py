@@ -14,7 +14,7 @@ from functools import partial
 from statistics import mean, median
 
 from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-from stages.claims import measure
+from stages.scenes.claims import measure
 from stages.scorers import Sample, judge
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from pipeline.engine import Engine, Reply, Request
-from pipeline.engines import vllm
+from pipeline.engines import Engine, Reply, Request, vllm
 
 Config = vllm.Config
 HELD: list[Engine] = []

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from pipeline.engine import Engine, Request
-from pipeline.engines import transformers
+from pipeline.engines import Engine, Request, transformers
 from pipeline.sources import scenes
 from pipeline.sources.scenes import Scene, scene
 from stages import recipes
@@ -69,7 +68,7 @@ def captions(model: str, num_scenes: int) -> list[str]:
 
 def line(said: Sequence[str]) -> Line:
     """Figures of one caption for each of the scenes 0, 1, ... of the held-out world."""
-    from stages.claims import measure
+    from stages.scenes.claims import measure
 
     results = [measure(text, scene(SEED, index)) for index, text in enumerate(said)]
     return Line(

@@ -16,9 +16,9 @@ from functools import partial
 from random import Random
 
 from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-from stages.claims import KINDS, parse
+from stages.scenes.claims import KINDS, parse
+from stages.scenes.teachers import answer, statement
 from stages.scorers import Sample, judge
-from stages.teachers import answer, statement
 
 PER_SCENE = 4
 

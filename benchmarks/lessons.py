@@ -19,15 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, starter, tables
-from pipeline.passes import select
-from pipeline.records import Caption, Image, Record, Rubric, make_key
-from pipeline.run import Runner
-from stages.teachers import TEACHERS
+from pipeline import config
+from pipeline.commands import init
+from pipeline.execution.passes import select
+from pipeline.execution.runner import Runner
+from pipeline.records import Caption, Image, ImageRubric, Record, make_key
+from pipeline.storage import tables
+from stages.scenes.teachers import TEACHERS
 
 SIZE = 10_000  # images in a shard
 DISTINCT = 100
-TABLES: dict[str, type[Record]] = {"image": Image, "caption/hasty": Caption, "rubric/committee": Rubric}
+TABLES: dict[str, type[Record]] = {"image": Image, "caption/hasty": Caption, "rubric/committee": ImageRubric}
 TRAIN = {"steps": 2, "eval_images": 8, "num_workers": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"batch_size": 2},
@@ -57,13 +59,13 @@ def make(run: Path, method: str, num_images: int) -> Path:
     committee = [name for name in TEACHERS if name != "hasty"]
     sections: dict[str, dict[str, Any]] = {
         "source": {"kind": "scenes", "num_images": DISTINCT, "broken_share": 0.0, "duplicate_share": 0.0},
-        **{f"engines.{name}": {"kind": "stages.teachers", "teacher": name} for name in TEACHERS},
+        **{f"engines.{name}": {"kind": "stages.scenes.teachers", "teacher": name} for name in TEACHERS},
         **{f"caption.{name}": {"recipe": "scenes", "engine": name} for name in TEACHERS},
         "rubric.committee": {"teachers": committee, "student": "hasty"},
         "score.committee": {"kind": "rubric", "rubric": "committee", "captions": ["hasty"]},
         "train": {"method": method, "captions": ["hasty"], **TRAIN, **METHODS[method]},
     }
-    starter.begin(run, sections)
+    init.begin(run, sections)
     runner = Runner(run=config.load(run))
     for stage in ("ingest", "caption", "rubric"):
         assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"

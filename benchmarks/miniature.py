@@ -30,14 +30,16 @@ from typing import Any
 import stages.rubric
 from benchmarks.held_out import JUDGE, STUDENT, Line, alt_text, captions, line, rounded, show, shown
 from benchmarks.teachers import committee
-from pipeline import config, starter
-from pipeline.passes import select
-from pipeline.run import Engines, Runner
+from pipeline import config
+from pipeline.commands import init
+from pipeline.execution.engine_pool import EnginePool
+from pipeline.execution.passes import select
+from pipeline.execution.runner import Runner
 from stages import scorers, train
+from stages.rubric_writers import Evidence, claims, majority
+from stages.scenes.teachers import TEACHERS, caption
 from stages.scorers import Sample, rubric
-from stages.teachers import TEACHERS, caption
 from stages.training.settings import Config
-from stages.writers import Evidence, claims, majority
 
 RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
 TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
@@ -45,7 +47,7 @@ SFT_BATCH = 32
 BEFORE = "student"  # the arm that is not trained on
 MORE = """
 [engines.consensus]
-kind = "stages.teachers"
+kind = "stages.scenes.teachers"
 teacher = "consensus"
 
 [engines.judge]
@@ -123,7 +125,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     text += MORE.format(judge=Path(judge).absolute())
     text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
     if shared:
-        text = text.replace('kind = "stages.teachers"', 'kind = "stages.teachers"\nshared = true')
+        text = text.replace('kind = "stages.scenes.teachers"', 'kind = "stages.scenes.teachers"\nshared = true')
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.toml"
     if not file.exists():
@@ -131,7 +133,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     if file.read_text() != text:
         raise SystemExit(f"{file} is another comparison's: name a new folder")
     run = config.load(folder)
-    starter.plan(run)
+    init.plan(run)
     runner = Runner(run=run)
     for stage in ("ingest", "caption", "rubric"):
         assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
@@ -168,7 +170,7 @@ def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
     for table in TABLES:
         if not (folder / table).exists():
             (folder / table).symlink_to((run.folder / table).absolute())
-    engines, sections = Engines(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
+    engines, sections = EnginePool(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
     try:
         return train.train(replace(run, folder=folder, sections=sections), engines)
     finally:

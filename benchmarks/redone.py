@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.faults import Faulty
-from tests.runs import begin, make, picture, sections
+from tests.support.faults import Faulty
+from tests.support.runs import begin, make, picture, sections
 
 IN_FLIGHT = 32  # requests
 DELAY = 6.0  # seconds that an answer takes; one in the middle, for they differ by half of it

@@ -20,9 +20,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import config, starter, tables
-from pipeline.passes import select
-from pipeline.run import Runner
+from pipeline import config
+from pipeline.commands import init
+from pipeline.execution.passes import select
+from pipeline.execution.runner import Runner
+from pipeline.storage import tables
 
 SIZE = 4  # images in a shard
 
@@ -53,10 +55,10 @@ def main() -> None:
 
 def make(run: Path, num_shards: int) -> int:
     """A run in which all is done; returns its number of tables."""
-    sections = starter.defaults(
+    sections = init.defaults(
         {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
     )
-    starter.begin(run, sections)
+    init.begin(run, sections)
     first = Runner(run=config.load(run), shards="0")
     assert first.execute(select(first.passes, "all")).exit_code == 0
     plan = Runner(run=config.load(run)).plan

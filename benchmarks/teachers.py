@@ -9,7 +9,7 @@ import json
 import sys
 
 from benchmarks.held_out import Line, line, rounded, show, shown
-from stages.teachers import TEACHERS, caption, consensus
+from stages.scenes.teachers import TEACHERS, caption, consensus
 
 
 def committee(num_scenes: int, *, shared: bool = False) -> dict[str, Line]:

@@ -18,7 +18,7 @@ from pipeline.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Run
-    from pipeline.run import Outcome
+    from pipeline.execution.runner import Outcome
 
 app = typer.Typer(
     name="recap",
@@ -42,7 +42,7 @@ def demo(
     ] = None,
 ) -> None:
     """The whole pipeline on the embedded default."""
-    from pipeline import demo
+    from pipeline.commands import demo
 
     outcome, summary = demo.show(folder, num_images=images, engine=engine)
     _tell(outcome)
@@ -63,13 +63,13 @@ def init(
     shard_size: Annotated[int, typer.Option(help="Images in a shard.", min=1)] = 1000,
 ) -> None:
     """Write DIR/run.toml, each line explained, and freeze DIR/plan.parquet."""
-    from pipeline import starter
-    from pipeline.terminal import say
+    from pipeline.commands import init
+    from pipeline.progress import say
 
-    guessed = starter.guess_source(source) | ({"kind": kind} if kind else {})
-    sections = starter.defaults({**guessed, "shard_size": shard_size}, engine=engine, model=model)
-    run, num_shards = starter.begin(folder, sections)
-    if beside := starter.left_out(sections["source"]):
+    guessed = init.guess_source(source) | ({"kind": kind} if kind else {})
+    sections = init.defaults({**guessed, "shard_size": shard_size}, engine=engine, model=model)
+    run, num_shards = init.begin(folder, sections)
+    if beside := init.left_out(sections["source"]):
         say(f"recap: {beside}")
     say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
     if engine == "echo":
@@ -83,10 +83,11 @@ def init(
 @app.command(epilog="Example: recap plan --run runs/photos")
 def plan(run: RunOption = Path()) -> None:
     """Extend the plan after the corpus grew: new shards at the end, no key moves."""
-    from pipeline import config, starter
-    from pipeline.terminal import say
+    from pipeline import config
+    from pipeline.commands import init
+    from pipeline.progress import say
 
-    before, after = starter.plan(config.load(run))
+    before, after = init.plan(config.load(run))
     say(f"{after} shards, {after - before} of them new")
 
 
@@ -97,9 +98,10 @@ def attempt(
     run: RunOption = Path(),
 ) -> None:
     """A pass on a few images, shown side by side; nothing is written into the run."""
-    from pipeline import config, trial
+    from pipeline import config
+    from pipeline.commands import preview
 
-    for line in trial.attempt(config.load(run), what, num_images=images):
+    for line in preview.attempt(config.load(run), what, num_images=images):
         print(line)
 
 
@@ -120,8 +122,8 @@ def run_stage(
 ) -> None:
     """Make what is missing of a stage. What is done is skipped; what was killed goes on where it stopped."""
     from pipeline import config
-    from pipeline.passes import select
-    from pipeline.run import Runner
+    from pipeline.execution.passes import select
+    from pipeline.execution.runner import Runner
 
     if stage == "train":  # made from all shards at once: a model is no table
         if (shard, workers, retry) != ("all", 1, ""):
@@ -139,16 +141,17 @@ def _train(run: Run, stale: Literal["stop", "redo", "keep"]) -> None:
     from threading import Event
 
     from pipeline import plugins
-    from pipeline.attempt import Stopped
-    from pipeline.run import Engines, Runner, stopping
+    from pipeline.execution.attempt import StoppedError
+    from pipeline.execution.engine_pool import EnginePool
+    from pipeline.execution.runner import Runner, stopping
 
     training = plugins.load("stages", "train")
     Runner(run=run, stale=stale).check_made(training.reads(run))
-    engines, stop = Engines(run.engines), Event()
+    engines, stop = EnginePool(run.engines), Event()
     try:
         with stopping(stop):
             print(training.train(run, engines, stale=stale, stop=stop))
-    except Stopped:
+    except StoppedError:
         raise typer.Exit(75) from None
     finally:
         engines.close_all_but(())
@@ -161,14 +164,14 @@ def status(
 ) -> None:
     """Per pass: done, missing, stale, failed rows, rate, time left; missing shards as a Slurm --array expression."""
     from pipeline import config
-    from pipeline import status as report
-    from pipeline.passes import left_over
-    from pipeline.run import Runner
-    from pipeline.terminal import say
-    from pipeline.watch import Watch
+    from pipeline.commands import status as report
+    from pipeline.execution.runner import Runner
+    from pipeline.progress import say
+    from pipeline.slurm.jobs import JobMonitor
+    from pipeline.storage.views import left_over
 
     runner = Runner(run=config.load(run))
-    watch = Watch.of(runner)
+    watch = JobMonitor.of(runner)
     passes = report.survey(runner, watch)
     print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes, watch))
     if folders := left_over(runner.run):
@@ -190,9 +193,10 @@ def sql(
     format: Format = "table",
 ) -> None:
     """Ask the run's tables in SQL, read-only."""
-    from pipeline import config, database, passes
+    from pipeline import config
+    from pipeline.storage import database, views
 
-    with passes.connect(config.load(run)) as connection:
+    with views.connect(config.load(run)) as connection:
         database.show(connection, query, format, sys.stdout.buffer)
 
 
@@ -203,12 +207,13 @@ def query(
     format: Format = "table",
 ) -> None:
     """A named query of manifests/queries."""
-    from pipeline import config, database, passes
+    from pipeline import config
+    from pipeline.storage import database, views
 
     if not name:
         print("\n".join(f"{title:12} {sentence}" for title, sentence in database.named_queries()))
         return
-    with passes.connect(config.load(run)) as connection:
+    with views.connect(config.load(run)) as connection:
         database.show(connection, database.named_query(name), format, sys.stdout.buffer)
 
 
@@ -236,13 +241,13 @@ def serve(
 ) -> None:
     """Start the vLLM server that an engine of run.toml describes; base_url = "endpoint" finds it."""
     from pipeline import config
-    from pipeline import serve as server
-    from pipeline.engine import EngineDied
-    from pipeline.terminal import say
+    from pipeline.commands import serve as server
+    from pipeline.engines import EngineDiedError
+    from pipeline.progress import say
 
     try:
         server.serve(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
-    except EngineDied as error:
+    except EngineDiedError as error:
         say(f"recap: {error}")
         raise typer.Exit(1) from error
 
@@ -256,7 +261,8 @@ StaleOption = Annotated[Literal["stop", "redo", "keep"], typer.Option(help="What
 @slurm.command(epilog="Example: recap slurm script caption --run runs/photos")
 def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
     """Print the scripts of what is missing, as `submit` would submit them."""
-    from pipeline import config, submit
+    from pipeline import config
+    from pipeline.slurm import submit
 
     runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
     print("\n".join(submit.script(runner, chosen)), end="")
@@ -265,8 +271,9 @@ def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = 
 @slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
 def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
     """Submit what is missing and not in the queue yet; safe to repeat."""
-    from pipeline import config, submit
-    from pipeline.terminal import say
+    from pipeline import config
+    from pipeline.progress import say
+    from pipeline.slurm import submit
 
     runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
     num = submit.submit(runner, chosen)
@@ -288,7 +295,7 @@ def main() -> None:
 
 
 def _tell(outcome: Outcome) -> None:
-    from pipeline.terminal import say
+    from pipeline.progress import say
 
     made = f"{outcome.done} shard tables made, {outcome.skipped} done before"
     failed = f", {len(outcome.failures)} failed" if outcome.failures else ""

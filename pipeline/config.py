@@ -21,11 +21,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pipeline import plugins
-from pipeline.errors import ConfigError, UnknownName
+from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.machine import num_cores
 
 if TYPE_CHECKING:
-    from pipeline import slurm
+    from pipeline.slurm import script
 
 T = TypeVar("T")
 STAGES = ("ingest", "caption", "rubric", "score", "filter", "export", "train")
@@ -41,12 +41,12 @@ KEEP = {  # where a secret belongs, by what it opens
 }
 
 
-class Located(str):
+class ResolvedPath(str):
     """A path or URL, found beside run.toml or among what ships; `given` is what the user wrote."""
 
     given: str
 
-    def __new__(cls, value: str, given: str) -> Located:
+    def __new__(cls, value: str, given: str) -> ResolvedPath:
         self = super().__new__(cls, value)
         self.given = given
         return self
@@ -131,7 +131,7 @@ class Run:
     corpus: Corpus
     engines: Mapping[str, Plugin]
     sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
-    slurm: slurm.Config
+    slurm: script.Config
 
 
 class Section:
@@ -208,7 +208,7 @@ class Section:
             raise self.error("kind", f"is missing; it is one of {choices}, or a module of your own with a dot")
         try:
             module = plugins.load(package, kind)
-        except UnknownName as error:
+        except UnknownNameError as error:
             raise self.error("kind", str(error)) from error
         if not hasattr(module, "Config"):
             raise self.error("kind", f"{kind!r} is a module, but no plugin: it has no Config (see {package})")
@@ -244,8 +244,8 @@ class Section:
                 name, f"its URL carries a secret ({secret}), which tables and logs would repeat; {KEEP[how]}"
             )
         if how == "endpoint":
-            return Located(self._endpoint(value), value)
-        return Located(_locate(value, how, self.file.parent), value)
+            return ResolvedPath(self._endpoint(value), value)
+        return ResolvedPath(_locate(value, how, self.file.parent), value)
 
     def _endpoint(self, value: str) -> str:
         """Of "endpoint", the file in which `recap serve` notes the URL of this section's server."""
@@ -300,17 +300,17 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         file=file,
         folder=file.parent,
         num_cores=num_cores(),
-        **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(Top)),
+        **dataclasses.asdict(top.only(frozenset({"seed", "max_error_share"})).parse(TopLevel)),
         source=source.plugin("pipeline.sources", common=common),
         corpus=source.only(common).parse(Corpus),
         engines={name: section.plugin("pipeline.engines") for name, section in top.sub("engines").named().items()},
         sections={name: _sections(top, name) for name in sections},
-        slurm=plugins.load("pipeline", "slurm").read_section(top.sub("slurm")),
+        slurm=plugins.load("pipeline.slurm", "script").read_section(top.sub("slurm")),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Top:
+class TopLevel:
     seed: int = key(0, "from which every sample's own seed is drawn", least=0)
     max_error_share: float = key(
         0.2, "a shard fails when more of its rows than this have failed, after the first 200", least=0, most=1
@@ -349,7 +349,7 @@ def stamped(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Plugin):
         return value.stamp
-    if isinstance(value, Located):
+    if isinstance(value, ResolvedPath):
         return value.given
     if dataclasses.is_dataclass(value):
         return stamped(value)

@@ -18,7 +18,7 @@ class ConfigError(UserError):
         return ConfigError, self._parts, self.__dict__
 
 
-class UnknownName(UserError):
+class UnknownNameError(UserError):
     """A name that no file answers to."""
 
 
@@ -30,7 +30,7 @@ class QueryError(UserError):
     """SQL that does not parse, does not bind, or would do more than read."""
 
 
-class Refused(UserError):
+class RefusedError(UserError):
     """A command that would do what its user surely does not want."""
 
 

@@ -12,7 +12,10 @@ from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import UnknownName
+from pipeline.errors import UnknownNameError
+
+MOVED = {"stages.teachers": "stages.scenes.teachers"}  # as run.toml of earlier versions names it
+SHIPPED_IN = {"writers": "rubric_writers"}  # folder of a run -> folder of stages/
 
 
 def available(package: str) -> list[str]:
@@ -24,12 +27,13 @@ def load(package: str, name: str) -> ModuleType:
     """The module `name` of `package`, or the user's own module when the name has a dot.
 
     Raises:
-        UnknownName: there is no such module; the message lists those there are.
+        UnknownNameError: there is no such module; the message lists those there are.
     """
     if "." in name:
+        name = MOVED.get(name, name)
         return _import(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
     if name not in available(package):
-        raise UnknownName(unknown(name, available(package)))
+        raise UnknownNameError(unknown(name, available(package)))
     return _import(f"{package}.{name}", f"{package}.{name} has gone")
 
 
@@ -37,9 +41,9 @@ def words(name: str, *, folder: str, run: Path | None) -> str:
     """The text of a recipe or rubric: `<run>/<folder>/NAME.toml`, else the one that ships in stages/.
 
     Raises:
-        UnknownName: neither has it; the message lists those there are.
+        UnknownNameError: neither has it; the message lists those there are.
     """
-    shipped = resources.files("stages") / folder
+    shipped = resources.files("stages") / SHIPPED_IN.get(folder, folder)
     places = [shipped] if run is None else [run / folder, shipped]
     for place in places:
         if (file := place / f"{name}.toml").is_file():
@@ -47,7 +51,7 @@ def words(name: str, *, folder: str, run: Path | None) -> str:
     names = {
         f.name.removesuffix(".toml") for p in places if p.is_dir() for f in p.iterdir() if f.name.endswith(".toml")
     }
-    raise UnknownName(unknown(name, sorted(names)))
+    raise UnknownNameError(unknown(name, sorted(names)))
 
 
 def unknown(name: str, choices: list[str]) -> str:
@@ -63,4 +67,4 @@ def _import(module: str, otherwise: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and not module.startswith(error.name):
             raise  # the plugin is there; something that it needs is not
-        raise UnknownName(otherwise) from error
+        raise UnknownNameError(otherwise) from error

@@ -153,7 +153,7 @@ class Criterion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demand:
+class RubricCriterion:
     """One criterion of an image's own rubric: what every caption of it is to say, or not to say."""
 
     id: str  # letters, digits and _; unique in its rubric
@@ -166,7 +166,7 @@ class Demand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rubric(Record):
+class ImageRubric(Record):
     """What a committee of teachers holds against a student's captions of one image."""
 
     table: ClassVar[str] = "rubric"
@@ -176,7 +176,7 @@ class Rubric(Record):
     name: str
     status: RubricStatus  # empty: there is nothing that the teachers agree on, or nothing that the student misses
     error: str | None  # also why it is empty
-    criteria: tuple[Demand, ...]
+    criteria: tuple[RubricCriterion, ...]
     num_teachers: int  # whose captions of this image were usable
     writer: str
     prompt_hash: str | None = None  # of the words asked, 16 hex digits

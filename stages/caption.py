@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from pipeline import database, plugins
+from pipeline import plugins
 from pipeline.config import Run, key
-from pipeline.engine import Engine, Reply, Request
-from pipeline.errors import ConfigError, UnknownName
-from pipeline.passes import Pass
+from pipeline.engines import Engine, Reply, Request
+from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, columns
-from pipeline.shard import Shard
-from stages import answers, recipes
-from stages.asking import Drawing, engine_slice, paired, sampling_json, seed_of
-from stages.conditions import check_binds, scores_in
+from pipeline.storage import database
+from stages import recipes
 from stages.recipes import Recipe
+from stages.sql import check_binds, scores_in
+from stages.text import answers
+from stages.text.prompts import SamplingConfig, engine_slice, map_with_context, sampling_json, seed_of
 
 NAMED = True
 VERSION = 1
@@ -48,7 +50,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class CaptionInput:
     """One candidate to be made."""
 
     image: Image
@@ -69,14 +71,14 @@ class Asker:
     engine: str
     seed: int  # the run's
     recipe: Recipe
-    drawing: Drawing
+    drawing: SamplingConfig
 
-    def work(self, inputs: Iterator[Wanted], engines: Mapping[str, Engine]) -> Iterator[Caption]:
+    def work(self, inputs: Iterator[CaptionInput], engines: Mapping[str, Engine]) -> Iterator[Caption]:
         engine = engines[self.engine]
-        for wanted, reply in paired(engine.generate, ((wanted, self.request(wanted)) for wanted in inputs)):
+        for wanted, reply in map_with_context(engine.generate, ((wanted, self.request(wanted)) for wanted in inputs)):
             yield self.row(wanted, reply, engine)
 
-    def request(self, wanted: Wanted) -> Request:
+    def request(self, wanted: CaptionInput) -> Request:
         """
         Raises:
             OSError: the image's bytes have gone.
@@ -93,7 +95,7 @@ class Asker:
             seed=seed_of(self.seed, wanted.image.key, self.name, wanted.candidate, *wanted.again),
         )
 
-    def row(self, wanted: Wanted, reply: Reply, engine: Engine) -> Caption:
+    def row(self, wanted: CaptionInput, reply: Reply, engine: Engine) -> Caption:
         answer = answers.read(reply, self.recipe.form)
         asked = self.recipe.ask(wanted.image.alt_text)
         return Caption(
@@ -131,7 +133,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
     where = f"{run.file}: caption.{name}"
     try:
         recipe = recipes.load(config.recipe, run=run.file.parent)
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConfigError(f"{where}.recipe", str(error)) from error
     drawing = _drawing(config, recipe, where)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
@@ -159,7 +161,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
     )
 
 
-def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[Wanted]:
+def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[CaptionInput]:
     """The candidates to be made, those of one image adjacent, images in key order.
 
     Args:
@@ -171,7 +173,7 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[
     wanted = (image for image in images if image.status == "ok") if query is None else _chosen(shard, images, query)
     for image in wanted:
         for candidate in range(num_candidates):
-            yield Wanted(image=image, candidate=candidate, data=partial(shard.data, image), again=shard.again)
+            yield CaptionInput(image=image, candidate=candidate, data=partial(shard.data, image), again=shard.again)
 
 
 def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image]:
@@ -179,9 +181,9 @@ def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image
         yield next(image for image in images if image.key == wanted)
 
 
-def _drawing(config: Config, recipe: Recipe, where: str) -> Drawing:
+def _drawing(config: Config, recipe: Recipe, where: str) -> SamplingConfig:
     """The recipe's sampling with what the section says instead."""
-    instead = {name: value for name in columns(Drawing) if (value := getattr(config, name)) is not None}
+    instead = {name: value for name in columns(SamplingConfig) if (value := getattr(config, name)) is not None}
     try:
         drawing = replace(recipe.words.sampling, **instead)
     except ValueError as error:

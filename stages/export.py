@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pipeline import config, database, tables
+from pipeline import config, plugins
 from pipeline.config import key
-from pipeline.engine import Engine
-from pipeline.passes import Pass, score_folders
+from pipeline.engines import Engine
+from pipeline.errors import UnknownNameError
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
 from pipeline.records import Exported, Image, NamedScore
-from pipeline.shard import Shard
-from pipeline.writers import Example, TrainingSet
-from stages.conditions import scores_in
+from pipeline.storage import database, tables
+from pipeline.storage.views import score_folders
+from stages.exporters import Example, TrainingSet
+from stages.sql import scores_in
 
 VERSION = 1
 
@@ -37,7 +40,9 @@ CHOSEN = """
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    formats: tuple[Literal["webdataset", "parquet"], ...] = key(("webdataset", "parquet"), "what to write")
+    formats: tuple[str, ...] = key(
+        ("webdataset", "parquet"), "forms to write, of stages/exporters/: webdataset, parquet, or a module with a dot"
+    )
     image_extension: Literal["jpg", "original"] = key(
         "jpg",
         "of the image in a WebDataset sample; the bytes are the original's either way. Loaders that infer columns from "
@@ -47,13 +52,19 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
-            raise ValueError(f"formats is {list(self.formats)}; it names webdataset, parquet or both, each once")
+            choices = ", ".join(plugins.available("stages.exporters"))
+            raise ValueError(f"formats is {list(self.formats)}; it names one or more of {choices}, each once")
+        try:
+            for name in self.formats:
+                plugins.load("stages.exporters", name)
+        except UnknownNameError as error:
+            raise ValueError(f"formats names a form that does not exist: {error}") from error
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; the Hub knows names such as cc-by-4.0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class ExportInput:
     """A chosen caption, its image row, and the shard that has the bytes."""
 
     image: Image
@@ -92,13 +103,13 @@ def passes(run: config.Run) -> Iterable[Pass]:
     )
 
 
-def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[Chosen]:
+def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
     """Joins the chosen captions with their image rows; both come sorted by key."""
     images = shard.table("image", Image)
     for name, caption, candidate, text, model, revision, values in shard.query(
         CHOSEN.format(scores=", ".join(map(database.literal, sorted(scores))) or "NULL")
     ):
-        yield Chosen(
+        yield ExportInput(
             image=next(image for image in images if image.key == name),
             caption=caption,
             candidate=candidate,
@@ -110,12 +121,12 @@ def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[Chosen]:
         )
 
 
-def work(chosen: Iterator[Chosen], _engines: Mapping[str, Engine]) -> Iterator[Example]:
+def work(chosen: Iterator[ExportInput], _engines: Mapping[str, Engine]) -> Iterator[Example]:
     for one in chosen:
         yield Example(row=exported(one), data=one.shard.data(one.image))
 
 
-def exported(chosen: Chosen) -> Exported:
+def exported(chosen: ExportInput) -> Exported:
     image = chosen.image
     assert image.sha256 and image.format and image.width and image.height and image.num_bytes
     return Exported(

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from pipeline import config, database
+from pipeline import config
 from pipeline.config import key
-from pipeline.engine import Engine
+from pipeline.engines import Engine
 from pipeline.errors import ConfigError
-from pipeline.passes import Pass, score_folders
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
 from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, columns
-from pipeline.shard import Shard
-from stages.conditions import ORDER_BY, check_binds, scores_in
+from pipeline.storage import database
+from pipeline.storage.views import score_folders
+from stages.sql import ORDER_BY, check_binds, scores_in
 
 VERSION = 1
 IMAGE_COLUMNS = tuple(name for name in columns(Image) if name not in columns(Caption))
@@ -35,7 +37,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class FilterInput:
     """A caption row with what the rules say of it."""
 
     key: str
@@ -75,12 +77,12 @@ def passes(run: config.Run) -> Iterable[Pass]:
     )
 
 
-def inputs(shard: Shard, *, sql: str) -> Iterator[Judged]:
+def inputs(shard: Shard, *, sql: str) -> Iterator[FilterInput]:
     for name, caption, candidate, reason, rank in shard.query(sql):
-        yield Judged(key=name, caption=caption, candidate=candidate, reason=reason, rank=rank)
+        yield FilterInput(key=name, caption=caption, candidate=candidate, reason=reason, rank=rank)
 
 
-def work(judged: Iterator[Judged], _engines: Mapping[str, Engine]) -> Iterator[Record]:
+def work(judged: Iterator[FilterInput], _engines: Mapping[str, Engine]) -> Iterator[Record]:
     for row in judged:
         keep = row.reason is None
         yield Verdict(

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import config
-from pipeline.decoders import ProbePool
-from pipeline.engine import Engine
-from pipeline.images import Limits, Probe
-from pipeline.passes import Pass
+from pipeline.decoding.images import Limits, Probe
+from pipeline.decoding.probe_pool import ProbePool
+from pipeline.engines import Engine
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
 from pipeline.records import Image, Raw, make_key
-from pipeline.shard import Shard
-from pipeline.writers import Pack, Packed
-from stages.asking import paired
+from pipeline.storage.payloads import Pack, Packed
+from stages.text.prompts import map_with_context
 
 VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class IngestInput:
     """One input of the plan, with its place."""
 
     shard: int
@@ -58,17 +58,17 @@ def passes(run: config.Run) -> Iterable[Pass]:
     )
 
 
-def inputs(shard: Shard) -> Iterator[Found]:
+def inputs(shard: Shard) -> Iterator[IngestInput]:
     for index, raw in enumerate(shard.raws()):
-        yield Found(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
+        yield IngestInput(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 
-def work(found: Iterator[Found], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[Packed]:
-    for one, seen in paired(decoders.map, ((one, one.raw.data or b"") for one in found)):
+def work(found: Iterator[IngestInput], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[Packed]:
+    for one, seen in map_with_context(decoders.map, ((one, one.raw.data or b"") for one in found)):
         yield packed(one, None if one.raw.data is None else seen)
 
 
-def packed(found: Found, seen: Probe | None) -> Packed:
+def packed(found: IngestInput, seen: Probe | None) -> Packed:
     """The row of an input: what the source says of it, and what the decoder saw (None: there were no bytes)."""
     raw, usable = found.raw, seen is not None and seen.status == "ok"
     in_place = raw.offset is not None

@@ -14,13 +14,13 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.config import Run, key, stamped
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError, UnknownName
-from pipeline.passes import Pass
-from pipeline.records import Caption, Image, Rubric
-from pipeline.shard import Shard
-from stages.asking import answered, engine_slice, seed_of
-from stages.writers import Evidence, Written, majority
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
+from pipeline.records import Caption, Image, ImageRubric
+from stages.rubric_writers import Evidence, Written, majority
+from stages.text.prompts import engine_slice, map_where, seed_of
 
 NAMED = True
 VERSION = 2
@@ -56,15 +56,15 @@ class Committee:
     module: ModuleType
     settings: Any
 
-    def work(self, inputs: Iterator[Evidence], engines: Mapping[str, Engine]) -> Iterator[Rubric]:
+    def work(self, inputs: Iterator[Evidence], engines: Mapping[str, Engine]) -> Iterator[ImageRubric]:
         """In order. Where too few teachers were heard, the writer is not asked."""
         write = partial(self.module.write, settings=self.settings, engines=engines)
-        for evidence, written in answered(write, inputs, _is_enough):
+        for evidence, written in map_where(write, inputs, _is_enough):
             yield self._row(evidence, written or _without(evidence))
 
-    def _row(self, evidence: Evidence, written: Written) -> Rubric:
+    def _row(self, evidence: Evidence, written: Written) -> ImageRubric:
         num = len(evidence.teachers)
-        return Rubric(key=evidence.key, name=self.name, writer=self.writer, num_teachers=num, **vars(written))
+        return ImageRubric(key=evidence.key, name=self.name, writer=self.writer, num_teachers=num, **vars(written))
 
 
 def passes(run: Run) -> Iterable[Pass]:
@@ -114,12 +114,12 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
     field = f"{run.file}: rubric.{name}"
     _check_captions(run, config, field)
     try:
-        module = plugins.load("stages.writers", config.writer)
-    except UnknownName as error:
+        module = plugins.load("stages.rubric_writers", config.writer)
+    except UnknownNameError as error:
         raise ConfigError(f"{field}.writer", str(error)) from error
     settings = module.prepare(config, run=run.file.parent, field=field)
     engines = tuple(module.engines(settings))
-    work: Callable[..., Iterator[Rubric]] = Committee(
+    work: Callable[..., Iterator[ImageRubric]] = Committee(
         name=name, writer=config.writer, module=module, settings=settings
     ).work
     return Pass(
@@ -136,7 +136,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
             "writer": {"name": config.writer, "version": getattr(module, "VERSION", 1), **stamped(settings)},
             **_asked(run, name, engines),
         },
-        record=Rubric,
+        record=ImageRubric,
         max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
         inputs=partial(inputs, name=name, config=config, seed=run.seed),
         work=work,

@@ -12,14 +12,14 @@ from itertools import groupby
 
 from pipeline import plugins
 from pipeline.config import Plugin, Run, Section, key
-from pipeline.engine import Engine
+from pipeline.engines import Engine
 from pipeline.errors import ConfigError
-from pipeline.passes import Pass
-from pipeline.records import Caption, Demand, Image, Rubric, Score, columns
-from pipeline.shard import Shard
+from pipeline.execution.passes import Pass
+from pipeline.execution.shard import Shard
+from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, columns
 from stages import scorers
-from stages.asking import paired, seed_of
-from stages.scorers import Mark, Sample, Scorer
+from stages.scorers import Sample, Scorer, ScoreResult
+from stages.text.prompts import map_with_context, seed_of
 
 NAMED = True
 VERSION = 1
@@ -66,7 +66,7 @@ def passes(run: Run) -> Iterable[Pass]:
 def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> Iterator[Sample]:
     """The captions to be marked: those of pass `caption` that are ok, in their order."""
     images = shard.table("image", Image)
-    rubrics = shard.beside(f"rubric/{rubric}", Rubric) if rubric else None
+    rubrics = shard.beside(f"rubric/{rubric}", ImageRubric) if rubric else None
     rows = (row for row in shard.table(f"caption/{caption}", Caption) if row.status == "ok")
     for image_key, candidates in groupby(rows, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
@@ -84,7 +84,7 @@ def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> 
             )
 
 
-def _asked(found: Sequence[Rubric]) -> tuple[Demand, ...] | None:
+def _asked(found: Sequence[ImageRubric]) -> tuple[RubricCriterion, ...] | None:
     """The criteria of an image's rubric; None where nobody could write one."""
     return next((rubric.criteria for rubric in found if rubric.status != "error"), None)
 
@@ -92,11 +92,13 @@ def _asked(found: Sequence[Rubric]) -> tuple[Demand, ...] | None:
 def work(
     samples: Iterator[Sample], engines: Mapping[str, Engine], *, name: str, caption: str, scorer: Scorer
 ) -> Iterator[Score]:
-    for sample, mark in paired(partial(scorer.score, engines=engines), ((sample, sample) for sample in samples)):
+    for sample, mark in map_with_context(
+        partial(scorer.score, engines=engines), ((sample, sample) for sample in samples)
+    ):
         yield _row(sample, mark, name=name, caption=caption)
 
 
-def _row(sample: Sample, mark: Mark, *, name: str, caption: str) -> Score:
+def _row(sample: Sample, mark: ScoreResult, *, name: str, caption: str) -> Score:
     return Score(key=sample.key, caption=caption, candidate=sample.candidate, name=name, **vars(mark))
 
 

@@ -14,23 +14,33 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import plugins, tables
-from pipeline.attempt import Stopped
-from pipeline.changes import changes
+from pipeline import plugins
 from pipeline.config import Run, stamped
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError, Refused, UnknownName, UserError
-from pipeline.passes import Pass
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError, RefusedError, UnknownNameError, UserError
+from pipeline.execution.attempt import StoppedError
+from pipeline.execution.passes import Pass
+from pipeline.execution.states import changes
+from pipeline.progress import say
 from pipeline.records import Step
-from pipeline.terminal import say
+from pipeline.storage import tables
 from stages import rubrics, scorers
 from stages.scorers import Scorer
-from stages.training import loop, stored
+from stages.training import trainer
 from stages.training.curve import Curve, card
-from stages.training.lessons import Collator, Lesson, digests, held_out, in_order, lessons, recipe_of
-from stages.training.loop import Task
+from stages.training.dataset import (
+    Collator,
+    Rubrics,
+    TrainExample,
+    digests,
+    held_out,
+    in_order,
+    lessons,
+    on_disk,
+    recipe_of,
+)
 from stages.training.settings import Config as Config
-from stages.training.stored import Rubrics
+from stages.training.trainer import TrainingTask
 
 if TYPE_CHECKING:
     import datasets
@@ -74,7 +84,7 @@ def train(
     Raises:
         ConfigError: `[train]` names what is not there.
         UserError: there is nothing to learn from, or what is there is stale.
-        Stopped: `stop` was set; the same again goes on.
+        StoppedError: `stop` was set; the same again goes on.
     """
     config: Config = run.sections["train"][""]
     _check(run, config)
@@ -86,7 +96,8 @@ def train(
     task = _task(run, config, _lessons(run, config, asked), curve=Curve(run.folder, recipe), stop=stop or Event())
     task.curve.begin()
     if config.method == "grpo":
-        from stages.training.reinforced import Reward, ending, reader, trainer
+        from stages.training.methods import grpo
+        from stages.training.methods.grpo import Reward, ending, reader
 
         form = recipe_of(run, config, config.captions[0]).form
         read = reader(form, ends=ending(task.model, task.processor), max_tokens=config.max_tokens)
@@ -103,14 +114,14 @@ def train(
             )
             for name, scorer in scored.items()
         ]
-        made = trainer(task, rewards)
+        made = grpo.make_trainer(task, rewards)
     else:
-        from stages.training import supervised
+        from stages.training.methods import sft
 
-        made = supervised.trainer(task)
-    made.train(resume_from_checkpoint=loop.last_checkpoint(task.folder))
+        made = sft.make_trainer(task)
+    made.train(resume_from_checkpoint=trainer.last_checkpoint(task.folder))
     if made.state.global_step < config.steps:
-        raise Stopped
+        raise StoppedError
     return _finished(run, task, made)
 
 
@@ -121,7 +132,7 @@ def _lessons(run: Run, config: Config, asked: Mapping[str, Rubrics | None]) -> d
     """
     usable = (lesson for lesson in lessons(run, config) if _can_be_scored(lesson, asked))
     if (first := next(usable, None)) is not None:
-        return stored.lessons(run.folder / STORED / "lessons.arrow", chain([first], usable), Lesson)
+        return on_disk(run.folder / STORED / "lessons.arrow", chain([first], usable), TrainExample)
     if next(lessons(run, config), None) is None:
         nothing = f"nothing usable in {', '.join(_reads(config, {}))}: make these tables first"
         raise UserError(f"{run.file}: train: there is nothing to learn from: {nothing}")
@@ -129,7 +140,7 @@ def _lessons(run: Run, config: Config, asked: Mapping[str, Rubrics | None]) -> d
     raise UserError(f"{run.file}: train.rewards: no image has a rubric for {missing}: recap run rubric makes them")
 
 
-def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, stop: Event) -> Task:
+def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, stop: Event) -> TrainingTask:
     import numpy as np
 
     pictures = digests(taught)
@@ -146,7 +157,7 @@ def _task(run: Run, config: Config, taught: datasets.Dataset, *, curve: Curve, s
     )
     num_images = len(np.unique(pictures[order]))
     say(f"train: {len(taught)} lessons; {config.steps} steps see {num_images} of their images")
-    return Task(
+    return TrainingTask(
         config=config,
         model=model,
         saved_as=saved_as,
@@ -170,12 +181,12 @@ def _start(run: Run, config: Config) -> tuple[Any, Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from stages.training import small
+    from stages.scenes import tiny_model
 
     torch.manual_seed(config.seed)
     if config.model == "new":
-        processor = small.new_processor()
-        model: Any = small.new_model(processor)
+        processor = tiny_model.new_processor()
+        model: Any = tiny_model.new_model(processor)
         saved_as = torch.bfloat16 if config.optimizer == "masters" else model.dtype
     else:
         name = str(config.model)
@@ -188,23 +199,23 @@ def _start(run: Run, config: Config) -> tuple[Any, Any, Any]:
         model = model.float()
     processor.tokenizer.padding_side = "left" if config.method == "grpo" else "right"
     if config.optimizer == "masters":
-        from stages.training.masters import kept_in
+        from stages.training.optimizer import kept_in
 
         model = model.to(kept_in())
-        if not loop.has_gpu():
-            small.quicken(model, compiled=config.compile)
+        if not trainer.has_gpu():
+            tiny_model.quicken(model, compiled=config.compile)
             if config.method == "grpo":
-                small.see_once(model.model.visual)
+                tiny_model.see_once(model.model.visual)
     if config.freeze_vision:
         model.model.visual.requires_grad_(False)
     return model, processor, saved_as
 
 
-def _finished(run: Run, task: Task, made: Any) -> Path:
+def _finished(run: Run, task: TrainingTask, made: Any) -> Path:
     """The model alone, as transformers and vLLM load it, with its card; whole when it is in place."""
     model = made.model.merge_and_unload() if hasattr(made.model, "merge_and_unload") else made.model
-    if hasattr(model, loop.READER):
-        delattr(model, loop.READER)
+    if hasattr(model, trainer.READER):
+        delattr(model, trainer.READER)
     model.config.use_cache = True  # the trainer turned it off
     output = run.folder / task.config.output
     partial = output.with_name(f"{output.name}.partial")
@@ -225,12 +236,12 @@ def _finished(run: Run, task: Task, made: Any) -> Path:
 # What it was trained from
 
 
-def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Recipe:
+def _recipe(run: Run, config: Config, scored: Mapping[str, Scorer]) -> tables.Provenance:
     """All that decides the model: the words and numbers of `[train]`, its rewards, and the tables that are read."""
     inputs = {folder: _digest(run.folder / folder) for folder in _reads(config, scored)}
     rewards = {f"score.{name}": scorer.slice(run, field=f"score.{name}") for name, scorer in scored.items()}
     words = {**stamped(config), **rewards, "asks": _asks(run, config), "weights": _weights(str(config.model))}
-    return tables.Recipe(stage="train", name="", version=VERSION, slice=words, inputs=inputs)
+    return tables.Provenance(stage="train", name="", version=VERSION, slice=words, inputs=inputs)
 
 
 def _reads(config: Config, scored: Mapping[str, Scorer]) -> list[str]:
@@ -265,7 +276,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256("".join(stamp.digest for stamp in stamps if stamp).encode()).hexdigest()
 
 
-def _is_done(run: Run, config: Config, recipe: tables.Recipe) -> bool:
+def _is_done(run: Run, config: Config, recipe: tables.Provenance) -> bool:
     """Whether the model is there, made from the same by all of its steps."""
     path = Curve.path(run.folder)
     if not (run.folder / config.output / CARD).exists() or not path.exists():
@@ -275,15 +286,15 @@ def _is_done(run: Run, config: Config, recipe: tables.Recipe) -> bool:
     return made and max((point.step for point in tables.read(path, Step)), default=0) >= config.steps
 
 
-def _settled(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> tables.Recipe:
+def _settled(run: Run, config: Config, recipe: tables.Provenance, stale: str) -> tables.Provenance:
     """What the model is, or is to be, made from: what made the checkpoints, where these are kept.
 
     Raises:
-        Refused: what was trained so far was trained otherwise.
+        RefusedError: what was trained so far was trained otherwise.
     """
     path = Curve.path(run.folder)
     before = tables.read_stamp(path) if path.exists() else None
-    if before is None and loop.last_checkpoint(run.folder / STORED) is None:
+    if before is None and trainer.last_checkpoint(run.folder / STORED) is None:
         return recipe
     if stale == "keep":
         return recipe if before is None else before.recipe
@@ -300,7 +311,7 @@ def _settled(run: Run, config: Config, recipe: tables.Recipe, stale: str) -> tab
         inputs = sorted({**before.recipe.inputs, **recipe.inputs})
         others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
         changed = [*changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
-    raise Refused(
+    raise RefusedError(
         f"{run.file}: train: checkpoints in {run.folder / STORED} were made otherwise: {'; '.join(changed)};"
         " use --stale redo to begin anew, --stale keep to go on from them"
     )
@@ -317,7 +328,7 @@ def _check(run: Run, config: Config) -> None:
             raise ConfigError(f"{run.file}: train", f"needs {package}: pip install 'recap-pipeline[train]'")
     if config.rollouts == "vllm" and find_spec("vllm") is None:
         raise ConfigError(f"{run.file}: train.rollouts", "'vllm' needs it: pip install 'recap-pipeline[vllm]'")
-    loop.check_devices(str(run.file))
+    trainer.check_devices(str(run.file))
     if config.method == "regions":
         return
     known = sorted(run.sections["caption"])
@@ -331,7 +342,7 @@ def _check(run: Run, config: Config) -> None:
     if config.recipe:
         try:
             recipe_of(run, config, config.captions[0])
-        except UnknownName as error:
+        except UnknownNameError as error:
             raise ConfigError(f"{run.file}: train.recipe", str(error)) from error
 
 
@@ -366,6 +377,6 @@ def _asked(run: Run, name: str, scorer: Scorer) -> Rubrics | None:
     return Rubrics(run.folder / STORED / f"rubric-{name}.arrow", files)
 
 
-def _can_be_scored(lesson: Lesson, asked: Mapping[str, Rubrics | None]) -> bool:
+def _can_be_scored(lesson: TrainExample, asked: Mapping[str, Rubrics | None]) -> bool:
     """Whether each reward that needs a rubric has one for the image: an answer to it could not be told from another."""
     return all(lesson.key in rubrics for rubrics in asked.values() if rubrics is not None)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
-    from tests.served import Served
+    from tests.support.served import Served
 
 # Threads that wait for each other inside a tiny model's every layer are twenty times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-WITH_MODELS = {"test_engines", "test_reinforced", "test_train"}
+WITH_MODELS = {"test_engines", "test_grpo", "test_train"}
 APART = {"test_disasters"}  # each takes long, and they share little
 
 # No test times anything, and what CI finds a person must be able to find again.
@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained Qwen2.5-VL of a third of a million parameters."""
-    from tests import tiny
+    from tests.support import tiny
 
     return tiny.make(tmp_path_factory.mktemp("tiny"))
 
@@ -70,7 +70,7 @@ def served_flags(vllm_flags: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_server(tiny_model: Path, served_flags: dict[str, Any]) -> Iterator[Served]:
     """A vLLM server of the tiny model; it takes long to start, and whoever asks it leaves nothing behind."""
-    from tests.served import serving
+    from tests.support.served import serving
 
     with serving(tiny_model, **served_flags) as server:
         yield server

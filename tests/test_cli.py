@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
-from pipeline import config, database, passes, starter
+from pipeline import config
 from pipeline.cli import app
+from pipeline.commands import init
 from pipeline.errors import MachineError, QueryError
-from tests.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
-from tests.wrapped import tar
+from pipeline.storage import database, views
+from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
+from tests.support.wrapped import tar
 
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
 GROUPS = [group.name for group in app.registered_groups]
@@ -97,7 +99,7 @@ def test_what_lies_deeper_is_guessed_too(tmp_path: Path, files: list[str], kind:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert starter.guess_source(str(tmp_path))["kind"] == kind
+    assert init.guess_source(str(tmp_path))["kind"] == kind
 
 
 def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> None:
@@ -293,9 +295,9 @@ def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path
     run = shutil.copytree(run, tmp_path / "run")
     damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
     os.truncate(damaged, 50)
-    with passes.connect(config.load(run), files="00000.parquet") as shard:
+    with views.connect(config.load(run), files="00000.parquet") as shard:
         assert list(database.rows(shard, "SELECT count(*) FROM image")) == [(10,)]
-    with passes.connect(config.load(run)) as connection:
+    with views.connect(config.load(run)) as connection:
         assert list(database.rows(connection, "SELECT 1")) == [(1,)]
         assert ("stats",) in database.rows(connection, "SHOW TABLES")
         assert list(database.rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config, starter
+from pipeline import config
+from pipeline.commands import init
 from pipeline.errors import ConfigError
-from tests.runs import recap, sections, write
+from tests.support.runs import recap, sections, write
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ from tests.runs import recap, sections, write
         ({"export": {"formats": ["parquet", "parquet"]}}, ["export", "each once"]),
         ({"engines__captioner": {"kind": "os.path"}}, ["engines.captioner.kind", "no plugin"]),
         ({"filter": {"choose": "nothing DESC"}}, ["filter.choose", "nothing"]),
-        ({"export": {"formats": ["tfrecord"]}}, ["export.formats", "tfrecord", "webdataset"]),
+        ({"export": {"formats": ["tfrecord"]}}, ["export", "formats", "tfrecord", "webdataset"]),
         ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),
         ({"score__judge": {"kind": "juge"}}, ["score.judge.kind", "'juge'", "judge"]),
         ({"caption__a/b": {"recipe": "dense", "engine": "captioner"}}, ["caption.a/b", "letters, digits"]),
@@ -62,8 +63,8 @@ def test_no_run_and_no_toml_are_named(tmp_path: Path) -> None:
 
 
 def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -> None:
-    meant = starter.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
-    (tmp_path / "run.toml").write_text(starter.render(meant))
+    meant = init.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(init.render(meant))
     run = config.load(tmp_path)
     assert run.sections["caption"]["dense"].recipe == meant["caption.dense"]["recipe"]
     assert dict(run.sections["filter"][""].rules) == meant["filter"]["rules"]
@@ -76,8 +77,8 @@ def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -
 
 
 def test_defaults_and_urls_decide_no_rows(tmp_path: Path) -> None:
-    meant = starter.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
-    (tmp_path / "run.toml").write_text(starter.render(meant))
+    meant = init.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(init.render(meant))
     stamp = config.load(tmp_path).source.stamp
-    (tmp_path / "run.toml").write_text(starter.render({**meant, "source": {"kind": "folder", "path": "elsewhere"}}))
+    (tmp_path / "run.toml").write_text(init.render({**meant, "source": {"kind": "folder", "path": "elsewhere"}}))
     assert config.load(tmp_path).source.stamp == stamp

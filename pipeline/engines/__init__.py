@@ -1,5 +1,103 @@
-"""The folder is the registry: one engine a file, named by `engines.NAME.kind`.
+"""The engine protocol: one method, `generate`, from requests to as many replies, in order.
 
-An engine is a module with two names: `Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with
-`pipeline.config.key`; and `open(config) -> Engine`, which loads the model (see pipeline/engine.py).
+The folder is the registry: one engine per file, named by `engines.NAME.kind`. An engine is a module with two names:
+`Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.config.key`; and
+`open(config) -> Engine`, which loads the model.
+
+An engine knows nothing of images' origins, captions or rubrics. A request that cannot be answered is a reply with an
+error; an engine that cannot answer any more raises `EngineDiedError`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+
+class EngineDiedError(RuntimeError):
+    """The engine (its process, its GPU, its server) is gone: the machine's error, never a sample's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Always explicit, for checkpoints ship different defaults."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0: off
+    repetition_penalty: float = 1.0
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back for one request."""
+
+    text: str = ""
+    finish_reason: str | None = None  # "stop", "length"; None when nothing was generated
+    error: str | None = None  # why there is no answer
+    problem: str = ""  # what `accept` said of the last attempt; "" when it was accepted
+    attempt: int = 0  # from 1; 0 when nothing was generated
+    sampling: Sampling = field(default_factory=Sampling)  # of that attempt
+    seed: int = 0  # of that attempt
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None  # of the last attempt
+    logprobs: tuple[float, ...] | None = None  # natural log, one per output token, when asked for
+
+
+def accept_all(_: Reply) -> str:
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question. Images come before the words, so that requests about one image share a prefix."""
+
+    id: str  # for messages
+    prompt: str
+    system: str = ""
+    images: tuple[bytes, ...] = ()  # image files as they are: the engine decodes what the model will see
+    source_key: str = ""  # what the corpus calls the sample
+    schema: str | None = None  # a JSON schema that the answer must follow, as text
+    ladder: tuple[Sampling, ...] = (Sampling(),)  # tried in turn until `accept` returns ""
+    accept: Callable[[Reply], str] = accept_all  # "" or what is wrong with the answer
+    seed: int = 0  # attempt n is drawn with seed + n - 1
+    logprobs: bool = False
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model that can be asked. `generate` may be called from several threads; they share one budget."""
+
+    model: str
+    revision: str
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """As many replies as requests, in order, lazily: requests are drawn only as the engine has room.
+
+        Raises:
+            EngineDiedError: the engine cannot answer any more.
+        """
+        ...
+
+    def waiting(self) -> float | None:
+        """[0, 1]: the share of the engine that stood empty for want of input, on average since this was last asked."""
+        ...
+
+    def close(self) -> None:
+        """Gives back memory and processes. Idempotent."""
+        ...
+
+
+def settle(request: Request, reply: Reply, attempt: int) -> tuple[Reply, bool]:
+    """One attempt's reply with what `accept` says of it, and whether it is final.
+
+    Every engine calls this once per attempt (from 1), so that the ladder has one meaning: an answer is final when it
+    was accepted, failed as a request, or came from the last rung.
+    """
+    reply = replace(reply, attempt=attempt, sampling=request.ladder[attempt - 1], seed=request.seed + attempt - 1)
+    if reply.error is not None:
+        return reply, True
+    problem = request.accept(reply)
+    return replace(reply, problem=problem), not problem or attempt == len(request.ladder)

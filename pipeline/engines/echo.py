@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from pipeline.config import key
-from pipeline.engine import EngineDied, Reply, Request, Sampling, settle
+from pipeline.engines import EngineDiedError, Reply, Request, Sampling, settle
 
 _ADJECTIVES = (
     "amber ancient bright broken calm carved coarse dark distant dusty faded gentle glossy green grey hollow low narrow"
@@ -103,7 +103,7 @@ class Echo:
         with self._lock:
             self._num_attempts += 1
             if 0 < self._config.die_after < self._num_attempts:
-                raise EngineDied(f"the echo engine dies after {self._config.die_after} attempts (die_after)")
+                raise EngineDiedError(f"the echo engine dies after {self._config.die_after} attempts (die_after)")
 
     def _attempt(self, request: Request, sampling: Sampling, draw: str) -> Reply:
         if b"" in request.images:

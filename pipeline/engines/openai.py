@@ -18,12 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import images
 from pipeline.config import key
-from pipeline.engine import EngineDied, Reply, Request, Sampling
-from pipeline.engines import _prompt
-from pipeline.engines._model import Model, Serving, require
-from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
+from pipeline.decoding import images
+from pipeline.engines import EngineDiedError, Reply, Request, Sampling, _chat
+from pipeline.engines._options import Model, Serving, require
+from pipeline.engines._scheduler import (
+    BadRequestError,
+    Bounds,
+    EventLoopThread,
+    RequestScheduler,
+    ScheduledEngine,
+    SingleFlightCache,
+)
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,15 +94,15 @@ def open(config: Config) -> OpenAI:  # noqa: A001
     return OpenAI(config)
 
 
-class OpenAI(Windowed):
+class OpenAI(ScheduledEngine):
     """One or several servers of one model, asked evenly."""
 
     def __init__(self, config: Config) -> None:
         self.model = config.given
         self.revision = config.revision or ""
         self._config = config
-        self._decoded: Once[str] = Once(_prompt.NUM_KEPT)
-        self._loop = Loop("openai")
+        self._decoded: SingleFlightCache[str] = SingleFlightCache(_chat.NUM_KEPT)
+        self._loop = EventLoopThread("openai")
         self._servers = _Servers(config, model=self.model)
         bounds = Bounds(
             max_in_flight=config.max_in_flight,
@@ -105,7 +111,7 @@ class OpenAI(Windowed):
             max_unordered=4 * config.max_in_flight,
             num_threads=config.threads,
         )
-        self._window = Window(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
+        self._window = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
 
     def close(self) -> None:
         self._window.close()
@@ -115,8 +121,8 @@ class OpenAI(Windowed):
         """The part of the body that all attempts share, as JSON: encoding pictures is most of the work."""
         try:
             urls = [self._decoded(image, partial(self._data_url, image)) for image in request.images]
-        except images.Undecodable as error:
-            raise BadRequest(f"an image cannot be shown: {error}") from error
+        except images.UndecodableError as error:
+            raise BadRequestError(f"an image cannot be shown: {error}") from error
         body = {"model": self.model, "messages": _messages(request, urls), **self._config.extra}
         if request.schema is not None:
             body["response_format"] = _response_format(request.schema)
@@ -145,7 +151,7 @@ def _response_format(schema: str) -> dict[str, Any]:
     try:
         return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": json.loads(schema)}}
     except json.JSONDecodeError as error:
-        raise BadRequest(f"the schema is not JSON: {error}") from error
+        raise BadRequestError(f"the schema is not JSON: {error}") from error
 
 
 def _sampled(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def _sampled(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> 
     return body
 
 
-class Trouble(Exception):
+class ServerError(Exception):
     """The server did not answer as a server does. It is worth asking again."""
 
     def __init__(self, message: str, *, wait: float = 0.0) -> None:
@@ -199,7 +205,7 @@ class _Health:
         now = time.monotonic()
         self.troubled_since = self.troubled_since or now
         if (waited := now - self.troubled_since) >= self.give_up_after:
-            raise EngineDied(f"{what}; gave up after {waited:.0f} s without an answer (give_up_after)")
+            raise EngineDiedError(f"{what}; gave up after {waited:.0f} s without an answer (give_up_after)")
 
 
 class _Servers:
@@ -221,19 +227,19 @@ class _Servers:
 
     async def ask(self, body: bytes) -> Reply:
         """Raises:
-        BadRequest: the servers refuse it.
-        EngineDied: they are gone, or do not want to talk to us.
+        BadRequestError: the servers refuse it.
+        EngineDiedError: they are gone, or do not want to talk to us.
         """
         num_failures = 0
         while True:
             server = await self._free_server()
             try:
                 answer = await self._send(server, body)
-            except Trouble as trouble:
+            except ServerError as trouble:
                 self._check_soon(server)
                 num_failures += 1
                 if num_failures >= self._config.num_tries and await self._is_well(server):
-                    raise BadRequest(f"failed {num_failures} times, the last time: {trouble}") from trouble
+                    raise BadRequestError(f"failed {num_failures} times, the last time: {trouble}") from trouble
                 self._health.bad(str(trouble))
                 await asyncio.sleep(max(trouble.wait, self._delay(num_failures)))
             else:
@@ -281,18 +287,20 @@ class _Servers:
             async with self._opened().post(url, data=body, headers={"Content-Type": "application/json"}) as response:
                 said = await response.read()
         except TimeoutError as error:
-            raise Trouble(f"{url} gave no answer in {self._config.timeout:g} s") from error
+            raise ServerError(f"{url} gave no answer in {self._config.timeout:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Trouble(f"{url} cannot be reached: {type(error).__name__} {self._without_key(str(error))}") from error
+            raise ServerError(
+                f"{url} cannot be reached: {type(error).__name__} {self._without_key(str(error))}"
+            ) from error
         if response.status == 200:
             return said
         message = f"{url} answered {response.status}: {self._without_key(_told(said))}"
         if response.status in REFUSED:
             self._health.good()
-            raise BadRequest(message)
+            raise BadRequestError(message)
         if response.status in FORBIDDEN:
-            raise EngineDied(message)
-        raise Trouble(message, wait=_asked_to_wait(response.headers))
+            raise EngineDiedError(message)
+        raise ServerError(message, wait=_asked_to_wait(response.headers))
 
     def _opened(self) -> aiohttp.ClientSession:
         import aiohttp
@@ -335,7 +343,7 @@ class _Servers:
         question = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
             await self._send(server, json.dumps(question).encode())
-        except (Trouble, BadRequest):
+        except (ServerError, BadRequestError):
             return False
         self._health.good()
         return True
@@ -385,4 +393,4 @@ def _reply(said: bytes, url: str) -> Reply:
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         told = " ".join(said[:MOST_SAID].decode(errors="replace").split())
-        raise Trouble(f"{url} answered what is no answer ({type(error).__name__}): {told}") from error
+        raise ServerError(f"{url} answered what is no answer ({type(error).__name__}): {told}") from error

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
-from pipeline.engine import EngineDied, Reply, Request, Sampling
-from pipeline.engines import _prompt
-from pipeline.engines._choose import Chooser, Grammars, Row
-from pipeline.engines._model import Model, Weights, require
-from pipeline.engines._window import BadRequest, Bounds, Loop, Window, Windowed
+from pipeline.engines import EngineDiedError, Reply, Request, Sampling, _chat
+from pipeline.engines._options import Model, Weights, require
+from pipeline.engines._sampler import Grammars, Row, TokenSampler
+from pipeline.engines._scheduler import BadRequestError, Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
 from pipeline.machine import imitates_16_bits
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    prompter = _prompt.Prompter(config)
+    prompter = _chat.Prompter(config)
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             config.model,
@@ -60,7 +59,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
             use_safetensors=True,  # never a pickle
         )
     except (OSError, ValueError) as error:
-        raise _prompt.unloadable(config, error) from error
+        raise _chat.unloadable(config, error) from error
     device = _device(config.device)
     if config.dtype == "auto" and device == "cpu" and imitates_16_bits():
         model = model.float()
@@ -90,16 +89,16 @@ class Question:
     tell: Callable[[Reply | Exception], None]
 
 
-class Transformers(Windowed):
+class Transformers(ScheduledEngine):
     """A model in this process. One thread of its own runs it; all callers fill the same batches."""
 
-    def __init__(self, config: Config, model: Any, prompter: _prompt.Prompter) -> None:
+    def __init__(self, config: Config, model: Any, prompter: _chat.Prompter) -> None:
         self.model = config.given
         self.revision = str(config.revision or getattr(model.config, "_commit_hash", None) or "")
         self._asker = _Asker(model, prompter.processor)
         self._prompter = prompter
         self._batches = _Batches(self._asker.answer, size=config.batch_size)
-        self._loop = Loop("transformers")
+        self._loop = EventLoopThread("transformers")
         bounds = Bounds(
             max_in_flight=2 * config.batch_size,  # one batch runs, the next stands ready
             enough=config.batch_size,
@@ -107,7 +106,7 @@ class Transformers(Windowed):
             max_unordered=6 * config.batch_size,
             num_threads=config.threads,
         )
-        self._window = Window(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
+        self._window = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
 
     def close(self) -> None:
         self._window.close()
@@ -161,7 +160,7 @@ class _Batches:
         while (first := self._questions.get()) is not None:
             batch, last = self._filled(first)
             if self._closed:
-                _tell(batch, EngineDied("the engine was closed while it was asked"))
+                _tell(batch, EngineDiedError("the engine was closed while it was asked"))
             else:
                 self._answer(batch)
             if last:
@@ -210,13 +209,17 @@ class _Asker:
             try:
                 with torch.inference_mode():
                     self._generate(part)
-            except EngineDied as error:
+            except EngineDiedError as error:
                 _tell(part, error)
             except torch.AcceleratorError as error:  # a GPU that failed once fails always
-                _tell(part, EngineDied(f"{self._model.device} failed: {error}"))
+                _tell(part, EngineDiedError(f"{self._model.device} failed: {error}"))
             except Exception as error:  # processor and model are the model's own code, which promises no type
                 if len(part) == 1:
-                    wrong = error if isinstance(error, BadRequest) else BadRequest(f"{type(error).__name__}: {error}")
+                    wrong = (
+                        error
+                        if isinstance(error, BadRequestError)
+                        else BadRequestError(f"{type(error).__name__}: {error}")
+                    )
                     _tell(part, wrong)
                 else:
                     self.answer(part[: len(part) // 2])
@@ -248,7 +251,7 @@ class _Asker:
     def _refuse_long(self, batch: list[Question], lengths: list[int]) -> None:
         for q, length in zip(batch, lengths, strict=True):
             if length >= self._context:
-                q.tell(BadRequest(f"the prompt has {length} tokens; the model's context is {self._context}"))
+                q.tell(BadRequestError(f"the prompt has {length} tokens; the model's context is {self._context}"))
 
     def _row(self, q: Question, length: int) -> Row:
         return Row(
@@ -263,7 +266,7 @@ class _Asker:
         import torch
 
         ends = torch.tensor(self._ends)
-        chooser = Chooser(
+        chooser = TokenSampler(
             rows,
             prompt=inputs["input_ids"],
             mask=inputs["attention_mask"],
@@ -280,7 +283,7 @@ class _Asker:
 
     def _reply(self, row: Row, num_prompt_tokens: int) -> Reply:
         return Reply(
-            text=_prompt.answered(self._tokenizer, row.tokens, stopped=row.stopped),
+            text=_chat.answered(self._tokenizer, row.tokens, stopped=row.stopped),
             finish_reason="stop" if row.stopped else "length",
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=len(row.tokens),

@@ -22,11 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
-from pipeline.engine import EngineDied, Reply, Request, Sampling
-from pipeline.engines import _prompt
-from pipeline.engines._model import Model, Serving, require
-from pipeline.engines._orphans import Guard
-from pipeline.engines._window import BadRequest, Bounds, Loop, Once, Window, Windowed
+from pipeline.engines import EngineDiedError, Reply, Request, Sampling, _chat
+from pipeline.engines._options import Model, Serving, require
+from pipeline.engines._reaper import Guard
+from pipeline.engines._scheduler import (
+    BadRequestError,
+    Bounds,
+    EventLoopThread,
+    RequestScheduler,
+    ScheduledEngine,
+    SingleFlightCache,
+)
 from pipeline.machine import imitates_16_bits
 
 if TYPE_CHECKING:
@@ -57,12 +63,12 @@ def open(config: Config) -> Vllm:  # noqa: A001
 
     Raises:
         ConfigError: vLLM is not installed, there is no such model, or vLLM refuses the arguments.
-        EngineDied: vLLM did not start.
+        EngineDiedError: vLLM did not start.
     """
     settle_environment(kv_cache_gib=config.kv_cache_gib)
     require_vllm()
-    prompter = _prompt.Prompter(config)
-    loop = Loop("vllm")
+    prompter = _chat.Prompter(config)
+    loop = EventLoopThread("vllm")
     try:
         return Vllm(config, prompter, loop)
     except BaseException:  # a Ctrl-C too must not leave the loop's thread behind; raised again
@@ -94,15 +100,15 @@ def settle_environment(*, kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
-class Vllm(Windowed):
+class Vllm(ScheduledEngine):
     """vLLM in this process, on an event loop of its own."""
 
-    def __init__(self, config: Config, prompter: _prompt.Prompter, loop: Loop) -> None:
+    def __init__(self, config: Config, prompter: _chat.Prompter, loop: EventLoopThread) -> None:
         self.model = config.given
         self._loop = loop
         self._prompter = prompter
-        self._prompts: Once[Any] = Once(_prompt.NUM_KEPT)
-        self._tokens: Once[Sequence[int]] = Once(NUM_TEXTS)
+        self._prompts: SingleFlightCache[Any] = SingleFlightCache(_chat.NUM_KEPT)
+        self._tokens: SingleFlightCache[Sequence[int]] = SingleFlightCache(NUM_TEXTS)
         self._core = _Core(config, prompter.tokenizer)
         loop.run(self._core.start())
         self.revision = str(config.revision or self._core.commit or "")
@@ -114,7 +120,7 @@ class Vllm(Windowed):
             max_unordered=4 * max_in_flight,
             num_threads=config.threads,
         )
-        self._window = Window(bounds, prepare=self._prepare, ask=self._core.ask, loop=loop)
+        self._window = RequestScheduler(bounds, prepare=self._prepare, ask=self._core.ask, loop=loop)
 
     def close(self) -> None:
         self._window.close()
@@ -134,7 +140,7 @@ class Vllm(Windowed):
             tokens = self._tokens(text, partial(self._core.tokens, text))
             return self._core.render({"prompt_token_ids": list(tokens), **data})
         except Exception as error:  # the model's own processor, which promises no type
-            raise BadRequest(f"{type(error).__name__}: {error}") from error
+            raise BadRequestError(f"{type(error).__name__}: {error}") from error
 
 
 def _name(image: bytes, picture: Picture) -> str:
@@ -168,7 +174,7 @@ class _Core:
             arguments = AsyncEngineArgs(**engine_arguments(self._config, num_threads=self._config.threads))
             config = arguments.create_engine_config()
         except (OSError, ValueError, TypeError) as error:
-            raise _prompt.unloadable(self._config, error) from error
+            raise _chat.unloadable(self._config, error) from error
         self._guard = Guard()
         with nullcontext() if self._config.enforce_eager else first_alone(_compiled(self._config)):
             try:
@@ -176,7 +182,7 @@ class _Core:
                     self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, OSError, ValueError) as error:
                 self._guard.dismiss()
-                raise EngineDied(f"vLLM did not start: {error}; its own log above says why") from error
+                raise EngineDiedError(f"vLLM did not start: {error}; its own log above says why") from error
 
     async def stop(self) -> None:
         if self._engine is not None:
@@ -204,7 +210,7 @@ class _Core:
 
     def _renderer(self) -> tuple[Any, Any]:
         if (engine := self._engine) is None:
-            raise EngineDied("the engine is closed")
+            raise EngineDiedError("the engine is closed")
         return engine.renderer, engine.renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
 
     async def ask(self, prepared: Any, request: Request, sampling: Sampling, seed: int) -> Reply:
@@ -220,7 +226,7 @@ class _Core:
                 await self._replace(engine, error)
             except EngineGenerateError as error:
                 if not engine.errored:
-                    raise BadRequest(f"{error.__cause__ or error}") from error
+                    raise BadRequestError(f"{error.__cause__ or error}") from error
                 await self._replace(engine, error)
 
     async def _answer(self, engine: Any, prompt: dict[str, Any], parameters: Any, name: str) -> Reply:
@@ -230,14 +236,14 @@ class _Core:
             async for output in engine.generate(prompt, parameters, name):
                 last = output
         except (VLLMClientError, ValueError, TypeError) as error:
-            raise BadRequest(str(error)) from error
+            raise BadRequestError(str(error)) from error
         (answer,) = last.outputs
         if answer.finish_reason == "abort":  # what there is of the answer is cut off
-            raise EngineDied(TOLD_TO_END)
+            raise EngineDiedError(TOLD_TO_END)
         try:
-            text = _prompt.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
+            text = _chat.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
         except (OverflowError, ValueError, TypeError) as error:  # tokens that are no words; models have more places
-            raise BadRequest(f"the answer cannot be read: {error}") from error
+            raise BadRequestError(f"the answer cannot be read: {error}") from error
         return Reply(
             text=text,
             finish_reason=answer.finish_reason,
@@ -256,9 +262,9 @@ class _Core:
             ended = _was_told_to_end(dead)
             self._shut(dead)
             if ended:
-                raise EngineDied(TOLD_TO_END) from error
+                raise EngineDiedError(TOLD_TO_END) from error
             if self._num_deaths > self._config.num_restarts:
-                raise EngineDied(f"vLLM died {self._num_deaths} times, the last time: {error}") from error
+                raise EngineDiedError(f"vLLM died {self._num_deaths} times, the last time: {error}") from error
             await self.start()
 
 

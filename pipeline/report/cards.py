@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
+from pipeline.progress import short
 from pipeline.records import Criterion, Score
 from pipeline.report.charts import Part, bar, legend
 from pipeline.report.figures import ANSWERED, Section, said, tone
 from pipeline.report.markup import Html, clip, el, join
 from pipeline.report.samples import Sample, Sheet, Shown
-from pipeline.terminal import short
 
 MAX_CHARS = 900  # of a caption or an alt text
 MAX_REASON = 200

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from pipeline.progress import duration, short
 from pipeline.report.charts import Column, Line, Part, bar, curves, histogram, legend
 from pipeline.report.markup import Html, clip, el, join
 from pipeline.report.numbers import NUM_BINS, Answers, Cost, Curve, Distribution, Lengths, Report, Tally
-from pipeline.terminal import duration, short
 
 MAX_CHARS = 200  # of a text in a table
 NUM_COLUMNS = 30  # of a histogram of lengths

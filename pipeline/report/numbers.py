@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass
 from itertools import groupby
 from typing import Any
 
-from pipeline import config, database, passes, plan
+from pipeline import config
+from pipeline.storage import database, plan, views
 
 NUM_BINS = 20  # of a score's distribution
 MAX_WORDS = 2_000  # longer texts count as this long
@@ -145,7 +146,7 @@ class Report:
 
 def survey(run: config.Run) -> Report:
     """Asks the run's tables for all numbers."""
-    with passes.connect(run) as connection:
+    with views.connect(run) as connection:
         costs, until = _costs(connection)
         return Report(
             name=run.folder.name,

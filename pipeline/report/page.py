@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
-from pipeline import config, tables
+from pipeline import config
+from pipeline.progress import short
 from pipeline.report import cards, figures
 from pipeline.report.figures import Section
 from pipeline.report.markup import Html, el, join
 from pipeline.report.numbers import Report, survey
 from pipeline.report.samples import Sheet, sheets
-from pipeline.terminal import short
+from pipeline.storage import tables
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

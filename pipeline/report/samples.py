@@ -14,10 +14,12 @@ from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, database, images, passes
-from pipeline.plan import Plan
+from pipeline import config
+from pipeline.decoding import images
+from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
-from pipeline.shard import Shard
+from pipeline.storage import database, views
+from pipeline.storage.plan import Plan
 
 THUMBNAIL = 256 * 256  # pixels
 MAX_CAPTIONS = 4  # of an image that are shown
@@ -54,7 +56,7 @@ class Sheet:
 
 def sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets of `num_images` samples in all, or fewer; those of an unfinished run show what there is."""
-    with passes.connect(run) as connection:
+    with views.connect(run) as connection:
         drawn = dict(_drawn(connection, num_images))
     found = _read(run, {key for keys in drawn.values() for key in keys})
     for kind, keys in drawn.items():
@@ -115,7 +117,7 @@ def _read(run: config.Run, keys: Iterable[str]) -> Mapping[str, Sample]:
         wanted = ", ".join(map(database.literal, group))
         with (
             closing(Shard(run=run, plan=_plan(run.folder, number), number=number)) as shard,
-            passes.connect(run, files=f"{number:05d}.parquet") as connection,
+            views.connect(run, files=f"{number:05d}.parquet") as connection,
         ):
             captions = _captions(connection, wanted)
             for row in _rows(connection, Image, wanted, order='"offset"'):
@@ -145,7 +147,7 @@ def _thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
         return None, image.error
     try:
         picture = images.pixels(shard.data(image), max_pixels=THUMBNAIL, factor=1, min_pixels=1)
-    except (images.Undecodable, OSError) as error:
+    except (images.UndecodableError, OSError) as error:
         return None, str(error)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=82, comment=b"")

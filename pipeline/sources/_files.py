@@ -22,7 +22,7 @@ FIELD = "source.path"
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR)
 
 
-class Unusable(ValueError):
+class UnusableFileError(ValueError):
     """One file of the corpus that cannot be used; the message says why. A sample's error, never the machine's."""
 
 
@@ -175,24 +175,24 @@ def inside(path: str, root: str, *, most: int) -> bytes:
         most: bytes that it may have.
 
     Raises:
-        Unusable: it lies elsewhere, does not exist, is no plain file, is too large, or may not be read.
+        UnusableFileError: it lies elsewhere, does not exist, is no plain file, is too large, or may not be read.
         OSError: the disk failed, or the folder itself is gone.
     """
     try:
         real, home = os.path.realpath(path), os.path.realpath(root)
         if os.path.commonpath([real, home]) != home:
-            raise Unusable("it leads out of the folder")
+            raise UnusableFileError("it leads out of the folder")
         return _plain_file(real, most=most)
     except OSError as error:
         if error.errno not in NOT_THERE or not Path(root).is_dir():
             raise
-        raise Unusable(f"it cannot be read: {error.strerror}") from error
+        raise UnusableFileError(f"it cannot be read: {error.strerror}") from error
 
 
 def _plain_file(path: str, *, most: int) -> bytes:
     about = Path(path).stat()  # before it is opened: to open a pipe is to wait for ever
     if not stat.S_ISREG(about.st_mode):
-        raise Unusable("it is a folder" if stat.S_ISDIR(about.st_mode) else "it is no plain file")
+        raise UnusableFileError("it is a folder" if stat.S_ISDIR(about.st_mode) else "it is no plain file")
     if about.st_size > most:
-        raise Unusable(f"its {about.st_size} bytes are more than the {most} that one may have")
+        raise UnusableFileError(f"its {about.st_size} bytes are more than the {most} that one may have")
     return Path(path).read_bytes()

@@ -18,7 +18,7 @@ MAX_ROWS = 16  # in memory at a time: a footer may lie
 MAX_BYTES = 1 << 26  # of rows in memory at a time, when there are more than one
 
 
-class Broken(ValueError):
+class BrokenParquetError(ValueError):
     """A file, or a stretch of one, that is no Parquet. The corpus' error, never the machine's."""
 
 
@@ -71,4 +71,4 @@ def _decoding() -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's word; decoders give no number
-        raise Broken(f"the Parquet cannot be read: {error}") from error
+        raise BrokenParquetError(f"the Parquet cannot be read: {error}") from error

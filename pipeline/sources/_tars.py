@@ -1,7 +1,8 @@
 """Decides how a tar becomes samples: fetched and unpacked where it must be, grouped by name, its image found.
 
 A sample is what lies side by side under one path up to the first dot of the file name, as webdataset has it. It
-refuses to know what images, alt text and metadata are (`_common`), and how a tar is laid out (`pipeline.tar`).
+refuses to know what images, alt text and metadata are (`_common`), and how a tar is laid out
+(`_tar_format`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
 
-from pipeline import tar
 from pipeline.records import Raw
-from pipeline.sources import _common, _files
+from pipeline.sources import _common, _files, _tar_format
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY_BYTES = 1 << 20  # moved at a time when a tar is staged
-NO_FILE = tar.Member(name="", offset=0, size=0, error="there is no image in the sample")
+NO_FILE = _tar_format.Member(name="", offset=0, size=0, error="there is no image in the sample")
 SCRATCH_HELP = "the folder in which remote and compressed tars wait while they are read; empty: the system's"
 MAX_TAR_HELP = "a compressed tar that unpacks to more bytes than this is cut off there"
 
@@ -33,7 +33,7 @@ class Sample:
     """Members side by side that share a key."""
 
     key: str  # the path up to the first dot of the file name
-    members: dict[str, tar.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
+    members: dict[str, _tar_format.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
     error: str | None = None  # this is no sample, but a stretch of the tar that cannot be read
 
     def twice(self) -> Sample:
@@ -41,7 +41,7 @@ class Sample:
         twice = {name: replace(member, error="another member has its name") for name, member in self.members.items()}
         return replace(self, members=twice)
 
-    def image(self, wanted: str) -> tar.Member:
+    def image(self, wanted: str) -> _tar_format.Member:
         """The member that is the image: the one named, or the first that is called an image."""
         if wanted:
             return self.members.get(wanted, replace(NO_FILE, error=f"there is no {wanted} in the sample"))
@@ -62,7 +62,7 @@ class Tar:
     def samples(self) -> Iterator[Sample]:
         """All samples in order, read from the headers alone; damaged stretches stand between them."""
         sample: Sample | None = None
-        for one in filter(None, map(self._alone, tar.members(self.stream))):
+        for one in filter(None, map(self._alone, _tar_format.members(self.stream))):
             if sample is not None and one.key == sample.key and not one.members.keys() & sample.members.keys():
                 sample.members.update(one.members)
                 continue
@@ -73,7 +73,7 @@ class Tar:
         if sample is not None:
             yield sample
 
-    def _alone(self, member: tar.Member) -> Sample | None:
+    def _alone(self, member: _tar_format.Member) -> Sample | None:
         """The member as a sample of its own; None when it is hidden."""
         if not member.name:
             because = "; ".join(error for error in (member.error, self.error) if error)
@@ -103,7 +103,7 @@ class Tar:
         fields = _common.from_json(self.data(about, _common.MAX_TEXT_BYTES)) if about.error is None else {}
         return _common.describe(self.image(sample, wanted), fields, texts=texts, column=column)
 
-    def data(self, member: tar.Member, most: int = _common.MAX_IMAGE_BYTES) -> bytes:
+    def data(self, member: _tar_format.Member, most: int = _common.MAX_IMAGE_BYTES) -> bytes:
         self.stream.seek(member.offset)
         return self.stream.read(min(member.size, most))
 

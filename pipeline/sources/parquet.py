@@ -43,7 +43,7 @@ def pieces(config: Config) -> Iterator[Piece]:
             with _files.opened(place(piece.file, config)) as stream:
                 table = _parquet.table(stream)
                 stop, schema = table.metadata.num_rows, table.schema_arrow
-        except _parquet.Broken:
+        except _parquet.BrokenParquetError:
             yield piece
             continue
         if not checked:
@@ -64,7 +64,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         try:
             table = _parquet.table(stream)
             columns = _choose(table.schema_arrow, config)
-        except (_parquet.Broken, ConfigError) as error:
+        except (_parquet.BrokenParquetError, ConfigError) as error:
             stop = piece.start + 1 if piece.stop is None else piece.stop
             yield from _lost(range(piece.start, stop), name, str(error))
             return
@@ -90,7 +90,7 @@ def _read_group(
             row += batch.num_rows
             if row >= wanted.stop:
                 return
-    except _parquet.Broken as error:
+    except _parquet.BrokenParquetError as error:
         why = str(error)
     yield from _lost(range(max(row, wanted.start), wanted.stop), name, why)
 

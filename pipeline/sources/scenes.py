@@ -1,7 +1,7 @@
 """Decides what the scenes world is: pictures of coloured shapes whose truth is known, drawn from a seed.
 
 It knows geometry, pixels and web-like alt text. It refuses to know the grammar of captions: what may be said of a
-scene, and how that is measured, is stages/claims.py. A scene follows from (seed, index) alone.
+scene, and how that is measured, is stages/scenes/claims.py. A scene follows from (seed, index) alone.
 """
 
 from __future__ import annotations

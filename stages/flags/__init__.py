@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.errors import ConfigError
-from stages.loops import words_of
+from stages.text.repetition import words_of
 
 LEAK = 8  # words in a row that an answer shares with what was asked
 Patterns = Mapping[str, tuple[str, ...]]  # flag -> regular expressions, without regard to case
@@ -26,7 +26,7 @@ def load(name: str, *, run: Path | None) -> Patterns:
     """The flags called `name`, the run's own before the ones that ship.
 
     Raises:
-        UnknownName: there are none of that name.
+        UnknownNameError: there are none of that name.
         ConfigError: they are not TOML, or something in them is no regular expression.
     """
     file = f"flags/{name}.toml"

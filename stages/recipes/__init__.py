@@ -16,10 +16,11 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.config import Section, key
-from pipeline.errors import ConfigError, UnknownName
-from stages import flags, schemas
-from stages.answers import Form
-from stages.asking import Drawing, check_fields, fenced, fields_in, fill, hash_of
+from pipeline.errors import ConfigError, UnknownNameError
+from stages import flags
+from stages.text import json_schema
+from stages.text.answers import Form
+from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, hash_of
 
 FIELDS = ("alt_text",)
 
@@ -34,7 +35,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class RecipeSpec:
     """A recipe's TOML."""
 
     system: str = key("", "the system message; empty: none")
@@ -44,7 +45,7 @@ class Words:
     schema: dict[str, Any] | None = key(None, "JSON schema of a structured answer, an object")
     text: str = key("", "how the fields of a structured answer make prose")
     flags: str = key("english", "what is noticed in answers: a file of flags/")
-    sampling: Drawing = key(factory=Drawing)
+    sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
@@ -52,7 +53,7 @@ class Words:
             raise ValueError("prompt uses {alt_text}: prompt_without_alt_text must say what to ask where there is none")
         check_fields(self.prompt_without_alt_text or "", (), where="prompt_without_alt_text")
         if self.schema is not None:
-            schemas.check(self.schema)
+            json_schema.check(self.schema)
             check_fields(self.text, self.schema.get("properties", {}), where="text")
         if (self.schema is None) != (not self.text):
             raise ValueError("schema and text belong together: text says how the fields make prose")
@@ -62,7 +63,7 @@ class Words:
 class Recipe:
     """A recipe, ready to ask."""
 
-    words: Words
+    words: RecipeSpec
     flags: flags.Patterns
 
     @property
@@ -111,7 +112,7 @@ def load(name: str, *, run: Path | None) -> Recipe:
     """The recipe called `name`, the run's own before the ones that ship.
 
     Raises:
-        UnknownName: there is no such recipe.
+        UnknownNameError: there is no such recipe.
         ConfigError: something in it is wrong.
     """
     file = Path(f"recipes/{name}.toml")
@@ -119,10 +120,10 @@ def load(name: str, *, run: Path | None) -> Recipe:
         values = tomllib.loads(plugins.words(name, folder="recipes", run=run))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error
-    words = Section(values, file=file, field="").parse(Words)
+    words = Section(values, file=file, field="").parse(RecipeSpec)
     try:
         return Recipe(words=words, flags=flags.load(words.flags, run=run))
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConfigError(f"{file}: flags", str(error)) from error
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from pipeline import plugins
 from pipeline.config import Section, key
 from pipeline.errors import ConfigError
-from pipeline.records import Demand
-from stages.asking import Drawing, check_fields, fenced, fields_in, fill, one_line
+from pipeline.records import RubricCriterion
+from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, one_line
 
 SEVERITIES: Mapping[str, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}
 FIELDS = ("criteria", "alt_text", "caption", "sentence")
@@ -61,7 +61,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class RubricSpec:
     """A rubric's TOML without its criteria."""
 
     system: str = key("", "the system message; empty: none")
@@ -71,7 +71,7 @@ class Words:
     aggregate: Literal["mean", "min"] = key("mean", "of the sentences: all together, or the worst")
     unsure: str = key("cannot say", "the answer that decides nothing, allowed to every question; empty: not allowed")
     min_decided: float = key(0.5, "a smaller share of the weight decided makes the score unknown", least=0, most=1)
-    sampling: Drawing = key(factory=Drawing)
+    sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
@@ -84,7 +84,7 @@ class Words:
 class Rubric:
     """A rubric, ready to ask. Its questions stand in an order of their own, whatever order they were written in."""
 
-    words: Words
+    words: RubricSpec
     criteria: Mapping[str, Question]  # by id; the heaviest first, then by id
 
     @cached_property
@@ -130,25 +130,25 @@ def load(name: str, *, run: Path | None) -> Rubric:
     """The rubric called `name`, the run's own before the ones that ship.
 
     Raises:
-        UnknownName: there is no such rubric.
+        UnknownNameError: there is no such rubric.
         ConfigError: something in it is wrong.
     """
     section = _section(name, run)
-    words = section.parse(Words, ignore=frozenset({"criteria"}))
+    words = section.parse(RubricSpec, ignore=frozenset({"criteria"}))
     return Rubric(words=words, criteria=_criteria(section, words))
 
 
-def load_words(name: str, *, run: Path | None) -> Words:
+def load_words(name: str, *, run: Path | None) -> RubricSpec:
     """Those of a file without criteria: with them a judge is asked by the criteria that each image has of its own.
 
     Raises:
-        UnknownName: there is no such file.
+        UnknownNameError: there is no such file.
         ConfigError: something in it is wrong.
     """
     section = _section(name, run)
     if "criteria" in section.values:
         raise section.error("criteria", "these are a rubric of its own; wanted are words that leave the criteria open")
-    words = section.parse(Words)
+    words = section.parse(RubricSpec)
     if "criteria" not in fields_in(words.prompt) or words.unit != "caption":
         raise section.error("prompt", "must have {criteria}, and {caption} last")
     if words.unsure in ("no", "yes"):
@@ -156,7 +156,7 @@ def load_words(name: str, *, run: Path | None) -> Words:
     return words
 
 
-def of_demands(words: Words, demands: Iterable[Demand]) -> Rubric:
+def of_demands(words: RubricSpec, demands: Iterable[RubricCriterion]) -> Rubric:
     """The rubric that an image has of its own, ready to ask: each criterion is met or not."""
     questions = [
         Question(id=demand.id, question=demand.text, severity=demand.severity, weight=demand.weight)
@@ -174,7 +174,7 @@ def _section(name: str, run: Path | None) -> Section:
     return Section(values, file=file, field="")
 
 
-def _criteria(section: Section, words: Words) -> Mapping[str, Question]:
+def _criteria(section: Section, words: RubricSpec) -> Mapping[str, Question]:
     given = section.values.get("criteria")
     if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
         raise section.error("criteria", "there is none; write at least one [[criteria]] with an id and a question")
@@ -187,7 +187,7 @@ def _in_order(questions: Iterable[Question]) -> Mapping[str, Question]:
     return {q.id: q for q in sorted(questions, key=lambda q: (-q.weighs, q.id))}
 
 
-def _check(section: Section, words: Words, questions: list[Question]) -> None:
+def _check(section: Section, words: RubricSpec, questions: list[Question]) -> None:
     ids = [q.id for q in questions]
     if twice := sorted({one for one in ids if ids.count(one) > 1}):
         raise section.error("criteria", f"{twice[0]!r} is the id of two")

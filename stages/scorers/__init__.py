@@ -26,9 +26,9 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.config import Plugin, Run, stamped
-from pipeline.engine import Engine
-from pipeline.records import Criterion, Demand, ScoreStatus
-from stages.asking import engine_slice
+from pipeline.engines import Engine
+from pipeline.records import Criterion, RubricCriterion, ScoreStatus
+from stages.text.prompts import engine_slice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Sample:
     source_key: str = ""  # what the corpus calls the image
     data: Callable[[], bytes]  # the image file, read when it is called; called only by scorers that look at it
     seed: int = 0
-    asked: tuple[Demand, ...] | None = None  # of its image's own rubric; None where there is none
+    asked: tuple[RubricCriterion, ...] | None = None  # of its image's own rubric; None where there is none
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark:
+class ScoreResult:
     """What a scorer says of one sample: a value exactly when its status is "ok"."""
 
     value: float | None  # [0, 1]; None is "cannot say", never 0
@@ -94,8 +94,8 @@ class Scorer:
         asked = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.asks.items()]
         return {**found, "seed": run.seed, "engines": asked}
 
-    def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[Mark]:
-        marks: Iterator[Mark] = self.module.score(samples, self.config, engines)
+    def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+        marks: Iterator[ScoreResult] = self.module.score(samples, self.config, engines)
         return marks
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import key
-from pipeline.engine import Engine, Reply, Request
-from pipeline.errors import ConfigError, UnknownName
+from pipeline.engines import Engine, Reply, Request
+from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from stages import rubrics
-from stages.answers import read_value
-from stages.asking import paired, seed_of
 from stages.rubrics import Question, Rubric
-from stages.scorers import Mark, Sample, weighted_mean
-from stages.sentences import sentences
+from stages.scorers import Sample, ScoreResult, weighted_mean
+from stages.text.answers import read_value
+from stages.text.prompts import map_with_context, seed_of
+from stages.text.sentences import sentences
 
 VERSION = 1
 
@@ -67,7 +67,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Judge:
     """
     try:
         return Judge(engine=config.engine, rubric=rubrics.load(config.rubric, run=run))
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConfigError(f"{field}.rubric", str(error)) from error
 
 
@@ -75,12 +75,14 @@ def engines(config: Judge) -> Mapping[str, str]:
     return {"engine": config.engine}
 
 
-def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     """One mark for each sample."""
     return marks(((sample, config.rubric) for sample in samples), engine=config.engine, engines=engines)
 
 
-def marks(samples: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+def marks(
+    samples: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine]
+) -> Iterator[ScoreResult]:
     """One mark for each sample, by the rubric beside it.
 
     Requests about one sample are adjacent, so that they share what stands before it.
@@ -88,7 +90,7 @@ def marks(samples: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Map
     model = engines[engine]
     parts = (part for sample, rubric in samples for part in _parts(sample, rubric))
     said: list[Verdicts] = []
-    for part, reply in paired(model.generate, ((part, _request(part)) for part in parts)):
+    for part, reply in map_with_context(model.generate, ((part, _request(part)) for part in parts)):
         said.append(_verdicts(part, reply))
         if part.is_last:
             yield _mark(said, part.rubric, name=engine, engine=model)
@@ -148,12 +150,12 @@ def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Crit
     )
 
 
-def _mark(said: Sequence[Verdicts], rubric: Rubric, *, name: str, engine: Engine) -> Mark:
+def _mark(said: Sequence[Verdicts], rubric: Rubric, *, name: str, engine: Engine) -> ScoreResult:
     criteria = tuple(criterion for verdicts in said for criterion in verdicts.criteria)
     failed = next((v.reply.error for v in said if v.reply.error is not None), None)
     value = None if failed else _value(said, rubric)
     unknown = next((v.problem for v in said if v.problem), "the judge could not say enough") if value is None else None
-    return Mark(
+    return ScoreResult(
         value=value,
         criteria=criteria,
         status="error" if failed else "unknown" if value is None else "ok",

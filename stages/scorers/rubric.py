@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import key
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError, UnknownName
-from pipeline.records import Criterion, Demand
-from stages import matching, rubrics
-from stages.asking import answered
-from stages.matching import Heard
-from stages.rubrics import Words
-from stages.scorers import Mark, Sample, judge, weighted_mean
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.records import Criterion, RubricCriterion
+from stages import rubrics
+from stages.rubrics import RubricSpec
+from stages.scenes import claim_checks
+from stages.scenes.claim_checks import Heard
+from stages.scorers import Sample, ScoreResult, judge, weighted_mean
+from stages.text.prompts import map_where
 
 VERSION = 4
 WORDS = "text_only"  # what a judge is asked where the section does not say
@@ -39,7 +40,7 @@ class Marker:
 
     rubric: str
     judge: str = key("", "a name in [engines]", stamp=False)
-    words: Words | None = None  # None: nobody is asked
+    words: RubricSpec | None = None  # None: nobody is asked
 
 
 def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
@@ -53,7 +54,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
         return Marker(rubric=config.rubric)
     try:
         words = rubrics.load_words(config.words or WORDS, run=run)
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
     return Marker(rubric=config.rubric, judge=config.judge, words=words)
 
@@ -66,41 +67,43 @@ def rubric(config: Marker) -> str:
     return config.rubric
 
 
-def score(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+def score(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     mark = partial(_judged, config=config, engines=engines) if config.judge else _matched_all
-    for sample, made in answered(mark, samples, lambda sample: bool(sample.asked)):
+    for sample, made in map_where(mark, samples, lambda sample: bool(sample.asked)):
         yield made or _without(sample)
 
 
-def _without(sample: Sample) -> Mark:
+def _without(sample: Sample) -> ScoreResult:
     why = "has no rubric" if sample.asked is None else "has an empty rubric"
-    return Mark(value=None, status="unknown", error=f"this image {why}")
+    return ScoreResult(value=None, status="unknown", error=f"this image {why}")
 
 
-def _judged(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[Mark]:
+def _judged(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     assert config.words is not None
     words = config.words
     own = ((sample, rubrics.of_demands(words, sample.asked or ())) for sample in samples)
     return judge.marks(own, engine=config.judge, engines=engines)
 
 
-def _matched_all(samples: Iterable[Sample]) -> Iterator[Mark]:
+def _matched_all(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
         yield _matched(sample.text, sample.asked or ())
 
 
-def _matched(text: str, demands: Iterable[Demand]) -> Mark:
+def _matched(text: str, demands: Iterable[RubricCriterion]) -> ScoreResult:
     """By the claims that the caption makes."""
-    caption = matching.held_to(text)
+    caption = claim_checks.held_to(text)
     criteria = tuple(_criterion(demand, caption) for demand in demands)
     value = weighted_mean(criteria)
     if value is None:
-        return Mark(value=None, criteria=criteria, status="unknown", error="only a judge can decide these criteria")
-    return Mark(value=value, criteria=criteria)
+        return ScoreResult(
+            value=None, criteria=criteria, status="unknown", error="only a judge can decide these criteria"
+        )
+    return ScoreResult(value=value, criteria=criteria)
 
 
-def _criterion(demand: Demand, caption: Heard) -> Criterion:
-    is_met = None if demand.claim is None else matching.read(demand.claim).is_met(caption)
+def _criterion(demand: RubricCriterion, caption: Heard) -> Criterion:
+    is_met = None if demand.claim is None else claim_checks.read(demand.claim).is_met(caption)
     return Criterion(
         id=demand.id,
         verdict=None if is_met is None else "yes" if is_met else "no",

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import key
-from pipeline.engine import Engine
-from pipeline.errors import ConfigError, UnknownName
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from stages import flags
-from stages.loops import loop_in, words_of
-from stages.scorers import Mark, Sample, weighted_mean
+from stages.scorers import Sample, ScoreResult, weighted_mean
+from stages.text.repetition import loop_in, words_of
 
 VERSION = 1
 WEIGHTS: Mapping[str, float] = {  # of the checks, and of the flags that ship; of other flags 1
@@ -66,7 +66,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Checks:
     """
     try:
         patterns = flags.load(config.flags, run=run)
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConfigError(f"{field}.flags", str(error)) from error
     weights = {name: WEIGHTS.get(name, 1.0) for name in (*CHECKS, *patterns)}
     for name, weight in config.weights.items():
@@ -75,14 +75,16 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Checks:
     return Checks(bounds=config, patterns=patterns, weights=weights | dict(config.weights))
 
 
-def score(samples: Iterable[Sample], config: Checks, _: Mapping[str, Engine]) -> Iterator[Mark]:
+def score(samples: Iterable[Sample], config: Checks, _: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     for sample in samples:
         criteria = tuple(_criteria(sample, config))
         value = weighted_mean(criteria)
         if value is None:
-            yield Mark(value=None, criteria=criteria, status="unknown", error="no check that applies weighs anything")
+            yield ScoreResult(
+                value=None, criteria=criteria, status="unknown", error="no check that applies weighs anything"
+            )
         else:
-            yield Mark(value=value, criteria=criteria)
+            yield ScoreResult(value=value, criteria=criteria)
 
 
 def _criteria(sample: Sample, config: Checks) -> Iterator[Criterion]:

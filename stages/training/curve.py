@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import tables
 from pipeline.config import Run, stamped
 from pipeline.records import Step
+from pipeline.storage import tables
 from stages.training.settings import Config
 
 # how fast it was, and how answers were drawn, is no part of what was learnt
@@ -22,7 +22,7 @@ class Curve:
     Its stamp tells what the checkpoints beside it were trained from.
     """
 
-    def __init__(self, folder: Path, recipe: tables.Recipe) -> None:
+    def __init__(self, folder: Path, recipe: tables.Provenance) -> None:
         self._path, self._recipe = self.path(folder), recipe
 
     @staticmethod

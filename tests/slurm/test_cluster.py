@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults import Faulty
-from tests.runs import ROOT, begin, corpus, files, make, sections, write
 from tests.slurm.cluster import cluster
+from tests.support.faults import Faulty
+from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
 
 pytestmark = pytest.mark.slurm
 

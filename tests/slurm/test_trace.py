@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.slurm  # strace comes with the same packages
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from tests.faults import Faulty
+from tests.support.faults import Faulty
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -1,0 +1,1 @@
+"""Commands that do more than run passes: init, try, status, serve, demo."""

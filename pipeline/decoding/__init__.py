@@ -1,0 +1,1 @@
+"""Image formats, and decoding in isolated processes."""

@@ -1,0 +1,355 @@
+"""Decides what counts as an image, and which of its pixels a model sees.
+
+It is the only module that touches pixels. It refuses to know where the bytes came from, who asks and why, and it
+believes no file: the size that a header claims is checked before anything of that size is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.decoding import formats
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from PIL.ImageFile import ImageFile
+
+    from pipeline.records import ImageStatus
+
+# What Pillow's readers raise on corrupt files: they parse with struct and plain indexing and promise no one type.
+# RuntimeError covers NotImplementedError; a MemoryError is a size that the header claimed and nobody can give.
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+MIN_PIXELS = 56 * 56  # Qwen2-VL's own least
+MAX_ASPECT = 200  # Qwen2-VL's processor refuses longer strips
+
+
+class UndecodableError(ValueError):
+    """The bytes give no picture that a model could be shown; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is decoded at all. The largest photographs of today's cameras have 200 million pixels."""
+
+    min_side: int = 16  # pixels; below it are tracking pixels and bullets
+    max_pixels: int = 2**28  # width x height, checked in the header before anything is decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What ingest says of one file. Sizes are as displayed: after the EXIF orientation."""
+
+    status: ImageStatus
+    error: str | None  # a sentence; None when ok
+    format: str | None  # Pillow's name in lower case; None when no image format was recognised
+    width: int | None  # pixels; as the header has it when the rest could not be read
+    height: int | None
+    orientation: int | None  # EXIF, 1 to 8
+    num_frames: int | None
+    sha256: str  # of the bytes, hex
+
+
+def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
+    """Decodes the whole first frame of `data` once. Never raises on what is in it.
+
+    A JPEG is decoded at 1/8 of its size: that reads every bit of it, so notices a cut or a wrong code as a full
+    decode does, and leaves out the arithmetic on pixels.
+    """
+    found = _Found(data)
+    try:
+        _check(found, limits or Limits())
+    except _Refused as refused:
+        return found.probe(refused.status, str(refused))
+    except MemoryError:
+        return found.probe("unreadable", f"a {found.format} file that needs more memory than decoding may take")
+    except BROKEN as error:
+        return found.probe("unreadable", _sentence(found.format, error))
+    return found.probe("ok", None)
+
+
+class _Refused(Exception):
+    def __init__(self, status: ImageStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Found:
+    """What is known of a file so far, so that a refusal at any point tells as much as was read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.format: str | None = None
+        self.size: tuple[int, int] | None = None  # as displayed
+        self.orientation: int | None = None
+        self.num_frames: int | None = None
+
+    def probe(self, status: ImageStatus, error: str | None) -> Probe:
+        width, height = self.size or (None, None)
+        return Probe(
+            status=status,
+            error=error,
+            format=self.format and self.format.lower(),
+            width=width,
+            height=height,
+            orientation=self.orientation,
+            num_frames=self.num_frames,
+            sha256=hashlib.sha256(self.data).hexdigest(),
+        )
+
+
+def _check(found: _Found, limits: Limits) -> None:
+    found.format = _format(found.data)
+    image = _open(found.data, found.format)
+    header = image.size
+    found.orientation = _orientation(image)
+    found.size = _displayed(header, found.orientation, found.format)
+    _refuse_size(found.size, limits)
+    if found.format == "JPEG":
+        _refuse_emptiness(found.size, len(found.data))
+        image.draft(None, (1, 1))
+    _load(image)
+    if found.format == "PNG":  # its EXIF may stand behind the pixels
+        found.orientation = _orientation(image)
+        found.size = _displayed(header, found.orientation, found.format)
+    found.num_frames = _num_frames(image)
+
+
+def _refuse_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if min(size) < limits.min_side:
+        raise _Refused("too_small", f"{width}x{height} is too small; the least side is {limits.min_side}")
+    if width * height > limits.max_pixels:
+        raise _Refused("too_large", f"{width}x{height} is {width * height} pixels; the most is {limits.max_pixels}")
+
+
+def _refuse_emptiness(size: tuple[int, int], num_bytes: int) -> None:
+    """libjpeg fills with grey what the data does not reach; but 8x8 pixels take at least one bit."""
+    width, height = size
+    if width * height > 64 * 8 * num_bytes:
+        raise _Refused("unreadable", f"a JPEG file of {num_bytes} bytes cannot hold the {width}x{height} it claims")
+
+
+def _format(data: bytes) -> str:
+    if not data:
+        raise _Refused("empty", "the file has no bytes")
+    if name := formats.known(data):
+        return name
+    if name := formats.foreign(data):
+        raise _Refused("unsupported", f"it looks like {name}, which is no image format that is read")
+    raise _Refused("unreadable", f"no image format begins with the bytes {data[:8].hex(' ')}")
+
+
+def _open(data: bytes, name: str) -> ImageFile:
+    """The header only. The reader is called directly: `PIL.Image.open` guesses, and its bomb limit is a global."""
+    with _bombs_refused():
+        return formats.readers()[name](io.BytesIO(data))
+
+
+def _load(image: ImageFile) -> None:
+    with _bombs_refused():
+        image.load()
+
+
+@contextmanager
+def _bombs_refused() -> Iterator[None]:
+    """Some readers check sizes themselves: of an icon's inner PNG, of a GIF's first frame beside its screen."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        yield
+    except DecompressionBombError as error:
+        raise _Refused("too_large", str(error)) from error
+
+
+def _sentence(name: str | None, error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    told = isinstance(error, OSError | SyntaxError | ValueError) and words
+    return f"a {name} file that cannot be read: {words if told else f'{type(error).__name__} {words}'.strip()}"
+
+
+def _orientation(image: ImageFile) -> int:
+    """EXIF's, 1 to 8; 1 when there is none that makes sense. TIFF pixels are turned by Pillow when they are loaded."""
+    if image.format == "PNG" and image.tile and "exif" not in image.info:
+        return 1  # asking would load it
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except BROKEN:  # broken EXIF is no broken picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _displayed(size: tuple[int, int], orientation: int, name: str) -> tuple[int, int]:
+    """The size after turning. Pillow gives a TIFF's as it is displayed."""
+    return size[::-1] if orientation >= 5 and name != "TIFF" else size
+
+
+def _num_frames(image: ImageFile) -> int | None:
+    try:
+        with _bombs_refused():
+            return int(getattr(image, "n_frames", 1))
+    except (*BROKEN, _Refused):  # a later frame; the first is what counts
+        return None
+
+
+def target_size(
+    width: int, height: int, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS
+) -> tuple[int, int]:
+    """The width and height at which a Qwen2-VL shows an image of `width` x `height` to itself.
+
+    Multiples of `factor`, between `min_pixels` and `max_pixels` in all, the aspect kept as well as that allows. It is
+    `smart_resize` of transformers, repeated until it changes nothing, for the model's processor applies it to what we
+    send; once is enough but for strips at the edge of the budget.
+
+    Raises:
+        UndecodableError: one side is more than 200 times the other, which the model's processor refuses.
+    """
+    size = (width, height)
+    for _ in range(8):  # it need not end where the two bounds are close
+        if max(size) > MAX_ASPECT * min(size):
+            raise UndecodableError(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+        rounded = _rounded(*size, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+        if rounded == size:
+            break
+        size = rounded
+    return size
+
+
+def _rounded(width: int, height: int, *, max_pixels: int, factor: int, min_pixels: int) -> tuple[int, int]:
+    w, h = (round(side / factor) * factor for side in (width, height))
+    if w * h > max_pixels:
+        shrink = math.sqrt((width * height) / max_pixels)
+        w, h = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
+    elif w * h < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        w, h = (math.ceil(side * grow / factor) * factor for side in (width, height))
+    return w, h
+
+
+def pixels(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS) -> Picture:
+    """The first frame of `data` in RGB, upright, on white, at its `target_size`: what the model sees, no more.
+
+    A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) that covers the target.
+
+    Raises:
+        UndecodableError: the file is no image, is corrupt, or is larger than `Limits` allow.
+    """
+    name = None
+    try:
+        name = _format(data)
+        image = _open(data, name)
+        return _shown(image, name, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+    except _Refused as refused:
+        raise UndecodableError(str(refused)) from refused
+    except UndecodableError:
+        raise
+    except (*BROKEN, MemoryError) as error:
+        raise UndecodableError(_sentence(name, error)) from error
+
+
+def _shown(image: ImageFile, name: str, *, max_pixels: int, factor: int, min_pixels: int) -> Picture:
+    from PIL.Image import Resampling
+
+    header = image.size
+    _refuse_size(header, Limits(min_side=1))
+    if name == "PNG":
+        _load(image)
+    orientation = _orientation(image)
+    displayed = _displayed(header, orientation, name)
+    size = target_size(*displayed, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+    stored = _displayed(size, orientation, name)  # turning twice is not turning
+    if name == "JPEG":
+        image.draft(None, stored)
+    _load(image)
+    picture = _rgb(image)
+    if picture.size != stored:
+        picture = picture.resize(stored, Resampling.BICUBIC, reducing_gap=3.0)
+    return picture if name == "TIFF" else _upright(picture, orientation)
+
+
+def _upright(picture: Picture, orientation: int) -> Picture:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
+
+
+def _rgb(image: Picture) -> Picture:
+    """In RGB, with what is transparent on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of taking the upper byte.
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode in ("I", "F"):
+        image = _stretched(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _stretched(image: Picture) -> Picture:
+    """32 bits have no agreed white: the extremes become black and white, unless the values fit a byte as they are."""
+    low, high = image.convert("F").getextrema()
+    assert isinstance(low, float) and isinstance(high, float)
+    if image.mode == "I" and low >= 0 and high <= 255:
+        return image.convert("L")
+    scale = 255 / (high - low) if high > low else 0.0
+    return image.convert("F").point(lambda value: value * scale + -low * scale).convert("L")
+
+
+def fits(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS) -> bool:
+    """Whether the bytes can be sent as they are: any reader gets from them exactly what `pixels` gives.
+
+    Only the header is read.
+    """
+    try:
+        name = _format(data)
+        image = _open(data, name)
+        size = target_size(*image.size, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+        return name in ("JPEG", "PNG") and image.size == size and _is_plain(image)
+    except (*BROKEN, _Refused):
+        return False
+
+
+def _is_plain(image: ImageFile) -> bool:
+    plain = image.mode in ("L", "RGB") and not image.has_transparency_data
+    return plain and _orientation(image) == 1 and getattr(image, "n_frames", 1) == 1
+
+
+def encode_lossless(picture: Picture) -> bytes:
+    """A PNG of `picture`, packed quickly rather than tightly: it travels once."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Runs passes over shards: what is due, in which process, and how a shard resumes."""

@@ -1,0 +1,1 @@
+"""Runs as Slurm array jobs: scripts, submission, and the state of jobs."""

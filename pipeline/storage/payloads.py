@@ -1,0 +1,157 @@
+"""Decides which files stand beside a table: the tars of packed images, and the finished training set.
+
+A payload takes what a stage yields, writes its bytes, and gives the row. Its files appear under their names just
+before the table does, whose stamp has their names and sizes: what is lost or cut short later is noticed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.records import Image, Record
+from pipeline.storage.layout import PACKED, work_folder
+from pipeline.storage.tables import TableFooter, sync_folder, whole_stamp
+
+if TYPE_CHECKING:
+    pass
+
+BLOCK = 512  # bytes of a tar header
+
+
+class Payload(Protocol):
+    """Files beside a table, of one shard."""
+
+    def take(self, output: Any) -> Record:
+        """Writes what the output carries and returns its row."""
+
+    def commit(self) -> Mapping[str, int]:
+        """Puts the files in place; returns their names within the run and their bytes, for the table's stamp."""
+
+    def abandon(self) -> None:
+        """Removes what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """An image row, and its bytes when they are to be packed: as they are, never encoded again."""
+
+    row: Image
+    data: bytes | None
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return self.row.id
+
+
+class Unfinished:
+    """A file being written outside its final folder; nothing is there until the first byte."""
+
+    def __init__(self, path: Path, *, work: Path) -> None:
+        self.path = path
+        self._beside = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+        self._file: io.BufferedWriter | None = None
+
+    def open(self) -> io.BufferedWriter:
+        if self._file is None:
+            for folder in (self.path.parent, self._beside.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._beside, "xb")
+        return self._file
+
+    def commit(self) -> int:
+        """Puts the file in place and returns its bytes; without a byte written, the final name is free afterwards."""
+        if self._file is None:
+            self.path.unlink(missing_ok=True)
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        num_bytes = os.fstat(self._file.fileno()).st_size
+        self._file.close()
+        os.replace(self._beside, self.path)
+        sync_folder(self.path.parent)
+        return num_bytes
+
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._beside.unlink(missing_ok=True)
+
+
+class Tar:
+    """A tar with equal bytes for equal members: no times, no owners."""
+
+    def __init__(self, file: Unfinished) -> None:
+        self.file, self.path = file, file.path
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, name: str, data: bytes) -> int:
+        """Appends a member; returns the offset of its data."""
+        if self._tar is None:
+            self._tar = tarfile.open(fileobj=self.file.open(), mode="w", format=tarfile.USTAR_FORMAT)
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        offset = self._tar.offset + BLOCK
+        self._tar.addfile(info, io.BytesIO(data))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # else a header of every member stays in memory
+        return offset
+
+    def commit(self) -> int:
+        if self._tar is not None:
+            self._tar.close()
+        return self.file.commit()
+
+
+class Pack:
+    """`shards/00000.tar`: the images of a corpus that was not in tars already."""
+
+    def __init__(self, run: Path, shard: int) -> None:
+        self._run = run
+        self._tar = Tar(Unfinished(run / PACKED / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
+
+    def take(self, output: Packed) -> Image:
+        if output.data is None:
+            return output.row
+        offset = self._tar.add(f"{output.row.key}.{extension(output.row.format)}", output.data)
+        return replace(output.row, file=str(self._tar.file.path.relative_to(self._run)), offset=offset)
+
+    def commit(self) -> Mapping[str, int]:
+        return placed(self._run, self._tar)
+
+    def abandon(self) -> None:
+        self._tar.file.abandon()
+
+
+def placed(run: Path, *files: Tar | Unfinished) -> Mapping[str, int]:
+    """Renames finished files into place; returns path within the run -> bytes, without files that stayed empty."""
+    sizes = {str(file.path.relative_to(run)): file.commit() for file in files}
+    return {name: num_bytes for name, num_bytes in sizes.items() if num_bytes}
+
+
+def what_is_lost(run: Path, stamp: TableFooter) -> str:
+    """Of the files that belong beside a table, the first that has gone or has another size, in words; "" for none."""
+    for name, num_bytes in stamp.payload.items():
+        try:
+            size = (run / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size != num_bytes:
+            return f"{name} has {size} bytes and was written with {num_bytes}"
+    return ""
+
+
+def sound_stamp(run: Path, table: Path) -> TableFooter | None:
+    """The stamp of a table file that is whole and has all that belongs beside it; None otherwise."""
+    stamp = whole_stamp(table)
+    return stamp if stamp is not None and not what_is_lost(run, stamp) else None
+
+
+def extension(format: str | None) -> str:
+    """The usual file name ending of a Pillow format."""
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format or "", format or "bin")

@@ -1,0 +1,81 @@
+"""Parquet: `export/parquet/00000.parquet` with images as Hugging Face `datasets` stores them.
+
+`load_dataset("parquet", ...)` yields decoded pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.records import Exported, schema
+from pipeline.storage.payloads import Unfinished, placed
+from stages.exporters import Example
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
+
+
+def open(run: Path, shard: int, work: Path) -> ImageParquet:
+    return ImageParquet(run, Unfinished(run / "export" / "parquet" / f"{shard:05d}.parquet", work=work))
+
+
+class ImageParquet:
+    """A Parquet file with an HF `Image` column and the columns of `Exported`."""
+
+    def __init__(self, run: Path, file: Unfinished) -> None:
+        self._run, self.file = run, file
+        self._rows: list[dict[str, Any]] = []
+        self._writer: Any = None
+
+    def add(self, example: Example, suffix: str) -> None:
+        image = {"bytes": example.data, "path": f"{example.row.key}.{suffix}"}
+        self._rows.append({"image": image, **asdict(example.row)})
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def commit(self) -> Mapping[str, int]:
+        if self._rows:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+        return placed(self._run, self.file)
+
+    def abandon(self) -> None:
+        self.file.abandon()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.file.open(), hub_schema(), compression="zstd", write_page_index=True)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=hub_schema()), row_group_size=ROWS_PER_GROUP)
+        self._rows = []
+
+
+def hub_schema() -> pa.Schema:
+    """An HF `Image` column, then the columns of `Exported`, with the feature types that the Hub reads."""
+    import pyarrow as pa
+
+    image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    fields = [pa.field("image", image), *schema(Exported)]
+    features = {"image": {"_type": "Image"}}
+    for field in schema(Exported):
+        features[field.name] = _feature(field.type)
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(type: pa.DataType) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_list(type):
+        return {"feature": _feature(type.value_type), "_type": "List"}
+    if pa.types.is_struct(type):
+        return {field.name: _feature(field.type) for field in type}
+    return {"dtype": {"double": "float64"}.get(str(type), str(type)), "_type": "Value"}

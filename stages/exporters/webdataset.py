@@ -1,0 +1,34 @@
+"""WebDataset: `export/webdataset/00000.tar` with KEY.jpg, KEY.json and KEY.txt for each sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.storage.payloads import Tar, Unfinished, placed
+from stages.exporters import Example
+
+
+def open(run: Path, shard: int, work: Path) -> WebDataset:
+    return WebDataset(run, Unfinished(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+
+
+class WebDataset:
+    """Tars in which the members of a sample are adjacent."""
+
+    def __init__(self, run: Path, file: Unfinished) -> None:
+        self._run, self._tar = run, Tar(file)
+
+    def add(self, example: Example, suffix: str) -> None:
+        row = example.row
+        self._tar.add(f"{row.key}.{suffix}", example.data)
+        self._tar.add(f"{row.key}.json", json.dumps(asdict(row), ensure_ascii=False).encode())
+        self._tar.add(f"{row.key}.txt", row.caption.encode())
+
+    def commit(self) -> Mapping[str, int]:
+        return placed(self._run, self._tar)
+
+    def abandon(self) -> None:
+        self._tar.file.abandon()

@@ -1,0 +1,389 @@
+"""Decides how the simulated teachers see: five captioners that look at a scene's truth, each with its own blind spots.
+
+They stand in the place of strong vision-language models and are reached as an engine (`kind =
+"stages.scenes.teachers"`). The
+truth is found through a request's `source_key` and nothing else. Two more voices make labels: `speaker` makes one
+statement, true or false by one swap; `labeller` answers a judge's question about the last line of its prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Literal
+
+from pipeline.config import key
+from pipeline.engines import Reply, Request, settle
+from pipeline.sources.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    related,
+    relation,
+    scene,
+    scene_of,
+    tenths,
+)
+from stages.scenes.claims import NUMBERS, THINGS, Claim, described, facts, holds, parse, related_claim, say, verbalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Tendencies: each is the share of occasions on which the teacher gives in to it."""
+
+    slips: float = 0.03  # any word is replaced by any other of its kind
+    small_overlooked: float = 0.0
+    rim_overlooked: float = 0.0  # things whose centre is in the outer quarter of the picture
+    colours: Mapping[str, str] = field(default_factory=dict)  # seen as
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    textures: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)  # relations
+    grounds: Mapping[str, str] = field(default_factory=dict)
+    confused: float = 0.0  # how often the confusions above happen
+    crowds_undercounted: float = 0.0  # more than three things are one fewer
+    unsaid: Mapping[str, float] = field(default_factory=dict)  # kind of claim -> how often it is left out
+
+
+TEACHERS: Mapping[str, Teacher] = {
+    "hasty": Teacher(
+        small_overlooked=0.4,
+        crowds_undercounted=0.4,
+        unsaid={"texture": 0.5, "relation": 0.5, "size": 0.2, "background": 0.2},
+    ),
+    "warm": Teacher(
+        colours={"orange": "red", "purple": "blue", "yellow": "orange"}, grounds={"teal": "grey"}, confused=0.7
+    ),
+    "boxy": Teacher(
+        shapes={"diamond": "square", "ring": "circle", "heart": "triangle"}, sizes={"small": "large"}, confused=0.6
+    ),
+    "plain": Teacher(
+        textures={"striped": "solid", "dotted": "solid"},
+        words={"touching": "left of", "inside": "touching"},
+        confused=0.7,
+        unsaid={"background": 0.4},
+    ),
+    "central": Teacher(
+        rim_overlooked=0.5,
+        words={"left of": "right of", "above": "below"},
+        confused=0.35,
+        crowds_undercounted=0.7,
+        unsaid={"size": 0.3},
+    ),
+}
+SHARED = {  # the same committee when most of it shares a blind spot: patterns are not seen
+    name: replace(teacher, textures={"striped": "solid", "dotted": "solid"}, confused=max(teacher.confused, 0.85))
+    if name != "hasty"
+    else teacher
+    for name, teacher in TEACHERS.items()
+}
+CONSENSUS = 3  # of the five: what so many state is the committee's word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    teacher: Literal["hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "labeller"] = key(
+        "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
+    )
+    shared: bool = key(False, "the committee in which most share a blind spot: they take patterns for plain colour")
+
+
+def caption(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
+    """What a teacher says of a scene. The same (teacher, scene, seed) says the same.
+
+    Args:
+        shared: it is of the committee that shares a blind spot.
+
+    >>> from pipeline.sources.scenes import scene
+    >>> caption("hasty", scene(0, 0), 0) == caption("hasty", scene(0, 0), 0)
+    True
+    """
+    rng = Random(f"teacher/{teacher}/{scene.seed}/{scene.index}/{seed}")
+    return verbalise(stated((SHARED if shared else TEACHERS)[teacher], scene, rng), rng)
+
+
+def consensus(captions: Iterable[str]) -> str:
+    """The claims that at least three of the captions make, as one caption."""
+    votes = Counter(claim for text in captions for claim in parse(text).claims)
+    agreed = [claim for claim, count in votes.items() if count >= CONSENSUS]
+    names = {claim.about for claim in agreed if claim.kind == "object"}
+    order = ("count", "background", "object", "size", "texture", "relation")
+    kept = [claim for claim in agreed if claim.kind not in ("size", "texture") or claim.about in names]
+    return verbalise(sorted(kept, key=lambda claim: (order.index(claim.kind), claim)), Random(0))
+
+
+def stated(teacher: Teacher, scene: Scene, rng: Random) -> list[Claim]:
+    """The claims of one caption, in its order: facts of the scene as the teacher sees it, less what it leaves out."""
+    seen = _seen(teacher, scene, rng)
+    claims = [claim for claim in facts(seen) if rng.random() >= teacher.unsaid.get(claim.kind, 0.0)]
+    return [_said(teacher, claim, rng) for claim in claims]
+
+
+def _seen(teacher: Teacher, scene: Scene, rng: Random) -> Scene:
+    things = [thing for thing in scene.things if not _overlooked(teacher, thing, scene, rng)] or scene.things[:1]
+    return replace(
+        scene,
+        background=_mistaken(teacher, scene.background, teacher.grounds, BACKGROUNDS, rng),
+        things=tuple(_looked_at(teacher, thing, rng) for thing in things),
+    )
+
+
+def _overlooked(teacher: Teacher, thing: Thing, scene: Scene, rng: Random) -> bool:
+    if thing.size == "small" and rng.random() < teacher.small_overlooked:
+        return True
+    across, down = thing.x / scene.width, thing.y / scene.height
+    on_rim = min(across, 1 - across, down, 1 - down) < 0.25
+    return on_rim and rng.random() < teacher.rim_overlooked
+
+
+def _looked_at(teacher: Teacher, thing: Thing, rng: Random) -> Thing:
+    return replace(
+        thing,
+        colour=_mistaken(teacher, thing.colour, teacher.colours, COLOURS, rng),
+        shape=_mistaken(teacher, thing.shape, teacher.shapes, SHAPES, rng),
+        size=_mistaken(teacher, thing.size, teacher.sizes, SIZES, rng),
+        texture=_mistaken(teacher, thing.texture, teacher.textures, TEXTURES, rng),
+    )
+
+
+def _mistaken(teacher: Teacher, word: str, seen_as: Mapping[str, str], words: Iterable[str], rng: Random) -> str:
+    if rng.random() < teacher.slips:
+        return rng.choice(list(words))
+    return seen_as[word] if word in seen_as and rng.random() < teacher.confused else word
+
+
+def _said(teacher: Teacher, claim: Claim, rng: Random) -> Claim:
+    if claim.kind == "count" and int(claim.value) > 3 and rng.random() < teacher.crowds_undercounted:
+        return claim._replace(value=str(int(claim.value) - 1))
+    if claim.kind == "relation":
+        word = _mistaken(teacher, claim.value, teacher.words, ("left of", "above"), rng)
+        return related_claim(claim.about, word, claim.other)
+    return claim
+
+
+# Labels: statements that are half true, and what a careful person answers
+
+
+def statement(scene: Scene, rng: Random, *, text: str | None = None) -> str:
+    """One sentence about a scene, true or, half of the time, false by the swap of one word for another of its kind.
+
+    Args:
+        text: a caption of which a sentence is taken; without one, or without a sentence that parses, one is made.
+    """
+    groups = [sentence.claims for sentence in parse(text or "").sentences if sentence.claims]
+    group = rng.choice(groups) if groups else _true_group(scene, rng)
+    if rng.random() < 0.5 and true_of(group, scene):
+        group = swapped(group, scene, rng)
+    return say(group, rng)
+
+
+def true_of(group: Sequence[Claim], scene: Scene) -> bool:
+    return all(holds(claim, scene) for claim in group)
+
+
+def _true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
+    """The claims of a true sentence; all kinds are likely enough to be learnt."""
+    things, chance = scene.things, rng.random()
+    if chance < 0.1:
+        return (Claim("background", "", scene.background),)
+    if chance < 0.27:
+        about = rng.choice((THINGS, THINGS, THINGS, rng.choice(things).shape))
+        number = sum(about in (THINGS, thing.shape) for thing in things)
+        return (Claim("count", about, str(number)),)
+    if chance < 0.6 and len(things) > 1:
+        a, b = rng.sample(things, 2)
+        words = [word for word in ("left of", "right of", "above", "below") if related(a, word, b)]
+        main = relation(a, b)
+        return (related_claim(a.name, main if rng.random() < 0.6 or not words else rng.choice(words), b.name),)
+    thing, *details = described(rng.choice(things))
+    return thing, *(detail for detail in details if rng.random() < 0.8)
+
+
+def swapped(group: Sequence[Claim], scene: Scene, rng: Random) -> tuple[Claim, ...]:
+    """The same sentence with one word changed, so that it is false of the scene.
+
+    Raises:
+        ValueError: no swap makes it false.
+    """
+    candidates = [other for other in swaps(group) if not true_of(other, scene)]
+    if not candidates:
+        raise ValueError(f"no swap makes {group} false")
+    place = rng.choice(sorted({_place(group, other) for other in candidates}))
+    return rng.choice([other for other in candidates if _place(group, other) == place])
+
+
+def swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
+    """All sentences that differ in one word of the vocabulary."""
+    first, *details = group
+    if first.kind == "background":
+        return [(first._replace(value=word),) for word in BACKGROUNDS if word != first.value]
+    if first.kind == "count":
+        return [(first._replace(value=str(n)),) for n in range(1, 8) if str(n) != first.value]
+    if first.kind == "relation":
+        words = ("left of", "right of", "above", "below", "touching", "inside", "around")
+        turned = [related_claim(first.about, word, first.other) for word in words]
+        renamed = [related_claim(name, first.value, first.other) for name in _renamed(first.about)]
+        renamed += [related_claim(first.about, first.value, name) for name in _renamed(first.other)]
+        return [(claim,) for claim in dict.fromkeys(turned + renamed) if claim != first and claim.about != claim.other]
+    choices = {"size": SIZES, "texture": TEXTURES}
+    changed = [
+        (first, *(detail._replace(value=word) if d is detail else d for d in details))
+        for detail in details
+        for word in choices[detail.kind]
+        if word != detail.value
+    ]
+    return changed + [tuple(c._replace(about=name) for c in group) for name in _renamed(first.about)]
+
+
+def _renamed(name: str) -> list[str]:
+    colour, shape = name.split()
+    return [f"{c} {shape}" for c in COLOURS if c != colour] + [f"{colour} {s}" for s in SHAPES if s != shape]
+
+
+def _place(group: Sequence[Claim], other: Sequence[Claim]) -> str:
+    """Which word differs: size, texture, colour, shape, word, count or background."""
+    for before, after in zip(group, other, strict=True):
+        if before.kind in ("size", "texture", "count", "background") and before.value != after.value:
+            return before.kind
+    first, changed = group[0], other[0]
+    if first.kind == "relation" and {first.about, first.other} == {changed.about, changed.other}:
+        return "relation"
+    before_words = {*first.about.split(), *first.other.split()}
+    after_words = {*changed.about.split(), *changed.other.split()}
+    return "colour" if (before_words ^ after_words) & set(COLOURS) else "shape"
+
+
+def answer(sentence: str, scene: Scene) -> tuple[str, bool]:
+    """What a careful person sees of what a sentence is about, in few words, and whether the sentence holds.
+
+    >>> from pipeline.sources.scenes import scene
+    >>> answer("The background is pink.", scene(0, 0))
+    ('brown background', False)
+    """
+    parsed = parse(sentence).sentences
+    if len(parsed) != 1 or not parsed[0].claims:
+        return "no statement about the picture", False
+    group = parsed[0].claims
+    return _reason(group, scene), true_of(group, scene)
+
+
+def _reason(group: Sequence[Claim], scene: Scene) -> str:
+    first = group[0]
+    if first.kind == "background":
+        return f"{scene.background} background"
+    if first.kind == "count":
+        named = [t.name for t in scene.in_order if first.about in (THINGS, t.shape)]
+        return f"{', '.join(named)}: {NUMBERS[len(named)]}" if named else NUMBERS[0]
+    if first.kind == "relation":
+        return _stand(first, scene)
+    return _closest(group, scene)
+
+
+def _stand(claim: Claim, scene: Scene) -> str:
+    """What is where; then the two things and all that is true of how they stand, or which of them is not there.
+
+    Who looks at everything first is not led by the question; who says once more where two things are can compare them.
+    """
+    things = {thing.name: thing for thing in scene.things}
+    seen = {name: f"{name} {_place_of(thing, scene)}" for name, thing in things.items()}
+    listed = ", ".join(seen[thing.name] for thing in scene.in_order)
+    for name in (claim.about, claim.other):
+        if name not in things:
+            return f"{listed}: no {name}"
+    a, b = things[claim.about], things[claim.other]
+    words = ("left of", "right of", "above", "below", "touching", "inside", "around")
+    standing = ", ".join(word for word in words if related(a, word, b)) or "level"
+    return f"{listed}: {seen[a.name]}, {seen[b.name]}: {standing}"
+
+
+def _place_of(thing: Thing, scene: Scene) -> str:
+    """Its centre, across and down, in tenths of the picture."""
+    across, down = tenths(thing, scene)
+    return f"{across} {down}"
+
+
+def _closest(group: Sequence[Claim], scene: Scene) -> str:
+    """The thing that most resembles the one described."""
+    colour, shape = group[0].about.split()
+    said = {claim.value for claim in group[1:]}
+
+    def likeness(thing: Thing) -> tuple[int, int]:
+        return 2 * (thing.shape == shape) + 2 * (thing.colour == colour), len(said & {thing.size, thing.texture})
+
+    thing = max(scene.in_order, key=likeness)
+    return f"{thing.size} {thing.texture} {thing.name}"
+
+
+def sayings(num_scenes: int) -> Iterator[str]:
+    """What is said in this world: captions, statements and verdicts of so many scenes."""
+    rng = Random(0)
+    for index in range(num_scenes):
+        shown = scene(0, index)
+        yield verbalise(facts(shown), rng)
+        yield caption("hasty", shown, 0)
+        sentence = statement(shown, rng)
+        yield f"{sentence}\n{verdict(*answer(sentence, shown))}"
+
+
+def verdict(reason: str, true: bool) -> str:
+    return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
+
+
+# The engine
+
+
+def open(config: Config) -> Committee:  # noqa: A001
+    return Committee(config)
+
+
+class Committee:
+    """Answers requests about scenes by looking at their truth, one at a time, each when it is asked for."""
+
+    revision = "1"
+
+    def __init__(self, config: Config) -> None:
+        self._voice, self._shared = config.teacher, config.shared
+        self.model = f"teacher-{config.teacher}" + ("-shared" if config.shared else "")
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for request in requests:
+            yield self._settled(request)
+
+    def waiting(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def _settled(self, request: Request) -> Reply:
+        attempt, final = 0, False
+        while not final:
+            attempt += 1
+            reply, final = settle(request, self._answer(request, request.seed + attempt - 1), attempt)
+        return reply
+
+    def _answer(self, request: Request, seed: int) -> Reply:
+        try:
+            shown = scene_of(request.source_key)
+        except ValueError as error:
+            return Reply(error=str(error))
+        text = self._text(request.prompt, shown, seed)
+        return Reply(text=text, finish_reason="stop", num_output_tokens=len(text.split()))
+
+    def _text(self, prompt: str, shown: Scene, seed: int) -> str:
+        if self._voice == "labeller":
+            return verdict(*answer(prompt.strip().splitlines()[-1], shown))
+        if self._voice == "speaker":
+            rng = Random(f"speaker/{shown.seed}/{shown.index}/{seed}")
+            heard = caption(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
+            return statement(shown, rng, text=heard)
+        if self._voice == "consensus":
+            return consensus(caption(name, shown, seed, shared=self._shared) for name in TEACHERS)
+        return caption(self._voice, shown, seed, shared=self._shared)

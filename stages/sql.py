@@ -1,0 +1,47 @@
+"""Decides what SQL in run.toml may mention: columns of captions and images, and scores, each by its section's name.
+
+It does not know what follows from a condition.
+"""
+
+from __future__ import annotations
+
+from pipeline.config import Run
+from pipeline.errors import ConfigError, QueryError
+from pipeline.records import Caption, Image, columns
+from pipeline.storage import database
+
+CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
+
+
+def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
+    """The score passes that an SQL condition of run.toml mentions, beside columns of image and caption.
+
+    Raises:
+        ConfigError: it is no SQL, or mentions a column that there is not.
+    """
+    try:
+        names = database.names_in(sql, clause=clause)
+    except QueryError as error:
+        raise ConfigError(f"{run.file}: {field}", str(error)) from error
+    taken = {*columns(Caption), *columns(Image), "caption", "num_words"}
+    for score in run.sections["score"]:
+        if score in taken:
+            raise ConfigError(f"{run.file}: score.{score}", f"{score} is a column in SQL already; choose another name")
+    known = {*run.sections["score"], *taken}
+    if unknown := sorted(names - known):
+        message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
+        raise ConfigError(f"{run.file}: {field}", message)
+    return set(names & set(run.sections["score"]))
+
+
+def check_binds(run: Run, field: str, query: str) -> None:
+    """Finds wrong types and functions before any shard is begun: the query is planned over empty tables.
+
+    Raises:
+        ConfigError: it cannot be planned.
+    """
+    with database.connect(run.folder, files="none.parquet") as connection:
+        try:
+            database.select(connection, f"EXPLAIN {query}")
+        except QueryError as error:
+            raise ConfigError(f"{run.file}: {field}", str(error)) from error

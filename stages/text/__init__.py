@@ -1,0 +1,1 @@
+"""Text in and out of models: prompts, answers, sentences, repetition, JSON schemas."""

@@ -1,0 +1,254 @@
+"""A file that kills its decoder costs its own row, and no process is left behind."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.decoding.images import Limits, probe
+from pipeline.decoding.probe_pool import BATCH_ITEMS, DecodersBroken, ProbePool, ahead
+
+MISBEHAVING = "tests.support.misbehaving:probe"
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade % 256, shade // 256, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def lying_png(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+def decoders(parent: int) -> set[int]:
+    """The living decoder processes of `parent`."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[1]) == parent and b"pipeline.decoding.probe_pool" in command:
+            found.add(int(status.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_dead(pids: set[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, f"{pids} still run"
+        time.sleep(0.02)
+
+
+def test_a_pool_says_what_probe_says_in_order() -> None:
+    files = [picture(shade) for shade in range(300)]
+    files[7], files[8], files[100] = b"", files[9][:-5], b"just text"
+    with ProbePool(num_procs=2) as pool:
+        assert list(pool.map(files)) == [probe(data) for data in files]
+
+
+def test_limits_reach_the_processes() -> None:
+    with ProbePool(num_procs=1, limits=Limits(min_side=35)) as pool:
+        assert [found.status for found in pool.map([picture(0)])] == ["too_small"]
+
+
+@pytest.mark.parametrize(
+    ("evil", "words"),
+    [
+        (b"crash", "the decoder crashed (signal 11)"),
+        (b"hang", "decoding took more than 0.3 s"),
+        (b"leave", "the decoder ended (exit status 3)"),
+        (b"raise", "the decoder ended (exit status 1)"),
+    ],
+)
+def test_a_file_that_kills_its_decoder_costs_its_own_row(evil: bytes, words: str) -> None:
+    files = [picture(shade) for shade in range(2 * BATCH_ITEMS)]
+    files[3:3] = [evil + b"1"]
+    files.append(evil + b"2")
+    with ProbePool(num_procs=1, probe=MISBEHAVING, timeout=0.3) as pool:
+        rows = list(pool.map(files))
+    assert len(rows) == len(files)
+    for data, found in zip(files, rows, strict=True):
+        if data.startswith(evil):
+            assert (found.status, found.error, found.format) == ("unreadable", words, None)
+            assert found.sha256 == probe(data).sha256
+        else:
+            assert found == probe(data)
+
+
+def test_a_decoder_is_not_given_what_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = {"JUDGE_KEY", "RECAP_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FSSPEC_HTTPS", "SSH_AUTH_SOCK"}
+    for name in (*secret, "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "/of/mine")
+    with ProbePool(num_procs=1, probe=MISBEHAVING) as pool:
+        (found,) = pool.map([b"tell"])
+    given = set((found.error or "").splitlines())
+    assert ({"LD_LIBRARY_PATH", "PYTHONPATH"} - given, secret & given) == (set(), set())
+
+
+def test_memory_is_bounded() -> None:
+    files = [picture(1), lying_png(16000, 16000), picture(2)]
+    with ProbePool(num_procs=1, max_memory=256 << 20) as pool:
+        first, huge, last = pool.map(files)
+    assert (first, last) == (probe(files[0]), probe(files[2]))
+    assert huge.status == "unreadable" and huge.error is not None and "more memory" in huge.error
+    assert (huge.format, huge.width, huge.height) == ("png", 16000, 16000)
+
+
+def test_a_decoder_killed_by_somebody_else_costs_nothing() -> None:
+    files = [picture(shade) for shade in range(4 * BATCH_ITEMS)]
+    with ProbePool(num_procs=1) as pool:
+        rows = []
+        for number, found in enumerate(pool.map(files)):
+            rows.append(found)
+            if number == 10:
+                for pid in decoders(os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+        assert rows == [probe(data) for data in files]
+
+
+def test_files_are_drawn_lazily_and_a_consumer_may_stop() -> None:
+    drawn = 0
+
+    def files() -> Iterator[bytes]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield picture(drawn)
+
+    with ProbePool(num_procs=2) as pool:
+        rows = pool.map(files())
+        assert drawn == 0
+        next(rows)
+        assert drawn <= 5 * BATCH_ITEMS
+        rows.close()
+        assert list(pool.map([picture(5)])) == [probe(picture(5))]
+        assert len(decoders(os.getpid())) == 2
+    assert decoders(os.getpid()) == set()
+
+
+def test_threads_share_a_pool() -> None:
+    files = [[picture(start + shade) for shade in range(150)] for start in (0, 1000, 2000)]
+    rows: dict[int, list[object]] = {}
+    with ProbePool(num_procs=2) as pool:
+
+        def work(number: int) -> None:
+            rows[number] = list(pool.map(files[number]))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [rows[number] for number in range(3)] == [[probe(data) for data in some] for some in files]
+
+
+def test_a_pool_that_cannot_start_says_so() -> None:
+    with ProbePool(num_procs=1, probe="no.such.module:probe") as pool, pytest.raises(DecodersBroken, match="status 1"):
+        list(pool.map([picture(1)]))
+
+
+PARENT = """
+import os, signal, sys
+from pipeline.decoding.probe_pool import ProbePool
+if __name__ == "__main__":
+    pool = ProbePool(num_procs=1, probe="tests.support.misbehaving:probe", timeout=1)
+    assert [found.status for found in pool.map([b""])] == ["empty"]
+    print("up", flush=True)
+    if sys.argv[1] == "signals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+            os.killpg(0, number)
+        assert [found.status for found in pool.map([b""])] == ["empty"]
+        os.execv("/bin/sleep", ["sleep", "60"])
+    list(pool.map([b"hang"] if sys.argv[1] == "hang" else iter(input, None)))
+"""
+
+
+def parent(what: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, what],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    return process
+
+
+@pytest.mark.parametrize("what", ["wait", "hang"])
+def test_decoders_end_with_a_parent_that_was_killed(what: str) -> None:
+    with parent(what) as process:
+        pids = decoders(process.pid)
+        assert len(pids) == 1
+        time.sleep(0.1 if what == "hang" else 0)
+        process.kill()
+        process.wait()
+        wait_until_dead(pids, 5)
+
+
+def test_decoders_leave_signals_to_their_parent_and_survive_none_of_its_pipes() -> None:
+    with parent("signals") as process:
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        pids = decoders(process.pid)  # exec closed the pipes
+        wait_until_dead(pids, 5)
+        process.kill()
+
+
+def test_ahead_keeps_order_and_gives_errors_as_results() -> None:
+    def work(item: int) -> int:
+        time.sleep(0.002 * (item % 3))
+        if item == 5:
+            raise ValueError("five")
+        return item * item
+
+    results = list(ahead(range(20), work, num_threads=4, depth=6))
+    assert [r for r in results if isinstance(r, int)] == [i * i for i in range(20) if i != 5]
+    assert isinstance(results[5], ValueError)
+
+
+def test_ahead_draws_no_further_than_its_depth_and_ends_its_threads() -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            drawn.append(number)
+            yield number
+
+    results = ahead(items(), lambda item: item, num_threads=2, depth=8)
+    assert drawn == []
+    assert next(results) == 0 and len(drawn) == 8
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

@@ -1,0 +1,361 @@
+"""What every engine promises, whatever answers behind it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.engines import Engine, EngineDiedError, Reply, Request, Sampling, echo, openai, transformers, vllm
+from tests.support import tiny
+from tests.support.faults import Faulty
+from tests.support.served import Served
+
+HOT = Sampling(temperature=1.0, max_tokens=16)
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "verdict": {"type": "string", "enum": ["yes", "partly", "no"]},
+            "stars": {"type": "integer", "minimum": 1, "maximum": 5},
+        },
+        "required": ["verdict", "stars"],
+        "additionalProperties": False,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An engine with what the test must know of it."""
+
+    engine: Engine
+    num_ahead: int  # requests that it may draw beyond the replies that were taken
+    num_tokens: int | None = None  # of its context
+
+
+@contextmanager
+def open_echo(_: pytest.FixtureRequest) -> Iterator[Opened]:
+    yield Opened(engine=echo.open(echo.Config()), num_ahead=1)
+
+
+@contextmanager
+def open_transformers(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    model = str(fixtures.getfixturevalue("tiny_model"))
+    config = transformers.Config(model=model, dtype="float32", batch_size=4)
+    yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=8192)
+
+
+@contextmanager
+def open_openai(_: pytest.FixtureRequest) -> Iterator[Opened]:
+    with Faulty(share=0.1, faults=("500", "429", "broken", "closed")) as server:
+        config = openai.Config(model="echo", base_url=server.url, max_in_flight=4)
+        yield Opened(engine=openai.open(config), num_ahead=16)
+
+
+@contextmanager
+def open_vllm(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    model, flags = fixtures.getfixturevalue("tiny_model"), fixtures.getfixturevalue("vllm_flags")
+    config = vllm.Config(model=str(model), **flags, max_in_flight=8)
+    yield Opened(engine=vllm.open(config), num_ahead=32, num_tokens=512)
+
+
+@contextmanager
+def open_served(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
+    server = fixtures.getfixturevalue("tiny_server")
+    config = openai.Config(
+        model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
+    )
+    num_tokens = fixtures.getfixturevalue("served_flags")["max_model_len"]
+    yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=num_tokens)
+
+
+MODELS = [
+    pytest.param(open_transformers, id="transformers"),
+    pytest.param(open_vllm, id="vllm", marks=pytest.mark.vllm),
+    pytest.param(open_served, id="served", marks=pytest.mark.vllm),
+]
+ENGINES = [pytest.param(open_echo, id="echo"), pytest.param(open_openai, id="openai"), *MODELS]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
+    with request.param(request) as found:
+        yield found
+        found.engine.close()
+        found.engine.close()  # closing twice is closing
+
+
+@pytest.fixture
+def engine(opened: Opened) -> Engine:
+    return opened.engine
+
+
+@cache
+def picture(n: int) -> bytes:
+    return tiny.photograph(n)
+
+
+def request(n: int, **changes: Any) -> Request:
+    plain = Request(id=str(n), prompt="Describe it.", images=(picture(n),), ladder=(HOT,), seed=n)
+    return replace(plain, **changes)
+
+
+def ask(engine: Engine, *requests: Request) -> list[Reply]:
+    return list(engine.generate(requests))
+
+
+def test_there_are_as_many_replies_as_requests_and_in_their_order(engine: Engine) -> None:
+    alone = [ask(engine, request(n))[0].text for n in range(12)]
+    assert [reply.text for reply in ask(engine, *(request(n) for n in range(12)))] == alone
+    assert len(set(alone)) > 6
+    assert ask(engine) == []
+
+
+def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:
+    bad: list[dict[str, Any]] = [{"images": (b"",)}, {"schema": "{"}]
+    if opened.num_tokens is not None:
+        bad += [
+            {"images": (picture(1)[: len(picture(1)) // 2],)},
+            {"prompt": "Describe it, please. " * (opened.num_tokens // 10)},
+        ]
+    requests = [part for n, change in enumerate(bad) for part in (request(n, **change), request(n))]
+    replies = ask(opened.engine, *requests)
+    assert [reply.error is None for reply in replies] == [False, True] * len(bad)
+    assert all(reply.text == "" and reply.attempt == 1 for reply in replies if reply.error)
+
+
+def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Engine) -> None:
+    ladder = (HOT, replace(HOT, top_p=0.9), replace(HOT, top_p=0.8))
+    attempts: list[Reply] = []
+
+    def accept(reply: Reply) -> str:
+        attempts.append(reply)
+        return "" if len(attempts) == 2 else "too early"
+
+    (reply,) = ask(engine, request(5, ladder=ladder, accept=accept))
+    assert (reply.attempt, reply.problem, reply.sampling, reply.seed) == (2, "", ladder[1], 6)
+    assert [attempt.seed for attempt in attempts] == [5, 6]
+    (reply,) = ask(engine, request(5, ladder=ladder, accept=lambda _: "never"))
+    assert (reply.attempt, reply.problem, reply.sampling, reply.seed) == (3, "never", ladder[2], 7)
+
+
+def test_a_seed_decides_the_answer_whoever_is_asked_beside(engine: Engine) -> None:
+    (first,) = ask(engine, request(0, seed=1))
+    crowd = ask(engine, *(request(n) for n in range(1, 7)), request(0, seed=1), request(0, seed=2))
+    assert crowd[-2].text == first.text != crowd[-1].text
+
+
+def test_a_schema_is_followed(engine: Engine) -> None:
+    ladder = (replace(HOT, max_tokens=256),)
+    for reply in ask(engine, *(request(n, schema=SCHEMA, ladder=ladder) for n in range(6))):
+        values = json.loads(reply.text)
+        assert sorted(values) == ["stars", "verdict"]
+        assert values["verdict"] in ("yes", "partly", "no") and 1 <= values["stars"] <= 5
+
+
+def test_counts_and_log_probabilities_are_of_the_tokens(engine: Engine) -> None:
+    without, with_them = ask(engine, request(0), request(0, logprobs=True))
+    assert without.logprobs is None and without.num_prompt_tokens
+    assert with_them.logprobs is not None and max(with_them.logprobs) <= 0
+    assert len(with_them.logprobs) == with_them.num_output_tokens
+
+
+def test_two_threads_share_an_engine(engine: Engine) -> None:
+    answers: dict[int, list[str]] = {}
+
+    def work(first: int) -> None:
+        answers[first] = [reply.text for reply in ask(engine, *(request(n) for n in range(first, first + 10)))]
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for first in (0, 100):
+        assert answers[first] == [reply.text for reply in ask(engine, *(request(first + n) for n in range(10)))]
+
+
+def test_an_engine_has_a_name(engine: Engine) -> None:
+    assert isinstance(engine, Engine) and engine.model
+
+
+def test_requests_are_drawn_lazily(opened: Opened) -> None:
+    drawn = 0
+
+    def draw() -> Iterator[Request]:
+        nonlocal drawn
+        for n in range(3 * opened.num_ahead):
+            drawn += 1
+            yield request(n % 8)
+
+    replies = opened.engine.generate(draw())
+    assert drawn == 0
+    next(replies)
+    time.sleep(0.5)
+    assert drawn <= 1 + opened.num_ahead
+    for taken, _ in enumerate(replies, 2):
+        assert drawn <= taken + opened.num_ahead
+    assert drawn == 3 * opened.num_ahead
+
+
+def test_the_caller_may_stop_early_and_ask_again(engine: Engine) -> None:
+    replies = engine.generate(request(n % 8) for n in range(1000))
+    next(replies)
+    replies.close()  # type: ignore[attr-defined]
+    assert len(ask(engine, request(0), request(1))) == 2
+
+
+def test_what_the_callers_iterator_raises_reaches_the_caller_after_the_replies_before(engine: Engine) -> None:
+    def broken() -> Iterator[Request]:
+        yield request(0)
+        raise ZeroDivisionError
+
+    replies = engine.generate(broken())
+    assert next(replies).error is None
+    with pytest.raises(ZeroDivisionError):
+        next(replies)
+
+
+GREEDY = Sampling(max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def greedy_texts(tiny_model: Path) -> list[str]:
+    """What transformers says of 200 pictures, one at a time."""
+    engine = transformers.open(transformers.Config(model=str(tiny_model), dtype="float32", batch_size=1))
+    texts = [reply.text for reply in ask(engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))]
+    engine.close()
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", MODELS, indirect=True)
+def test_greedy_captions_agree(opened: Opened, greedy_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    replies = ask(opened.engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))
+    share = sum(reply.text == text for reply, text in zip(replies, greedy_texts, strict=True)) / 200
+    with capsys.disabled():
+        print(f" {type(opened.engine).__name__}: {share:.1%} of 200 greedy captions as transformers says them alone ")
+    assert share >= 0.99
+    assert len(set(greedy_texts)) > 150
+
+
+FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [
+    ("error_share", lambda reply: reply.error is not None),
+    ("empty_share", lambda reply: reply.text == ""),
+    ("truncated_share", lambda reply: reply.finish_reason == "length"),
+    ("repeated_share", lambda reply: max(Counter(reply.text.split()).values()) > 16),
+    ("invalid_share", lambda reply: not reply.text.endswith("}")),
+]
+
+
+@pytest.mark.parametrize(("share", "failed"), FAILURES)
+def test_echo_fails_as_often_as_it_is_told_to(share: str, failed: Callable[[Reply], bool]) -> None:
+    schema = SCHEMA if share == "invalid_share" else None
+    requests = [request(0, seed=seed, schema=schema) for seed in range(400)]
+    replies = ask(echo.open(echo.Config(**{share: 0.25})), *requests)
+    assert 60 < sum(map(failed, replies)) < 140
+    assert replies == ask(echo.open(echo.Config(**{share: 0.25})), *requests)
+
+
+def test_echo_dies_when_told_to() -> None:
+    engine = echo.open(echo.Config(die_after=3))
+    replies = engine.generate(request(n) for n in range(9))
+    assert [next(replies).error for _ in range(3)] == [None] * 3
+    with pytest.raises(EngineDiedError, match="die_after"):
+        next(replies)
+
+
+def test_echo_reads_every_part_of_a_request() -> None:
+    engine = echo.open(echo.Config())
+    changes = [{"prompt": "x"}, {"system": "x"}, {"images": (b"x",)}, {"images": (b"y",)}, {"seed": 1}, {}]
+    assert len({ask(engine, request(0, **change))[0].text for change in changes}) == len(changes)
+
+
+def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
+    inside, go, together = threading.Event(), threading.Event(), threading.Barrier(3)
+    order: list[str] = []
+
+    def first() -> None:
+        with vllm.first_alone("a model", folder=tmp_path):
+            inside.set()
+            go.wait(30)
+            order.append("first")
+
+    def later() -> None:
+        with vllm.first_alone("a model", folder=tmp_path):
+            order.append("later")
+            together.wait(30)  # all three are inside at once
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    inside.wait(30)
+    threads += [threading.Thread(target=later) for _ in range(3)]
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.2)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "later", "later", "later"]
+    assert not together.broken
+
+
+@pytest.mark.vllm
+def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags, num_restarts=1))
+    requests = [request(n % 50, ladder=(GREEDY,)) for n in range(150)]
+    undisturbed = [reply.text for reply in ask(engine, *requests)]
+    replies = engine.generate(requests)
+    texts = [next(replies).text for _ in range(5)]
+    core().kill()
+    texts += [reply.text for reply in replies]
+    assert texts == undisturbed
+    replies = engine.generate(requests)
+    next(replies)
+    core().kill()
+    with pytest.raises(EngineDiedError, match="vLLM died 2 times"):
+        list(replies)
+    engine.close()
+
+
+@pytest.mark.vllm
+def test_vllm_is_not_opened_again_when_it_was_told_to_end(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
+    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags))
+    replies = engine.generate(request(n % 50, ladder=(GREEDY,)) for n in range(150))
+    taken = [next(replies) for _ in range(5)]
+    core().terminate()
+    with pytest.raises(EngineDiedError, match="told to end"):
+        taken.extend(replies)
+    assert {reply.finish_reason for reply in taken} <= {"stop", "length"}
+    engine.close()
+
+
+def core() -> BaseProcess:
+    (found,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
+    return found
+
+
+@pytest.mark.vllm
+def test_a_server_behind_faults_gives_the_same_answers(tiny_server: Served) -> None:
+    requests = [request(n % 50, ladder=(GREEDY,)) for n in range(200)]
+    with Faulty(upstream=tiny_server.address) as proxy:
+        config = openai.Config(model="tiny", base_url=proxy.url, timeout=20, max_pixels=tiny.PIXELS**2)
+        engine = openai.open(config)
+        undisturbed = [reply.text for reply in ask(engine, *requests)]
+        proxy.share = 0.1
+        disturbed = [reply.text for reply in ask(engine, *requests)]
+        engine.close()
+    assert sum(proxy.seen.values()) - proxy.seen[""] > 20
+    assert disturbed == undisturbed

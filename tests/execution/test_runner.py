@@ -1,0 +1,405 @@
+"""The machine's promises: rows are conserved, what is done is left alone, what changed is named, kills cost nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import config, progress
+from pipeline.errors import RefusedError
+from pipeline.execution.passes import all_passes
+from pipeline.execution.states import ShardStates
+from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
+from pipeline.storage import tables
+from pipeline.storage.layout import work_folder
+from pipeline.storage.parts import Parts
+from pipeline.storage.plan import Plan
+from tests.support.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap_alone, sections, times, write
+
+# The command line with parts ten times a second, so that a short shard has some to adopt.
+HASTY = "from pipeline import cli, parts; parts.MAX_AGE = 0.1; cli.main()"
+MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD, *GOOD, *GOOD]
+
+
+def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
+    return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read(path, record)]
+
+
+@pytest.mark.slow
+@given(
+    kinds=st.lists(st.sampled_from([*GOOD, *GOOD, *BAD]), min_size=1, max_size=25),
+    candidates=st.integers(1, 3),
+    shares=st.fixed_dictionaries(
+        {f"{name}_share": st.sampled_from([0.0, 0.15]) for name in ("error", "empty", "invalid")}
+    ),
+    shard_size=st.integers(3, 9),
+)
+@settings(max_examples=12)
+def test_rows_are_conserved(kinds: list[str], candidates: int, shares: dict[str, float], shard_size: int) -> None:
+    """The equations of 2.2, for any mix of inputs, statuses, candidates and passes."""
+    with TemporaryDirectory() as tmp:
+        run = begin(
+            Path(tmp) / "run",
+            sections(
+                corpus(Path(tmp) / "photos", kinds),
+                source={"shard_size": shard_size},
+                engines__captioner=shares,
+                engines__judge=shares,
+                caption__dense={"num_candidates": candidates},
+                caption__wide={"recipe": "short", "engine": "judge", "where": "width >= height AND key LIKE '%2'"},
+                score__form={"captions": ["dense"]},
+            ),
+        )
+        assert make(run).exit_code == 0
+        images = rows(run, "image", Image)
+        dense, wide = rows(run, "caption/dense", Caption), rows(run, "caption/wide", Caption)
+        verdicts = rows(run, "verdict", Verdict)
+        scores = {name: rows(run, f"score/{name}", Score) for name in ("form/dense", "judge/dense", "judge/wide")}
+    assert [image.source_key for image in images] == [
+        f"{i:05d}.{k if k in GOOD else 'jpg'}" for i, k in enumerate(kinds)
+    ]
+    ok = [image.key for image in images if image.status == "ok"]
+    assert len(ok) == sum(kind in GOOD for kind in kinds)
+    assert [row.id for row in dense] == [(key, c) for key in ok for c in range(candidates)]
+    assert [row.id for row in wide] == [(key, 0) for key in ok if key.endswith("2")]
+    assert [row.id for row in scores["form/dense"]] == [row.id for row in dense if row.status == "ok"]
+    assert [row.id for row in scores["judge/dense"]] == [row.id for row in dense if row.status == "ok"]
+    assert [row.id for row in scores["judge/wide"]] == [row.id for row in wide if row.status == "ok"]
+    assert [row.id for row in verdicts] == sorted((row.key, row.name, row.candidate) for row in [*dense, *wide])
+    assert all(count == 1 for count in Counter(v.key for v in verdicts if v.chosen).values())
+    assert {v.key for v in verdicts if v.chosen} == {v.key for v in verdicts if v.keep}
+    assert all((v.reason is None) == v.keep for v in verdicts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run = begin(folder / "run", sections(corpus(folder / "photos", MIX * 3), caption__dense={"num_candidates": 2}))
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_finished_run_is_left_alone(run: Path) -> None:
+    before = times(run)
+    outcome = make(run)
+    assert (outcome.done, outcome.exit_code) == (0, 0)
+    assert times(run) == before
+
+
+def test_another_time_out_or_window_changes_nothing(run: Path, finished: Path) -> None:
+    photos = finished.parent / "photos"
+    write(run, sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"delay": 0.001}))
+    before = times(run)
+    assert make(run).done == 0
+    assert times(run) == before
+
+
+@pytest.mark.slow
+def test_a_new_pass_judge_or_engine_leaves_the_finished_tables_alone(run: Path, finished: Path) -> None:
+    photos = finished.parent / "photos"
+    before = {name: data for name, data in times(run).items() if "/verdict/" not in name and "/export/" not in name}
+    write(
+        run,
+        sections(
+            photos,
+            caption__dense={"num_candidates": 2},
+            engines__third={"kind": "echo", "text": "Something else."},
+            caption__second={"recipe": "short", "engine": "third"},
+            score__other={"kind": "judge", "engine": "third", "rubric": "dense", "captions": ["dense"]},
+        ),
+    )
+    assert make(run).exit_code == 0
+    after = times(run)
+    assert {name: after[name] for name in before if not name.endswith("run.toml")} == {
+        name: when for name, when in before.items() if not name.endswith("run.toml")
+    }
+    assert len(rows(run, "caption/second", Caption)) * 3 == len(rows(run, "verdict", Verdict))
+
+
+def states(run: Path) -> dict[str, str]:
+    loaded = config.load(run)
+    plan, _ = Plan.load(run / "plan.parquet")
+    passes = all_passes(loaded)
+    ledger = ShardStates(loaded, plan, passes)
+    return {p.title: ledger.state(p, 0).kind for p in passes}
+
+
+def test_one_changed_word_makes_exactly_what_is_below_it_stale_and_is_named(run: Path) -> None:
+    recipe = (ROOT / "stages" / "recipes" / "dense.toml").read_text()
+    (run / "recipes").mkdir()
+    (run / "recipes" / "dense.toml").write_text(recipe.replace("Describe", "Depict", 1))
+    assert "Depict" in (run / "recipes" / "dense.toml").read_text()
+    before = times(run)
+    with pytest.raises(RefusedError, match=r"\[Describe\] -> \[Depict\]"):
+        make(run)
+    assert times(run) == before
+    assert states(run) == {
+        "ingest": "done",
+        "caption:dense": "stale",
+        "score:form:dense": "stale",
+        "score:judge:dense": "stale",
+        "filter": "stale",
+        "export": "stale",
+    }
+    assert make(run, stale="keep").done == 0
+    assert times(run) == before
+    assert make(run, stale="redo").exit_code == 0
+    assert set(states(run).values()) == {"done"}
+
+
+def test_one_changed_condition_leaves_captions_and_scores_done(run: Path, finished: Path) -> None:
+    photos = finished.parent / "photos"
+    write(run, sections(photos, caption__dense={"num_candidates": 2}, filter={"rules": {"judged": "judge >= 0.6"}}))
+    with pytest.raises(RefusedError, match=r"judge >= \[?.*0\.4.*0\.6|\[0\.4\] -> \[0\.6\]"):
+        make(run)
+    assert states(run)["score:judge:dense"] == "done"
+    assert states(run)["filter"] == "stale"
+
+
+def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "photos", ["jpg"] * 30)
+    parts = sections(source, engines__captioner={"error_share": 0.3}, caption__dense={"num_candidates": 2})
+    run = begin(tmp_path / "run", parts, max_error_share=1.0)
+    make(run, "ingest")
+    make(run, "caption")
+    before = rows(run, "caption/dense", Caption)
+    failed = [row.id for row in before if row.status == "error"]
+    assert failed
+    outcome = make(run, "caption", retry=frozenset({"error"}))
+    after = rows(run, "caption/dense", Caption)
+    assert [row.id for row in after] == [row.id for row in before]
+    assert [row for row in after if row.id not in failed] == [row for row in before if row.status != "error"]
+    stats = [s for p in sorted((run / "stats" / "caption" / "dense").glob("*")) for s in tables.read(p, Stat)]
+    assert sum(s.num_new_rows for s in stats if s.num_new_rows != s.num_rows) == len(failed)
+    assert outcome.exit_code == 0
+
+
+@pytest.mark.slow
+def test_what_a_retry_made_stale_is_named_and_not_skipped(run: Path, finished: Path) -> None:
+    photos = finished.parent / "photos"
+    parts = sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"empty_share": 0.5})
+    write(run, parts, max_error_share=1.0)
+    make(run, stale="redo")
+    with pytest.raises(RefusedError, match="score:judge:dense: its input caption/dense changed"):
+        make(run, retry=frozenset({"empty"}))
+    assert states(run)["caption:dense"] == "done"
+    assert states(run)["score:judge:dense"] == "stale"
+
+
+def test_a_retry_neither_mixes_words_nor_makes_images_again(run: Path) -> None:
+    with pytest.raises(RefusedError, match="choose one"):
+        make(run, "caption", retry=frozenset({"empty"}), stale="keep")
+    before = times(run)
+    with pytest.raises(RefusedError, match="as a whole"):
+        make(run, "ingest", retry=frozenset({"unreadable"}))
+    assert times(run) == before
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path, finished: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "caption")
+    loaded = config.load(run)
+    (p,) = (p for p in all_passes(loaded) if p.folder == "caption/dense")
+    recipe = ShardStates(loaded, Plan.load(run / "plan.parquet")[0], all_passes(loaded)).recipe(p, 0)
+    parts = Parts(work_folder(run, p.folder, 0), Caption, recipe)
+    rows_of_shard = list(tables.read(finished / "caption" / "dense" / "00000.parquet", Caption))
+    for row in rows_of_shard[:7]:
+        parts.add(row)
+    parts.flush()
+    (part,) = (run / ".work" / "caption" / "dense" / "00000").glob("*.parquet")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 4] ^= 0xFF
+    part.write_bytes(data)
+    assert make(run).exit_code == 0
+    assert files(run / "caption") == files(finished / "caption")
+
+
+def test_an_engine_that_dies_is_a_failure_and_no_signal(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 60), engines__captioner={"die_after": 15})
+    run = begin(tmp_path / "run", parts)
+    make(run, "ingest")
+    outcome = make(run, "caption")
+    assert (outcome.exit_code, outcome.stopped) == (1, False)
+    assert any("die_after" in why for why in outcome.failures.values())
+    assert len(outcome.failures) <= 2  # no further shard is begun
+    assert make(run, "caption").done >= 1  # a new engine goes on
+
+
+def test_an_image_that_changed_since_ingest_is_no_training_data(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
+    make(run, "ingest")
+    tar = run / "shards" / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 0xFF
+    tar.write_bytes(data)
+    outcome = make(run)
+    assert outcome.exit_code == 1
+    assert any("changed since ingest" in why for why in outcome.failures.values())
+
+
+def test_shards_made_one_by_one_end_with_the_card_of_all(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 25)))
+    for shard in ("0", "1"):
+        make(run, shards=shard)
+    assert not (run / "export" / "README.md").exists()
+    make(run, shards="2")
+    assert (run / "export" / "README.md").exists()
+
+
+def test_a_status_that_does_not_exist_is_refused(run: Path) -> None:
+    with pytest.raises(RefusedError, match="--retry eror: the statuses here are empty, error, invalid"):
+        make(run, "caption", retry=frozenset({"eror"}))
+
+
+@pytest.mark.slow
+def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "photos", ["jpg"] * 260)
+    parts = sections(source, source={"shard_size": 260}, engines__captioner={"invalid_share": 1.0})
+    parts["caption.dense"] = {"recipe": "structured", "engine": "captioner"}
+    run = begin(tmp_path / "run", parts)
+    done = recap_alone("run", "all", "--run", run, check=False)
+    assert done.returncode == 1
+    assert "200 of its first 200 rows failed" in done.stderr
+    assert "invalid" in done.stderr
+    assert not list((run / "caption").rglob("*.parquet"))
+
+
+def test_what_the_machine_is_asked_before_its_input_is_there_says_what_is_missing(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
+    done = recap_alone("run", "caption", "--run", run, check=False)
+    assert done.returncode == 1
+    assert "image/00000.parquet is missing" in done.stderr
+
+
+def test_the_seconds_of_overlapped_shards_add_up_to_those_of_the_pass(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 20), engines__captioner={"delay": 0.1})
+    run = begin(tmp_path / "run", parts)
+    make(run, "ingest")
+    start = time.monotonic()
+    make(run, "caption")
+    whole = time.monotonic() - start
+    seconds = [stat.seconds for stat in rows(run, "stats/caption/dense", Stat)]
+    assert len(seconds) == 2
+    assert 10 * 0.1 <= sum(seconds) <= whole
+
+
+@pytest.mark.slow
+def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before_the_next(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    names = {
+        f"engines__{n}": {"kind": "tests.support.recording", "name": n, "record": str(record)}
+        for n in ("captioner", "judge")
+    }
+    names["engines__captioner"]["overlap"] = 2  # it would wait for ever if shards came one after the other
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 40), **names)
+    parts["caption.second"] = {"recipe": "short", "engine": "captioner"}
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    events = record.read_text().splitlines()
+    calls = [line for line in events if not line.startswith("generate")]
+    assert calls == ["open captioner", "close captioner", "open judge", "close judge"]
+    assert events.count("generate captioner") == 2 * 4  # two passes over four shards
+    record.unlink()
+    make(run)
+    assert not record.exists()  # what is done needs no engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path: Path, workers: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.toml", "plan.parquet"):
+        shutil.copy(finished / name, run / name)
+    assert make(run, "all", workers=workers).exit_code == 0
+    assert files(run) == files(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path, finished: Path, seed: int) -> None:
+    """The same command after SIGKILLs ends at the same bytes."""
+    run = tmp_path / "run"
+    run.mkdir()
+    photos = finished.parent / "photos"
+    slow = {"delay": 0.004}
+    write(run, sections(photos, caption__dense={"num_candidates": 2}, engines__captioner=slow, engines__judge=slow))
+    shutil.copy(finished / "plan.parquet", run)
+    noise, kills = random.Random(seed), 0
+    while kills < 4:
+        child = subprocess.Popen(
+            [sys.executable, "-c", HASTY, "run", "all", "--run", str(run)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(noise.uniform(0.8, 2.2))
+        child.send_signal(signal.SIGKILL)
+        kills += child.wait() != 0
+        if child.returncode == 0:
+            break
+    assert kills
+    assert make(run).exit_code == 0
+    assert {k: v for k, v in files(run).items() if k != "run.toml"} == {
+        k: v for k, v in files(finished).items() if k != "run.toml"
+    }
+
+
+@pytest.mark.slow
+def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    parts = sections(
+        finished.parent / "photos", caption__dense={"num_candidates": 2}, engines__captioner={"delay": 0.05}
+    )
+    write(run, parts)
+    shutil.copy(finished / "plan.parquet", run)
+    make(run, "ingest")
+    child = subprocess.Popen(
+        [sys.executable, "-c", HASTY, "run", "caption", "--run", str(run)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((run / ".work" / "caption").rglob("*.parquet")):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    _, words = child.communicate()
+    assert child.returncode == 75
+    assert "SIGTERM" in words
+    kept = sum(1 for path in (run / ".work" / "caption").rglob("*.parquet") for _ in tables.read(path, Caption))
+    assert kept > 0
+    assert make(run).exit_code == 0
+    assert files(run / "caption") == files(finished / "caption")
+
+
+def test_the_time_left_is_that_of_the_rows_which_are_still_to_be_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress.Meter("caption:dense", num_shards=1, num_rows=1000) as meter:
+        meter.add(0, 0, kept=700)
+        now[0] = 100.0
+        meter.add(200, 1)
+        assert capsys.readouterr().err.endswith("200 rows, 2.0 rows/s, 1 failed, 50 s left\n")
+        meter.shard_done()

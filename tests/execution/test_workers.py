@@ -1,0 +1,200 @@
+"""What several worker processes promise: one node in parts, the tables of one process, no shard lost with a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError, RefusedError
+from pipeline.execution import runner as machine
+from pipeline.execution.workers import VISIBLE, Share, WorkerDiedError, WorkerPool, named, shares
+from tests.support import tiny
+from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
+
+
+@pytest.mark.parametrize(
+    ("num", "given", "names"),
+    [
+        (0, None, []),
+        (2, None, ["0", "1"]),
+        (2, "3,1", ["3", "1"]),
+        (2, "GPU-5a, MIG-9c", ["GPU-5a", "MIG-9c"]),
+        (0, "", []),
+        (1, "2,-1,3", ["2"]),  # CUDA sees none after the first that there is not
+        (0, "0,1", []),  # of a machine that has none
+    ],
+)
+def test_devices_keep_the_names_that_they_were_given(num: int, given: str | None, names: list[str]) -> None:
+    assert named(num, given) == names
+
+
+def test_a_node_is_divided_into_contiguous_parts() -> None:
+    found = shares(3, cores=range(8), devices=["4", "5", "6"])
+    assert [share.devices for share in found] == [("4",), ("5",), ("6",)]
+    assert [share.cores for share in found] == [(0, 1), (2, 3, 4), (5, 6, 7)]
+    assert [share.devices for share in shares(2, cores=[0], devices=list("0123"))] == [("0", "1"), ("2", "3")]
+    assert shares(2, cores=[0], devices=[]) == [Share(), Share()]
+
+
+class Telling:
+    """A job that says where it runs, and does what its task says."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+
+    def do(self, task: str, tell: Callable[[Any], None]) -> Any:
+        tell(task)
+        if task == "fail":
+            raise ConfigError("run.toml: a.field", "is wrong")
+        if task == "wait":
+            assert self._stopped.wait(60)
+        if task == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid(), tuple(sorted(os.sched_getaffinity(0))), os.environ.get(VISIBLE)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def close(self) -> None:
+        pass
+
+
+def test_each_worker_has_cores_and_devices_of_its_own() -> None:
+    core = min(os.sched_getaffinity(0))
+    team, heard = WorkerPool(Telling, [Share(devices=("3",)), Share(devices=("0", "1"), cores=(core,))]), list[str]()
+    tasks = [team.submit(task, hear=heard.append) for task in ("wait", "wait")]
+    team.stop()
+    (first, cores, devices), (second, other_cores, other_devices) = (task.result(60) for task in tasks)
+    assert first != second
+    assert (set(cores), other_cores) == (os.sched_getaffinity(0), (core,))
+    assert (devices, other_devices, heard) == ("3", "0,1", ["wait", "wait"])
+    team.close()
+    assert VISIBLE not in os.environ
+
+
+def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
+    team = WorkerPool(Telling, [Share()])
+    with pytest.raises(ConfigError, match=r"a\.field: is wrong") as raised:
+        team.submit("fail", hear=print).result(60)
+    assert any('raise ConfigError("run.toml' in note for note in raised.value.__notes__)
+    assert team.submit("work", hear=print).result(60)
+    team.close()
+
+
+def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
+    team = WorkerPool(Telling, [Share(), Share()])
+    tasks: list[Future[Any]] = [team.submit(task, hear=lambda _: None) for task in ("die", "work", "work")]
+    with pytest.raises(WorkerDiedError, match="fewer --workers"):
+        tasks[0].result(60)
+    assert tasks[1].result(60)
+    with pytest.raises(WorkerDiedError):
+        tasks[2].result(60)
+    team.close()
+
+
+@pytest.mark.slow
+def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, tiny_model: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(12):
+        (photos / f"{n:02d}.png").write_bytes(tiny.photograph(n))
+    # One question at a time, for a batch's neighbours move the last bits.
+    model = {"kind": "transformers", "model": str(tiny_model), "dtype": "float32", "batch_size": 1}
+    parts = sections(photos, source={"shard_size": 3}, engines__captioner=model, caption__dense={"recipe": "tiny"})
+    made = []
+    for workers in (1, 2):
+        run = begin(tmp_path / f"run{workers}", parts, max_error_share=1.0)
+        (run / "recipes").mkdir()
+        (run / "recipes" / "tiny.toml").write_text(
+            'prompt = "Describe it."\n[sampling]\ntemperature = 1.0\nmax_tokens = 16\n'
+        )
+        make(run, "ingest")
+        assert make(run, "caption", workers=workers).exit_code == 0
+        made.append(files(run / "caption"))
+    assert made[0] == made[1] and len(made[0]) == 4
+
+
+@pytest.mark.slow
+def test_each_worker_keeps_its_engine_and_overlaps_two_shards(tmp_path: Path) -> None:
+    """The engine answers nothing until two calls are under way together: shards of one process, or it would hang."""
+    record = tmp_path / "record"
+    photos = corpus(tmp_path / "photos", ["jpg"] * 16)
+    engine = {"kind": "tests.support.recording", "name": "captioner", "record": str(record), "overlap": 2}
+    run = write(tmp_path / "run", {**sections(photos, source={"shard_size": 2}), "engines.captioner": engine})
+    begin_and_caption(run)
+    counts = Counter(record.read_text().splitlines())
+    assert counts == {"open captioner": 2, "close captioner": 2, "generate captioner": 8}
+
+
+def begin_and_caption(run: Path) -> None:
+    from pipeline import config
+    from pipeline.commands import init
+
+    init.plan(config.load(run))
+    make(run, "ingest")
+    assert make(run, "caption", workers=2).exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> None:
+    child, run = under_way(tmp_path)
+    os.kill(children(child.pid)[0], signal.SIGKILL)
+    _, words = child.communicate(timeout=120)
+    assert (child.returncode, "fewer --workers" in words) == (1, True)
+    assert make(run, "caption", workers=2).exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
+    child, run = under_way(tmp_path)
+    child.send_signal(signal.SIGTERM)
+    _, words = child.communicate(timeout=120)
+    assert child.returncode == 75, words
+    assert make(run, "caption").exit_code == 0
+
+
+def under_way(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Two workers that caption; there are more shards than can be in flight, so some are left."""
+    photos = corpus(tmp_path / "photos", ["jpg"] * 80)
+    run = begin(tmp_path / "run", sections(photos, source={"shard_size": 5}, engines__captioner={"delay": 0.3}))
+    make(run, "ingest")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "caption", "--run", str(run), "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / ".work" / "caption").exists():
+        time.sleep(0.05)
+    return child, run
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started, but for multiprocessing's own helper."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(n) for n in found if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+
+
+def test_more_workers_than_devices_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"])
+    parts = sections(photos)
+    parts["engines.captioner"] = {"kind": "vllm", "model": "some/model"}
+    run = begin(tmp_path / "run", parts)
+    monkeypatch.setattr(machine, "visible_devices", lambda: ["4", "5"])
+    with pytest.raises(
+        RefusedError, match=r"--workers 3: .* captioner, and 2 are visible \(CUDA_VISIBLE_DEVICES=4,5\)"
+    ):
+        make(run, "caption", workers=3)

@@ -1,0 +1,173 @@
+"""Disasters: after each there is a clear message, exit 1, nothing half written in place, and a rerun ends right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import disasters, runs
+from tests.support.runs import ROOT, begin, corpus, make, sections, times
+
+pytestmark = pytest.mark.slow
+
+IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg", "jpg", "jpg"]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    run = begin(folder / "run", sections(corpus(folder / "photos", IMAGES), source={"shard_size": 6}))
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def run(quiet: Path, tmp_path: Path) -> Path:
+    """The same, not begun."""
+    (tmp_path / "run").mkdir()
+    for name in ("run.toml", "plan.parquet"):
+        shutil.copy(quiet / name, tmp_path / "run" / name)
+    return tmp_path / "run"
+
+
+def recap(run: Path, what: str = "all", *, under: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line, in a shell that takes something away from it."""
+    command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run)])
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", f"{under} {command}"], capture_output=True, text=True, env=env, check=False)
+
+
+def ends_right(run: Path, quiet: Path) -> None:
+    assert recap(run).returncode == 0
+    toll = disasters.Toll(kills_by_stage={})
+    disasters.compare(quiet, run, toll, alike=True, but=(".broken",))
+    assert (toll.harm, toll.rows > 0) == (0, True), toll
+
+
+def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -> None:
+    assert done.returncode == 1, done.stderr
+    assert all(word in done.stderr for word in says), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in run.rglob("*.tmp") if ".work" not in path.parts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("echo", 10), ("server", 5), ("transformers", 6), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
+)
+def test_kills_cost_nothing(kind: str, kills: int) -> None:
+    toll = disasters.tormented(kind, kills=kills, seed=1)
+    assert (toll.kills >= kills, toll.harm) == (True, 0), toll
+    assert toll.rows > 250 * toll.runs > 0
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_a_shard_in_several_processes_is_whole(run: Path, quiet: Path, num: int) -> None:
+    for stage in disasters.STAGES:
+        processes = [disasters.start(run, stage) for _ in range(num)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * num, stage
+    ends_right(run, quiet)
+
+
+def test_a_full_disk(run: Path, quiet: Path) -> None:
+    alone = "export PYTHONDONTWRITEBYTECODE=1; ulimit -f 4;"  # compiled code would be cut too, and stay cut for all
+    failed_well(recap(run, under=alone), run, "ingest 00000 failed", "File too large")
+    assert not [*run.glob("image/*"), *run.glob("shards/*")]
+    ends_right(run, quiet)
+
+
+def test_a_folder_that_is_read_only(run: Path, quiet: Path) -> None:
+    mine = "setpriv --bounding-set=-all --inh-caps=-all" if os.geteuid() == 0 else ""  # root may write anywhere
+    assert make(run, "ingest").exit_code == 0
+    run.chmod(0o555)
+    failed_well(recap(run, under=f"{mine}"), run, "caption:dense 00000 failed", "Permission denied")
+    run.chmod(0o755)
+    ends_right(run, quiet)
+
+
+def test_no_file_handles_left(run: Path, quiet: Path) -> None:
+    failed_well(recap(run, under="ulimit -n 7;"), run, "Too many open files")
+    ends_right(run, quiet)
+
+
+@pytest.mark.parametrize("table", ["image", "caption/dense", "score/judge/dense", "verdict", "export/index"])
+def test_a_table_that_was_cut_is_made_again(run: Path, quiet: Path, table: str) -> None:
+    assert make(run).exit_code == 0
+    path = run / table / "00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = recap(run)
+    assert done.returncode == 0
+    assert f"{path} is not a whole Parquet file; it is made again" in done.stderr
+    ends_right(run, quiet)
+
+
+@pytest.mark.parametrize(
+    ("table", "next_stage"), [("image", "caption"), ("caption/dense", "score"), ("verdict", "export")]
+)
+def test_a_flipped_byte_is_noticed_by_who_reads_the_table(run: Path, quiet: Path, table: str, next_stage: str) -> None:
+    stage = disasters.STAGES[disasters.STAGES.index(next_stage) - 1]
+    for one in disasters.STAGES[: disasters.STAGES.index(stage) + 1]:
+        assert make(run, one).exit_code == 0
+    path = run / table / "00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + bytes([whole[60] ^ 16]) + whole[61:])
+    failed_well(recap(run, next_stage), run, str(path), "it lies in 00001.parquet.broken now")
+    assert (run / table / "00001.parquet.broken").exists()
+    ends_right(run, quiet)
+
+
+def test_a_tar_of_images_that_was_changed(run: Path, quiet: Path) -> None:
+    assert make(run, "ingest").exit_code == 0
+    tar = run / "shards" / "00001.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    failed_well(recap(run), run, "shards/00001.tar", "changed since ingest")
+    ends_right(run, quiet)
+
+
+def test_a_stage_whose_images_were_lost_names_them(run: Path, quiet: Path) -> None:
+    assert make(run, "ingest").exit_code == 0
+    (run / "shards" / "00001.tar").unlink()
+    failed_well(recap(run, "caption"), run, "shards/00001.tar is missing; run the stage that makes it first")
+    assert [path.name for path in (run / "caption" / "dense").iterdir()] == ["00000.parquet"]
+    ends_right(run, quiet)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("shards/00001.tar", "ingest"),
+        ("export/webdataset/00000.tar", "export"),
+        ("export/parquet/00001.parquet", "export"),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 50])
+def test_a_file_beside_a_table_that_was_lost_or_cut_is_made_again(
+    run: Path, quiet: Path, file: str, stage: str, size: int | None
+) -> None:
+    assert make(run).exit_code == 0
+    captions = times(run / "caption")
+    (run / file).unlink() if size is None else os.truncate(run / file, size)
+    found = f"{file} is missing" if size is None else f"{file} has {size} bytes and was written with "
+    lacking = {
+        p["title"]: (p["num_missing"], p["failures"])
+        for p in json.loads(runs.recap("status", "--json", "--run", run).stdout)
+        if p["missing"]
+    }
+    assert lacking.keys() == {stage}
+    num, failures = lacking[stage]
+    assert num == 1 and all(why.startswith(found) for why in failures.values())
+    done = recap(run)
+    assert (done.returncode, "; it is made again" in done.stderr, found in done.stderr) == (0, True, True)
+    assert "1 shard tables made" in done.stderr
+    assert times(run / "caption") == captions
+    ends_right(run, quiet)

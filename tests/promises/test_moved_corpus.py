@@ -1,0 +1,86 @@
+"""A corpus in tars or Parquet that was moved: `source.path` is all that has to be changed."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config
+from pipeline.commands import init
+from pipeline.records import Piece, Planned
+from pipeline.storage import tables
+from pipeline.storage.plan import Plan, freeze
+from stages.training.dataset import TrainExample, lessons
+from stages.training.settings import Config
+from tests.support.runs import begin, make, picture, sections, write
+from tests.support.wrapped import tar
+
+
+def corpus(folder: Path, kind: str) -> Path:
+    """Two files of three images each, one of them in a folder of its own."""
+    for number, name in enumerate(("00", "deep/01")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = {f"{number}{letter}.jpg": picture(10 * number + n) for n, letter in enumerate("abc")}
+        if kind == "parquet":
+            pq.write_table(pa.table({"image": list(images.values()), "key": list(images)}), f"{path}.parquet")
+        else:
+            path.with_suffix(".tar").write_bytes(tar(images))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "here", kind), source={"kind": kind, "shard_size": 3})
+    run = begin(tmp_path / "run", parts)
+    assert make(run, "ingest").done == 2
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert make(run, "caption").exit_code == (kind == "webdataset")  # its images lie in the tars
+    parts["source"]["path"] = str(tmp_path / "there")
+    write(run, parts)
+    assert init.plan(config.load(run)) == (2, 2)
+    outcome = make(run)
+    assert (outcome.exit_code, outcome.failures) == (0, {})
+    assert make(run).done == 0
+    taught = list(lessons(config.load(run), Config(captions=("dense",))))
+    assert [sha256(_data(lesson)).hexdigest() for lesson in taught] == [lesson.sha256 for lesson in taught]
+    assert len(taught) == 6
+
+
+def _data(lesson: TrainExample) -> bytes:
+    return Path(lesson.file).read_bytes()[lesson.offset :][: lesson.num_bytes]
+
+
+def test_names_are_from_the_folder_that_is_meant(tmp_path: Path) -> None:
+    from pipeline.sources import webdataset
+
+    corpus(tmp_path / "c", "webdataset")
+
+    def named(*paths: str) -> list[str]:
+        where = tuple(f"{tmp_path}/c{path}" for path in paths)
+        source = webdataset.Config(path=where if len(where) > 1 else where[0])
+        pieces = list(webdataset.pieces(source))
+        assert all(Path(webdataset.place(piece.file, source)).is_file() for piece in pieces)
+        return [piece.file for piece in pieces]
+
+    assert named("") == named("/") == ["00.tar", "deep/01.tar"]
+    assert named("/*.tar") == named("/00.tar") == named("/{00..00}.tar") == ["00.tar"]
+    assert named("/deep/{01..01}.tar") == ["01.tar"]
+    assert named("/00.tar", "/deep") == [f"{tmp_path}/c/00.tar", f"{tmp_path}/c/deep/01.tar"]
+
+
+def test_a_plan_with_whole_paths_is_not_doubled(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "c", "webdataset"), source={"kind": "webdataset"}))
+    path = run / "plan.parquet"
+    short = [row.file for row in tables.read(path, Planned)]
+    assert short == ["00.tar", "deep/01.tar"]
+    path.unlink()
+    freeze(path, [Piece(file=f"{tmp_path}/c/{name}") for name in short], shard_size=10)
+    assert init.plan(config.load(run)) == (2, 2)
+    assert make(run, "caption").exit_code == 1 and make(run, "ingest").exit_code == 0
+    assert make(run, "caption").exit_code == 0
+    assert Plan.load(path)[0].pieces(1) == [Piece(file=f"{tmp_path}/c/deep/01.tar")]

@@ -1,0 +1,265 @@
+"""The report: numbers that SQL confirms, a page that needs nothing else, and text from a corpus that stays text."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config
+from pipeline.report import page
+from pipeline.report.markup import VOID, Html, el, text
+from pipeline.report.numbers import Lengths, survey
+from pipeline.report.samples import sheets
+from pipeline.storage import database
+from tests.support.runs import begin, corpus, files, make, recap, sections, write
+
+EVIL = "<script>alert(1)</script><img src=http://evil/ onerror=alert(1)>\"'&<|im_end|>\x07\x1b[31m\u202e</style>"
+MIX = ["jpg", "png", "cut", "webp", "empty", "jpg", "text"]
+
+
+class Page(HTMLParser):
+    """What a browser would make of it: elements with their attributes, and the text that is shown."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.text += data
+
+    def attributes(self, name: str) -> list[str]:
+        return [value or "" for _, attributes in self.elements for key, value in attributes.items() if key == name]
+
+
+def report(run: Path, **options: Any) -> Page:
+    written = page.write(config.load(run), **options)
+    assert written == run / "report.html"
+    return Page(written.read_text())
+
+
+def funnel(run: Path) -> dict[str, int]:
+    with database.connect(run) as connection:
+        sql = f"SELECT step, images FROM ({database.named_query('yield')})"
+        return dict(database.rows(connection, sql))
+
+
+def is_alone(html: Page) -> None:
+    """Nothing in it is fetched and nothing in it runs."""
+    tags = {tag for tag, _ in html.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for _, attributes in html.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("style", "srcset", "xlink:href")]
+    assert all(value.startswith("data:image/jpeg;base64,") for value in html.attributes("src"))
+    assert all(value.startswith("#") for value in html.attributes("href"))
+    assert {value[1:] for value in html.attributes("href")} <= set(html.attributes("id"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    parts = sections(
+        corpus(folder / "photos", MIX * 4),
+        source={"shard_size": 14},
+        caption__dense={"num_candidates": 2},
+        caption__wide={"recipe": "dense", "engine": "judge"},
+        engines__captioner={"truncated_share": 0.2, "error_share": 0.1},
+        filter={"rules": {"judged": "judge >= 0.63"}, "choose": "judge DESC"},
+    )
+    run = begin(folder / "run", parts, max_error_share=1.0)
+    assert make(run).exit_code == 0
+    return run
+
+
+def test_every_number_of_the_funnel_is_what_sql_says(finished: Path) -> None:
+    told = survey(config.load(finished)).funnel
+    assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(finished)
+    assert 0 < told["kept"] < told["captioned"] <= told["usable"] < told["in"] == 28
+
+
+def test_the_tallies_are_what_sql_says(finished: Path) -> None:
+    found = survey(config.load(finished))
+    with database.connect(finished) as connection:
+        rows = dict(database.rows(connection, "SELECT status, count(*) FROM image GROUP BY status"))
+        scored = dict(database.rows(connection, "SELECT name || ' ' || caption, count(*) FROM score GROUP BY ALL"))
+        (refused,) = database.rows(connection, "SELECT count(*) FROM verdict WHERE NOT keep")
+        (told,) = database.rows(connection, "SELECT sum(len(criteria)) FROM score")
+    assert {tally.label: tally.count for tally in found.images} == rows
+    assert sum(tally.count for tally in found.refusals) == refused[0]
+    assert {f"{one.score} {one.caption}": sum(one.bins) + one.num_unknown for one in found.scores} == scored
+    assert sum(answer.count for one in found.answers for answer in one.answers) == told[0]
+    assert {cost.title for cost in found.costs} >= {"ingest", "caption:dense", "filter", "export"}
+
+
+def test_the_page_is_whole_and_alone(finished: Path) -> None:
+    html = report(finished)
+    is_alone(html)
+    assert "28" in html.text
+    assert html.elements.count(("h1", {})) == 1
+    drawings = [attributes for tag, attributes in html.elements if tag == "svg"]
+    assert drawings
+    assert all(attributes["role"] == "img" for attributes in drawings)
+
+
+def test_the_command_writes_the_same_file_each_time_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "report.html").unlink(missing_ok=True)
+    before = files(run)
+    done = recap("report", "--run", run, "--images", 5)
+    assert done.stdout == f"{run / 'report.html'}\n"
+    first = (run / "report.html").read_text()
+    page.write(config.load(run), num_images=5)
+    assert (run / "report.html").read_text() == first
+    assert {name: data for name, data in files(run).items() if name != "report.html"} == before
+
+
+def test_the_sheet_shows_kept_refused_and_unusable_samples_with_what_was_said(finished: Path) -> None:
+    found = {sheet.kind: sheet.samples for sheet in sheets(config.load(finished), num_images=12)}
+    assert {kind: len(samples) for kind, samples in found.items()} == {"kept": 6, "refused": 4, "unusable": 2}
+    assert all(any(shown.verdict and shown.verdict.keep for shown in sample.captions) for sample in found["kept"])
+    assert not any(shown.verdict and shown.verdict.keep for sample in found["refused"] for shown in sample.captions)
+    assert all(sample.captions[0].verdict and sample.captions[0].verdict.chosen for sample in found["kept"])
+    assert all(sample.thumbnail for sample in (*found["kept"], *found["refused"]))
+    assert len({sample.image.status for sample in found["unusable"]}) == 2
+    assert all(sample.error and sample.thumbnail is None for sample in found["unusable"])
+    reasons = [
+        c.reason for sample in found["kept"] for shown in sample.captions for s in shown.scores for c in s.criteria
+    ]
+    html = report(finished, num_images=12)
+    assert all(reason in html.text for reason in reasons if reason)
+
+
+def test_a_tar_that_has_gone_is_told_of(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "shards")
+    html = report(run)
+    assert html.attributes("src") == []
+    assert "No such file" in html.text
+
+
+@pytest.mark.slow
+def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", MIX)))
+    unplanned = report(run)
+    assert "No image has been read yet" in unplanned.text
+    begin(run, sections(tmp_path / "photos"))
+    assert "7 more are planned" in report(run).text
+    for stage, seen in {
+        "ingest": "Nothing is captioned yet",
+        "caption": "Nothing is filtered yet",
+        "score": "Mean",
+        "filter": "were kept",
+        "export": "written to the training set",
+    }.items():
+        assert make(run, stage).exit_code == 0
+        html = report(run)
+        is_alone(html)
+        assert seen in html.text
+        told = survey(config.load(run)).funnel
+        assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", MIX), filter={"rules": {"never": "judge > 2"}})
+    run = begin(tmp_path / "none", parts)
+    make(run)
+    found = {sheet.kind for sheet in sheets(config.load(run), num_images=9)}
+    assert found == {"refused", "unusable"}
+    assert "0 were kept" in report(run).text
+    broken = begin(tmp_path / "broken", sections(corpus(tmp_path / "bad", ["cut", "empty"])), max_error_share=1.0)
+    make(broken, "ingest")
+    assert "Of 2 images, 0 could be used" in report(broken).text
+
+
+@pytest.mark.slow
+def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 3)
+    (photos / "00000.txt").write_text(EVIL)
+    (photos / "00001.txt").write_text("<b>" * 350_000)
+    run = begin(tmp_path / "<i>run & co", sections(photos, engines__captioner={"text": f"A cup. {EVIL} It is red."}))
+    assert make(run).exit_code in (0, 1)
+    html = report(run)
+    is_alone(html)
+    shown = EVIL.replace("\x07", "␇").replace("\x1b", "␛")
+    assert html.text.count(shown) >= 4
+    assert "(1,050,000 characters)" in html.text
+    written = (run / "report.html").read_text()
+    assert len(written) < 200_000
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", written)
+
+
+def test_a_judge_of_sentences_has_one_line_for_each_criterion(tmp_path: Path) -> None:
+    rubric = 'prompt = "{criteria} {sentence}"\nunit = "sentence"\n[[criteria]]\nid = "true"\nquestion = "Is it?"\n'
+    run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3), score__judge={"rubric": "own"}))
+    (run / "rubrics").mkdir()
+    (run / "rubrics" / "own.toml").write_text(rubric + 'answers = ["no", "yes"]\n')
+    begin(run, sections(tmp_path / "photos", score__judge={"rubric": "own"}))
+    assert make(run).exit_code == 0
+    assert [one.criterion for one in survey(config.load(run)).answers if one.score == "judge"] == ["true"]
+
+
+def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
+    (run / "step").mkdir()
+    points = {"step": [10, 10, 20, 20, 20], "value": [0.5, 2.0, 1.0, 1.5, 60.0]}
+    names = {"name": ["entropy", "loss", "loss", "eval_loss", "eval_runtime"]}
+    pq.write_table(pa.table(names | points), run / "step" / "00000.parquet")
+    curves = {curve.name: curve.points for curve in survey(config.load(run)).curves}
+    assert curves == {"entropy": ((10, 0.5),), "loss": ((10, 2.0), (20, 1.0)), "eval_loss": ((20, 1.5),)}
+    shown = report(run).text
+    assert "held out: 1.5" in shown
+    drawn = shown.partition("below each curve")[2]
+    assert drawn.index("loss") < drawn.index("entropy")
+
+
+def test_a_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
+    (run / "step").mkdir()
+    values = {"name": ["loss"] * 50_000, "step": range(50_000), "value": [float("nan"), *[1.0] * 49_999]}
+    pq.write_table(pa.table({name: list(column) for name, column in values.items()}), run / "step" / "a.parquet")
+    (curve,) = survey(config.load(run)).curves
+    assert len(curve.points) <= 301
+    assert {value for _, value in curve.points} == {1.0}
+
+
+def test_settings_tell_no_password_and_no_place(tmp_path: Path) -> None:
+    parts = sections(corpus(tmp_path / "photos", ["jpg"]), engines__captioner={"text": "see https://me:secret@host/x"})
+    html = report(begin(tmp_path / "run", parts))
+    assert "secret" not in html.text
+    assert "https://host/x" in html.text
+    assert str(tmp_path) not in html.text
+
+
+def test_quantiles_of_lengths() -> None:
+    lengths = Lengths(name="dense", counts=((1, 5), (10, 4), (100, 1)))
+    assert (lengths.quantile(0.5), lengths.quantile(0.9), lengths.quantile(1.0)) == (1, 10, 100)
+    assert Lengths(name="dense", counts=()).quantile(0.5) == 0
+
+
+def test_only_markup_is_markup() -> None:
+    assert (
+        el("p", "<", Html("<br>"), None, ["a", None, "&"], title='"', hidden=None)
+        == '<p title="&quot;">&lt;<br>a&amp;</p>'
+    )
+    assert text("\ud800\x00\x7f\x85") == "\ufffd␀␡\ufffd"

@@ -1,0 +1,621 @@
+"""The promises that every source keeps, and what is particular to each."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.records import Raw
+from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
+from pipeline.storage import plan
+from tests.support.serving import served
+
+
+def photo(package: str, path: str) -> bytes:
+    """The bytes of a picture that ships with a package, found without importing it."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / path).read_bytes()
+
+
+PHOTOS = {name: photo("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")} | {
+    name: photo("skimage", f"data/{name}")
+    for name in ("rocket.jpg", "cell.png", "chelsea.png", "text.png", "multipage.tif", "no_time_for_that_tiny.gif")
+}
+Maker = Callable[[Path, int], Any]
+
+
+def samples(num: int) -> list[tuple[str, bytes, str]]:
+    """Numbered photographs with something to say about each: name, bytes, alt text."""
+    names = sorted(PHOTOS)
+    chosen = [names[index % len(names)] for index in range(num)]
+    return [
+        (f"{index:04d}.{name.split('.')[1]}", PHOTOS[name], f"{index}: {name}") for index, name in enumerate(chosen)
+    ]
+
+
+def make_folder(root: Path, num: int) -> folder.Config:
+    root.mkdir(exist_ok=True)
+    for name, data, alt_text in samples(num):
+        (root / name).write_bytes(data)
+        (root / f"{name[:4]}.txt").write_text(alt_text)
+    return folder.Config(path=str(root))
+
+
+def make_webdataset(root: Path, num: int) -> webdataset.Config:
+    import webdataset as wds
+
+    root.mkdir(exist_ok=True)
+    for shard in range(-(-num // 3)):
+        with wds.TarWriter(str(root / f"{shard:05d}.tar"), mtime=0) as writer:
+            for name, data, alt_text in samples(num)[3 * shard : 3 * shard + 3]:
+                writer.write({"__key__": name[:4], name[5:]: data, "txt": alt_text, "json": {"number": int(name[:4])}})
+    return webdataset.Config(path=str(root))
+
+
+def make_parquet(root: Path, num: int) -> parquet.Config:
+    """In the layout that `datasets` writes, two rows in a group."""
+    root.mkdir(exist_ok=True)
+    for first in range(0, num, 5):
+        rows = samples(num)[first : first + 5]
+        images = [{"bytes": data, "path": name} for name, data, _ in rows]
+        table = pa.table({"image": images, "text": [text for *_, text in rows], "n": range(len(rows))})
+        pq.write_table(table, root / f"{first:05d}.parquet", row_group_size=2)
+    return parquet.Config(path=str(root))
+
+
+def make_hf(root: Path, num: int) -> hf.Config:
+    import datasets
+
+    rows = {
+        "image": [{"bytes": data, "path": name} for name, data, _ in samples(num)],
+        "text": [text for *_, text in samples(num)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(root)
+    return hf.Config(path=str(root))
+
+
+def make_img2dataset(root: Path, num: int) -> img2dataset.Config:
+    """The files that img2dataset leaves; `TestImg2dataset` has it make them itself."""
+    make_webdataset(root, num)
+    for first in range(0, num, 3):
+        columns = ("key", "caption", "status", "error_message")
+        rows = [(name[:4], text, "success", None) for name, _, text in samples(num)[first : first + 3]]
+        table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
+        pq.write_table(table, root / f"{first // 3:05d}.parquet")
+        (root / f"{first // 3:05d}_stats.json").write_text("{}")
+    return img2dataset.Config(path=str(root))
+
+
+SOURCES: dict[ModuleType, Maker] = {
+    folder: make_folder,
+    webdataset: make_webdataset,
+    parquet: make_parquet,
+    hf: make_hf,
+    img2dataset: make_img2dataset,
+}
+
+
+@pytest.fixture(params=SOURCES, ids=lambda module: module.__name__.rpartition(".")[2])
+def source(request: pytest.FixtureRequest) -> ModuleType:
+    module: ModuleType = request.param
+    return module
+
+
+def read_all(source: ModuleType, config: Any) -> list[Raw]:
+    return [raw for piece in source.pieces(config) for raw in source.read(piece, config)]
+
+
+class TestEverySource:
+    def test_gives_every_image_once_in_order_with_its_bytes_and_words(self, source: ModuleType, tmp_path: Path) -> None:
+        raws = read_all(source, SOURCES[source](tmp_path / "corpus", 8))
+        assert [(raw.data, raw.alt_text, raw.error) for raw in raws] == [(b, text, None) for _, b, text in samples(8)]
+        assert len({raw.source_key for raw in raws}) == 8
+
+    def test_knows_the_length_of_a_piece_or_says_that_it_does_not(self, source: ModuleType, tmp_path: Path) -> None:
+        config = SOURCES[source](tmp_path / "corpus", 8)
+        for piece in source.pieces(config):
+            assert piece.num_samples in (None, len(list(source.read(piece, config))))
+
+    def test_reads_the_same_twice(self, source: ModuleType, tmp_path: Path) -> None:
+        config = SOURCES[source](tmp_path / "corpus", 8)
+        assert list(source.pieces(config)) == list(source.pieces(config))
+        assert read_all(source, config) == read_all(source, config)
+
+    def test_a_part_of_a_piece_is_that_slice_of_it(self, source: ModuleType, tmp_path: Path) -> None:
+        config = SOURCES[source](tmp_path / "corpus", 6)
+        for piece in source.pieces(config):
+            whole = list(source.read(piece, config))
+            for start in range(len(whole) + 1):
+                for stop in range(start, len(whole) + 1):
+                    part = replace(piece, start=piece.start + start, stop=piece.start + stop)
+                    assert list(source.read(part, config)) == whole[start:stop]
+
+    def test_growth_moves_nothing(self, source: ModuleType, tmp_path: Path) -> None:
+        """Nine samples, then fourteen: what was planned stays, and reads as it did; the rest comes after it."""
+        config, file = SOURCES[source](tmp_path / "corpus", 9), tmp_path / "plan.parquet"
+        plan.freeze(file, source.pieces(config), shard_size=3)
+        before = planned(source, file, config)
+        assert len(before) == 9
+        plan.freeze(file, source.pieces(SOURCES[source](tmp_path / "corpus", 14)), shard_size=3)
+        after = planned(source, file, config)
+        assert after[:9] == before
+        assert sorted(raw.alt_text or "" for raw in after) == sorted(text for _, _, text in samples(14))
+
+    def test_bytes_that_are_referenced_lie_there(self, source: ModuleType, tmp_path: Path) -> None:
+        for raw in read_all(source, SOURCES[source](tmp_path / "corpus", 8)):
+            assert (raw.file is None) == (raw.offset is None)
+            if raw.file is not None and raw.offset is not None and raw.data is not None:
+                assert Path(raw.file).read_bytes()[raw.offset :].startswith(raw.data)
+
+    def test_metadata_is_an_object_in_json(self, source: ModuleType, tmp_path: Path) -> None:
+        for raw in read_all(source, SOURCES[source](tmp_path / "corpus", 8)):
+            assert isinstance(json.loads(raw.metadata), dict)
+
+    def test_a_path_that_is_not_there_is_named(self, source: ModuleType, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"source\.path: .*nowhere"):
+            list(source.pieces(source.Config(path=str(tmp_path / "nowhere"))))
+
+
+def planned(source: ModuleType, file: Path, config: Any) -> list[Raw]:
+    frozen, shards = plan.Plan.load(file)
+    return [raw for shard in shards for piece in frozen.pieces(shard) for raw in source.read(piece, config)]
+
+
+def write(root: Path, files: dict[str, bytes | str]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def write_metadata(path: Path, rows: list[dict[str, str]]) -> None:
+    import pandas
+
+    if path.suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    elif path.suffix == ".csv":
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        pandas.DataFrame(rows).to_parquet(path, index=False)
+
+
+class TestFolder:
+    def read(self, root: Path, **keys: Any) -> dict[str, Raw]:
+        raws = read_all(folder, folder.Config(path=str(root), **keys))
+        assert len({raw.source_key for raw in raws}) == len(raws)
+        return {raw.source_key: raw for raw in raws}
+
+    def test_every_file_is_an_input_but_side_cars_metadata_and_hidden_ones(self, tmp_path: Path) -> None:
+        inputs = ["a.jpg", "alone.txt", "b/c.PNG", "b/c.d/e.webp", "misnamed.dat", "no_extension", "notes.json"]
+        others = ["a.txt", "a.json", "b/c.txt", "b/c.PNG.json", ".x.jpg", ".git/x.jpg", "b/metadata.csv", "b/.x/y.jpg"]
+        write(tmp_path, dict.fromkeys(inputs + others, "file_name") | {"empty.jpg": b""})
+        raws = self.read(tmp_path)
+        assert sorted(raws) == sorted([*inputs, "empty.jpg"])
+        assert raws["empty.jpg"].data == b""
+        assert all(raw.error is None for raw in raws.values())
+
+    def test_a_side_car_says_the_alt_text_and_its_json_the_rest(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.jpg": "", "a.txt": "\ufeffa cat\n", "a.json": '{"text": "a cat", "n": NaN, "by": "é"}'})
+        write(tmp_path, {"b.jpg": "", "b.json": '{"TEXT": "a dog", "caption": ["a", "b"]}'})
+        write(tmp_path, {"c.jpg": "", "c.json": "[1"})
+        raws = self.read(tmp_path)
+        assert (raws["a.jpg"].alt_text, raws["a.jpg"].metadata) == ("a cat", '{"n": null, "by": "é"}')
+        assert (raws["b.jpg"].alt_text, raws["b.jpg"].metadata) == ("a", '{"TEXT": "a dog", "caption": ["a", "b"]}')
+        assert (raws["c.jpg"].alt_text, raws["c.jpg"].metadata) == (None, '{"json": "[1"}')
+        assert self.read(tmp_path, alt_text="TEXT")["b.jpg"].alt_text == "a dog"
+
+    @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+    def test_metadata_files_are_read_as_in_an_imagefolder(self, tmp_path: Path, ending: str) -> None:
+        rows = [
+            {"file_name": "one.jpg", "text": 'one, "quoted"\nand a second line', "size": "1"},
+            {"file_name": "./deep/two.jpg", "text": "二", "size": "2"},
+            {"file_name": "gone.jpg", "text": "", "size": "3"},
+        ]
+        write(tmp_path, {"train/one.jpg": b"1", "train/deep/two.jpg": b"2", "train/three.jpg": b"3", "one.jpg": b"4"})
+        write_metadata(tmp_path / f"train/metadata.{ending}", rows)
+        raws = self.read(tmp_path)
+        assert sorted(raws) == ["one.jpg", "train/deep/two.jpg", "train/one.jpg", "train/three.jpg"]
+        assert raws["train/one.jpg"].alt_text == rows[0]["text"]
+        assert raws["train/one.jpg"].metadata == '{"size": "1"}'
+        assert raws["train/deep/two.jpg"].alt_text == "二"
+        assert raws["one.jpg"].alt_text is raws["train/three.jpg"].alt_text is None
+
+    def test_the_nearest_metadata_file_that_knows_an_image_counts(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a/x.jpg": "", "a/y.jpg": ""})
+        write_metadata(tmp_path / "metadata.csv", [{"file_name": f"a/{name}.jpg", "text": "far"} for name in "xy"])
+        write_metadata(tmp_path / "a/metadata.csv", [{"file_name": "x.jpg", "text": "near"}])
+        raws = self.read(tmp_path)
+        assert (raws["a/x.jpg"].alt_text, raws["a/y.jpg"].alt_text) == ("near", "far")
+
+    def test_a_changed_metadata_file_is_read_again(self, tmp_path: Path) -> None:
+        for text in ("before", "and after"):
+            write(tmp_path, {"a.jpg": "", "metadata.csv": f"file_name,text\na.jpg,{text}\n"})
+            assert self.read(tmp_path)["a.jpg"].alt_text == text
+
+    def test_names_in_any_script_and_in_none(self, tmp_path: Path) -> None:
+        names = ["קיץ/חתול 🐈.jpg", "дом.jpg", "a\nb.jpg", r"real\xff.jpg", r"back\slash.jpg"]
+        write(tmp_path, {name: name for name in names})
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw\xff.jpg")).write_bytes(b"bytes")
+        raws = self.read(tmp_path)
+        assert {raw.data for raw in raws.values()} == {name.encode() for name in names} | {b"bytes"}
+        assert raws[r"raw\xff.jpg"].data == b"bytes"
+        assert raws[r"real\x5cxff.jpg"].data == rb"real\xff.jpg"
+        assert all(raw.source_key.encode() for raw in raws.values())
+
+    def test_links_lead_nowhere_outside(self, tmp_path: Path) -> None:
+        root = tmp_path / "corpus"
+        write(tmp_path, {"corpus/a.jpg": b"a", "secret/b.jpg": b"b", "secret.txt": "secret"})
+        links = {"in.jpg": "a.jpg", "out.jpg": "../secret/b.jpg", "far.jpg": str(tmp_path / "secret/b.jpg")}
+        links |= {"a.txt": "../secret.txt", "broken.jpg": "nothing", "round": ".", "loop.jpg": "loop.jpg"}
+        for name, target in links.items():
+            (root / name).symlink_to(target)
+        os.mkfifo(root / "pipe.jpg")
+        raws = self.read(root)
+        assert sorted(raws) == sorted({*links, "a.jpg", "pipe.jpg"} - {"a.txt"})
+        assert {name: raw.data for name, raw in raws.items() if raw.error is None} == {"a.jpg": b"a", "in.jpg": b"a"}
+        assert raws["a.jpg"].alt_text is None
+        assert raws["out.jpg"].error == raws["far.jpg"].error == "it leads out of the folder"
+        assert raws["round"].error == "it is a folder"
+        assert raws["pipe.jpg"].error == "it is no plain file"
+
+    def test_a_file_that_has_gone_is_a_row_but_a_folder_that_has_gone_is_not(self, tmp_path: Path) -> None:
+        config = make_folder(tmp_path / "corpus", 1)
+        (piece,) = folder.pieces(config)
+        (tmp_path / "corpus" / piece.file).unlink()
+        (raw,) = folder.read(piece, config)
+        assert raw.data is None
+        assert raw.error == "it cannot be read: No such file or directory"
+        (tmp_path / "corpus").rename(tmp_path / "moved")
+        with pytest.raises(FileNotFoundError):
+            list(folder.read(piece, config))
+
+    def test_the_user_is_told_of_metadata_without_names_and_of_alt_text_that_no_file_has(self, tmp_path: Path) -> None:
+        write(tmp_path, {"metadata.csv": "image,text\na.jpg,words\n", "a.jpg": ""})
+        with pytest.raises(ConfigError, match=r"metadata\.csv: has no column 'file_name', only image, text"):
+            self.read(tmp_path)
+        write(tmp_path, {"metadata.csv": "file_name,text\na.jpg,words\n"})
+        with pytest.raises(ConfigError, match=r"source\.alt_text: .* column 'txet'; they have file_name, text"):
+            self.read(tmp_path, alt_text="txet")
+        assert self.read(tmp_path, alt_text="text")["a.jpg"].alt_text == "words"
+
+    @pytest.mark.slow
+    def test_what_datasets_reads_from_an_imagefolder_is_what_we_read(self, tmp_path: Path) -> None:
+        import datasets
+
+        write(tmp_path / "corpus", {name: data for name, data, _ in samples(5)})
+        rows = [{"file_name": name, "caption": text} for name, _, text in samples(5)]
+        write_metadata(tmp_path / "corpus/metadata.jsonl", rows)
+        theirs = datasets.load_dataset("imagefolder", data_dir=tmp_path / "corpus", cache_dir=str(tmp_path / "cache"))
+        theirs = theirs["train"].cast_column("image", datasets.Image(decode=False))
+        expected = [(Path(row["image"]["path"]).name, row["caption"]) for row in theirs]
+        assert [(raw.source_key, raw.alt_text) for raw in self.read(tmp_path / "corpus").values()] == expected
+
+
+class TestParquet:
+    def read(self, path: Path, **keys: Any) -> list[Raw]:
+        return read_all(parquet, parquet.Config(path=str(path), **keys))
+
+    def write(self, path: Path, columns: dict[str, Any], **options: Any) -> Path:
+        pq.write_table(pa.table(columns), path, **options)
+        return path
+
+    def test_reads_images_as_bytes_or_as_datasets_has_them(self, tmp_path: Path) -> None:
+        for kind in (pa.binary(), pa.large_binary()):
+            self.write(tmp_path / f"{kind}.parquet", {"jpg": pa.array([b"1", b"2"], kind), "TEXT": ["one", "two"]})
+        self.write(tmp_path / "struct.parquet", {"x": [{"bytes": b"1"}, {"bytes": b"2"}], "caption": ["one", "two"]})
+        raws = self.read(tmp_path)
+        assert [(raw.data, raw.alt_text) for raw in raws] == [(b"1", "one"), (b"2", "two")] * 3
+        assert [raw.source_key for raw in raws[:2]] == ["binary.parquet:0", "binary.parquet:1"]
+
+    @pytest.mark.parametrize(
+        ("columns", "keys"),
+        [
+            ({"id": [7, None], "uid": ["a", "b"]}, ["a", "b"]),
+            ({"id": [7, None]}, ["7", "name.jpg"]),
+            ({"__key__": ["k", ""], "key": ["x", "y"]}, ["k", "name.jpg"]),
+            ({}, ["p/1.jpg", "name.jpg"]),
+        ],
+    )
+    def test_keeps_the_name_that_the_corpus_gave(self, tmp_path: Path, columns: Any, keys: list[str]) -> None:
+        images = [{"bytes": b"1", "path": "p/1.jpg"}, {"bytes": b"2", "path": "name.jpg"}]
+        file = self.write(tmp_path / "a.parquet", {"image": images, **columns})
+        assert [raw.source_key for raw in self.read(file)] == keys
+
+    def test_keeps_what_json_can_hold_of_the_other_columns(self, tmp_path: Path) -> None:
+        columns = {
+            "image": pa.array([b"1"]),
+            "thumbnail": pa.array([b"2" * 100_000]),
+            "hash": pa.array([b"\x01\xff"], pa.binary(2)),
+            "score": [float("nan")],
+            "when": [datetime(2024, 2, 29, tzinfo=UTC)],
+            "tags": [[1.5, float("inf")]],
+            "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+            "price": [Decimal("1.10")],
+        }
+        (raw,) = self.read(self.write(tmp_path / "a.parquet", columns), image="image")
+        assert json.loads(raw.metadata) == {
+            "hash": "01ff",
+            "score": None,
+            "when": "2024-02-29T00:00:00+00:00",
+            "tags": [1.5, None],
+            "map": [["a", 1]],
+            "price": "1.10",
+        }
+
+    def test_nulls_and_wrong_types_are_errors_of_their_rows(self, tmp_path: Path) -> None:
+        images = [{"bytes": b"1", "path": None}, None, {"bytes": None, "path": None}, {"bytes": b"", "path": "a"}]
+        self.write(tmp_path / "a.parquet", {"image": images, "text": ["a", "b", None, "d"]})
+        self.write(tmp_path / "b.parquet", {"image": ["a string", "another"], "text": [1, 2]})
+        self.write(tmp_path / "c.parquet", {"picture": [b"1"]})
+        self.write(tmp_path / "d.parquet", {"image": pa.nulls(2)})
+        raws = self.read(tmp_path, image="image")
+        assert [raw.data for raw in raws] == [b"1", None, None, b"", *[None] * 5]
+        assert [raw.error for raw in raws] == [
+            None,
+            "the row has no image",
+            "the row has no image",
+            None,
+            *["source.image: column 'image' holds string, not image files"] * 2,
+            "source.image: there is no column 'image'; there are picture",
+            *["the row has no image"] * 2,
+        ]
+        assert [raw.alt_text for raw in raws] == ["a", "b", None, "d", *[None] * 5]
+
+    def test_text_that_is_no_utf8_costs_no_row(self, tmp_path: Path) -> None:
+        bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff"]).buffers())
+        raws = self.read(self.write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "text": bad}))
+        assert [raw.data for raw in raws] == [b"1", b"2"]
+        assert raws[0].alt_text == "fine"
+
+    def test_paths_are_opened_below_image_root_only(self, tmp_path: Path) -> None:
+        write(tmp_path, {"images/a.jpg": b"a", "secret.jpg": b"secret"})
+        paths = [
+            "a.jpg",
+            str(tmp_path / "images/a.jpg"),
+            "../secret.jpg",
+            str(tmp_path / "secret.jpg"),
+            "http://x/a.jpg",
+        ]
+        images = [{"bytes": None, "path": path} for path in paths]
+        file = self.write(
+            tmp_path / "a.parquet", {"image": pa.array(images, pa.struct({"bytes": "binary", "path": "string"}))}
+        )
+        assert [raw.data for raw in self.read(file)] == [None] * 5
+        assert "set source.image_root" in (self.read(file)[0].error or "")
+        raws = self.read(file, image_root=str(tmp_path / "images"))
+        assert [raw.data for raw in raws] == [b"a", b"a", None, None, None]
+        assert [raw.source_key for raw in raws[:2]] == ["a.jpg", "a.jpg"]
+        assert [raw.error and raw.error.rpartition(": ")[2] for raw in raws[2:]] == [
+            "it leads out of the folder",
+            "it leads out of the folder",
+            "URLs are not fetched",
+        ]
+
+    def test_a_broken_file_loses_what_is_broken_of_it(self, tmp_path: Path) -> None:
+        images = [bytes([number]) * 5000 for number in range(8)]
+        file = tmp_path / "a.parquet"
+        self.write(file, {"image": images}, row_group_size=2, compression="none", write_page_checksum=True)
+        whole = bytearray(file.read_bytes())
+        at = whole.index(images[3])
+        whole[at] ^= 1
+        file.write_bytes(whole)
+        (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+        raws = self.read(tmp_path)
+        assert [raw.data for raw in raws] == [*images[:2], None, None, *images[4:], None]
+        assert all((raw.error is None) != (raw.data is None) for raw in raws)
+        assert "cannot be read" in (raws[-1].error or "")
+
+    def test_a_file_that_became_shorter_still_has_all_its_rows(self, tmp_path: Path) -> None:
+        config = make_parquet(tmp_path / "corpus", 5)
+        (piece,) = parquet.pieces(config)
+        make_parquet(tmp_path / "corpus", 3)
+        raws = list(parquet.read(piece, config))
+        assert [raw.error for raw in raws] == [None] * 3 + ["the file now has 3 rows"] * 2
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"image": "img"}, r"source\.image: there is no column 'img'; there are a, b, text$"),
+            ({"image": "text"}, r"source\.image: column 'text' holds string, not image files"),
+            ({}, r"source\.image: which column holds the images\? image = \.\.\. is one of a, b$"),
+            ({"image": "a", "alt_text": "alt"}, r"source\.alt_text: there is no column 'alt'; there are a, b, text$"),
+            ({"image": "a", "source_key": "k"}, r"source\.source_key: there is no column 'k'; there are a, b, text$"),
+        ],
+    )
+    def test_the_user_is_told_of_columns_that_are_not_there(self, tmp_path: Path, keys: Any, message: str) -> None:
+        file = self.write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"], "text": ["words"]})
+        with pytest.raises(ConfigError, match=message):
+            self.read(file, **keys)
+
+    def test_what_stands_beside_the_schema_is_not_trusted(self, tmp_path: Path) -> None:
+        for name, about in (("a", b'{"info": [1]}'), ("b", b"{"), ("c", b'{"info": {"features": {"text": 1}}}')):
+            table = pa.table({"jpg": [b"1"], "text": ["words"]}).replace_schema_metadata({b"huggingface": about})
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert [(raw.data, raw.alt_text) for raw in self.read(tmp_path)] == [(b"1", "words")] * 3
+
+    @pytest.mark.parametrize(
+        ("size", "most"), [(1 << 22, 100 << 20), pytest.param(1 << 26, 250 << 20, marks=pytest.mark.slow)]
+    )
+    def test_a_value_that_many_rows_have_is_not_unpacked_for_all(self, tmp_path: Path, size: int, most: int) -> None:
+        file = self.write(tmp_path / "a.parquet", {"image": [bytes(size)] * 40}, dictionary_pagesize_limit=1 << 30)
+        before, num_rows = pa.total_allocated_bytes(), 0
+        with file.open("rb") as stream:
+            for batch in _parquet.batches(_parquet.table(stream), ["image"], group=0):
+                assert pa.total_allocated_bytes() - before < most
+                num_rows += len(batch)
+        assert num_rows == 40
+
+    def test_reads_over_fsspec(self, tmp_path: Path) -> None:
+        import fsspec
+
+        make_parquet(tmp_path / "corpus", 8)
+        fsspec.filesystem("memory").put(f"{tmp_path}/corpus/", "/parquet/", recursive=True)
+        here, there = self.read(tmp_path / "corpus"), read_all(parquet, parquet.Config(path="memory://parquet"))
+        assert here == there
+
+    @pytest.mark.slow
+    def test_what_datasets_writes_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = make_hf(tmp_path / "saved", 8)
+        datasets.load_from_disk(rows.path).to_parquet(str(tmp_path / "a.parquet"))
+        raws = self.read(tmp_path / "a.parquet")
+        expected = [(name, data, text) for name, data, text in samples(8)]
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == expected
+
+
+class TestHf:
+    def test_large_rows_are_in_memory_one_by_one(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = {"image": [bytes([number]) * (8 << 20) for number in range(10)]}
+        features = datasets.Features({"image": datasets.Value("binary")})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+        config = hf.Config(path=str(tmp_path / "saved"))
+        (piece,) = hf.pieces(config)
+        tracemalloc.start()
+        first = [raw.data[0] for raw in hf.read(piece, config) if raw.data is not None]
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert first == list(range(10))
+        assert most < 32 << 20
+
+    def test_reads_all_splits_or_the_one_named(self, tmp_path: Path) -> None:
+        import datasets
+
+        for name, text in (("train", "t"), ("test", "e")):
+            rows = {"picture": [{"bytes": b"1", "path": None}], "mask": [b"2"], "text": [text]}
+            features = {"mask": datasets.Value("binary"), "picture": datasets.Image(), "text": datasets.Value("string")}
+            split = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+            split.save_to_disk(tmp_path / "saved" / name)
+        (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        config = hf.Config(path=str(tmp_path / "saved"))
+        raws = read_all(hf, config)
+        assert [piece.file for piece in hf.pieces(config)] == ["train", "test"]
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == [
+            ("train:0", b"1", "t"),
+            ("test:0", b"1", "e"),
+        ]
+        assert read_all(hf, replace(config, split="test")) == raws[1:]
+        with pytest.raises(ConfigError, match=r"source\.split: 'dev' is not there; the splits are train, test"):
+            read_all(hf, replace(config, split="dev"))
+
+    @pytest.mark.slow
+    def test_reads_what_load_dataset_finds_in_a_folder(self, tmp_path: Path) -> None:
+        write(tmp_path / "corpus", {name: data for name, data, _ in samples(5)})
+        rows = [{"file_name": name, "caption": text} for name, _, text in samples(5)]
+        write_metadata(tmp_path / "corpus/metadata.jsonl", rows)
+        config = hf.Config(path=str(tmp_path / "corpus"), cache=str(tmp_path / "cache"), revision="v1")
+        raws = read_all(hf, config)
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == samples(5)
+        assert {raw.metadata for raw in raws} == {'{"revision": "v1"}'}
+        with pytest.raises(ConfigError, match=r"source\.path: .* cannot be loaded"):
+            read_all(hf, replace(config, split="dev"))
+
+
+class TestImg2dataset:
+    def test_failed_downloads_are_rows_and_unfinished_shards_wait(self, tmp_path: Path) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 7)
+        (tmp_path / "corpus/00002_stats.json").unlink()
+        rows = {"key": ["x", "0003", "y", "0004"], "status": ["failed_to_download", "success", "success", "success"]}
+        rows["error_message"] = ["HTTP Error 404: Not Found", None, None, None]
+        pq.write_table(pa.table(rows), tmp_path / "corpus/00001.parquet")
+        raws = read_all(img2dataset, config)
+        assert [raw.source_key for raw in raws] == ["0000", "0001", "0002", "x", "0003", "y", "0004", "0005"]
+        assert {raw.source_key: raw.error for raw in raws if raw.error} == {
+            "x": "failed_to_download: HTTP Error 404: Not Found",
+            "y": "img2dataset says success, but the tar has no such sample",
+        }
+        assert raws[-1].alt_text == samples(7)[5][2]
+
+    def test_samples_of_one_name_are_both_rows(self, tmp_path: Path) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 3)
+        with tarfile.open(tmp_path / "corpus/00000.tar", "a") as tar:
+            tar.add(tmp_path / "corpus/00000_stats.json", "0000.jpg")
+        raws = read_all(img2dataset, config)
+        assert [(raw.source_key, raw.data) for raw in raws[3:]] == [("0000", b"{}")]
+        assert len(raws) == 4
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
+    def test_without_its_parquet_the_tar_is_read_and_the_loss_is_told(self, tmp_path: Path, damage: Any) -> None:
+        config = make_img2dataset(tmp_path / "corpus", 3)
+        damage(tmp_path / "corpus/00000.parquet")
+        *raws, last = read_all(img2dataset, config)
+        assert [(raw.data, raw.alt_text) for raw in raws] == [(data, text) for _, data, text in samples(3)]
+        assert (last.error or "").startswith("which downloads failed is not known: ")
+
+    def test_the_user_is_told_what_is_no_output_of_img2dataset(self, tmp_path: Path) -> None:
+        make_webdataset(tmp_path / "corpus", 3)
+        with pytest.raises(ConfigError, match=r"has no tar with its _stats\.json beside it; .* kind = \"webdataset\""):
+            read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
+        make_img2dataset(tmp_path / "corpus", 3)
+        with pytest.raises(ConfigError, match=r"source\.alt_text: there is no column 'alt'; there are key, caption, "):
+            read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus"), alt_text="alt"))
+
+    @pytest.mark.slow
+    def test_a_real_download_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
+        write(tmp_path / "served", {name: data for name, data, _ in samples(8)})
+        with served(tmp_path / "served") as address:
+            rows = [(f"{address}/{name}", text) for name, _, text in samples(8)]
+            rows[3:3] = [(f"{address}/gone.jpg", "nobody has it"), ("http://127.0.0.1:9/x.jpg", "nobody answers")]
+            download(tmp_path, rows)
+        raws = read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
+        by_text = {raw.alt_text: raw for raw in raws}
+        assert len(raws) == len(by_text) == 10
+        for _, data, text in samples(8):
+            raw, known = by_text[text], json.loads(by_text[text].metadata)
+            assert raw.data == data
+            assert known["status"] == "success"
+            assert known["sha256"] == sha256(data).hexdigest()
+            assert raw.file is not None and raw.offset is not None
+            assert Path(raw.file).read_bytes()[raw.offset :].startswith(data)
+        assert by_text["nobody has it"].error == "failed_to_download: HTTP Error 404: File not found"
+        assert "refused" in (by_text["nobody answers"].error or "")
+        assert json.loads(by_text["nobody has it"].metadata)["url"].endswith("/gone.jpg")
+        assert len({raw.source_key for raw in raws}) == 10
+
+
+def download(root: Path, rows: list[tuple[str, str]]) -> None:
+    """Runs img2dataset in a process of its own: it starts others, and is chatty."""
+    with (root / "urls.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("url", "caption"), *rows])
+    options = {
+        "url_list": root / "urls.csv",
+        "input_format": "csv",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_folder": root / "corpus",
+        "output_format": "webdataset",
+        "number_sample_per_shard": 4,
+        "processes_count": 1,
+        "thread_count": 2,
+        "resize_mode": "no",
+        "disable_all_reencoding": True,
+        "enable_wandb": False,
+    }
+    command = [
+        str(Path(sys.executable).parent / "img2dataset"),
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})

@@ -1,0 +1,119 @@
+"""The plan: shards fill up, specs read and print, and no key ever moves when the corpus grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import SpecError
+from pipeline.records import Piece, Planned, make_key
+from pipeline.storage import tables
+from pipeline.storage.plan import Plan, assign, count, format_spec, freeze, parse_spec
+
+sizes = st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=12)
+
+
+def corpus(sizes: list[int | None]) -> list[Piece]:
+    return [Piece(file=f"file{i}", start=0, stop=size) for i, size in enumerate(sizes)]
+
+
+def samples(rows: list[Planned], *, unknown: int = 3) -> list[tuple[str, str, int]]:
+    """(key, file, position in the file) of every sample, where a piece of unknown length has `unknown`."""
+    found, indices = [], dict[int, int]()
+    for row in rows:
+        for position in range(row.start, unknown if row.stop is None else row.stop):
+            index = indices[row.shard] = indices.get(row.shard, -1) + 1
+            found.append((make_key(row.shard, index), row.file, position))
+    return found
+
+
+@given(sizes, st.integers(1, 10))
+def test_every_sample_is_planned_once_in_order(sizes: list[int | None], shard_size: int) -> None:
+    rows = list(assign(corpus(sizes), shard_size=shard_size))
+    expected = [(f"file{i}", n) for i, size in enumerate(sizes) for n in range(3 if size is None else size)]
+    assert [(file, position) for _, file, position in samples(rows)] == expected
+    keys = [key for key, _, _ in samples(rows)]
+    assert keys == sorted(set(keys))
+
+
+@given(sizes, st.integers(1, 10))
+def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[int | None], shard_size: int) -> None:
+    rows = list(assign(corpus(sizes), shard_size=shard_size))
+    for shard in {row.shard for row in rows}:
+        pieces = [row for row in rows if row.shard == shard]
+        if any(row.stop is None for row in pieces):
+            assert len(pieces) == 1
+        else:
+            assert sum(row.stop - row.start for row in pieces if row.stop is not None) <= shard_size
+
+
+@given(sizes, st.integers(1, 10))
+def test_the_digests_of_all_shards_are_those_of_each(sizes: list[int | None], shard_size: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.parquet"
+        _, num_shards = freeze(path, corpus(sizes), shard_size=shard_size)
+        plan, _ = Plan.load(path)
+        assert list(plan.digests()) == [plan.digest(shard) for shard in range(num_shards)]
+
+
+@given(sizes, sizes, st.integers(1, 10), st.lists(st.integers(0, 9), max_size=12))
+def test_no_key_moves_when_the_corpus_grows(
+    sizes: list[int | None], more: list[int | None], shard_size: int, growth: list[int]
+) -> None:
+    grown = [
+        size if size is None else size + growth[i % len(growth)] if growth else size for i, size in enumerate(sizes)
+    ]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.parquet"
+        freeze(path, corpus(sizes), shard_size=shard_size)
+        before = list(tables.read(path, Planned))
+        freeze(path, corpus([*grown, *more]), shard_size=shard_size)
+        after = list(tables.read(path, Planned))
+        freeze(path, corpus([*grown, *more]), shard_size=shard_size)
+        assert list(tables.read(path, Planned)) == after
+    assert after[: len(before)] == before
+    assert all(row.shard > before[-1].shard for row in after[len(before) :] if before)
+    everything = {(file, position) for _, file, position in samples(after)}
+    assert everything == {(p.file, n) for p in corpus([*grown, *more]) for n in range(3 if p.stop is None else p.stop)}
+    assert len(samples(after)) == len(everything)
+
+
+def test_the_plan_of_some_shards_reads_like_the_plan_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    freeze(path, corpus([7] * 5000), shard_size=10)
+    whole, every = Plan.load(path)
+    some, wanted = Plan.load(path, "2990-2995")
+    assert (count(path), len(every), list(wanted)) == (3500, 3500, list(range(2990, 2996)))
+    for shard in wanted:
+        assert some.pieces(shard) == whole.pieces(shard)
+        assert some.digest(shard) == whole.digest(shard)
+        assert some.num_samples(shard) == 10
+
+
+@given(st.sets(st.integers(0, 400), min_size=1))
+def test_specs_print_and_parse(shards: set[int]) -> None:
+    assert parse_spec(format_spec(shards), 401) == sorted(shards)
+
+
+@given(st.integers(0, 500), st.integers(1, 40))
+def test_blocks_cover_the_plan_once(num_shards: int, num_blocks: int) -> None:
+    blocks = [list(parse_spec(f"{i}/{num_blocks}", num_shards)) for i in range(num_blocks)]
+    assert [shard for block in blocks for shard in block] == list(range(num_shards))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shards"),
+    [("7", [7]), ("0-9", list(range(10))), ("0-9:4", [0, 4, 8]), ("3,5,8-11", [3, 5, 8, 9, 10, 11]), ("5,3,5", [3, 5])],
+)
+def test_specs_as_people_write_them(spec: str, shards: list[int]) -> None:
+    assert list(parse_spec(spec, 12)) == shards
+
+
+@pytest.mark.parametrize("spec", ["", "x", "12", "3-1", "0-12", "1/0", "2/2", "1,,2", "-1", "0-4:0", "all,1"])
+def test_wrong_specs_say_what_is_wrong(spec: str) -> None:
+    with pytest.raises(SpecError, match="--shard"):
+        parse_spec(spec, 12)

@@ -1,0 +1,222 @@
+"""Kills runs at random moments, over and over, and counts what that cost.
+
+    python -m tests.support.disasters --kills 300                  # shared out among the engines that start at once
+    python -m tests.support.disasters --kills 10 --engine vllm     # or echo, server, transformers
+
+Every stage is started, killed with SIGKILL at some moment, and started again, until it is done; then every table is
+compared with that of a run that nobody disturbed. Stages are killed equally often. A line of JSON for each engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tests.support.runs import BAD, GOOD, begin, corpus, make, sections
+
+STAGES = ("ingest", "caption", "score", "filter", "export")
+MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD]
+AGE = 0.05  # seconds between parts, so that a short shard has some to adopt
+AT_ONCE = ("echo", "server", "transformers")  # engines that start in seconds
+MOST = 5  # kills of a stage of one run: then it may end, however slow the machine has become
+IMPORTED = {  # before a process of `start` begins: imports would be most of what is killed
+    "": ("__main__", "tests.support.runs", "pyarrow.parquet", "duckdb", "stages.export", "stages.scorers.judge"),
+    "server": ("aiohttp",),
+    "transformers": ("torch", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"),
+}
+
+
+@dataclass(kw_only=True)
+class Toll:
+    """What the kills have cost."""
+
+    runs: int = 0
+    kills: int = 0
+    kills_by_stage: dict[str, int]
+    rows: int = 0
+    rows_lost: int = 0
+    rows_doubled: int = 0
+    tables_that_differ: int = 0  # in their bytes, where the engine answers alike every time
+    leftovers: int = 0  # unfinished files under a final folder
+
+    @property
+    def harm(self) -> int:
+        return self.rows_lost + self.rows_doubled + self.tables_that_differ + self.leftovers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300, help="at least; as many of each stage")
+    parser.add_argument("--engine", choices=[*AT_ONCE, "vllm"], help="only this one")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.engine:
+        toll = tormented(args.engine, kills=args.kills, seed=args.seed)
+        print(json.dumps({"engine": args.engine, **asdict(toll)}))
+        sys.exit(1 if toll.harm else 0)
+    command = [sys.executable, "-m", "tests.support.disasters", "--seed", str(args.seed)]
+    share = ["--kills", str(-(-args.kills // len(AT_ONCE)))]
+    sys.exit(max(subprocess.run([*command, *share, "--engine", kind], check=False).returncode for kind in AT_ONCE))
+
+
+def tormented(kind: str, *, kills: int, seed: int) -> Toll:
+    """A toll, with an engine of this kind."""
+    stages = ("caption",) if kind == "vllm" else STAGES  # it is in no other stage's process
+    alike = kind in ("echo", "server")
+    early = [*IMPORTED[""], *IMPORTED.get(kind, ())]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(early)  # heeded by the first process alone
+    with tempfile.TemporaryDirectory() as folder, engines(kind, Path(folder)) as parts:
+        return torment(Path(folder), parts, kills=kills, seed=seed, alike=alike, stages=stages)
+
+
+@contextmanager
+def engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """Sections of run.toml for an engine."""
+    if kind == "echo":
+        yield {"engines__captioner": {"delay": 0.002}, "engines__judge": {"delay": 0.002}}
+    elif kind == "server":
+        from tests.support.faults import Faulty
+
+        with Faulty() as server:
+            asked = {"kind": "openai", "model": "echo", "base_url": server.url}
+            yield {"engines__captioner": asked, "engines__judge": asked}
+    else:
+        from tests.support import tiny
+
+        asked = {"kind": kind, "model": str(tiny.make(folder / "model"))}
+        asked |= {"enforce_eager": True, "kv_cache_gib": 1, "max_model_len": 2048} if kind == "vllm" else {}
+        yield {"engines__captioner": asked, "engines__judge": {"kind": "echo"}}
+
+
+def torment(
+    folder: Path,
+    parts: Mapping[str, Mapping[str, Any]],
+    *,
+    kills: int,
+    seed: int,
+    alike: bool = True,
+    stages: tuple[str, ...] = STAGES,
+) -> Toll:
+    """Makes runs, killed at random moments, until each of `stages` was killed often enough."""
+    noise, toll = Random(seed), Toll(kills_by_stage=dict.fromkeys(STAGES, 0))
+    photos = corpus(folder / "photos", MIX * 2)
+    settings = sections(photos, caption__dense={"recipe": "short", "num_candidates": 2}, **parts)
+    quiet = begin(folder / "quiet", settings)
+    seconds = {stage: _undisturbed(quiet, stage) for stage in STAGES}
+    wanted = dict.fromkeys(stages, -(-kills // len(stages)))
+    while any(toll.kills_by_stage[stage] < num for stage, num in wanted.items()):
+        run = folder / "run"
+        run.mkdir()
+        for name in ("run.toml", "plan.parquet"):
+            shutil.copy(quiet / name, run)
+        for stage in STAGES:
+            room = min(MOST, wanted.get(stage, 0) - toll.kills_by_stage[stage])
+            toll.kills_by_stage[stage] += _until_done(run, stage, noise, seconds, most=room)
+        toll.kills = sum(toll.kills_by_stage.values())
+        toll.runs += 1
+        compare(quiet, run, toll, alike=alike)
+        shutil.rmtree(run)
+    return toll
+
+
+def start(run: Path, what: str, **options: Any) -> BaseProcess:
+    """`recap run` in a process that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_work, args=(run, what, options))
+    process.start()
+    return process
+
+
+def _work(run: Path, what: str, options: dict[str, Any]) -> None:
+    from pipeline.storage import parts
+
+    os.dup2(os.open(_log(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    parts.MAX_AGE = AGE
+    sys.exit(make(run, what, **options).exit_code)
+
+
+def _log(run: Path) -> Path:
+    return run.with_suffix(".log")
+
+
+def _undisturbed(run: Path, stage: str) -> float:
+    begun = time.monotonic()
+    process = start(run, stage)
+    process.join()
+    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{_log(run).read_text()[-3000:]}"
+    return time.monotonic() - begun
+
+
+def _until_done(run: Path, stage: str, noise: Random, seconds: dict[str, float], *, most: int) -> int:
+    """Starts a stage until it is done; returns how often it was killed.
+
+    Args:
+        seconds: that each stage takes; noted anew when this one was left alone.
+    """
+    kills = 0
+    while True:
+        begun = time.monotonic()
+        process = start(run, stage)
+        process.join(noise.uniform(0, seconds[stage]) if kills < most else None)
+        if process.exitcode is None and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if process.exitcode == 0:
+            if kills == 0:
+                seconds[stage] = time.monotonic() - begun
+            return kills
+        said = _log(run).read_text()[-3000:]
+        assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{said}"
+        kills += 1
+
+
+def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[str, ...] = ()) -> None:
+    """Adds up what a run lacks, or has twice, against one that nobody disturbed."""
+    for name in sorted({*_tables(quiet), *_tables(run)}):
+        wanted, found = _ids(quiet / name), _ids(run / name)
+        toll.rows += sum(found.values())
+        toll.rows_lost += sum((wanted - found).values())
+        toll.rows_doubled += sum((found - wanted).values())
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.is_file() and not name.startswith((".work", "stats")) and path.suffix not in but:
+            if path.name.startswith("."):
+                toll.leftovers += 1
+                continue
+            same = (quiet / name).exists() and (quiet / name).read_bytes() == path.read_bytes()
+            toll.tables_that_differ += alike and not same and path.name != "README.md"  # it has the folder's name
+
+
+def _tables(run: Path) -> Iterator[str]:
+    folders = ("image", "caption", "score", "verdict", "export")
+    return (str(path.relative_to(run)) for top in folders for path in (run / top).rglob("*.parquet"))
+
+
+def _ids(path: Path) -> Counter[tuple[Any, ...]]:
+    if not path.exists():
+        return Counter()
+    names = [n for n in ("key", "caption", "name", "candidate") if n in pq.read_schema(path).names]
+    names = ["key"] if "export" in path.parts else names
+    return Counter(tuple(row.values()) for row in pq.read_table(path, columns=names).to_pylist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Makes corpora and runs for the tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from PIL import Image
+
+from pipeline import cli, config
+from pipeline.commands import init
+from pipeline.execution.passes import select
+from pipeline.execution.runner import Outcome, Runner
+
+ROOT = Path(__file__).parent.parent.parent
+GOOD, BAD = ["jpg", "png", "webp"], ["cut", "empty", "text"]
+
+
+def picture(seed: int, format: str = "jpeg", size: tuple[int, int] = (40, 30)) -> bytes:
+    """A small picture that no other seed gives."""
+    noise = random.Random(seed)
+    image = Image.new("RGB", size, tuple(noise.randrange(256) for _ in range(3)))
+    image.paste(tuple(noise.randrange(256) for _ in range(3)), (5, 5, noise.randrange(8, 36), noise.randrange(8, 26)))
+    out = BytesIO()
+    image.save(out, format)
+    return out.getvalue()
+
+
+def corpus(folder: Path, kinds: Iterable[str], *, first: int = 0) -> Path:
+    """A folder of files, one of each kind in GOOD or BAD, in the order of their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, kind in enumerate(kinds, first):
+        (folder / f"{i:05d}.{kind if kind in GOOD else 'jpg'}").write_bytes(_file(kind, i))
+        if i % 3 == 0 and kind in GOOD:
+            (folder / f"{i:05d}.txt").write_text(f"alt text of number {i}")
+    return folder
+
+
+def _file(kind: str, number: int) -> bytes:
+    if kind == "cut":
+        return picture(number, size=(400, 300))[:500]
+    if kind in ("empty", "text"):
+        return {"empty": b"", "text": b"words"}[kind]
+    return picture(number, "jpeg" if kind == "jpg" else kind)
+
+
+def sections(photos: Path, /, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A run.toml with everything in it, on the echo engine; `a__b={...}` changes [a.b]."""
+    made: dict[str, dict[str, Any]] = {
+        "source": {"kind": "folder", "path": str(photos), "shard_size": 10},
+        "engines.captioner": {"kind": "echo"},
+        "engines.judge": {"kind": "echo"},
+        "caption.dense": {"recipe": "dense", "engine": "captioner"},
+        "score.form": {"kind": "text"},
+        "score.judge": {"kind": "judge", "engine": "judge", "rubric": "dense"},
+        "filter": {"rules": {"judged": "judge >= 0.4"}, "choose": "judge DESC"},
+        "export": {},
+    }
+    for name, values in changes.items():
+        made.setdefault(name.replace("__", "."), {}).update(values)
+    return made
+
+
+def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
+    """run.toml, whatever was there before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{key} = {init.toml(value)}\n" for key, value in top.items())
+    for name, values in parts.items():
+        text += f"\n[{name}]\n" + "".join(f"{key} = {init.toml(value)}\n" for key, value in values.items())
+    (folder / "run.toml").write_text(text)
+    return folder
+
+
+def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
+    """A run with its plan."""
+    write(folder, parts, **top)
+    init.plan(config.load(folder))
+    return folder
+
+
+def make(folder: Path, what: str = "all", **options: Any) -> Outcome:
+    """What `recap run` does, in this process."""
+    runner = Runner(run=config.load(folder), **options)
+    return runner.execute(select(runner.passes, what))
+
+
+def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line in this process, which starts no interpreter for it; what it raises unforeseen is raised.
+
+    Raises:
+        CalledProcessError: it ended with another code than 0, and `check`.
+    """
+    out, err = (TextIOWrapper(BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    code: str | int | None = 0
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, env))
+        stack.enter_context(patch.object(sys, "argv", ["recap", *map(str, args)]))
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    done = subprocess.CompletedProcess(["recap", *map(str, args)], int(code or 0), *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def recap_alone(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user has it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=check,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
+
+
+def files(folder: Path, *, without: tuple[str, ...] = ("stats", ".work")) -> dict[str, bytes]:
+    """Every file below a folder, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in without
+    }
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When every file below a folder was written, by name; nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}

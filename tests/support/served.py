@@ -1,0 +1,93 @@
+"""Starts `recap serve` in a process of its own, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    endpoint: Path  # the file that says where the server is
+    process: subprocess.Popen[bytes]
+
+    @property
+    def address(self) -> str:
+        return str(json.loads(self.endpoint.read_text())["base_url"]).removesuffix("/v1")
+
+    def num_answered(self) -> int:
+        """How many requests it has answered, by its own count."""
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total")))
+
+    def kill(self) -> None:
+        """As a machine does that is switched off: nothing is tidied up."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def serving(model: Path, **keys: Any) -> Iterator[Served]:
+    """The model, served under the name "tiny" until the block ends. `keys` are those of `[engines.NAME.serve]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "models").mkdir()
+        (run / "models" / "tiny").symlink_to(model)
+        (run / "run.toml").write_text(_run_toml(keys))
+        with started(run, "tiny") as served:
+            yield served
+
+
+@contextmanager
+def started(run: Path, engine: str) -> Iterator[Served]:
+    """The server of an engine of a run, until the block ends."""
+    endpoint = run / "endpoints" / f"{engine}.json"
+    endpoint.unlink(missing_ok=True)  # of one that was killed
+    process = subprocess.Popen([sys.executable, "-m", "tests.support.served", str(run), engine], start_new_session=True)
+    try:
+        while not endpoint.exists():
+            assert process.poll() is None, "the server ended before it was ready"
+            time.sleep(0.2)
+        yield Served(endpoint=endpoint, process=process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def _run_toml(keys: dict[str, Any]) -> str:
+    lines = ['[source]\nkind = "folder"\npath = "."', '[engines.tiny]\nkind = "openai"\nmodel = "tiny"']
+    lines += ['base_url = "endpoint"\n[engines.tiny.serve]']
+    given = {"kv_cache_gib": 1} | keys
+    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in given.items())])
+
+
+def _end_with(parent: int) -> None:
+    """No test that is killed leaves a server behind."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    from pipeline import config
+    from pipeline.commands import serve
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    serve.serve(config.load(Path(sys.argv[1])), sys.argv[2])
