@@ -304,7 +304,7 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     (run / "recipes").mkdir(parents=True)
     (run / "recipes" / "bench.toml").write_text(RECIPE)
     (run / "run.toml").write_text(toml(sections))
-    init.plan(config.load(run))
+    init.extend_plan(config.load(run))
     runner = Runner(run=config.load(run))
     if runner.execute(select(runner.passes, "ingest")).exit_code:
         raise SystemExit("ingest failed")

@@ -65,7 +65,7 @@ def make(run: Path, method: str, num_images: int) -> Path:
         "score.committee": {"kind": "rubric", "rubric": "committee", "captions": ["hasty"]},
         "train": {"method": method, "captions": ["hasty"], **TRAIN, **METHODS[method]},
     }
-    init.begin(run, sections)
+    init.create_run(run, sections)
     runner = Runner(run=config.load(run))
     for stage in ("ingest", "caption", "rubric"):
         assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"

@@ -133,7 +133,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     if file.read_text() != text:
         raise SystemExit(f"{file} is another comparison's: name a new folder")
     run = config.load(folder)
-    init.plan(run)
+    init.extend_plan(run)
     runner = Runner(run=run)
     for stage in ("ingest", "caption", "rubric"):
         assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"

@@ -55,10 +55,10 @@ def main() -> None:
 
 def make(run: Path, num_shards: int) -> int:
     """A run in which all is done; returns its number of tables."""
-    sections = init.defaults(
+    sections = init.default_sections(
         {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
     )
-    init.begin(run, sections)
+    init.create_run(run, sections)
     first = Runner(run=config.load(run), shards="0")
     assert first.execute(select(first.passes, "all")).exit_code == 0
     plan = Runner(run=config.load(run)).plan

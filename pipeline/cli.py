@@ -44,7 +44,7 @@ def demo(
     """The whole pipeline on the embedded default."""
     from pipeline.commands import demo
 
-    outcome, summary = demo.show(folder, num_images=images, engine=engine)
+    outcome, summary = demo.run_demo(folder, num_images=images, engine=engine)
     _tell(outcome)
     if outcome.exit_code == 0:
         print("\n".join(summary))
@@ -67,9 +67,9 @@ def init(
     from pipeline.progress import say
 
     guessed = init.guess_source(source) | ({"kind": kind} if kind else {})
-    sections = init.defaults({**guessed, "shard_size": shard_size}, engine=engine, model=model)
-    run, num_shards = init.begin(folder, sections)
-    if beside := init.left_out(sections["source"]):
+    sections = init.default_sections({**guessed, "shard_size": shard_size}, engine=engine, model=model)
+    run, num_shards = init.create_run(folder, sections)
+    if beside := init.describe_ignored_files(sections["source"]):
         say(f"recap: {beside}")
     say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
     if engine == "echo":
@@ -87,7 +87,7 @@ def plan(run: RunOption = Path()) -> None:
     from pipeline.commands import init
     from pipeline.progress import say
 
-    before, after = init.plan(config.load(run))
+    before, after = init.extend_plan(config.load(run))
     say(f"{after} shards, {after - before} of them new")
 
 
@@ -101,7 +101,7 @@ def attempt(
     from pipeline import config
     from pipeline.commands import preview
 
-    for line in preview.attempt(config.load(run), what, num_images=images):
+    for line in preview.preview_passes(config.load(run), what, num_images=images):
         print(line)
 
 
@@ -172,8 +172,8 @@ def status(
 
     runner = Runner(run=config.load(run))
     watch = JobMonitor.of(runner)
-    passes = report.survey(runner, watch)
-    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.table(passes, watch))
+    passes = report.summarise_passes(runner, watch)
+    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.format_table(passes, watch))
     if folders := left_over(runner.run):
         say(f"recap: left over, of passes that run.toml does not have (nothing reads them): {', '.join(folders)}")
 
@@ -226,7 +226,7 @@ def report(
     from pipeline import config
     from pipeline.report import page
 
-    print(page.write(config.load(run), num_images=images))
+    print(page.write_report(config.load(run), num_images=images))
 
 
 @app.command(epilog="Example: recap serve judge --run runs/photos")
@@ -246,7 +246,7 @@ def serve(
     from pipeline.progress import say
 
     try:
-        server.serve(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
+        server.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
     except EngineDiedError as error:
         say(f"recap: {error}")
         raise typer.Exit(1) from error
@@ -264,8 +264,8 @@ def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = 
     from pipeline import config
     from pipeline.slurm import submit
 
-    runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
-    print("\n".join(submit.script(runner, chosen)), end="")
+    runner, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    print("\n".join(submit.render_scripts(runner, chosen)), end="")
 
 
 @slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
@@ -275,8 +275,8 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
     from pipeline.progress import say
     from pipeline.slurm import submit
 
-    runner, chosen = submit.prepare(config.load(run), stages or ["all"], stale=stale)
-    num = submit.submit(runner, chosen)
+    runner, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    num = submit.submit_jobs(runner, chosen)
     say(f"{num} tasks submitted" if num else "nothing to submit: all is done, or on its way")
 
 

@@ -63,8 +63,8 @@ def test_no_run_and_no_toml_are_named(tmp_path: Path) -> None:
 
 
 def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -> None:
-    meant = init.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
-    (tmp_path / "run.toml").write_text(init.render(meant))
+    meant = init.default_sections({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(init.render_manifest(meant))
     run = config.load(tmp_path)
     assert run.sections["caption"]["dense"].recipe == meant["caption.dense"]["recipe"]
     assert dict(run.sections["filter"][""].rules) == meant["filter"]["rules"]
@@ -77,8 +77,10 @@ def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -
 
 
 def test_defaults_and_urls_decide_no_rows(tmp_path: Path) -> None:
-    meant = init.defaults({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
-    (tmp_path / "run.toml").write_text(init.render(meant))
+    meant = init.default_sections({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_text(init.render_manifest(meant))
     stamp = config.load(tmp_path).source.stamp
-    (tmp_path / "run.toml").write_text(init.render({**meant, "source": {"kind": "folder", "path": "elsewhere"}}))
+    (tmp_path / "run.toml").write_text(
+        init.render_manifest({**meant, "source": {"kind": "folder", "path": "elsewhere"}})
+    )
     assert config.load(tmp_path).source.stamp == stamp

@@ -30,7 +30,7 @@ STEPS = {
 }
 
 
-def begin(folder: Path, *, num_images: int | None = None, engine: EngineKind | None = None) -> config.Run:
+def create_demo(folder: Path, *, num_images: int | None = None, engine: EngineKind | None = None) -> config.Run:
     """Writes the demo's run.toml and plan into `folder`, unless they are there.
 
     Raises:
@@ -42,15 +42,15 @@ def begin(folder: Path, *, num_images: int | None = None, engine: EngineKind | N
         plugins.load("pipeline.engines", engine).require_vllm()
     if not file.exists():
         with tables.atomic(file) as out:
-            out.write(manifest(num_images=num_images, engine=engine).encode())
+            out.write(render_manifest(num_images=num_images, engine=engine).encode())
     run = config.load(folder)
     if engine and engine not in {plugin.kind for plugin in run.engines.values()}:
         raise RefusedError(f"{file} has another engine; `recap demo DIR --engine {engine}` wants a folder of its own")
-    init.plan(run)
+    init.extend_plan(run)
     return run
 
 
-def manifest(*, num_images: int | None, engine: EngineKind | None) -> str:
+def render_manifest(*, num_images: int | None, engine: EngineKind | None) -> str:
     """The demo's run.toml, as it ships or changed so."""
     text = (resources.files("manifests") / "demo" / "run.toml").read_text(encoding="utf-8")
     if num_images is not None:
@@ -61,15 +61,15 @@ def manifest(*, num_images: int | None, engine: EngineKind | None) -> str:
     return text
 
 
-def show(folder: Path, *, num_images: int | None, engine: EngineKind | None) -> tuple[Outcome, Iterator[str]]:
+def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None) -> tuple[Outcome, Iterator[str]]:
     """Runs every stage; returns what it did, and the summary line by line."""
     start = time.monotonic()
-    runner = Runner(run=begin(folder, num_images=num_images, engine=engine))
+    runner = Runner(run=create_demo(folder, num_images=num_images, engine=engine))
     outcome = runner.execute(runner.passes)
-    return outcome, summary(folder, time.monotonic() - start)
+    return outcome, format_summary(folder, time.monotonic() - start)
 
 
-def summary(folder: Path, seconds: float) -> Iterator[str]:
+def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     with database.connect(folder) as connection:
         steps = dict(database.rows(connection, f"SELECT step, images FROM ({database.named_query('yield')})"))
         reasons = list(database.rows(connection, REFUSALS))
@@ -86,7 +86,7 @@ def summary(folder: Path, seconds: float) -> Iterator[str]:
     yield f"  {'':14}{'claims that are true':>22}{'of what could be said':>24}{'claims that are false':>24}"
     yield from _rightness(said)
     yield ""
-    page.write(config.load(folder))
+    page.write_report(config.load(folder))
     for place, meaning in FILES.items():
         yield f"  {f'{folder}/{place}':28} {meaning}"
     yield ""

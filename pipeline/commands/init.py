@@ -28,7 +28,7 @@ WIDTH = 110
 LEVELS, NUM_FOLDERS, NUM_NAMES = 5, 3, 2000  # that a guess looks at: folders in each other, in each, names in each
 
 
-def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
+def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
     """Writes `<folder>/run.toml` and freezes the plan; returns the run and its number of shards.
 
     Raises:
@@ -46,10 +46,10 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tables.atomic(file) as out:
-        out.write(render(sections).encode())
+        out.write(render_manifest(sections).encode())
     try:
         run = load(folder.absolute())
-        return run, plan(run)[1]
+        return run, extend_plan(run)[1]
     except BaseException as error:  # a Ctrl-C too; raised again
         file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
         for place in made:
@@ -60,7 +60,7 @@ def begin(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run,
         raise
 
 
-def plan(run: Run) -> tuple[int, int]:
+def extend_plan(run: Run) -> tuple[int, int]:
     """Freezes the plan, or extends it; returns how many shards there were, and are.
 
     Raises:
@@ -97,7 +97,7 @@ def guess_source(source: str) -> dict[str, Any]:
     return {"kind": _kind(path, source), "path": place}
 
 
-def left_out(source: Mapping[str, Any]) -> str:
+def describe_ignored_files(source: Mapping[str, Any]) -> str:
     """What looks like images too, and is not of the kind that the corpus has; "" where nothing does."""
     path, kind = Path(source.get("path", "")), source["kind"]
     if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
@@ -149,7 +149,7 @@ def _some(folder: Path, *, below: str = "", levels: int = LEVELS) -> Iterator[st
                 yield from _some(folder, below=f"{below}{name}/", levels=levels - 1)
 
 
-def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
+def render_manifest(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """A run.toml with these values, all other keys of each section as comments with their defaults."""
     return "\n".join([*_head(), *(line for name, values in sections.items() for line in _section(name, values)), ""])
 
@@ -166,7 +166,7 @@ def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     yield f"[{name}]"
     about = list(_classes(name, values))
     if "kind" in values:
-        yield f"kind = {toml(values['kind'])}"
+        yield f"kind = {format_toml(values['kind'])}"
     known = {field.name for cls in about for field in dataclasses.fields(cls)}
     assert known >= set(values) - {"kind"}, f"{name}: {set(values) - known}"
     for cls in about:
@@ -185,10 +185,10 @@ def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
         f"{field.metadata.get('help', '')} ({describe(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
     )
     if field.name in values:
-        yield f"{field.name} = {toml(values[field.name])}"
+        yield f"{field.name} = {format_toml(values[field.name])}"
         return
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    yield f"# {field.name} =" + ("" if default is MISSING or default is None else f" {toml(default)}")
+    yield f"# {field.name} =" + ("" if default is MISSING or default is None else f" {format_toml(default)}")
 
 
 def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
@@ -206,10 +206,10 @@ def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
         yield Corpus
 
 
-def toml(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """A value as TOML, on one line.
 
-    >>> toml({"a": [1, "b"]})
+    >>> format_toml({"a": [1, "b"]})
     '{ a = [1, "b"] }'
     """
     if dataclasses.is_dataclass(value):
@@ -217,10 +217,10 @@ def toml(value: Any) -> str:
             f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) is not None
         }
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{_toml_key(key)} = {toml(one)}" for key, one in value.items())
+        inner = ", ".join(f"{_toml_key(key)} = {format_toml(one)}" for key, one in value.items())
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(toml(one) for one in value)}]"
+        return f"[{', '.join(format_toml(one) for one in value)}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
@@ -230,7 +230,7 @@ def _toml_key(key: str) -> str:
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
 
 
-def defaults(source: Mapping[str, Any], *, engine: str, model: str | None) -> dict[str, dict[str, Any]]:
+def default_sections(source: Mapping[str, Any], *, engine: str, model: str | None) -> dict[str, dict[str, Any]]:
     """The sections of a first run: dense captions, checked as text and judged with the image."""
     asked = {"kind": engine, **({"model": model} if model else {})}
     if engine == "openai":

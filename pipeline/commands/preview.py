@@ -24,7 +24,7 @@ NUM_FILES = 4  # that a trial opens where a file holds many images
 MAX_LISTED = 1000  # files of the corpus that it looks up for them
 
 
-def attempt(run: Run, what: str, *, num_images: int) -> Iterator[str]:
+def preview_passes(run: Run, what: str, *, num_images: int) -> Iterator[str]:
     """Runs the passes that `what` names on the first images of the corpus; yields what came, image by image.
 
     Raises:

@@ -60,7 +60,7 @@ class Server:
         return [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments), *self.args]
 
 
-def serve(
+def serve_engine(
     run: config.Run, name: str, *, host: str = "127.0.0.1", port: int = 0, ready_timeout: float = READY_TIMEOUT
 ) -> None:
     """Runs the server that an engine of run.toml describes until a signal ends it.
@@ -74,7 +74,7 @@ def serve(
         ConfigError: there is no such engine, vLLM does not serve its kind, or the server would be open to everyone.
         EngineDiedError: the server did not get ready in time, or ended by itself.
     """
-    server = describe(run, name)
+    server = describe_server(run, name)
     if not is_loopback(host) and not server.key:
         raise ConfigError(f"{run.file}: engines.{name}", needs_key(host))
     port = port or _free_port(host)
@@ -94,7 +94,7 @@ def serve(
             raise EngineDiedError(f"the server of {name} ended by itself with exit code {child.returncode}")
 
 
-def describe(run: config.Run, name: str) -> Server:
+def describe_server(run: config.Run, name: str) -> Server:
     """What an engine of run.toml says of its server."""
     if name not in run.engines:
         raise ConfigError(f"{run.file}: engines", unknown(name, sorted(run.engines)))

@@ -45,7 +45,7 @@ class PassStatus:
     waiting: dict[str, int]  # why tasks wait, in Slurm's words -> tasks
 
 
-def survey(runner: Runner, watch: JobMonitor) -> list[PassStatus]:
+def summarise_passes(runner: Runner, watch: JobMonitor) -> list[PassStatus]:
     """Every pass of the run, in order."""
     overview = StateIndex(runner.ledger, runner.plan, runner.passes)
     return [_survey(runner, p, overview, watch) for p in runner.passes]
@@ -103,7 +103,7 @@ def _read(path: Path) -> Iterator[Stat]:
         yield from tables.read(path, Stat)
 
 
-def table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
+def format_table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
     """For people."""
     head = ("pass", "done", "stale", "missing", "rows", "failed", "rows/s", "left")
     rows = [head, *(_row(p) for p in passes)]

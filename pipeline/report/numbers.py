@@ -144,7 +144,7 @@ class Report:
     settings: tuple[Setting, ...]
 
 
-def survey(run: config.Run) -> Report:
+def read_numbers(run: config.Run) -> Report:
     """Asks the run's tables for all numbers."""
     with views.connect(run) as connection:
         costs, until = _costs(connection)

@@ -15,14 +15,14 @@ from pipeline.progress import short
 from pipeline.report import cards, figures
 from pipeline.report.figures import Section
 from pipeline.report.markup import Html, el, join
-from pipeline.report.numbers import Report, survey
-from pipeline.report.samples import Sheet, sheets
+from pipeline.report.numbers import Report, read_numbers
+from pipeline.report.samples import Sheet, draw_sheets
 from pipeline.storage import tables
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write(run: config.Run, *, num_images: int = 36) -> Path:
+def write_report(run: config.Run, *, num_images: int = 36) -> Path:
     """Writes `<run>/report.html`, whole or not at all.
 
     Args:
@@ -30,7 +30,7 @@ def write(run: config.Run, *, num_images: int = 36) -> Path:
         num_images: samples that are shown, at most.
     """
     path = run.folder / "report.html"
-    text = render(survey(run), list(sheets(run, num_images=num_images)))
+    text = render(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
     with tables.atomic(path) as file:
         file.write(text.encode())
     return path

@@ -54,7 +54,7 @@ class Sheet:
     samples: tuple[Sample, ...]
 
 
-def sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
+def draw_sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets of `num_images` samples in all, or fewer; those of an unfinished run show what there is."""
     with views.connect(run) as connection:
         drawn = dict(_drawn(connection, num_images))

@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.execution.passes import Pass
 from pipeline.execution.runner import Runner
 from pipeline.slurm import scheduler
-from pipeline.slurm.script import Cluster, Job
-from pipeline.slurm.submit import Place, block_of, jobs, place_of
+from pipeline.slurm.script import Job, SlurmRun
+from pipeline.slurm.submit import ShardBlock, find_block, parse_block, plan_jobs
 from pipeline.storage.plan import format_spec, parse_spec
 
 LAST_BYTES = 4096  # of a log: its last line is in them
@@ -35,20 +35,20 @@ class RunningTask:
 class JobMonitor:
     """A run's jobs at one moment."""
 
-    cluster: Cluster
+    cluster: SlurmRun
     jobs: tuple[Job, ...]
-    tasks: tuple[scheduler.SlurmTask, ...]
+    tasks: tuple[scheduler.QueuedTask, ...]
     problem: str  # why Slurm could not be asked; "" when it could
 
     @classmethod
     def of(cls, runner: Runner) -> JobMonitor:
         """Asks only where there is a Slurm and the run has been submitted."""
-        cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards), tuple(jobs(runner.passes))
-        tasks, problem = list[scheduler.SlurmTask](), ""
-        if cluster.folder.is_dir() and scheduler.installed():
+        cluster, found = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards), tuple(plan_jobs(runner.passes))
+        tasks, problem = list[scheduler.QueuedTask](), ""
+        if cluster.folder.is_dir() and scheduler.is_installed():
             try:
-                tasks = scheduler.tasks(cluster.names(found))
-            except scheduler.SlurmFailed as error:
+                tasks = scheduler.list_tasks(cluster.names(found))
+            except scheduler.SlurmError as error:
                 problem = str(error)
         return cls(cluster=cluster, jobs=found, tasks=tuple(tasks), problem=problem)
 
@@ -79,33 +79,33 @@ class JobMonitor:
     def silent(self, p: Pass, shards: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Shards whose task has ended and left no word but its log: killed, out of memory, lost with its node."""
         title, num_blocks, num_shards = self._title(p), self.cluster.num_blocks, self.cluster.num_shards
-        queued = {place_of(task.comment, task.index) for task in self._of(p)}
+        queued = {parse_block(task.comment, task.index) for task in self._of(p)}
         logs = self._logs().get(title.replace(":", "."), {}) if title else {}
         for shard in shards:
-            block = block_of(shard, num_blocks, num_shards)
-            place = Place(block=block, num_blocks=num_blocks, num_shards=num_shards)
+            block = find_block(shard, num_blocks, num_shards)
+            place = ShardBlock(block=block, num_blocks=num_blocks, num_shards=num_shards)
             if place not in queued and (log := logs.get(place)):
                 yield shard, f"its task ended early ({_last_line(log) or 'without a word'}); see {log}"
 
-    def _of(self, p: Pass) -> Iterator[scheduler.SlurmTask]:
+    def _of(self, p: Pass) -> Iterator[scheduler.QueuedTask]:
         name = self.cluster.prefix + self._title(p)
-        return (task for task in self.tasks if task.name == name and place_of(task.comment, task.index) is not None)
+        return (task for task in self.tasks if task.name == name and parse_block(task.comment, task.index) is not None)
 
     def _title(self, p: Pass) -> str:
         return next((job.title for job in self.jobs if p in job.passes), "")
 
-    def _shards(self, task: scheduler.SlurmTask) -> Iterable[int]:
-        place = place_of(task.comment, task.index)
+    def _shards(self, task: scheduler.QueuedTask) -> Iterable[int]:
+        place = parse_block(task.comment, task.index)
         assert place is not None
         return parse_spec(f"{place.block}/{place.num_blocks}", place.num_shards)
 
-    def _logs(self) -> Mapping[str, Mapping[Place, Path]]:
+    def _logs(self) -> Mapping[str, Mapping[ShardBlock, Path]]:
         """Title -> place -> the log of the last task that had it."""
         comments = dict(self._submitted())
-        found: dict[str, dict[Place, Path]] = defaultdict(dict)
+        found: dict[str, dict[ShardBlock, Path]] = defaultdict(dict)
         parsed = (re.fullmatch(r"(.+)-(\d+)_(\d+)\.log", file.name) for file in self.cluster.logs.glob("*.log"))
         for log in sorted((one for one in parsed if one), key=lambda one: int(one[2])):
-            if place := place_of(comments.get(log[2], ""), int(log[3])):
+            if place := parse_block(comments.get(log[2], ""), int(log[3])):
                 found[log[1]][place] = self.cluster.logs / log[0]
         return found
 

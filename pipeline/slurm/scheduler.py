@@ -21,12 +21,12 @@ ENDED = frozenset(
 )
 
 
-class SlurmFailed(MachineError):
+class SlurmError(MachineError):
     """A command of Slurm's did not do what it was asked; the message is Slurm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmTask:
+class QueuedTask:
     """One job, or one task of an array, that is waiting or running."""
 
     array: str  # the id that sbatch gave
@@ -42,57 +42,57 @@ class SlurmTask:
         return self.array if self.index is None else f"{self.array}_{self.index}"
 
 
-def installed() -> bool:
+def is_installed() -> bool:
     return shutil.which("squeue") is not None
 
 
-def tasks(names: Iterable[str]) -> list[SlurmTask]:
+def list_tasks(names: Iterable[str]) -> list[QueuedTask]:
     """What waits or runs under these job names, every task of an array by itself.
 
     Raises:
-        SlurmFailed: the controller did not answer.
+        SlurmError: the controller did not answer.
     """
     asked = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", f"--format={'|'.join(FIELDS.values())}"]
-    return list(_parsed(ask(asked)))
+    return list(_parsed(run_command(asked)))
 
 
-def _parsed(answer: str) -> Iterator[SlurmTask]:
+def _parsed(answer: str) -> Iterator[QueuedTask]:
     for line in answer.splitlines():
         values = dict(zip(FIELDS, line.split("|", len(FIELDS) - 1), strict=True))
         if values["state"] not in ENDED:
             index = int(values["index"]) if values["index"].isdigit() else None
-            yield SlurmTask(**{**values, "index": index})  # type: ignore[arg-type]
+            yield QueuedTask(**{**values, "index": index})  # type: ignore[arg-type]
 
 
-def max_array_size() -> int:
+def read_max_array_size() -> int:
     """One more than the highest index of a task."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]), re.MULTILINE)
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 
-def submit(script: str, options: Sequence[str]) -> str:
+def submit_script(script: str, options: Sequence[str]) -> str:
     """Puts a script into the queue; returns the job's id."""
-    return ask(["sbatch", "--parsable", *options], given=script).strip().split(";")[0]
+    return run_command(["sbatch", "--parsable", *options], given=script).strip().split(";")[0]
 
 
-def cancel(jobs: Iterable[str]) -> None:
+def cancel_jobs(jobs: Iterable[str]) -> None:
     if ids := list(jobs):
-        ask(["scancel", *ids])
+        run_command(["scancel", *ids])
 
 
-def ask(command: Sequence[str], *, given: str = "") -> str:
+def run_command(command: Sequence[str], *, given: str = "") -> str:
     """What a command of Slurm's prints.
 
     Raises:
         UserError: this machine does not have it.
-        SlurmFailed: it failed, or took too long.
+        SlurmError: it failed, or took too long.
     """
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on this machine; run this where Slurm's commands are") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmFailed(f"{command[0]} did not answer within {TIMEOUT:.0f} s") from error
+        raise SlurmError(f"{command[0]} did not answer within {TIMEOUT:.0f} s") from error
     if done.returncode != 0:
-        raise SlurmFailed(f"{' '.join(command[:2])}: {done.stderr.strip() or f'exit {done.returncode}'}")
+        raise SlurmError(f"{' '.join(command[:2])}: {done.stderr.strip() or f'exit {done.returncode}'}")
     return done.stdout

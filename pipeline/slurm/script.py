@@ -115,7 +115,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Array:
+class JobArray:
     """Some blocks of a job that wait for the same others."""
 
     job: Job
@@ -124,7 +124,7 @@ class Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class SlurmRun:
     """One run as Slurm sees it."""
 
     run: Run
@@ -166,7 +166,7 @@ class Cluster:
         """The engines that compute in its own tasks, on GPUs."""
         return frozenset(name for name in job.engines - self.served if self.run.engines[name].kind not in NO_GPU)
 
-    def array(self, array: Array) -> str:
+    def array(self, array: JobArray) -> str:
         """The script of an array: plain text, complete, and good for `sbatch` by hand."""
         resources = self.resources(array.job)
         indices = format_spec(block - array.offset for block in array.blocks)

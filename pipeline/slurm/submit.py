@@ -26,11 +26,11 @@ from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE, Kind
 from pipeline.progress import say
 from pipeline.slurm import scheduler
-from pipeline.slurm.script import Array, Cluster, Job
+from pipeline.slurm.script import Job, JobArray, SlurmRun
 from pipeline.storage.plan import format_spec
 
 
-def jobs(passes: Sequence[Pass]) -> list[Job]:
+def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
     """The jobs of these passes, each after those that it reads from."""
     runs = [list(found) for _, found in groupby(passes, key=lambda p: p.stage)]
     stages = [run[0].stage for run in runs]
@@ -50,7 +50,7 @@ def jobs(passes: Sequence[Pass]) -> list[Job]:
     ]
 
 
-def block_of(shard: int, num_blocks: int, num_shards: int) -> int:
+def find_block(shard: int, num_blocks: int, num_shards: int) -> int:
     """Which of the blocks i/n of `parse_spec` has a shard."""
     return ((shard + 1) * num_blocks - 1) // num_shards
 
@@ -60,10 +60,10 @@ Busy = Mapping[tuple[str, int], str]  # title, block -> the array in Slurm's que
 
 
 @dataclass(kw_only=True)
-class Chain:
+class Submission:
     """The jobs of one submission, each after those that it waits for."""
 
-    cluster: Cluster
+    cluster: SlurmRun
     jobs: Sequence[Job]  # of the whole run
     window: int  # tasks in an array, at most
     due: Mapping[str, Collection[int]]  # title of any job of the run -> its blocks that lack a table
@@ -83,8 +83,8 @@ class Chain:
         for engine in sorted(self.cluster.served):
             users = self._ids(job for job in self.jobs if engine in job.engines)
             if users and (num or engine not in self.servers):
-                script = self.cluster.release(engine, self._server(engine))
-                self.put(f"release-{engine}", script, f"afterany:{':'.join(users)}")
+                text = self.cluster.release(engine, self._server(engine))
+                self.put(f"release-{engine}", text, f"afterany:{':'.join(users)}")
         return num
 
     def _arrays(self, job: Job) -> None:
@@ -94,7 +94,7 @@ class Chain:
             conditions += [f"after:{self._server(name)}" for name in sorted(job.engines & self.cluster.served)]
             if previous and self.cluster.resources(job).max_running:
                 conditions.append(f"afterany:{previous}")
-            array = Array(job=job, offset=number * self.window, blocks=tuple(blocks))
+            array = JobArray(job=job, offset=number * self.window, blocks=tuple(blocks))
             title = job.title + (f".{number}" if number else "")
             previous = self.put(title, self.cluster.array(array), ",".join(conditions))
             self._owner.update({(job.title, block): previous for block in blocks})
@@ -128,7 +128,7 @@ class Chain:
         return sorted({array for (title, _), array in self._owner.items() if title in titles})
 
 
-def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
+def select_jobs(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
     """The run and the jobs that `what` names, each STAGE, STAGE:NAME or `all`.
 
     Raises:
@@ -140,9 +140,9 @@ def prepare(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, lis
     chosen = {p.folder for one in what for p in select(runner.passes, one)}
     overview = StateIndex(runner.ledger, runner.plan, runner.passes)  # without it, every stamp would be read
     runner.check_stale([p for p in runner.passes if p.folder in chosen and overview.shards(p, "stale")])
-    found = [job for job in jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+    found = [job for job in plan_jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
     for job in found:
-        check_gpus(Cluster(run=run, num_shards=runner.plan.num_shards), job)
+        check_gpus(SlurmRun(run=run, num_shards=runner.plan.num_shards), job)
     return runner, found
 
 
@@ -162,14 +162,14 @@ def check_served(run: Run, name: str) -> None:
         raise ConfigError(f"{run.file}: engines.{name}", serve.needs_key(host))
 
 
-def check_gpus(cluster: Cluster, job: Job) -> None:
+def check_gpus(cluster: SlurmRun, job: Job) -> None:
     """Before a cluster lends GPUs that no process would use, or fewer than every process needs.
 
     Raises:
         ConfigError: the workers of a task cannot use as many as it asks for, or would have too few.
     """
     asked, file = cluster.resources(job), cluster.run.file
-    each = {name: num_gpus(cluster.run.engines[name]) for name in cluster.on_gpus(job)}
+    each = {name: count_gpus(cluster.run.engines[name]) for name in cluster.on_gpus(job)}
     if not each:
         return
     users = ", ".join(f"engines.{name}" for name in sorted(each))
@@ -197,7 +197,7 @@ def check_gpus(cluster: Cluster, job: Job) -> None:
         )
 
 
-def num_gpus(engine: Plugin) -> int | None:
+def count_gpus(engine: Plugin) -> int | None:
     """How many GPUs one process of an engine uses; None where its section does not say it."""
     if engine.kind == "transformers":
         return 1
@@ -207,7 +207,7 @@ def num_gpus(engine: Plugin) -> int | None:
     return prod(int(sizes.get(f"{how}_parallel_size", 1)) for how in ("tensor", "pipeline", "data"))
 
 
-def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
+def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
     """What `submit` would submit if nothing were in the queue, for people to read and to change.
 
     Several begin with a line each that is no script's first, so that sbatch refuses them as one, instead of running
@@ -221,57 +221,65 @@ def script(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
         texts.append((title, f"{shebang}\n{wait}{rest}\n"))
         return f"<{title}>"
 
-    cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
+    cluster, found = (
+        SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale),
+        plan_jobs(runner.passes),
+    )
     try:
-        window = scheduler.max_array_size()
-    except (scheduler.SlurmFailed, UserError):  # a machine without Slurm may still show what would be submitted
+        window = scheduler.read_max_array_size()
+    except (scheduler.SlurmError, UserError):  # a machine without Slurm may still show what would be submitted
         window = scheduler.MAX_ARRAY_SIZE
     asked = {job.title for job in chosen}  # what the others lack is not this script's concern
-    due = {title: blocks if title in asked else [] for title, blocks in missing_blocks(cluster, runner, found).items()}
-    Chain(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
+    due = {
+        title: blocks if title in asked else [] for title, blocks in find_missing_blocks(cluster, runner, found).items()
+    }
+    Submission(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
     for number, (title, text) in enumerate(texts, 1):
         yield (f"# {title}: script {number} of {len(texts)}, a file of its own\n" if texts[1:] else "") + text
 
 
-def submit(runner: Runner, chosen: Sequence[Job]) -> int:
+def submit_jobs(runner: Runner, chosen: Sequence[Job]) -> int:
     """Submits what is missing and not in the queue already; returns how many tasks that is.
 
     Raises:
         RefusedError: jobs of this run with other blocks are in the queue, or somebody else submits right now.
-        SlurmFailed: Slurm would not take a job; those before it are in the queue, and another `submit` goes on.
+        SlurmError: Slurm would not take a job; those before it are in the queue, and another `submit` goes on.
     """
-    cluster, found = Cluster(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale), jobs(runner.passes)
+    cluster, found = (
+        SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale),
+        plan_jobs(runner.passes),
+    )
     placed: list[str] = []
     serving = f"{cluster.prefix}serve-"
 
     def put(title: str, text: str, dependency: str) -> str:
         if title.startswith("serve-"):
             cluster.endpoint(title.removeprefix("serve-")).unlink(missing_ok=True)  # of a server that is dead
-        job = scheduler.submit(text, [f"--dependency={dependency}"] if dependency else [])
+        job = scheduler.submit_script(text, [f"--dependency={dependency}"] if dependency else [])
         placed.append(cluster.prefix + title)
         cluster.keep(title, job, text, dependency)
         say(f"{job}: {title}" + (f", after {dependency}" if dependency else ""))
         return job
 
-    with alone(cluster.folder):
-        queued = scheduler.tasks(cluster.names(found))
-        chain = Chain(
+    with lock_submission(cluster.folder):
+        queued = scheduler.list_tasks(cluster.names(found))
+        chain = Submission(
             cluster=cluster,
             jobs=found,
-            window=scheduler.max_array_size(),
-            due=missing_blocks(cluster, runner, found),
-            busy=blocks_in(cluster, queued),
+            window=scheduler.read_max_array_size(),
+            due=find_missing_blocks(cluster, runner, found),
+            busy=find_queued_blocks(cluster, queued),
             servers={t.name.removeprefix(serving): t.array for t in queued if t.name.startswith(serving)},
             put=put,
         )
         num = chain.lay(chosen)
-        scheduler.cancel(
+        scheduler.cancel_jobs(
             t.array for t in queued if t.index is None and t.name in placed
         )  # their successors wait for more
     return num
 
 
-def blocks_in(cluster: Cluster, queued: Iterable[scheduler.SlurmTask]) -> dict[tuple[str, int], str]:
+def find_queued_blocks(cluster: SlurmRun, queued: Iterable[scheduler.QueuedTask]) -> dict[tuple[str, int], str]:
     """Title and block of every task that waits or runs -> its array.
 
     Raises:
@@ -279,7 +287,7 @@ def blocks_in(cluster: Cluster, queued: Iterable[scheduler.SlurmTask]) -> dict[t
     """
     found = {}
     for task in queued:
-        if (place := place_of(task.comment, task.index)) is None:
+        if (place := parse_block(task.comment, task.index)) is None:
             continue
         if (place.num_blocks, place.num_shards) != (cluster.num_blocks, cluster.num_shards):
             keep = f", or set slurm.num_tasks = {place.num_blocks}" if place.num_shards == cluster.num_shards else ""
@@ -292,7 +300,7 @@ def blocks_in(cluster: Cluster, queued: Iterable[scheduler.SlurmTask]) -> dict[t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ShardBlock:
     """Which shards a task has."""
 
     block: int
@@ -300,17 +308,17 @@ class Place:
     num_shards: int  # that were divided into them
 
 
-def place_of(comment: str, index: int | None) -> Place | None:
+def parse_block(comment: str, index: int | None) -> ShardBlock | None:
     """Of the task with this index, by the comment of its array; None: it has no shards."""
     found = re.fullmatch(r"blocks=(\d+),offset=(\d+),shards=(\d+)", comment)
     if not found or index is None:
         return None
     num_blocks, offset, num_shards = map(int, found.groups())
-    return Place(block=offset + index, num_blocks=num_blocks, num_shards=num_shards)
+    return ShardBlock(block=offset + index, num_blocks=num_blocks, num_shards=num_shards)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_submission(folder: Path) -> Iterator[None]:
     """Only one process submits for a run at a time; the lock ends with the process.
 
     Raises:
@@ -325,12 +333,12 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def missing_blocks(cluster: Cluster, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
+def find_missing_blocks(cluster: SlurmRun, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
     overview = StateIndex(runner.ledger, runner.plan, runner.passes)
     kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if runner.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
     for job in found:
         shards = {shard for p in job.passes for shard in overview.shards(p, *kinds)}
-        blocks[job.title] = {block_of(shard, cluster.num_blocks, cluster.num_shards) for shard in shards}
+        blocks[job.title] = {find_block(shard, cluster.num_blocks, cluster.num_shards) for shard in shards}
     return blocks

@@ -18,12 +18,12 @@ def test_vllm_that_is_not_installed_is_said_before_anything_is_made(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"kind 'vllm': `make vllm` installs it for a CPU"):
-        demo.begin(tmp_path / "demo", engine="vllm")
+        demo.create_demo(tmp_path / "demo", engine="vllm")
     assert not (tmp_path / "demo").exists()
 
 
 def test_the_manifest_on_vllm_is_a_run(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(demo.manifest(num_images=30, engine="vllm"))
+    (tmp_path / "run.toml").write_text(demo.render_manifest(num_images=30, engine="vllm"))
     run = config.load(tmp_path)
     models = [Path(plugin.config.model).name for plugin in run.engines.values()]
     assert models == ["scenes-captioner", "scenes-judge"]
@@ -32,6 +32,6 @@ def test_the_manifest_on_vllm_is_a_run(tmp_path: Path) -> None:
 
 
 def test_a_demo_with_another_engine_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(demo.manifest(num_images=None, engine="vllm"))
+    (tmp_path / "run.toml").write_text(demo.render_manifest(num_images=None, engine="vllm"))
     with pytest.raises(RefusedError, match=r"--engine transformers. wants a folder of its own"):
-        demo.begin(tmp_path, engine="transformers")
+        demo.create_demo(tmp_path, engine="transformers")

@@ -26,7 +26,7 @@ JUDGE: dict[str, Any] = {"kind": "openai", "model": "some/judge", "base_url": "e
 
 def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> None:
     how = {"max_num_seqs": 32, "replicas": 2, "dtype": "bfloat16", "args": ["--quantization=fp8"]}
-    server = serve.describe(run(tmp_path, judge={**JUDGE, "serve": how}), "judge")
+    server = serve.describe_server(run(tmp_path, judge={**JUDGE, "serve": how}), "judge")
     command = server.command(host="127.0.0.1", port=8123)
     flags = dict(flag.partition("=")[::2] for flag in command if flag.startswith("--"))
     assert flags["--model"] == flags["--served-model-name"] == "some/judge"
@@ -54,7 +54,7 @@ def test_a_vllm_engine_is_served_as_it_is_described(
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))
     engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
-    command = serve.describe(run(tmp_path, captioner=engine), "captioner").command(host="127.0.0.1", port=1)
+    command = serve.describe_server(run(tmp_path, captioner=engine), "captioner").command(host="127.0.0.1", port=1)
     assert f"--model={tmp_path / 'models' / 'mine'}" in command
     assert "--served-model-name=mine" in command and "--max-model-len=4096" in command
     assert f"--dtype={dtype}" in command
@@ -62,7 +62,7 @@ def test_a_vllm_engine_is_served_as_it_is_described(
 
 def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sesame-1234")
-    server = serve.describe(run(tmp_path, judge={**JUDGE, "serve": {"dtype": "float32"}}), "judge")
+    server = serve.describe_server(run(tmp_path, judge={**JUDGE, "serve": {"dtype": "float32"}}), "judge")
     assert server.key == "sesame-1234"
     assert "sesame" not in f"{server!r} {server.command(host='127.0.0.1', port=1)}"
 
@@ -70,15 +70,15 @@ def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
 def test_a_server_that_others_can_reach_demands_a_key(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match=r"engines\.judge.*api_key_env"):
-        serve.serve(run(tmp_path, judge=JUDGE), "judge", host=host)
+        serve.serve_engine(run(tmp_path, judge=JUDGE), "judge", host=host)
 
 
 def test_an_engine_that_cannot_be_served_is_the_users_error(tmp_path: Path) -> None:
     described = run(tmp_path, judge=JUDGE, echo={"kind": "echo"})
     with pytest.raises(ConfigError, match="'echo' has no server"):
-        serve.describe(described, "echo")
+        serve.describe_server(described, "echo")
     with pytest.raises(ConfigError, match="did you mean 'judge'"):
-        serve.describe(described, "jugde")
+        serve.describe_server(described, "jugde")
 
 
 def test_whether_it_is_ready_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def begin_and_caption(run: Path) -> None:
     from pipeline import config
     from pipeline.commands import init
 
-    init.plan(config.load(run))
+    init.extend_plan(config.load(run))
     make(run, "ingest")
     assert make(run, "caption", workers=2).exit_code == 0
 

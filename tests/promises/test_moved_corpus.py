@@ -42,7 +42,7 @@ def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
     assert make(run, "caption").exit_code == (kind == "webdataset")  # its images lie in the tars
     parts["source"]["path"] = str(tmp_path / "there")
     write(run, parts)
-    assert init.plan(config.load(run)) == (2, 2)
+    assert init.extend_plan(config.load(run)) == (2, 2)
     outcome = make(run)
     assert (outcome.exit_code, outcome.failures) == (0, {})
     assert make(run).done == 0
@@ -80,7 +80,7 @@ def test_a_plan_with_whole_paths_is_not_doubled(tmp_path: Path) -> None:
     assert short == ["00.tar", "deep/01.tar"]
     path.unlink()
     freeze(path, [Piece(file=f"{tmp_path}/c/{name}") for name in short], shard_size=10)
-    assert init.plan(config.load(run)) == (2, 2)
+    assert init.extend_plan(config.load(run)) == (2, 2)
     assert make(run, "caption").exit_code == 1 and make(run, "ingest").exit_code == 0
     assert make(run, "caption").exit_code == 0
     assert Plan.load(path)[0].pieces(1) == [Piece(file=f"{tmp_path}/c/deep/01.tar")]

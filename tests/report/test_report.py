@@ -15,8 +15,8 @@ import pytest
 from pipeline import config
 from pipeline.report import page
 from pipeline.report.markup import VOID, Html, el, text
-from pipeline.report.numbers import Lengths, survey
-from pipeline.report.samples import sheets
+from pipeline.report.numbers import Lengths, read_numbers
+from pipeline.report.samples import draw_sheets
 from pipeline.storage import database
 from tests.support.runs import begin, corpus, files, make, recap, sections, write
 
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path, **options: Any) -> Page:
-    written = page.write(config.load(run), **options)
+    written = page.write_report(config.load(run), **options)
     assert written == run / "report.html"
     return Page(written.read_text())
 
@@ -92,13 +92,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_number_of_the_funnel_is_what_sql_says(finished: Path) -> None:
-    told = survey(config.load(finished)).funnel
+    told = read_numbers(config.load(finished)).funnel
     assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(finished)
     assert 0 < told["kept"] < told["captioned"] <= told["usable"] < told["in"] == 28
 
 
 def test_the_tallies_are_what_sql_says(finished: Path) -> None:
-    found = survey(config.load(finished))
+    found = read_numbers(config.load(finished))
     with database.connect(finished) as connection:
         rows = dict(database.rows(connection, "SELECT status, count(*) FROM image GROUP BY status"))
         scored = dict(database.rows(connection, "SELECT name || ' ' || caption, count(*) FROM score GROUP BY ALL"))
@@ -128,13 +128,13 @@ def test_the_command_writes_the_same_file_each_time_and_nothing_else(finished: P
     done = recap("report", "--run", run, "--images", 5)
     assert done.stdout == f"{run / 'report.html'}\n"
     first = (run / "report.html").read_text()
-    page.write(config.load(run), num_images=5)
+    page.write_report(config.load(run), num_images=5)
     assert (run / "report.html").read_text() == first
     assert {name: data for name, data in files(run).items() if name != "report.html"} == before
 
 
 def test_the_sheet_shows_kept_refused_and_unusable_samples_with_what_was_said(finished: Path) -> None:
-    found = {sheet.kind: sheet.samples for sheet in sheets(config.load(finished), num_images=12)}
+    found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=12)}
     assert {kind: len(samples) for kind, samples in found.items()} == {"kept": 6, "refused": 4, "unusable": 2}
     assert all(any(shown.verdict and shown.verdict.keep for shown in sample.captions) for sample in found["kept"])
     assert not any(shown.verdict and shown.verdict.keep for sample in found["refused"] for shown in sample.captions)
@@ -175,7 +175,7 @@ def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
         html = report(run)
         is_alone(html)
         assert seen in html.text
-        told = survey(config.load(run)).funnel
+        told = read_numbers(config.load(run)).funnel
         assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(run)
 
 
@@ -184,7 +184,7 @@ def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None
     parts = sections(corpus(tmp_path / "photos", MIX), filter={"rules": {"never": "judge > 2"}})
     run = begin(tmp_path / "none", parts)
     make(run)
-    found = {sheet.kind for sheet in sheets(config.load(run), num_images=9)}
+    found = {sheet.kind for sheet in draw_sheets(config.load(run), num_images=9)}
     assert found == {"refused", "unusable"}
     assert "0 were kept" in report(run).text
     broken = begin(tmp_path / "broken", sections(corpus(tmp_path / "bad", ["cut", "empty"])), max_error_share=1.0)
@@ -216,7 +216,7 @@ def test_a_judge_of_sentences_has_one_line_for_each_criterion(tmp_path: Path) ->
     (run / "rubrics" / "own.toml").write_text(rubric + 'answers = ["no", "yes"]\n')
     begin(run, sections(tmp_path / "photos", score__judge={"rubric": "own"}))
     assert make(run).exit_code == 0
-    assert [one.criterion for one in survey(config.load(run)).answers if one.score == "judge"] == ["true"]
+    assert [one.criterion for one in read_numbers(config.load(run)).answers if one.score == "judge"] == ["true"]
 
 
 def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
     points = {"step": [10, 10, 20, 20, 20], "value": [0.5, 2.0, 1.0, 1.5, 60.0]}
     names = {"name": ["entropy", "loss", "loss", "eval_loss", "eval_runtime"]}
     pq.write_table(pa.table(names | points), run / "step" / "00000.parquet")
-    curves = {curve.name: curve.points for curve in survey(config.load(run)).curves}
+    curves = {curve.name: curve.points for curve in read_numbers(config.load(run)).curves}
     assert curves == {"entropy": ((10, 0.5),), "loss": ((10, 2.0), (20, 1.0)), "eval_loss": ((20, 1.5),)}
     shown = report(run).text
     assert "held out: 1.5" in shown
@@ -238,7 +238,7 @@ def test_a_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:
     (run / "step").mkdir()
     values = {"name": ["loss"] * 50_000, "step": range(50_000), "value": [float("nan"), *[1.0] * 49_999]}
     pq.write_table(pa.table({name: list(column) for name, column in values.items()}), run / "step" / "a.parquet")
-    (curve,) = survey(config.load(run)).curves
+    (curve,) = read_numbers(config.load(run)).curves
     assert len(curve.points) <= 301
     assert {value for _, value in curve.points} == {1.0}
 

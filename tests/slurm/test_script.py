@@ -15,8 +15,8 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.execution.passes import all_passes
 from pipeline.slurm import scheduler
 from pipeline.slurm.jobs import JobMonitor
-from pipeline.slurm.script import Array, Cluster, seconds
-from pipeline.slurm.submit import Chain, Job, block_of, blocks_in, jobs
+from pipeline.slurm.script import JobArray, SlurmRun, seconds
+from pipeline.slurm.submit import Job, Submission, find_block, find_queued_blocks, plan_jobs
 from pipeline.storage.plan import parse_spec
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections, write
 
@@ -32,23 +32,23 @@ EXAMPLE = {
 }
 
 
-def cluster(folder: Path, num_shards: int, slurm: dict[str, Any], **changes: Any) -> Cluster:
+def cluster(folder: Path, num_shards: int, slurm: dict[str, Any], **changes: Any) -> SlurmRun:
     run = write(folder / "run", sections(folder, **changes) | {"slurm": slurm})
-    return Cluster(run=config.load(run), num_shards=num_shards)
+    return SlurmRun(run=config.load(run), num_shards=num_shards)
 
 
 @given(num_shards=st.integers(1, 300), data=st.data())
 def test_every_shard_is_in_the_block_that_names_it(num_shards: int, data: st.DataObject) -> None:
     num = data.draw(st.integers(1, num_shards))
     for block in range(num):
-        assert {block_of(shard, num, num_shards) for shard in parse_spec(f"{block}/{num}", num_shards)} == {block}
+        assert {find_block(shard, num, num_shards) for shard in parse_spec(f"{block}/{num}", num_shards)} == {block}
 
 
 def test_the_script_in_the_documentation_is_the_one_that_is_printed(tmp_path: Path) -> None:
     model = {"kind": "vllm", "model": "internlm/CapRL-3B"}
     found = cluster(tmp_path, 100_000, EXAMPLE, engines__captioner=model)
-    (job,) = [job for job in jobs(all_passes(found.run)) if job.title == "caption"]
-    text = found.array(Array(job=job, offset=0, blocks=tuple(range(1000))))
+    (job,) = [job for job in plan_jobs(all_passes(found.run)) if job.title == "caption"]
+    text = found.array(JobArray(job=job, offset=0, blocks=tuple(range(1000))))
     text = text.replace(str(tmp_path / "run"), "/data/runs/photos").replace(found.prefix, "recap-1a2b3c4d-")
     assert text in (ROOT / "docs" / "clusters.md").read_text(), text
 
@@ -63,7 +63,7 @@ def test_every_key_stands_in_the_documentation() -> None:
         assert f"| `{field.name}` | {field.metadata['help'].replace('|', '')} |" in page
 
 
-def laid(found: Cluster, **chain: Any) -> tuple[int, list[tuple[str, str]]]:
+def laid(found: SlurmRun, **chain: Any) -> tuple[int, list[tuple[str, str]]]:
     """What is put into an empty queue, or one that has the blocks in `busy`: titles and dependencies."""
     put: list[tuple[str, str]] = []
 
@@ -71,10 +71,10 @@ def laid(found: Cluster, **chain: Any) -> tuple[int, list[tuple[str, str]]]:
         put.append((title, dependency))
         return str(100 + len(put))
 
-    every = jobs(all_passes(found.run))
+    every = plan_jobs(all_passes(found.run))
     due: dict[str, Any] = {job.title: range(found.num_blocks) for job in every} | chain.pop("due", {})
     settings: dict[str, Any] = {"window": 1000, "busy": {}, "servers": {}} | chain
-    return Chain(cluster=found, jobs=every, due=due, put=place, **settings).lay(every), put
+    return Submission(cluster=found, jobs=every, due=due, put=place, **settings).lay(every), put
 
 
 def test_stages_wait_for_the_same_block_and_the_card_for_all(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_served_engine_has_a_job_that_ends_with_its_last_user(tmp_path: Path) 
     assert put[-1] == ("release-judge", "afterany:104")
     assert "scancel 103" in found.release("judge", "103")
     assert "--gres" in found.server("judge")
-    score = next(job for job in jobs(all_passes(found.run)) if job.title == "score")
-    text = found.array(Array(job=score, offset=0, blocks=(0, 1)))
+    score = next(job for job in plan_jobs(all_passes(found.run)) if job.title == "score")
+    text = found.array(JobArray(job=score, offset=0, blocks=(0, 1)))
     assert "--gres" not in text
     assert f"[ -e {found.endpoint('judge')} ] && break" in text
     assert f"squeue --noheader --name={found.prefix}serve-judge" in text
@@ -163,7 +163,7 @@ def test_the_file_of_a_server_that_runs_stays_where_an_engine_is_called_like_a_s
     parts = sections(corpus(tmp_path / "photos", ["jpg"]), caption__dense={"engine": "caption"})
     parts |= {"engines.caption": {**OPENAI, "api_key_env": "KEY"}, "slurm": {"serve": ["caption"]}}
     run = begin(tmp_path / "run", parts)
-    found = Cluster(run=config.load(run), num_shards=1)
+    found = SlurmRun(run=config.load(run), num_shards=1)
     endpoint = found.endpoint("caption")
     endpoint.parent.mkdir()
     endpoint.write_text("{}")
@@ -176,7 +176,7 @@ def test_the_file_of_a_server_that_runs_stays_where_an_engine_is_called_like_a_s
 def test_what_runs_and_what_ended_without_a_word_is_told_by_the_comment(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"shard_size": 1}, slurm={"num_tasks": 2})
     run = begin(tmp_path / "run", parts)
-    prefix = Cluster(run=config.load(run), num_shards=4).prefix
+    prefix = SlurmRun(run=config.load(run), num_shards=4).prefix
     recap("slurm", "submit", "ingest", "--run", run, **fake_slurm(tmp_path / "submitted", ""))
     (run / "slurm" / "logs" / "ingest-100_0.log").write_text("Killed\n")
     task = f"100|1|RUNNING|gpu07|{prefix}ingest|None|blocks=2,offset=0,shards=4"
@@ -196,12 +196,12 @@ def test_what_runs_and_what_ended_without_a_word_is_told_by_the_comment(tmp_path
 def test_a_task_whose_block_has_other_shards_now_is_named(tmp_path: Path, comment: str, says: list[str]) -> None:
     found = cluster(tmp_path, 12, {"num_tasks": 4})
     name, told = f"{found.prefix}caption", {"state": "PENDING", "node": "", "reason": "Priority"}
-    task = scheduler.SlurmTask(array="7", index=1, name=name, comment=comment, **told)
+    task = scheduler.QueuedTask(array="7", index=1, name=name, comment=comment, **told)
     if not says:
-        assert blocks_in(found, [task]) == {("caption", 3): "7"}
+        assert find_queued_blocks(found, [task]) == {("caption", 3): "7"}
         return
     with pytest.raises(RefusedError) as error:
-        blocks_in(found, [task])
+        find_queued_blocks(found, [task])
     assert all(word in str(error.value) for word in says), error.value
 
 
@@ -239,8 +239,8 @@ def test_the_processes_at_work_are_the_workers_of_all_tasks(tmp_path: Path) -> N
     found = cluster(tmp_path, 8, {"num_tasks": 2}, slurm__ingest={"workers": 3})
     passes = all_passes(found.run)
     told = {"name": f"{found.prefix}ingest", "comment": "blocks=2,offset=0,shards=8", "node": "n", "reason": ""}
-    tasks = tuple(scheduler.SlurmTask(array="7", index=index, state="RUNNING", **told) for index in (0, 1))
-    watch = JobMonitor(cluster=found, jobs=tuple(jobs(passes)), tasks=tasks, problem="")
+    tasks = tuple(scheduler.QueuedTask(array="7", index=index, state="RUNNING", **told) for index in (0, 1))
+    watch = JobMonitor(cluster=found, jobs=tuple(plan_jobs(passes)), tasks=tasks, problem="")
     at_work = {p.title: watch.num_workers(p) for p in passes}
     assert (at_work["ingest"], at_work["filter"]) == (6, 0)
 
@@ -262,7 +262,7 @@ def test_several_scripts_are_none_to_sbatch(tmp_path: Path) -> None:
 
 def test_a_job_is_not_misled_by_the_folder_that_it_starts_in(tmp_path: Path) -> None:
     found = cluster(tmp_path, 1, {})
-    text = found.array(Array(job=jobs(all_passes(found.run))[0], offset=0, blocks=(0,)))
+    text = found.array(JobArray(job=plan_jobs(all_passes(found.run))[0], offset=0, blocks=(0,)))
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise SystemExit(3)")
     (command,) = (line.partition(" run ingest")[0] for line in text.splitlines() if " run ingest" in line)
@@ -272,8 +272,8 @@ def test_a_job_is_not_misled_by_the_folder_that_it_starts_in(tmp_path: Path) -> 
 
 def test_a_window_adds_its_offset(tmp_path: Path) -> None:
     found = cluster(tmp_path, 12, {})
-    job = jobs(all_passes(found.run))[0]
-    text = found.array(Array(job=job, offset=5, blocks=(5, 6, 9)))
+    job = plan_jobs(all_passes(found.run))[0]
+    text = found.array(JobArray(job=job, offset=5, blocks=(5, 6, 9)))
     assert "#SBATCH --array=0-1,4\n" in text
     assert "block=$((SLURM_ARRAY_TASK_ID + 5))" in text
 
@@ -281,9 +281,9 @@ def test_a_window_adds_its_offset(tmp_path: Path) -> None:
 def test_a_stage_that_waits_between_its_passes_is_one_job_a_pass(tmp_path: Path) -> None:
     second = {"recipe": "short", "engine": "captioner", "of": "dense", "where": "judge < 0.5"}
     found = cluster(tmp_path, 3, {}, caption__again=second, score__judge={"captions": ["dense"]})
-    titles = [job.title for job in jobs(all_passes(found.run))]
+    titles = [job.title for job in plan_jobs(all_passes(found.run))]
     assert titles.index("caption:dense") < titles.index("caption:again")
-    assert not {"caption", "score"} & {job.title for job in jobs(all_passes(found.run)) if "again" in job.title}
+    assert not {"caption", "score"} & {job.title for job in plan_jobs(all_passes(found.run)) if "again" in job.title}
 
 
 @pytest.mark.parametrize(
@@ -332,5 +332,5 @@ def test_what_is_stale_is_not_submitted_unasked(tmp_path: Path) -> None:
 
 
 def test_titles_of_jobs_are_what_recap_run_takes(tmp_path: Path) -> None:
-    found: list[Job] = jobs(all_passes(cluster(tmp_path, 1, {}).run))
+    found: list[Job] = plan_jobs(all_passes(cluster(tmp_path, 1, {}).run))
     assert [job.title for job in found] == ["ingest", "caption", "score", "filter", "export"]

@@ -72,9 +72,9 @@ def sections(photos: Path, /, **changes: Mapping[str, Any]) -> dict[str, dict[st
 def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
     """run.toml, whatever was there before."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{key} = {init.toml(value)}\n" for key, value in top.items())
+    text = "".join(f"{key} = {init.format_toml(value)}\n" for key, value in top.items())
     for name, values in parts.items():
-        text += f"\n[{name}]\n" + "".join(f"{key} = {init.toml(value)}\n" for key, value in values.items())
+        text += f"\n[{name}]\n" + "".join(f"{key} = {init.format_toml(value)}\n" for key, value in values.items())
     (folder / "run.toml").write_text(text)
     return folder
 
@@ -82,7 +82,7 @@ def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> P
 def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
     """A run with its plan."""
     write(folder, parts, **top)
-    init.plan(config.load(folder))
+    init.extend_plan(config.load(folder))
     return folder
 
 

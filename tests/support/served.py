@@ -90,4 +90,4 @@ if __name__ == "__main__":
     from pipeline.commands import serve
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serve.serve(config.load(Path(sys.argv[1])), sys.argv[2])
+    serve.serve_engine(config.load(Path(sys.argv[1])), sys.argv[2])
