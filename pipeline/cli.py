@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import MachineError, UserError
+from pipeline.errors import MachineError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import Run
@@ -141,7 +141,6 @@ def _train(run: Run, stale: Literal["stop", "redo", "keep"]) -> None:
     from threading import Event
 
     from pipeline import plugins
-    from pipeline.execution.attempt import StoppedError
     from pipeline.execution.engine_pool import EnginePool
     from pipeline.execution.runner import Runner, stopping
 
@@ -242,14 +241,8 @@ def serve(
     """Start the vLLM server that an engine of run.toml describes; base_url = "endpoint" finds it."""
     from pipeline import config
     from pipeline.commands import serve as server
-    from pipeline.engines import EngineDiedError
-    from pipeline.progress import say
 
-    try:
-        server.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
-    except EngineDiedError as error:
-        say(f"recap: {error}")
-        raise typer.Exit(1) from error
+    server.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
 
 
 slurm = typer.Typer(help="The run as chained Slurm array jobs.", no_args_is_help=True)

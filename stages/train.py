@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline import plugins
 from pipeline.config import Run, stamped
 from pipeline.engines import Engine
-from pipeline.errors import ConfigError, RefusedError, UnknownNameError, UserError
-from pipeline.execution.attempt import StoppedError
+from pipeline.errors import ConfigError, RefusedError, StoppedError, UnknownNameError, UserError
 from pipeline.execution.passes import Pass
 from pipeline.execution.states import changes
 from pipeline.progress import say

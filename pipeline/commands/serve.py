@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any
 
 from pipeline import config
-from pipeline.engines import EngineDiedError, openai, vllm
+from pipeline.engines import openai, vllm
 from pipeline.engines._options import Model, Serving
 from pipeline.engines._reaper import Guard
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EngineDiedError
 from pipeline.plugins import unknown
 from pipeline.progress import duration, say
 from pipeline.storage import tables

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.runner import Runner
 from pipeline.execution.state_index import StateIndex
@@ -99,7 +100,7 @@ def _rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None
 
 def _read(path: Path) -> Iterator[Stat]:
     """None where there is no such file, or none that reads: nothing depends on it."""
-    with suppress(FileNotFoundError, tables.BrokenTableError):
+    with suppress(FileNotFoundError, BrokenTableError):
         yield from tables.read(path, Stat)
 
 

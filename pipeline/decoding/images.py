@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.decoding import formats
+from pipeline.errors import UndecodableError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -43,10 +44,6 @@ BROKEN = (
 
 MIN_PIXELS = 56 * 56  # Qwen2-VL's own least
 MAX_ASPECT = 200  # Qwen2-VL's processor refuses longer strips
-
-
-class UndecodableError(ValueError):
-    """The bytes give no picture that a model could be shown; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
     found = _Found(data)
     try:
         _check(found, limits or Limits())
-    except _Refused as refused:
+    except _ProbeError as refused:
         return found.probe(refused.status, str(refused))
     except MemoryError:
         return found.probe("unreadable", f"a {found.format} file that needs more memory than decoding may take")
@@ -89,7 +86,7 @@ def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
     return found.probe("ok", None)
 
 
-class _Refused(Exception):
+class _ProbeError(Exception):
     def __init__(self, status: ImageStatus, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -139,26 +136,26 @@ def _check(found: _Found, limits: Limits) -> None:
 def _refuse_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if min(size) < limits.min_side:
-        raise _Refused("too_small", f"{width}x{height} is too small; the least side is {limits.min_side}")
+        raise _ProbeError("too_small", f"{width}x{height} is too small; the least side is {limits.min_side}")
     if width * height > limits.max_pixels:
-        raise _Refused("too_large", f"{width}x{height} is {width * height} pixels; the most is {limits.max_pixels}")
+        raise _ProbeError("too_large", f"{width}x{height} is {width * height} pixels; the most is {limits.max_pixels}")
 
 
 def _refuse_emptiness(size: tuple[int, int], num_bytes: int) -> None:
     """libjpeg fills with grey what the data does not reach; but 8x8 pixels take at least one bit."""
     width, height = size
     if width * height > 64 * 8 * num_bytes:
-        raise _Refused("unreadable", f"a JPEG file of {num_bytes} bytes cannot hold the {width}x{height} it claims")
+        raise _ProbeError("unreadable", f"a JPEG file of {num_bytes} bytes cannot hold the {width}x{height} it claims")
 
 
 def _format(data: bytes) -> str:
     if not data:
-        raise _Refused("empty", "the file has no bytes")
+        raise _ProbeError("empty", "the file has no bytes")
     if name := formats.known(data):
         return name
     if name := formats.foreign(data):
-        raise _Refused("unsupported", f"it looks like {name}, which is no image format that is read")
-    raise _Refused("unreadable", f"no image format begins with the bytes {data[:8].hex(' ')}")
+        raise _ProbeError("unsupported", f"it looks like {name}, which is no image format that is read")
+    raise _ProbeError("unreadable", f"no image format begins with the bytes {data[:8].hex(' ')}")
 
 
 def _open(data: bytes, name: str) -> ImageFile:
@@ -180,7 +177,7 @@ def _bombs_refused() -> Iterator[None]:
     try:
         yield
     except DecompressionBombError as error:
-        raise _Refused("too_large", str(error)) from error
+        raise _ProbeError("too_large", str(error)) from error
 
 
 def _sentence(name: str | None, error: Exception) -> str:
@@ -209,7 +206,7 @@ def _num_frames(image: ImageFile) -> int | None:
     try:
         with _bombs_refused():
             return int(getattr(image, "n_frames", 1))
-    except (*BROKEN, _Refused):  # a later frame; the first is what counts
+    except (*BROKEN, _ProbeError):  # a later frame; the first is what counts
         return None
 
 
@@ -260,7 +257,7 @@ def pixels(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = 
         name = _format(data)
         image = _open(data, name)
         return _shown(image, name, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
-    except _Refused as refused:
+    except _ProbeError as refused:
         raise UndecodableError(str(refused)) from refused
     except UndecodableError:
         raise
@@ -339,7 +336,7 @@ def fits(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MI
         image = _open(data, name)
         size = target_size(*image.size, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
         return name in ("JPEG", "PNG") and image.size == size and _is_plain(image)
-    except (*BROKEN, _Refused):
+    except (*BROKEN, _ProbeError):
         return False
 
 

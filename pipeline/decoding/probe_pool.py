@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import BinaryIO, TypeVar, cast
 
 from pipeline.decoding.images import Limits, Probe
+from pipeline.errors import DecoderStartError
 from pipeline.machine import num_cores
 
 T = TypeVar("T")
@@ -46,10 +47,6 @@ GIVEN = ("LD_", "DYLD_", "NIX_", "PYTHON", "LANG", "LC_", "TZ", "TMPDIR", "MALLO
 
 # Sent to whole process groups when a person or a cluster ends a run; the parent decides, and then closes the pipe.
 NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class DecodersBroken(RuntimeError):
-    """Decoder processes cannot be started: the machine's error, never a file's."""
 
 
 class ProbePool:
@@ -91,7 +88,7 @@ class ProbePool:
         May be called from several threads; they share the processes.
 
         Raises:
-            DecodersBroken: the processes cannot be started.
+            DecoderStartError: the processes cannot be started.
         """
         work = ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
         with closing(work) as batches:
@@ -218,7 +215,7 @@ def _start(job: str) -> subprocess.Popen[bytes]:
         env={**{name: value for name, value in os.environ.items() if name.startswith(GIVEN)}, "PYTHONPATH": path},
     )
     if cast(BinaryIO, process.stdout).readline() != b"ready\n":
-        raise DecodersBroken(f"{sys.executable} did not start a decoder: exit status {_ended(process)}")
+        raise DecoderStartError(f"{sys.executable} did not start a decoder: exit status {_ended(process)}")
     _widen(cast(BinaryIO, process.stdin))
     return process
 

@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-
-class EngineDiedError(RuntimeError):
-    """The engine (its process, its GPU, its server) is gone: the machine's error, never a sample's."""
+from pipeline.errors import EngineDiedError as EngineDiedError  # for engines outside this package
 
 
 @dataclass(frozen=True, kw_only=True)

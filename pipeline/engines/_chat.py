@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.decoding import images
 from pipeline.engines import Request
 from pipeline.engines._options import Model
-from pipeline.engines._scheduler import BadRequestError, SingleFlightCache
-from pipeline.errors import ConfigError
+from pipeline.engines._scheduler import SingleFlightCache
+from pipeline.errors import BadRequestError, ConfigError, UndecodableError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -83,7 +83,7 @@ class Prompter:
         """
         try:
             return tuple(self._decoded(image, partial(self._decode, image)) for image in request.images)
-        except images.UndecodableError as error:
+        except UndecodableError as error:
             raise BadRequestError(f"an image cannot be shown: {error}") from error
 
     def _decode(self, image: bytes) -> Picture:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engines import EngineDiedError, Sampling
-from pipeline.engines._scheduler import BadRequestError
+from pipeline.engines import Sampling
+from pipeline.errors import BadRequestError, EngineDiedError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.engines import EngineDiedError, Reply, Request, Sampling, settle
+from pipeline.engines import Reply, Request, Sampling, settle
+from pipeline.errors import BadRequestError, EngineDiedError
 
 T = TypeVar("T")
 P = TypeVar("P")  # what `prepare` makes of a request
 P_in = TypeVar("P_in", contravariant=True)
 
 
-class BadRequestError(Exception):
-    """This request cannot be answered; the next one can."""
-
-
 class Ask(Protocol[P_in]):
-    """One attempt at a request. Raises BadRequestError, or EngineDied when no attempt can succeed any more."""
+    """One attempt at a request. Raises BadRequestError, or EngineDiedError when no attempt can succeed any more."""
 
     async def __call__(self, prepared: P_in, request: Request, sampling: Sampling, seed: int) -> Reply: ...
 

@@ -17,7 +17,8 @@ from random import Random
 from typing import Any
 
 from pipeline.config import key
-from pipeline.engines import EngineDiedError, Reply, Request, Sampling, settle
+from pipeline.engines import Reply, Request, Sampling, settle
+from pipeline.errors import EngineDiedError
 
 _ADJECTIVES = (
     "amber ancient bright broken calm carved coarse dark distant dusty faded gentle glossy green grey hollow low narrow"

@@ -20,17 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
 from pipeline.decoding import images
-from pipeline.engines import EngineDiedError, Reply, Request, Sampling, _chat
+from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Serving, require
-from pipeline.engines._scheduler import (
-    BadRequestError,
-    Bounds,
-    EventLoopThread,
-    RequestScheduler,
-    ScheduledEngine,
-    SingleFlightCache,
-)
-from pipeline.errors import ConfigError
+from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
+from pipeline.errors import BadRequestError, ConfigError, EngineDiedError, ServerError, UndecodableError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -121,7 +114,7 @@ class OpenAI(ScheduledEngine):
         """The part of the body that all attempts share, as JSON: encoding pictures is most of the work."""
         try:
             urls = [self._decoded(image, partial(self._data_url, image)) for image in request.images]
-        except images.UndecodableError as error:
+        except UndecodableError as error:
             raise BadRequestError(f"an image cannot be shown: {error}") from error
         body = {"model": self.model, "messages": _messages(request, urls), **self._config.extra}
         if request.schema is not None:
@@ -168,14 +161,6 @@ def _sampled(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> 
     return body
 
 
-class ServerError(Exception):
-    """The server did not answer as a server does. It is worth asking again."""
-
-    def __init__(self, message: str, *, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait = wait  # seconds that the server itself asks for
-
-
 @dataclass
 class _Server:
     """One base URL, and how it fares."""
@@ -200,7 +185,7 @@ class _Health:
         self.troubled_since = None
 
     def bad(self, what: str) -> None:
-        """Raises EngineDied when nothing but trouble came for too long."""
+        """Raises EngineDiedError when nothing but trouble came for too long."""
         self.last = what
         now = time.monotonic()
         self.troubled_since = self.troubled_since or now

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import key
-from pipeline.engines import EngineDiedError, Reply, Request, Sampling, _chat
+from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Weights, require
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
-from pipeline.engines._scheduler import BadRequestError, Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
+from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
+from pipeline.errors import BadRequestError, EngineDiedError
 from pipeline.machine import imitates_16_bits
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.engines import Engine
+from pipeline.errors import OvertakenError, ShardFailedError, StoppedError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.progress import Meter
@@ -27,18 +28,6 @@ from pipeline.storage.parts import Parts
 from pipeline.storage.payloads import Payload, sound_stamp
 
 SETTLED = 200  # rows of a shard before its share of failures means anything
-
-
-class StoppedError(Exception):
-    """A signal asked to stop; finished rows are kept."""
-
-
-class OvertakenError(Exception):
-    """Another process has put the table in place meanwhile."""
-
-
-class ShardFailedError(RuntimeError):
-    """This shard cannot be made; others may."""
 
 
 @dataclass(kw_only=True)
@@ -160,7 +149,7 @@ class Attempt:
     def _give_way(self, *, if_repeated: bool = False) -> None:
         """
         Raises:
-            Overtaken: the table that is wanted is in place. A retry wants it again.
+            OvertakenError: the table that is wanted is in place. A retry wants it again.
         """
         if self.retry:
             return

@@ -22,14 +22,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from pipeline import config
-from pipeline.engines import EngineDiedError
-from pipeline.errors import MachineError, RefusedError, UserError
-from pipeline.execution.attempt import Attempt, ShardFailedError, StoppedError, Stopwatch
+from pipeline.errors import (
+    BrokenTableError,
+    EngineDiedError,
+    MachineError,
+    RefusedError,
+    ShardFailedError,
+    StoppedError,
+    UserError,
+    WorkerDiedError,
+)
+from pipeline.execution.attempt import Attempt, Stopwatch
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import Pass, all_passes
 from pipeline.execution.shard import Shard
 from pipeline.execution.states import DUE, ShardStates, State
-from pipeline.execution.workers import VISIBLE, WorkerDiedError, WorkerPool, shares, visible_devices
+from pipeline.execution.workers import VISIBLE, WorkerPool, shares, visible_devices
 from pipeline.progress import Meter, Relay, say
 from pipeline.records import Stat
 from pipeline.storage import tables
@@ -139,7 +147,7 @@ class Runner:
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
         if self.retry and self.stale == "keep":
             raise RefusedError(
-                "--retry and --stale keep exclude each other: one uses run.toml as it is now, the other does not"
+                "--retry and --stale keep exclude each other; choose one: --retry uses run.toml as it is now"
             )
         if self.retry and not chosen:
             raise RefusedError("--retry: ingest and export make whole shards; remove a shard's table to remake it")
@@ -325,7 +333,7 @@ class Runner:
         message = str(why) or type(why).__name__
         if not isinstance(why, ShardFailedError | EngineDiedError | OSError | MachineError):
             message = "".join(traceback.format_exception(why)).rstrip()
-        if isinstance(why, tables.BrokenTableError):
+        if isinstance(why, BrokenTableError):
             message += self._set_aside(why.path)
         self.outcome.failures[place] = message
         say(f"recap: {place} failed: {message}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import Run
+from pipeline.errors import BrokenTableError
 from pipeline.records import Image, Raw, Record
 from pipeline.storage import database, tables, views
 from pipeline.storage.layout import PACKED, table_path
@@ -77,9 +78,7 @@ class Shard:
             end = image.offset + image.num_bytes
             why = f"{image.file} has not {image.source_key} at bytes {image.offset} to {end}: it changed since ingest"
             if Path(image.file).parts[0] == PACKED:
-                raise tables.BrokenTableError(
-                    table_path(self.run.folder, "image", self.number), f"has lost images: {why}"
-                )
+                raise BrokenTableError(table_path(self.run.folder, "image", self.number), f"has lost images: {why}")
             raise OSError(why)
         return data
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
+from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.states import Kind, ShardStates, State
 from pipeline.machine import num_cores
@@ -244,7 +245,7 @@ def _said(path: str) -> Mapping[str, int] | None:
     """What is kept of a stamp; None when the table is broken or has just gone."""
     try:
         text = tables.stamp_text(Path(path))
-    except (FileNotFoundError, tables.BrokenTableError):
+    except (FileNotFoundError, BrokenTableError):
         return None
     found = STAMP.fullmatch(text)
     assert found is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.config import Run
+from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path
@@ -51,7 +52,7 @@ class ShardStates:
         if (folder, shard) not in self._stamps:
             try:
                 self._stamps[folder, shard] = tables.read_stamp(table_path(self.run.folder, folder, shard))
-            except tables.BrokenTableError as error:
+            except BrokenTableError as error:
                 self._stamps[folder, shard], self._broken[folder, shard] = None, str(error)
         return self._stamps[folder, shard]
 

@@ -20,18 +20,11 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from pipeline.errors import MachineError
+from pipeline.errors import MachineError, WorkerDiedError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 STOP = "stop"
 CONTEXT = multiprocessing.get_context("spawn")  # the parent has threads: a fork could inherit a held lock
-
-
-class WorkerDiedError(MachineError):
-    """A worker process was killed."""
-
-    def __init__(self) -> None:
-        super().__init__("a worker process was killed, for want of memory perhaps; try fewer --workers")
 
 
 class Job(Protocol):

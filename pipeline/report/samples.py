@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.decoding import images
+from pipeline.errors import UndecodableError
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
 from pipeline.storage import database, views
@@ -147,7 +148,7 @@ def _thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
         return None, image.error
     try:
         picture = images.pixels(shard.data(image), max_pixels=THUMBNAIL, factor=1, min_pixels=1)
-    except (images.UndecodableError, OSError) as error:
+    except (UndecodableError, OSError) as error:
         return None, str(error)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=82, comment=b"")

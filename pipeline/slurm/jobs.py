@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import SlurmError
 from pipeline.execution.passes import Pass
 from pipeline.execution.runner import Runner
 from pipeline.slurm import scheduler
@@ -48,7 +49,7 @@ class JobMonitor:
         if cluster.folder.is_dir() and scheduler.is_installed():
             try:
                 tasks = scheduler.list_tasks(cluster.names(found))
-            except scheduler.SlurmError as error:
+            except SlurmError as error:
                 problem = str(error)
         return cls(cluster=cluster, jobs=found, tasks=tuple(tasks), problem=problem)
 

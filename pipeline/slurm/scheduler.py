@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import MachineError, UserError
+from pipeline.errors import SlurmError, UserError
 
 TIMEOUT = 120.0  # seconds that a command may take: a busy controller answers late
 MAX_ARRAY_SIZE = 1001  # Slurm's own default, where there is no Slurm to ask
@@ -19,10 +19,6 @@ FIELDS = {"array": "%F", "index": "%K", "state": "%T", "node": "%N", "name": "%j
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 )
-
-
-class SlurmError(MachineError):
-    """A command of Slurm's did not do what it was asked; the message is Slurm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

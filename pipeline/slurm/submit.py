@@ -19,7 +19,7 @@ from pipeline import config, plugins
 from pipeline.commands import serve
 from pipeline.config import Plugin, Run
 from pipeline.engines import openai
-from pipeline.errors import ConfigError, RefusedError, UserError
+from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
 from pipeline.execution.passes import Pass, select
 from pipeline.execution.runner import Runner, Stale
 from pipeline.execution.state_index import StateIndex
@@ -227,7 +227,7 @@ def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
     )
     try:
         window = scheduler.read_max_array_size()
-    except (scheduler.SlurmError, UserError):  # a machine without Slurm may still show what would be submitted
+    except (SlurmError, UserError):  # a machine without Slurm may still show what would be submitted
         window = scheduler.MAX_ARRAY_SIZE
     asked = {job.title for job in chosen}  # what the others lack is not this script's concern
     due = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Raw
 from pipeline.sources import _common, _files
 
@@ -168,6 +168,6 @@ def _with_image(raw: Raw, data: Any, path: str, roots: Sequence[str]) -> Raw:
     for root in () if _files.is_url(path) else roots:
         try:
             return replace(raw, data=_files.inside(str(Path(root, path)), root, most=_common.MAX_IMAGE_BYTES))
-        except _files.UnusableFileError as unusable:
+        except UnusableFileError as unusable:
             error = str(unusable)
     return replace(raw, error=f"the row has only the path {path!r} of its image: {error}")

@@ -15,15 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Piece
 
 FIELD = "source.path"
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR)
-
-
-class UnusableFileError(ValueError):
-    """One file of the corpus that cannot be used; the message says why. A sample's error, never the machine's."""
 
 
 def find(paths: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterator[Piece]:

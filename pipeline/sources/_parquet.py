@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
+from pipeline.errors import BrokenParquetError
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -18,15 +20,11 @@ MAX_ROWS = 16  # in memory at a time: a footer may lie
 MAX_BYTES = 1 << 26  # of rows in memory at a time, when there are more than one
 
 
-class BrokenParquetError(ValueError):
-    """A file, or a stretch of one, that is no Parquet. The corpus' error, never the machine's."""
-
-
 def table(stream: BinaryIO) -> pq.ParquetFile:
     """The file, of which only the footer is read.
 
     Raises:
-        Broken: it has none.
+        BrokenParquetError: it has none.
     """
     import pyarrow.parquet as pq
 
@@ -49,7 +47,7 @@ def batches(table: pq.ParquetFile, columns: list[str], *, group: int) -> Iterato
     Values are kept once however many rows have them, so a few kilobytes may unpack to gigabytes.
 
     Raises:
-        Broken: what comes next cannot be read.
+        BrokenParquetError: what comes next cannot be read.
     """
     with _decoding():
         num_rows = min(MAX_ROWS, MAX_BYTES // max(1, table.metadata.row_group(group).total_byte_size))

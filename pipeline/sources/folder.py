@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config import key
-from pipeline.errors import ConfigError
+from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
 from pipeline.records import Piece, Raw
 from pipeline.sources import _columns, _common, _files, _parquet
 
@@ -67,7 +67,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         raw = _described(raw, path, config)
     try:
         yield replace(raw, data=_files.inside(path, config.path, most=_common.MAX_IMAGE_BYTES))
-    except _files.UnusableFileError as error:
+    except UnusableFileError as error:
         yield replace(raw, error=str(error))
 
 
@@ -121,7 +121,7 @@ def _described(raw: Raw, path: str, config: Config) -> Raw:
 def _sidecar(path: str, root: str) -> bytes | None:
     try:
         return _files.inside(path, root, most=_common.MAX_TEXT_BYTES) if os.path.lexists(path) else None
-    except _files.UnusableFileError:
+    except UnusableFileError:
         return None
 
 
@@ -192,7 +192,7 @@ def _jsonl_columns(stream: BinaryIO) -> Collection[str]:
 def _parquet_columns(stream: BinaryIO) -> Collection[str]:
     try:
         names: list[str] = _parquet.table(stream).schema_arrow.names
-    except _parquet.BrokenParquetError:
+    except BrokenParquetError:
         return []
     return names
 

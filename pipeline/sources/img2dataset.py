@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.config import key
-from pipeline.errors import ConfigError
+from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sources import _columns, _common, _files, _parquet, _tars
 
@@ -64,7 +64,7 @@ def _raws(table: str, tar: _tars.Tar, column: str) -> Iterator[Raw]:
             sample = samples.pop(str(row.get("key")), None)
             raw = _missing(row) if sample is None else tar.image(sample)
             yield _common.describe(raw, row, column=column)
-    except (_parquet.BrokenParquetError, FileNotFoundError) as error:
+    except (BrokenParquetError, FileNotFoundError) as error:
         unknown = f"which downloads failed is not known: {error}"
     yield from (tar.raw(sample, column=column) for sample in (*samples.values(), *doubles))
     if unknown:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.config import key
-from pipeline.errors import ConfigError
+from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sources import _columns, _common, _files, _parquet
 
@@ -43,7 +43,7 @@ def pieces(config: Config) -> Iterator[Piece]:
             with _files.opened(place(piece.file, config)) as stream:
                 table = _parquet.table(stream)
                 stop, schema = table.metadata.num_rows, table.schema_arrow
-        except _parquet.BrokenParquetError:
+        except BrokenParquetError:
             yield piece
             continue
         if not checked:
@@ -64,7 +64,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         try:
             table = _parquet.table(stream)
             columns = _choose(table.schema_arrow, config)
-        except (_parquet.BrokenParquetError, ConfigError) as error:
+        except (BrokenParquetError, ConfigError) as error:
             stop = piece.start + 1 if piece.stop is None else piece.stop
             yield from _lost(range(piece.start, stop), name, str(error))
             return
@@ -90,7 +90,7 @@ def _read_group(
             row += batch.num_rows
             if row >= wanted.stop:
                 return
-    except _parquet.BrokenParquetError as error:
+    except BrokenParquetError as error:
         why = str(error)
     yield from _lost(range(max(row, wanted.start), wanted.stop), name, why)
 

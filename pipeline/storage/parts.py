@@ -15,6 +15,7 @@ from heapq import merge
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import BrokenTableError
 from pipeline.records import Record
 from pipeline.storage import tables
 
@@ -41,7 +42,7 @@ class Parts:
         for path in sorted(self.folder.glob(f"{self._prefix}-*.parquet")):
             try:
                 tables.check(path, self._record)
-            except tables.BrokenTableError:
+            except BrokenTableError:
                 path.unlink(missing_ok=True)  # a part is a cache: what it held is made again
                 continue
             yield from self.carry(lambda path=path: _sound(tables.read(path, self._record)))  # type: ignore[misc]

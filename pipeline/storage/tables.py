@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pipeline.errors import MachineError
+from pipeline.errors import BrokenTableError
 from pipeline.records import Record, columns, schema
 
 if TYPE_CHECKING:
@@ -31,17 +31,6 @@ STAMP = "recap.stamp"
 STAMP_KEY = b"\x18" + bytes([len(STAMP)]) + STAMP.encode() + b"\x18"  # as a footer has it, up to the value's length
 MAGIC = b"PAR1"
 HEAD_BYTES = 28  # of a stamp: {"check":"0123456789abcdef",
-
-
-class BrokenTableError(MachineError):
-    """A file under a table's name that is not a whole table, or has changed since it was written."""
-
-    def __init__(self, path: Path, message: str) -> None:
-        super().__init__(f"{path} {message}")
-        self.path, self.message = path, message
-
-    def __reduce__(self) -> tuple[type[BrokenTableError], tuple[Path, str]]:
-        return BrokenTableError, (self.path, self.message)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.decoding import formats
-from pipeline.decoding.images import Limits, UndecodableError, encode_lossless, fits, pixels, probe, target_size
+from pipeline.decoding.images import Limits, encode_lossless, fits, pixels, probe, target_size
+from pipeline.errors import UndecodableError
 
 
 def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:

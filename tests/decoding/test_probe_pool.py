@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from pipeline.decoding.images import Limits, probe
-from pipeline.decoding.probe_pool import BATCH_ITEMS, DecodersBroken, ProbePool, ahead
+from pipeline.decoding.probe_pool import BATCH_ITEMS, ProbePool, ahead
+from pipeline.errors import DecoderStartError
 
 MISBEHAVING = "tests.support.misbehaving:probe"
 
@@ -172,7 +173,10 @@ def test_threads_share_a_pool() -> None:
 
 
 def test_a_pool_that_cannot_start_says_so() -> None:
-    with ProbePool(num_procs=1, probe="no.such.module:probe") as pool, pytest.raises(DecodersBroken, match="status 1"):
+    with (
+        ProbePool(num_procs=1, probe="no.such.module:probe") as pool,
+        pytest.raises(DecoderStartError, match="status 1"),
+    ):
         list(pool.map([picture(1)]))
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.engines import Engine, EngineDiedError, Reply, Request, Sampling, echo, openai, transformers, vllm
+from pipeline.engines import Engine, Reply, Request, Sampling, echo, openai, transformers, vllm
+from pipeline.errors import EngineDiedError
 from tests.support import tiny
 from tests.support.faults import Faulty
 from tests.support.served import Served

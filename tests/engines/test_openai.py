@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline import config
-from pipeline.engines import EngineDiedError, Request, Sampling, openai
-from pipeline.errors import ConfigError
+from pipeline.engines import Request, Sampling, openai
+from pipeline.errors import ConfigError, EngineDiedError
 from tests.support import tiny
 from tests.support.faults import Faulty
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engines import EngineDiedError, Reply, Request, Sampling
-from pipeline.engines._scheduler import BadRequestError, Bounds, EventLoopThread, RequestScheduler, SingleFlightCache
+from pipeline.engines import Reply, Request, Sampling
+from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, SingleFlightCache
+from pipeline.errors import BadRequestError, EngineDiedError
 
 BOUNDS = Bounds(max_in_flight=4, enough=4, num_ahead=3, max_unordered=10, num_threads=2)
 

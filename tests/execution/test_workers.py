@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, RefusedError
+from pipeline.errors import ConfigError, RefusedError, WorkerDiedError
 from pipeline.execution import runner as machine
-from pipeline.execution.workers import VISIBLE, Share, WorkerDiedError, WorkerPool, named, shares
+from pipeline.execution.workers import VISIBLE, Share, WorkerPool, named, shares
 from tests.support import tiny
 from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
 

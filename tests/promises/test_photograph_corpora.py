@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decoding.images import Probe, UndecodableError, pixels, probe
+from pipeline.decoding.images import Probe, pixels, probe
 from pipeline.decoding.probe_pool import ProbePool
+from pipeline.errors import UndecodableError
 from pipeline.sources import folder
 from tests.support.corpora import hostile, mutated, photographs
 

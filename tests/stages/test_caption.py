@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.engines import echo
-from pipeline.errors import ConfigError
+from pipeline.errors import BrokenTableError, ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, Piece, Score, make_key
@@ -200,7 +200,7 @@ def test_bytes_are_read_when_the_engine_draws_the_request(tmp_path: Path) -> Non
         rows = pass_of(tmp_path).work(pass_of(tmp_path).inputs(shard), {"model": echo.open(echo.Config())})
         next(rows)
         (tmp_path / "shards" / "00000.tar").write_bytes(b"cut")
-        with pytest.raises(tables.BrokenTableError, match=r"00000\.tar"):
+        with pytest.raises(BrokenTableError, match=r"00000\.tar"):
             next(rows)
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import BrokenTableError
 from pipeline.records import Caption, Criterion, Exported, Image, Record, Score, Stat, Verdict, schema
 from pipeline.storage import tables
 
@@ -102,14 +103,14 @@ def test_a_table_that_is_cut_is_named(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.parquet"
     tables.write(path, Score, [score("1")], RECIPE)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(tables.BrokenTableError, match=r"a\.parquet"):
+    with pytest.raises(BrokenTableError, match=r"a\.parquet"):
         tables.read_stamp(path)
 
 
 def test_a_table_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     tables.write(path, Score, [score("1")], RECIPE)
-    with pytest.raises(tables.BrokenTableError, match=r"a\.parquet does not read as a image table"):
+    with pytest.raises(BrokenTableError, match=r"a\.parquet does not read as a image table"):
         list(tables.read(path, Image))
 
 
@@ -128,7 +129,7 @@ def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         try:
             assert list(tables.read(path, Score)) == rows  # a byte that says nothing, as in a page's statistics
-        except tables.BrokenTableError as error:
+        except BrokenTableError as error:
             assert error.path == path
 
 
@@ -139,7 +140,7 @@ def test_a_damaged_stamp_is_noticed(tmp_path: Path) -> None:
     first = whole.rindex(b'{"check"')
     for at in range(first, whole.index(b"}}", first) + 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(tables.BrokenTableError, match="damaged stamp"):
+        with pytest.raises(BrokenTableError, match="damaged stamp"):
             tables.read_stamp(path)
 
 

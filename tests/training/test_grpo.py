@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
-from pipeline.errors import MachineError, RefusedError, UserError
-from pipeline.execution.attempt import StoppedError
+from pipeline.errors import MachineError, RefusedError, StoppedError, UserError
 from pipeline.execution.runner import Runner
 from pipeline.records import Caption, Criterion, ImageRubric
 from pipeline.storage import tables
