@@ -17,8 +17,8 @@ import typer
 from pipeline.errors import MachineError, StoppedError, UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Run
     from pipeline.execution.runner import Outcome
+    from pipeline.sections import Run
 
 app = typer.Typer(
     name="recap",

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import UnknownNameError
+from pipeline.sections import STAGES
 
 MOVED = {"stages.teachers": "stages.scenes.teachers"}  # as run.toml of earlier versions names it
 SHIPPED_IN = {"writers": "rubric_writers"}  # folder of a run -> folder of stages/
 
 
-def available(package: str) -> list[str]:
+def list_names(package: str) -> list[str]:
     """The plugin names in a package: its modules, without importing them."""
     return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
 
@@ -32,8 +34,8 @@ def load(package: str, name: str) -> ModuleType:
     if "." in name:
         name = MOVED.get(name, name)
         return _import(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
-    if name not in available(package):
-        raise UnknownNameError(unknown(name, available(package)))
+    if name not in list_names(package):
+        raise UnknownNameError(explain_unknown(name, list_names(package)))
     return _import(f"{package}.{name}", f"{package}.{name} has gone")
 
 
@@ -51,10 +53,10 @@ def words(name: str, *, folder: str, run: Path | None) -> str:
     names = {
         f.name.removesuffix(".toml") for p in places if p.is_dir() for f in p.iterdir() if f.name.endswith(".toml")
     }
-    raise UnknownNameError(unknown(name, sorted(names)))
+    raise UnknownNameError(explain_unknown(name, sorted(names)))
 
 
-def unknown(name: str, choices: list[str]) -> str:
+def explain_unknown(name: str, choices: list[str]) -> str:
     """What to say of a name that is none of the choices."""
     close = get_close_matches(name, choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -68,3 +70,15 @@ def _import(module: str, otherwise: str) -> ModuleType:
         if error.name is not None and not module.startswith(error.name):
             raise  # the plugin is there; something that it needs is not
         raise UnknownNameError(otherwise) from error
+
+
+def list_stages(sections: Iterable[str]) -> list[str]:
+    """The stages that ship, in their usual order, then the user's own that have a section.
+
+    Imports no other module of stages/, to keep `recap status` quick.
+    """
+    there = list_names("stages")
+    own = [
+        name for name in sections if name in there and name not in STAGES and hasattr(load("stages", name), "passes")
+    ]
+    return [name for name in STAGES if name in there] + own

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from pipeline import plugins
-from pipeline.config import Run, key
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, columns
+from pipeline.sections import Run, key
 from pipeline.storage import database
 from stages import recipes
 from stages.recipes import Recipe
@@ -208,7 +208,7 @@ def _scores(run: Run, name: str, config: Config) -> list[str]:
     if named and config.of is None:
         raise ConfigError(f"{field}.of", f"is missing: {named[0]} of which captions? {', '.join(others)}")
     if config.of is not None and config.of not in others:
-        raise ConfigError(f"{field}.of", plugins.unknown(config.of, others))
+        raise ConfigError(f"{field}.of", plugins.explain_unknown(config.of, others))
     if config.of is not None and not named:
         raise ConfigError(f"{field}.of", "says whose scores `where` means, but `where` names no score")
     check_binds(run, f"caption.{name}.where", _query(config, named) or "SELECT 1")

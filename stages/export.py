@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pipeline import config, plugins
-from pipeline.config import key
+from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Exported, Image, NamedScore
+from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.views import score_folders
 from stages.exporters import Example, TrainingSet
@@ -52,7 +52,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
-            choices = ", ".join(plugins.available("stages.exporters"))
+            choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it names one or more of {choices}, each once")
         try:
             for name in self.formats:
@@ -81,7 +81,7 @@ class ExportInput:
         return (self.image.key,)
 
 
-def passes(run: config.Run) -> Iterable[Pass]:
+def passes(run: Run) -> Iterable[Pass]:
     settings: Config = run.sections["export"][""]
     captions = list(run.sections["caption"])
     if not captions:
@@ -93,7 +93,7 @@ def passes(run: config.Run) -> Iterable[Pass]:
         folder="export/index",
         reads=("image", *(f"caption/{name}" for name in captions), *score_folders(run, scores), "verdict"),
         version=VERSION,
-        slice=config.stamped(settings),
+        slice=stamped(settings),
         record=Exported,
         max_error_share=1.0,
         inputs=partial(inputs, scores=scores),
@@ -162,7 +162,7 @@ SUMMARY = """
     FROM export"""
 
 
-def finish(run: config.Run, is_new: bool) -> None:
+def finish(run: Run, is_new: bool) -> None:
     """Writes export/stats.json and the dataset card over all that is exported, unless nothing is new."""
     folder = run.folder / "export"
     if not is_new and (folder / "stats.json").exists() and (folder / "README.md").exists():
@@ -180,7 +180,7 @@ def finish(run: config.Run, is_new: bool) -> None:
                 file.write(text.encode())
 
 
-def card(run: config.Run, stats: Mapping[str, Any]) -> str:
+def card(run: Run, stats: Mapping[str, Any]) -> str:
     """The dataset card, with the header that the Hugging Face Hub reads."""
     settings: Config = run.sections["export"][""]
     num = stats["num_samples"]

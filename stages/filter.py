@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from pipeline import config
-from pipeline.config import key
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, columns
+from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.views import score_folders
 from stages.sql import ORDER_BY, check_binds, scores_in
@@ -51,7 +50,7 @@ class FilterInput:
         return (self.key, self.caption, self.candidate)
 
 
-def passes(run: config.Run) -> Iterable[Pass]:
+def passes(run: Run) -> Iterable[Pass]:
     settings: Config = run.sections["filter"][""]
     captions = list(run.sections["caption"])
     if not captions:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline import config
 from pipeline.decoding.images import Limits, Probe
 from pipeline.decoding.probe_pool import ProbePool
 from pipeline.engines import Engine
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Image, Raw, make_key
+from pipeline.sections import Run, stamped
 from pipeline.storage.payloads import Pack, Packed
 from stages.text.prompts import map_with_context
 
@@ -40,7 +40,7 @@ class IngestInput:
         return (self.key,)
 
 
-def passes(run: config.Run) -> Iterable[Pass]:
+def passes(run: Run) -> Iterable[Pass]:
     corpus = run.corpus
     limits = Limits(min_side=corpus.min_side, max_pixels=corpus.max_pixels)
     decoders = ProbePool(limits=limits, num_procs=run.num_cores)  # its processes start with the first file
@@ -48,7 +48,7 @@ def passes(run: config.Run) -> Iterable[Pass]:
         stage="ingest",
         folder="image",
         version=VERSION,
-        slice={"source": run.source.stamp, **config.stamped(corpus)},
+        slice={"source": run.source.stamp, **stamped(corpus)},
         record=Image,
         max_error_share=run.max_error_share if corpus.max_error_share is None else corpus.max_error_share,
         inputs=inputs,

@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from pipeline import plugins
-from pipeline.config import Run, key, stamped
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric
+from pipeline.sections import Run, key, stamped
 from stages.rubric_writers import Evidence, Written, majority
 from stages.text.prompts import engine_slice, map_where, seed_of
 
@@ -148,7 +148,7 @@ def _check_captions(run: Run, config: Config, field: str) -> None:
     for name, captions in (("teachers", config.teachers), ("student", (config.student,))):
         for caption in captions:
             if caption not in known:
-                raise ConfigError(f"{field}.{name}", plugins.unknown(caption, known))
+                raise ConfigError(f"{field}.{name}", plugins.explain_unknown(caption, known))
 
 
 def _asked(run: Run, name: str, engines: Iterable[str]) -> dict[str, Any]:

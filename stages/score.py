@@ -11,12 +11,13 @@ from functools import partial
 from itertools import groupby
 
 from pipeline import plugins
-from pipeline.config import Plugin, Run, Section, key
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, columns
+from pipeline.sections import Plugin, Run, key
+from pipeline.validation import Section
 from stages import scorers
 from stages.scorers import Sample, Scorer, ScoreResult
 from stages.text.prompts import map_with_context, seed_of
@@ -47,7 +48,7 @@ def read_section(section: Section) -> Scored:
     """
     common = frozenset(columns(Config))
     plugin = section.plugin("stages.scorers", common=common)
-    return Scored(**vars(section.only(common).parse(Config)), scorer=plugin)
+    return Scored(**vars(section.select_keys(common).parse(Config)), scorer=plugin)
 
 
 def passes(run: Run) -> Iterable[Pass]:
@@ -106,13 +107,13 @@ def _captions(run: Run, name: str, config: Scored) -> tuple[str, ...]:
     known = tuple(run.sections["caption"])
     for caption in config.captions or ():
         if caption not in known:
-            raise ConfigError(f"{run.file}: score.{name}.captions", plugins.unknown(caption, sorted(known)))
+            raise ConfigError(f"{run.file}: score.{name}.captions", plugins.explain_unknown(caption, sorted(known)))
     return config.captions or known
 
 
 def _check_rubric(run: Run, name: str, rubric: str) -> None:
     if rubric and rubric not in (known := sorted(run.sections["rubric"])):
-        raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.unknown(rubric, known))
+        raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.explain_unknown(rubric, known))
 
 
 def _pass(run: Run, name: str, caption: str, config: Scored, scorer: Scorer) -> Pass:

@@ -5,9 +5,9 @@ It does not know what follows from a condition.
 
 from __future__ import annotations
 
-from pipeline.config import Run
 from pipeline.errors import ConfigError, QueryError
 from pipeline.records import Caption, Image, columns
+from pipeline.sections import Run
 from pipeline.storage import database
 
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands

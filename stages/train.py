@@ -15,13 +15,13 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import plugins
-from pipeline.config import Run, stamped
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, RefusedError, StoppedError, UnknownNameError, UserError
 from pipeline.execution.passes import Pass
 from pipeline.execution.states import changes
 from pipeline.progress import say
 from pipeline.records import Step
+from pipeline.sections import Run, stamped
 from pipeline.storage import tables
 from stages import rubrics, scorers
 from stages.scorers import Scorer
@@ -335,9 +335,11 @@ def _check(run: Run, config: Config) -> None:
         raise ConfigError(f"{run.file}: train.captions", f"is empty; there are {', '.join(known)}")
     for name in config.captions:
         if name not in known:
-            raise ConfigError(f"{run.file}: train.captions", plugins.unknown(name, known))
+            raise ConfigError(f"{run.file}: train.captions", plugins.explain_unknown(name, known))
     if config.scores and config.scores not in run.sections["score"]:
-        raise ConfigError(f"{run.file}: train.scores", plugins.unknown(config.scores, sorted(run.sections["score"])))
+        raise ConfigError(
+            f"{run.file}: train.scores", plugins.explain_unknown(config.scores, sorted(run.sections["score"]))
+        )
     if config.recipe:
         try:
             recipe_of(run, config, config.captions[0])
@@ -356,7 +358,7 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
     known = run.sections["score"]
     for name in config.rewards:
         if name not in known:
-            raise ConfigError(f"{run.file}: train.rewards", plugins.unknown(name, sorted(known)))
+            raise ConfigError(f"{run.file}: train.rewards", plugins.explain_unknown(name, sorted(known)))
     found = {
         name: scorers.load(known[name].scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
         for name in config.rewards
@@ -364,7 +366,7 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
     for name, scorer in found.items():
         if scorer.rubric and scorer.rubric not in run.sections["rubric"]:
             known_rubrics = sorted(run.sections["rubric"])
-            raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.unknown(scorer.rubric, known_rubrics))
+            raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.explain_unknown(scorer.rubric, known_rubrics))
     return found
 
 

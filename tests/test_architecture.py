@@ -20,9 +20,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (  # from the ground up: a module imports its own room and those above it in this list, never one below it
     "pipeline.errors",
     "pipeline.machine",
-    "pipeline.plugins",
     "pipeline.records",
     "pipeline.sections",
+    "pipeline.plugins",
+    "pipeline.validation",
     "pipeline.slurm.options",
     "pipeline.config",
     "pipeline.progress",

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline import plugins
-from pipeline.config import Corpus, Run, TopLevel, describe, load
+from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
-from pipeline.slurm.script import Resources, Settings
+from pipeline.sections import Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _common, _tars
 from pipeline.storage import tables
 from pipeline.storage.plan import freeze
+from pipeline.validation import describe
 
 WIDTH = 110
 LEVELS, NUM_FOLDERS, NUM_NAMES = 5, 3, 2000  # that a guess looks at: folders in each other, in each, names in each
@@ -195,7 +196,7 @@ def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
     """The dataclasses that a section's keys come from."""
     top = name.split(".")[0]
     if top == "slurm":
-        yield from (Settings, Resources)
+        yield from (SlurmSettings, Resources)
         return
     packages = {"source": "pipeline.sources", "engines": "pipeline.engines", "score": "stages.scorers"}
     if top != "engines" and top != "source":

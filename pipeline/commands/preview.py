@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from pipeline.config import Run
 from pipeline.errors import MachineError, UserError
 from pipeline.execution.passes import Pass, all_passes, select, with_inputs
 from pipeline.execution.runner import Runner
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, Score
+from pipeline.sections import Run
 from pipeline.storage.plan import assign
 from pipeline.storage.tables import Provenance, write
 

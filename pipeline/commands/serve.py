@@ -22,13 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import config
 from pipeline.engines import openai, vllm
 from pipeline.engines._options import Model, Serving
 from pipeline.engines._reaper import Guard
 from pipeline.errors import ConfigError, EngineDiedError
-from pipeline.plugins import unknown
+from pipeline.plugins import explain_unknown
 from pipeline.progress import duration, say
+from pipeline.sections import Run, endpoint_file
 from pipeline.storage import tables
 
 READY_TIMEOUT = 1800.0  # seconds; large models load from slow disks
@@ -61,7 +61,7 @@ class Server:
 
 
 def serve_engine(
-    run: config.Run, name: str, *, host: str = "127.0.0.1", port: int = 0, ready_timeout: float = READY_TIMEOUT
+    run: Run, name: str, *, host: str = "127.0.0.1", port: int = 0, ready_timeout: float = READY_TIMEOUT
 ) -> None:
     """Runs the server that an engine of run.toml describes until a signal ends it.
 
@@ -79,7 +79,7 @@ def serve_engine(
         raise ConfigError(f"{run.file}: engines.{name}", needs_key(host))
     port = port or _free_port(host)
     url = f"http://{_bracketed(_reachable(host))}:{port}"
-    note = config.endpoint(run.file.parent, name)
+    note = endpoint_file(run.file.parent, name)
     with _child(server.command(host=host, port=port), key=server.key, kv_cache_gib=server.engine.kv_cache_gib) as child:
         took = _wait_until_ready(child, f"http://{_bracketed(host)}:{port}/health", timeout=ready_timeout)
         if took is None:
@@ -94,10 +94,10 @@ def serve_engine(
             raise EngineDiedError(f"the server of {name} ended by itself with exit code {child.returncode}")
 
 
-def describe_server(run: config.Run, name: str) -> Server:
+def describe_server(run: Run, name: str) -> Server:
     """What an engine of run.toml says of its server."""
     if name not in run.engines:
-        raise ConfigError(f"{run.file}: engines", unknown(name, sorted(run.engines)))
+        raise ConfigError(f"{run.file}: engines", explain_unknown(name, sorted(run.engines)))
     found = run.engines[name].config
     if isinstance(found, vllm.Config):
         key = os.environ.get("VLLM_API_KEY", "")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
-from pipeline.config import key
 from pipeline.errors import ConfigError
 from pipeline.machine import num_cores
+from pipeline.sections import key
 
 MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 

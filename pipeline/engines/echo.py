@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pipeline.config import key
 from pipeline.engines import Reply, Request, Sampling, settle
 from pipeline.errors import EngineDiedError
+from pipeline.sections import key
 
 _ADJECTIVES = (
     "amber ancient bright broken calm carved coarse dark distant dusty faded gentle glossy green grey hollow low narrow"

@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import key
 from pipeline.decoding import images
 from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Serving, require
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, ConfigError, EngineDiedError, ServerError, UndecodableError
+from pipeline.sections import key
 
 if TYPE_CHECKING:
     import aiohttp

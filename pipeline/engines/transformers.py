@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import key
 from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Weights, require
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
 from pipeline.errors import BadRequestError, EngineDiedError
 from pipeline.machine import imitates_16_bits
+from pipeline.sections import key
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

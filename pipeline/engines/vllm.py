@@ -21,13 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import key
 from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Serving, require
 from pipeline.engines._reaper import Guard
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
 from pipeline.machine import imitates_16_bits
+from pipeline.sections import key
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 
-from pipeline import config
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
+from pipeline.sections import Plugin
 
 
 class EnginePool(Mapping[str, Engine]):
     """The engines of run.toml by name, opened when first asked for."""
 
-    def __init__(self, plugins: Mapping[str, config.Plugin]) -> None:
+    def __init__(self, plugins: Mapping[str, Plugin]) -> None:
         self._plugins, self._open = plugins, dict[str, Engine]()
         self._lock = threading.Lock()
 

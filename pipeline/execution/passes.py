@@ -17,10 +17,10 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline import plugins
-from pipeline.config import Run, stages_of
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Record
+from pipeline.sections import Run
 
 if TYPE_CHECKING:
     from pipeline.execution.shard import Shard
@@ -81,7 +81,7 @@ def all_passes(run: Run) -> list[Pass]:
     Raises:
         ConfigError: a pass reads what no pass makes, or two passes wait for each other.
     """
-    passes = [p for stage in stages_of(run.sections) for p in _passes(stage, run)]
+    passes = [p for stage in plugins.list_stages(run.sections) for p in _passes(stage, run)]
     makers = {p.folder: p for p in passes}
     for p in passes:
         for folder in p.reads:
@@ -109,7 +109,7 @@ def select(passes: list[Pass], what: str) -> list[Pass]:
     found = [p for p in passes if [p.stage, p.name, p.caption][: len(wanted)] == wanted]
     if not found:
         titles = sorted({p.stage for p in passes} | {f"{p.stage}:{p.name}" for p in passes if p.name})
-        raise UnknownNameError(f"STAGE: {plugins.unknown(what, ['all', *titles])}")
+        raise UnknownNameError(f"STAGE: {plugins.explain_unknown(what, ['all', *titles])}")
     return found
 
 

@@ -40,6 +40,7 @@ from pipeline.execution.states import DUE, ShardStates, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, shares, visible_devices
 from pipeline.progress import Meter, Relay, say
 from pipeline.records import Stat
+from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import leave_word
@@ -79,7 +80,7 @@ class Outcome:
 class Runner:
     """Makes passes of one run."""
 
-    run: config.Run
+    run: Run
     shards: str = "all"
     limit: int | None = None  # inputs of a shard, for a trial
     workers: int = 1  # processes; those of a pass with an engine have one each, and devices of their own

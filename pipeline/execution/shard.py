@@ -13,9 +13,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config import Run
 from pipeline.errors import BrokenTableError
 from pipeline.records import Image, Raw, Record
+from pipeline.sections import Run
 from pipeline.storage import database, tables, views
 from pipeline.storage.layout import PACKED, table_path
 from pipeline.storage.plan import Plan

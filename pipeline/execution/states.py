@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config import Run
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
+from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path
 from pipeline.storage.payloads import what_is_lost

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass
 from itertools import groupby
 from typing import Any
 
-from pipeline import config
+from pipeline.sections import Plugin, Run, stamped
 from pipeline.storage import database, plan, views
 
 NUM_BINS = 20  # of a score's distribution
@@ -144,7 +144,7 @@ class Report:
     settings: tuple[Setting, ...]
 
 
-def read_numbers(run: config.Run) -> Report:
+def read_numbers(run: Run) -> Report:
     """Asks the run's tables for all numbers."""
     with views.connect(run) as connection:
         costs, until = _costs(connection)
@@ -287,7 +287,7 @@ POINTS = f"""
     GROUP BY name, step * {NUM_POINTS} // (SELECT greatest(max(step), 1) FROM step) ORDER BY name, place"""
 
 
-def _settings(run: config.Run) -> Iterator[Setting]:
+def _settings(run: Run) -> Iterator[Setting]:
     yield _setting("source", run.source.kind, run.source.config)
     for name, engine in run.engines.items():
         yield _setting(f"engines.{name}", engine.kind, engine.config)
@@ -305,18 +305,18 @@ def _setting(section: str, kind: str | None, values: Any) -> Setting:
 
 def _given(values: Any) -> Iterator[tuple[str, str]]:
     """What differs from the defaults; where a run is served or how long it may take decides no row and is left out."""
-    stamped = config.stamped(values)
+    decisive = stamped(values)
     for field in dataclasses.fields(values):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(values, field.name)
-        if field.name not in stamped or value == default or value is None:
+        if field.name not in decisive or value == default or value is None:
             continue
         if isinstance(value, Mapping):
             yield from ((f"{field.name}.{name}", _word(one)) for name, one in value.items())
-        elif isinstance(value, config.Plugin):
+        elif isinstance(value, Plugin):
             yield from (("kind", value.kind), *_given(value.config))
         else:
-            yield field.name, _word(stamped[field.name])
+            yield field.name, _word(decisive[field.name])
 
 
 def _word(value: Any) -> str:

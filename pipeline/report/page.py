@@ -10,19 +10,19 @@ from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
-from pipeline import config
 from pipeline.progress import short
 from pipeline.report import cards, figures
 from pipeline.report.figures import Section
 from pipeline.report.markup import Html, el, join
 from pipeline.report.numbers import Report, read_numbers
 from pipeline.report.samples import Sheet, draw_sheets
+from pipeline.sections import Run
 from pipeline.storage import tables
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_report(run: config.Run, *, num_images: int = 36) -> Path:
+def write_report(run: Run, *, num_images: int = 36) -> Path:
     """Writes `<run>/report.html`, whole or not at all.
 
     Args:

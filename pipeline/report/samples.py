@@ -14,11 +14,11 @@ from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
 from pipeline.decoding import images
 from pipeline.errors import UndecodableError
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
+from pipeline.sections import Run
 from pipeline.storage import database, views
 from pipeline.storage.plan import Plan
 
@@ -55,7 +55,7 @@ class Sheet:
     samples: tuple[Sample, ...]
 
 
-def draw_sheets(run: config.Run, *, num_images: int) -> Iterator[Sheet]:
+def draw_sheets(run: Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets of `num_images` samples in all, or fewer; those of an unfinished run show what there is."""
     with views.connect(run) as connection:
         drawn = dict(_drawn(connection, num_images))
@@ -111,7 +111,7 @@ def _any(connection: database.Connection, table: str) -> bool:
     return next(database.rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
 
 
-def _read(run: config.Run, keys: Iterable[str]) -> Mapping[str, Sample]:
+def _read(run: Run, keys: Iterable[str]) -> Mapping[str, Sample]:
     """The samples of these keys, shard by shard."""
     found: dict[str, Sample] = {}
     for number, group in groupby(sorted(keys), lambda key: int(key[:6])):

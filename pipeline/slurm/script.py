@@ -1,4 +1,4 @@
-"""Decides what a job's script says: `[slurm]` of run.toml, and the plain text that sbatch is given.
+"""Decides what a job's script says: the plain text that sbatch is given.
 
 A stage is one array; its task i makes block i of n with the command that a person types. What waits for what, and what
 is in the queue already, is known by pipeline/slurm/submit.py.
@@ -7,100 +7,18 @@ is in the queue already, is known by pipeline/slurm/submit.py.
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import config
-from pipeline.config import Run, Section, key
 from pipeline.execution.passes import Pass
+from pipeline.sections import MAX_TASKS, Resources, Run, endpoint_file
 from pipeline.storage import tables
 from pipeline.storage.plan import format_spec
 
-STAGES = (*config.STAGES, "server")  # what may have a table of its own in [slurm]
 NO_GPU = frozenset({"echo", "openai"})  # engines that compute elsewhere, or nothing
-MAX_TASKS = 1000  # of an array, unless num_tasks says otherwise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a job asks for; `[slurm]` for all, `[slurm.STAGE]` for one stage's."""
-
-    partition: str = key("", "empty: the cluster's default")
-    account: str = key("", "who pays")
-    qos: str = key("", "the quality of service")
-    constraint: str = key("", "features that a node must have, e.g. a100")
-    gpus: int = key(1, "GPUs of a task that runs a model; tasks that run none get none", least=0)
-    workers: int = key(1, "processes of a task, each with a shard, an engine and GPUs of its own", least=1)
-    cpus: int = key(4, "CPU cores of a task", least=1)
-    memory: str = key("", "of a task, e.g. 64G; empty: the partition's default")
-    time: str = key("", "the time limit, as Slurm writes it: 04:00:00, 1-12:00:00; empty: the partition's own")
-    max_running: int = key(0, "tasks of an array that run at once; 0: as many as there is room for", least=0)
-    directives: tuple[str, ...] = key((), "more options of sbatch, e.g. --exclusive or --mail-type=FAIL")
-    setup: tuple[str, ...] = key((), "lines of shell before the command: module load, source, export")
-    command: str = key("", "how recap is called there, e.g. apptainer exec --nv recap.sif recap; empty: this Python")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The rest of `[slurm]`, which is the same for all stages."""
-
-    num_tasks: int = key(0, f"tasks of an array; 0: one for each shard, but at most {MAX_TASKS}", least=0, most=10**6)
-    notice: int = key(300, "seconds before the time limit at which a task is told to stop", least=10)
-    max_requeues: int = key(50, "how often a task that was stopped goes back into the queue", least=0)
-    serve: tuple[str, ...] = key((), "engines that a job of their own serves (`recap serve`) while arrays ask them")
-    serve_host: str = key(
-        "0.0.0.0", "the address that a served engine listens on; all but 127.0.0.1 demand a key (api_key_env)"
-    )
-    serve_wait: int = key(3600, "seconds that a task waits for a served engine to be ready", least=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """`[slurm]`, understood."""
-
-    settings: Settings
-    resources: Mapping[str, Resources]  # stage -> what its jobs ask for
-
-
-def read_section(section: Section) -> Config:
-    """Raises:
-    ConfigError: a key or a stage that there is not, or a time limit that leaves no time to work.
-    """
-    section.refuse_unknown([*STAGES, *(f.name for cls in (Settings, Resources) for f in fields(cls))])
-    settings = section.only(frozenset(f.name for f in fields(Settings))).parse(Settings)
-    common = section.only(frozenset(f.name for f in fields(Resources)))
-    resources = {}
-    for stage in STAGES:
-        own = section.sub(stage)
-        if stage == "server" and "workers" in own.values:
-            raise own.error("workers", "a server has none; set replicas in [engines.NAME.serve]")
-        merged = Section({**common.values, **own.values}, file=own.file, field=own.field)
-        resources[stage] = merged.parse(Resources)
-        limit = seconds(resources[stage].time)
-        if resources[stage].time and limit is None:
-            raise merged.error("time", f"{resources[stage].time!r} is no time; write 90, 04:00:00 or 1-12:00:00")
-        if limit is not None and limit <= settings.notice:
-            raise merged.error("time", f"{resources[stage].time!r} is over before the notice of {settings.notice} s")
-    return Config(settings=settings, resources=resources)
-
-
-def seconds(limit: str) -> int | None:
-    """A time limit as Slurm writes it; None when it is none.
-
-    >>> seconds("90"), seconds("04:00:00"), seconds("1-12")
-    (5400, 14400, 129600)
-    """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not found:
-        return None
-    days, a, b, c = (int(part or 0) for part in found.groups())
-    if found[1] is not None or found[4] is not None:
-        return ((days * 24 + a) * 60 + b) * 60 + c
-    return a * 60 + b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +74,10 @@ class SlurmRun:
 
     def endpoint(self, engine: str) -> Path:
         """The file that a served engine's server writes when it is ready."""
-        return config.endpoint(self.run.file.parent.resolve(), engine)
+        return endpoint_file(self.run.file.parent.resolve(), engine)
 
     def resources(self, job: Job) -> Resources:
-        found: Resources = self.run.slurm.resources[job.stage]
-        return found
+        return self.run.slurm.resources[job.stage]
 
     def on_gpus(self, job: Job) -> frozenset[str]:
         """The engines that compute in its own tasks, on GPUs."""

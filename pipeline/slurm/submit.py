@@ -15,9 +15,8 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from pipeline import config, plugins
+from pipeline import plugins
 from pipeline.commands import serve
-from pipeline.config import Plugin, Run
 from pipeline.engines import openai
 from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
 from pipeline.execution.passes import Pass, select
@@ -25,6 +24,7 @@ from pipeline.execution.runner import Runner, Stale
 from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE, Kind
 from pipeline.progress import say
+from pipeline.sections import Plugin, Run, endpoint_file
 from pipeline.slurm import scheduler
 from pipeline.slurm.script import Job, JobArray, SlurmRun
 from pipeline.storage.plan import format_spec
@@ -153,9 +153,9 @@ def check_served(run: Run, name: str) -> None:
         ConfigError: there is no such engine, it is not asked by its endpoint, or its server would be open to everyone.
     """
     if name not in run.engines:
-        raise ConfigError(f"{run.file}: slurm.serve", plugins.unknown(name, sorted(run.engines)))
+        raise ConfigError(f"{run.file}: slurm.serve", plugins.explain_unknown(name, sorted(run.engines)))
     found, host = run.engines[name].config, run.slurm.settings.serve_host
-    if not isinstance(found, openai.Config) or found.base_url != str(config.endpoint(run.file.parent, name)):
+    if not isinstance(found, openai.Config) or found.base_url != str(endpoint_file(run.file.parent, name)):
         wanted = 'kind = "openai" and base_url = "endpoint"'
         raise ConfigError(f"{run.file}: engines.{name}", f"slurm.serve gives it a server; to be asked it has {wanted}")
     if not serve.is_loopback(host) and not found.api_key_env:

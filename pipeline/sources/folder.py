@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pipeline.config import key
 from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 from pipeline.sources import _columns, _common, _files, _parquet
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import key
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 from pipeline.sources import _columns, _common
 
 if TYPE_CHECKING:

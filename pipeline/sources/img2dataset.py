@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pipeline.config import key
 from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 from pipeline.sources import _columns, _common, _files, _parquet, _tars
 
 DONE = "_stats.json"  # img2dataset writes it when a shard is finished

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pipeline.config import key
 from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 from pipeline.sources import _columns, _common, _files, _parquet
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.config import key
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 
 COLOURS = {
     "red": (214, 32, 38),

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.config import key
 from pipeline.records import Piece, Raw
+from pipeline.sections import key
 from pipeline.sources import _common, _files, _tars
 
 

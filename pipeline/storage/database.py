@@ -274,7 +274,7 @@ def named_query(name: str) -> str:
     """
     names = [known for known, _ in named_queries()]
     if name not in names:
-        raise UnknownNameError(f"query {plugins.unknown(name, names)}")
+        raise UnknownNameError(f"query {plugins.explain_unknown(name, names)}")
     return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from pipeline.config import Run
+from pipeline.sections import Run
 from pipeline.storage import database
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
-from pipeline.config import Section, key
 from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.sections import key
+from pipeline.validation import Section
 from stages import flags
 from stages.text import json_schema
 from stages.text.answers import Form

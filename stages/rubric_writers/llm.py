@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import plugins
-from pipeline.config import Section, key
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import RubricCriterion, Severity
+from pipeline.sections import key
+from pipeline.validation import Section
 from stages.rubric_writers import WEIGHTS, Evidence, Written
 from stages.text.answers import read_value
 from stages.text.prompts import (

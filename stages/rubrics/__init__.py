@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import plugins
-from pipeline.config import Section, key
 from pipeline.errors import ConfigError
 from pipeline.records import RubricCriterion
+from pipeline.sections import key
+from pipeline.validation import Section
 from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, one_line
 
 SEVERITIES: Mapping[str, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
-from pipeline.config import key
 from pipeline.engines import Reply, Request, settle
+from pipeline.sections import key
 from pipeline.sources.scenes import (
     BACKGROUNDS,
     COLOURS,

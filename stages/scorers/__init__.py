@@ -25,9 +25,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.config import Plugin, Run, stamped
 from pipeline.engines import Engine
 from pipeline.records import Criterion, RubricCriterion, ScoreStatus
+from pipeline.sections import Plugin, Run, stamped
 from stages.text.prompts import engine_slice
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import key
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
+from pipeline.sections import key
 from stages import rubrics
 from stages.rubrics import Question, Rubric
 from stages.scorers import Sample, ScoreResult, weighted_mean

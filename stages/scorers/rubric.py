@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.config import key
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion, RubricCriterion
+from pipeline.sections import key
 from stages import rubrics
 from stages.rubrics import RubricSpec
 from stages.scenes import claim_checks

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import key
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
+from pipeline.sections import key
 from stages import flags
 from stages.scorers import Sample, ScoreResult, weighted_mean
 from stages.text.repetition import loop_in, words_of

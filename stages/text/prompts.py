@@ -16,9 +16,9 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from pipeline import plugins
-from pipeline.config import Run, key
 from pipeline.engines import Sampling
 from pipeline.errors import ConfigError
+from pipeline.sections import Run, key
 
 T = TypeVar("T")
 Q = TypeVar("Q")
@@ -174,5 +174,5 @@ def engine_slice(run: Run, name: str, *, field: str) -> dict[str, Any]:
         ConfigError: `field` names an engine that run.toml does not have.
     """
     if name not in run.engines:
-        raise ConfigError(f"{run.file}: {field}", plugins.unknown(name, sorted(run.engines)))
+        raise ConfigError(f"{run.file}: {field}", plugins.explain_unknown(name, sorted(run.engines)))
     return {part: value for part, value in run.engines[name].stamp.items() if part != "kind"}

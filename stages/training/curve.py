@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Run, stamped
 from pipeline.records import Step
+from pipeline.sections import Run, stamped
 from pipeline.storage import tables
 from stages.training.settings import Config
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.config import Run
 from pipeline.decoding import images
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Criterion, Image, ImageRubric, Record, RubricCriterion, Score, schema
+from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import batched

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
-from pipeline.config import key
+from pipeline.sections import key
 
 
 @dataclass(frozen=True, kw_only=True)

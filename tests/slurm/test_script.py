@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError, RefusedError
 from pipeline.execution.passes import all_passes
 from pipeline.slurm import scheduler
 from pipeline.slurm.jobs import JobMonitor
-from pipeline.slurm.script import JobArray, SlurmRun, seconds
+from pipeline.slurm.options import seconds
+from pipeline.slurm.script import JobArray, SlurmRun
 from pipeline.slurm.submit import Job, Submission, find_block, find_queued_blocks, plan_jobs
 from pipeline.storage.plan import parse_spec
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections, write
@@ -56,10 +57,10 @@ def test_the_script_in_the_documentation_is_the_one_that_is_printed(tmp_path: Pa
 def test_every_key_stands_in_the_documentation() -> None:
     from dataclasses import fields
 
-    from pipeline.slurm.script import Resources, Settings
+    from pipeline.sections import Resources, SlurmSettings
 
     page = (ROOT / "docs" / "clusters.md").read_text()
-    for field in (*fields(Settings), *fields(Resources)):
+    for field in (*fields(SlurmSettings), *fields(Resources)):
         assert f"| `{field.name}` | {field.metadata['help'].replace('|', '')} |" in page
 
 
