@@ -170,7 +170,7 @@ def status(
     from pipeline.storage.views import left_over
 
     runner = Runner(run=config.load(run))
-    watch = JobMonitor.of(runner)
+    watch = JobMonitor.query(runner)
     passes = report.summarise_passes(runner, watch)
     print(json.dumps(report.as_json(passes), indent=2) if as_json else report.format_table(passes, watch))
     if folders := left_over(runner.run):

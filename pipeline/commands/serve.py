@@ -5,7 +5,6 @@ It starts one process and ends that one, no other. It does not know what is aske
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.engines import openai, vllm
-from pipeline.engines._options import Model, Serving
+from pipeline.engines._options import Model, Serving, require_api_key
 from pipeline.engines._reaper import Guard
 from pipeline.errors import ConfigError, EngineDiedError
 from pipeline.plugins import explain_unknown
@@ -75,8 +74,7 @@ def serve_engine(
         EngineDiedError: the server did not get ready in time, or ended by itself.
     """
     server = describe_server(run, name)
-    if not is_loopback(host) and not server.key:
-        raise ConfigError(f"{run.file}: engines.{name}", needs_key(host))
+    require_api_key(host, has_key=bool(server.key), where=f"{run.file}: engines.{name}")
     port = port or _free_port(host)
     url = f"http://{_bracketed(_reachable(host))}:{port}"
     note = endpoint_file(run.file.parent, name)
@@ -125,17 +123,6 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"{flag}={json.dumps(value)}"
         elif value is not None:
             yield f"{flag}={'auto' if value == -1 else value}"
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def needs_key(host: str) -> str:
-    return f"on {host} everyone could ask it: set api_key_env to the name of a variable that holds a key"
 
 
 def _reachable(host: str) -> str:

@@ -55,8 +55,8 @@ def summarise_passes(runner: Runner, watch: JobMonitor) -> list[PassStatus]:
 def _survey(runner: Runner, p: Pass, overview: StateIndex, watch: JobMonitor) -> PassStatus:
     run, missing = runner.run.folder, overview.shards(p, *DUE, "blocked")
     stale, done = overview.shards(p, "stale"), overview.shards(p, "done")
-    rate, running, statuses = _rate(run, p, done), watch.running(p), overview.statuses(p)
-    silent = watch.silent(p, overview.shards(p, "missing", "behind"))
+    rate, running, statuses = _rate(run, p, done), watch.running_tasks(p), overview.statuses(p)
+    silent = watch.find_ended_early(p, overview.shards(p, "missing", "behind"))
     broken = {shard: runner.ledger.state(p, shard).why for shard in (*overview.broken(p), *overview.shards(p, "lost"))}
     failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
     return PassStatus(
@@ -74,7 +74,7 @@ def _survey(runner: Runner, p: Pass, overview: StateIndex, watch: JobMonitor) ->
         reasons=tuple(overview.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(running),
-        waiting=watch.waiting(p),
+        waiting=watch.pending_reasons(p),
     )
 
 
@@ -116,7 +116,7 @@ def format_table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
         for row in rows
     ]
     asked = [f"slurm: {watch.problem}"] if watch.problem else []
-    return "\n".join([*lines, *_notes(passes), *watch.served(), *asked])
+    return "\n".join([*lines, *_notes(passes), *watch.server_lines(), *asked])
 
 
 def _row(p: PassStatus) -> tuple[str, ...]:

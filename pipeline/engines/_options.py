@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -64,3 +65,22 @@ def require(module: str, *, kind: str, how: str) -> None:
         import_module(module)
     except ImportError as error:
         raise ConfigError(f"kind {kind!r}", f"{how} ({error})") from error
+
+
+def require_api_key(host: str, *, has_key: bool, where: str) -> None:
+    """
+    Raises:
+        ConfigError: the server would listen on more than this machine and need no API key.
+    """
+    if not has_key and not is_loopback(host):
+        raise ConfigError(
+            where,
+            f"on {host} anyone could send it requests: set api_key_env to the name of a variable that holds a key",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,6 +1,6 @@
-"""Decides how Slurm is asked: the few of its commands that are used, and what their answers mean.
+"""Slurm's commands: the few that are used, and how their output is parsed.
 
-It knows jobs and tasks; it knows nothing of stages, shards or why a job is there.
+It knows jobs and tasks; it knows nothing of stages, of shards, or of a job's purpose.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from pipeline.errors import SlurmError, UserError
 
-TIMEOUT = 120.0  # seconds that a command may take: a busy controller answers late
-MAX_ARRAY_SIZE = 1001  # Slurm's own default, where there is no Slurm to ask
+TIMEOUT = 120.0  # seconds for one command; a busy controller answers late
+MAX_ARRAY_SIZE = 1001  # Slurm's own default, used where Slurm is not installed
 FIELDS = {"array": "%F", "index": "%K", "state": "%T", "node": "%N", "name": "%j", "reason": "%r", "comment": "%k"}
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
@@ -23,10 +23,10 @@ ENDED = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedTask:
-    """One job, or one task of an array, that is waiting or running."""
+    """A job, or one task of an array, that is waiting or running."""
 
-    array: str  # the id that sbatch gave
-    index: int | None  # in its array; None for a job that is no array
+    array: str  # the id that sbatch printed
+    index: int | None  # in its array; None for a job that is not an array
     state: str  # PENDING, RUNNING, COMPLETING, ...
     node: str  # "" while it waits
     name: str
@@ -43,17 +43,17 @@ def is_installed() -> bool:
 
 
 def list_tasks(names: Iterable[str]) -> list[QueuedTask]:
-    """What waits or runs under these job names, every task of an array by itself.
+    """The waiting and running tasks with these job names, each task of an array by itself.
 
     Raises:
         SlurmError: the controller did not answer.
     """
-    asked = ["squeue", "--noheader", "--array", f"--name={','.join(names)}", f"--format={'|'.join(FIELDS.values())}"]
-    return list(_parsed(run_command(asked)))
+    options = ["--noheader", "--array", f"--name={','.join(names)}", f"--format={'|'.join(FIELDS.values())}"]
+    return list(_parse_tasks(run_command(["squeue", *options])))
 
 
-def _parsed(answer: str) -> Iterator[QueuedTask]:
-    for line in answer.splitlines():
+def _parse_tasks(output: str) -> Iterator[QueuedTask]:
+    for line in output.splitlines():
         values = dict(zip(FIELDS, line.split("|", len(FIELDS) - 1), strict=True))
         if values["state"] not in ENDED:
             index = int(values["index"]) if values["index"].isdigit() else None
@@ -62,13 +62,13 @@ def _parsed(answer: str) -> Iterator[QueuedTask]:
 
 def read_max_array_size() -> int:
     """One more than the highest index of a task."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]), re.MULTILINE)
-    return int(found[1]) if found else MAX_ARRAY_SIZE
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]), re.MULTILINE)
+    return int(match[1]) if match else MAX_ARRAY_SIZE
 
 
 def submit_script(script: str, options: Sequence[str]) -> str:
-    """Puts a script into the queue; returns the job's id."""
-    return run_command(["sbatch", "--parsable", *options], given=script).strip().split(";")[0]
+    """Submits a script with sbatch; returns the job's id."""
+    return run_command(["sbatch", "--parsable", *options], stdin=script).strip().split(";")[0]
 
 
 def cancel_jobs(jobs: Iterable[str]) -> None:
@@ -76,17 +76,17 @@ def cancel_jobs(jobs: Iterable[str]) -> None:
         run_command(["scancel", *ids])
 
 
-def run_command(command: Sequence[str], *, given: str = "") -> str:
-    """What a command of Slurm's prints.
+def run_command(command: Sequence[str], *, stdin: str = "") -> str:
+    """Runs one of Slurm's commands; returns its output.
 
     Raises:
-        UserError: this machine does not have it.
-        SlurmError: it failed, or took too long.
+        UserError: the command is not installed on this machine.
+        SlurmError: it failed or timed out.
     """
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not on this machine; run this where Slurm's commands are") from error
+        raise UserError(f"{command[0]} is not installed; run this on a machine with Slurm's commands") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} did not answer within {TIMEOUT:.0f} s") from error
     if done.returncode != 0:

@@ -1,6 +1,6 @@
-"""Decides which jobs a run becomes: their blocks of shards, and what waits for what.
+"""The jobs of a run: their blocks of shards, their dependencies, and their submission.
 
-It keeps no queue of its own: what is on its way is what Slurm says, what is done is what the tables say.
+It keeps no queue of its own: Slurm knows what is queued, the tables show what is done.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from math import prod
 from pathlib import Path
 
 from pipeline import plugins
-from pipeline.commands import serve
 from pipeline.engines import openai
+from pipeline.engines._options import require_api_key
 from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
 from pipeline.execution.passes import Pass, select
 from pipeline.execution.runner import Runner, Stale
@@ -31,13 +31,13 @@ from pipeline.storage.plan import format_spec
 
 
 def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
-    """The jobs of these passes, each after those that it reads from."""
-    runs = [list(found) for _, found in groupby(passes, key=lambda p: p.stage)]
-    stages = [run[0].stage for run in runs]
-    parts = [part for run in runs for part in ([run] if stages.count(run[0].stage) == 1 else [[p] for p in run])]
-    whole = [stages.count(part[0].stage) == 1 for part in parts]
-    titles = [part[0].stage if one else part[0].title for part, one in zip(parts, whole, strict=True)]
-    makers = {p.folder: title for part, title in zip(parts, titles, strict=True) for p in part}
+    """The jobs of these passes in order: one for a stage, or one for each pass of a stage that others interrupt."""
+    groups = [list(group) for _, group in groupby(passes, key=lambda p: p.stage)]
+    stages = [group[0].stage for group in groups]
+    parts: dict[str, list[Pass]] = {}  # by title
+    for group in groups:
+        parts |= {group[0].stage: group} if stages.count(group[0].stage) == 1 else {p.title: [p] for p in group}
+    makers = {p.folder: title for title, part in parts.items() for p in part}
     return [
         Job(
             title=title,
@@ -46,285 +46,280 @@ def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
             reads=frozenset(makers[folder] for p in part for folder in p.reads if folder in makers) - {title},
             engines=frozenset(engine for p in part for engine in p.engines),
         )
-        for part, title in zip(parts, titles, strict=True)
+        for title, part in parts.items()
     ]
 
 
 def find_block(shard: int, num_blocks: int, num_shards: int) -> int:
-    """Which of the blocks i/n of `parse_spec` has a shard."""
+    """The block i of the blocks i/n of `parse_spec` that has a shard."""
     return ((shard + 1) * num_blocks - 1) // num_shards
-
-
-Put = Callable[[str, str, str], str]  # title, script, dependency -> the job's id
-Busy = Mapping[tuple[str, int], str]  # title, block -> the array in Slurm's queue that has it
 
 
 @dataclass(kw_only=True)
 class Submission:
-    """The jobs of one submission, each after those that it waits for."""
+    """The jobs of one submission with their dependencies."""
 
-    cluster: SlurmRun
+    slurm_run: SlurmRun
     jobs: Sequence[Job]  # of the whole run
-    window: int  # tasks in an array, at most
+    window: int  # maximum number of tasks in an array
     due: Mapping[str, Collection[int]]  # title of any job of the run -> its blocks that lack a table
-    busy: Busy
+    queued: Mapping[tuple[str, int], str]  # title, block -> the array in Slurm's queue that makes it
     servers: Mapping[str, str]  # engine -> the job in the queue that serves it
-    put: Put
+    submit: Callable[[str, str, str], str]  # title, script, dependency -> the job's id
 
-    def lay(self, chosen: Sequence[Job]) -> int:
-        """Puts into the queue all that is due and not there yet; returns how many tasks that is."""
-        self._owner, self._servers = dict(self.busy), dict(self.servers)
+    def submit_missing(self, chosen: Sequence[Job]) -> int:
+        """Submits all blocks that are due and not queued; returns the number of tasks."""
+        self._arrays, self._servers = dict(self.queued), dict(self.servers)
         for job in chosen:
-            before = len(self._owner)
-            self._arrays(job)
-            if len(self._owner) > before and any(p.finish for p in job.passes) and self.cluster.num_blocks > 1:
-                self.put(f"{job.title}-whole", self.cluster.whole(job), f"afterok:{':'.join(self._ids([job]))}")
-        num = len(self._owner) - len(self.busy)
-        for engine in sorted(self.cluster.served):
-            users = self._ids(job for job in self.jobs if engine in job.engines)
-            if users and (num or engine not in self.servers):
-                text = self.cluster.release(engine, self._server(engine))
-                self.put(f"release-{engine}", text, f"afterany:{':'.join(users)}")
-        return num
+            before = len(self._arrays)
+            self._submit_arrays(job)
+            writes_whole = any(p.finish for p in job.passes) and self.slurm_run.num_blocks > 1
+            if writes_whole and len(self._arrays) > before:
+                dependency = f"afterok:{':'.join(self._array_ids([job]))}"
+                self.submit(f"{job.title}-whole", self.slurm_run.render_whole(job), dependency)
+        num_tasks = len(self._arrays) - len(self.queued)
+        for engine in sorted(self.slurm_run.served):
+            users = self._array_ids(job for job in self.jobs if engine in job.engines)
+            if users and (num_tasks or engine not in self.servers):
+                script = self.slurm_run.render_release(engine, self._start_server(engine))
+                self.submit(f"release-{engine}", script, f"afterany:{':'.join(users)}")
+        return num_tasks
 
-    def _arrays(self, job: Job) -> None:
-        previous = max(self._ids([job]), key=int, default="") if self.busy else ""
-        for (number, waits), blocks in sorted(self._groups(job).items()):
-            conditions = [f"aftercorr:{':'.join(waits)}"] if waits else []
-            conditions += [f"after:{self._server(name)}" for name in sorted(job.engines & self.cluster.served)]
-            if previous and self.cluster.resources(job).max_running:
+    def _submit_arrays(self, job: Job) -> None:
+        previous = max(self._array_ids([job]), key=int, default="") if self.queued else ""
+        for (number, producers), blocks in sorted(self._group_blocks(job).items()):
+            conditions = [f"aftercorr:{':'.join(producers)}"] if producers else []
+            conditions += [f"after:{self._start_server(name)}" for name in sorted(job.engines & self.slurm_run.served)]
+            if previous and self.slurm_run.resources(job).max_running:
                 conditions.append(f"afterany:{previous}")
             array = JobArray(job=job, offset=number * self.window, blocks=tuple(blocks))
             title = job.title + (f".{number}" if number else "")
-            previous = self.put(title, self.cluster.array(array), ",".join(conditions))
-            self._owner.update({(job.title, block): previous for block in blocks})
+            previous = self.submit(title, self.slurm_run.render_array(array), ",".join(conditions))
+            self._arrays.update({(job.title, block): previous for block in blocks})
 
-    def _groups(self, job: Job) -> dict[tuple[int, tuple[str, ...]], list[int]]:
-        """Blocks to make by their window and the arrays that they wait for; not those whose inputs nobody makes."""
+    def _group_blocks(self, job: Job) -> dict[tuple[int, tuple[str, ...]], list[int]]:
+        """Blocks to make, by window and by the arrays that make their inputs. Blocks without inputs are left out."""
         groups = defaultdict(list)
-        without: dict[str, list[int]] = defaultdict(list)
+        blocked: dict[str, list[int]] = defaultdict(list)
         for block in sorted(self.due[job.title]):
-            if (job.title, block) in self._owner:
+            if (job.title, block) in self._arrays:
                 continue
-            for title in (lacking := [t for t in sorted(job.reads) if self._lacks(t, block)]):
-                without[title].append(block)
+            arrays = {title: self._arrays.get((title, block)) for title in sorted(job.reads)}
+            lacking = [title for title, array in arrays.items() if array is None and block in self.due[title]]
+            for title in lacking:
+                blocked[title].append(block)
             if not lacking:
-                waits = sorted({self._owner[title, block] for title in job.reads if (title, block) in self._owner})
-                groups[block // self.window, tuple(waits)].append(block)
-        for title, blocks in without.items():
-            say(f"{job.title}: blocks {format_spec(blocks)} left out, they need {title}, which nobody is making")
+                producers = sorted({array for array in arrays.values() if array is not None})
+                groups[block // self.window, tuple(producers)].append(block)
+        for title, blocks in blocked.items():
+            say(f"{job.title}: blocks {format_spec(blocks)} skipped: they need {title}, neither done nor queued")
         return groups
 
-    def _lacks(self, title: str, block: int) -> bool:
-        return block in self.due[title] and (title, block) not in self._owner
-
-    def _server(self, engine: str) -> str:
+    def _start_server(self, engine: str) -> str:
+        """The job that serves an engine; submitted when there is none."""
         if engine not in self._servers:
-            self._servers[engine] = self.put(f"serve-{engine}", self.cluster.server(engine), "")
+            self._servers[engine] = self.submit(f"serve-{engine}", self.slurm_run.render_server(engine), "")
         return self._servers[engine]
 
-    def _ids(self, found: Iterable[Job]) -> list[str]:
-        titles = {job.title for job in found}
-        return sorted({array for (title, _), array in self._owner.items() if title in titles})
+    def _array_ids(self, jobs: Iterable[Job]) -> list[str]:
+        titles = {job.title for job in jobs}
+        return sorted({array for (title, _), array in self._arrays.items() if title in titles})
 
 
-def select_jobs(run: Run, what: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
-    """The run and the jobs that `what` names, each STAGE, STAGE:NAME or `all`.
+def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
+    """The run and the jobs that `names` select, each STAGE, STAGE:NAME or `all`.
 
     Raises:
-        UserError: the run is not right, a name is unknown, or something is stale and `stale` is "stop".
+        UserError: run.toml is invalid, a name is unknown, or a table is stale and `stale` is "stop".
     """
     for name in run.slurm.settings.serve:
         check_served(run, name)
     runner = Runner(run=run, stale=stale)
-    chosen = {p.folder for one in what for p in select(runner.passes, one)}
-    overview = StateIndex(runner.ledger, runner.plan, runner.passes)  # without it, every stamp would be read
-    runner.check_stale([p for p in runner.passes if p.folder in chosen and overview.shards(p, "stale")])
-    found = [job for job in plan_jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
-    for job in found:
+    chosen = {p.folder for name in names for p in select(runner.passes, name)}
+    index = StateIndex(runner.ledger, runner.plan, runner.passes)  # without it, every footer would be read
+    runner.check_stale([p for p in runner.passes if p.folder in chosen and index.shards(p, "stale")])
+    jobs = [job for job in plan_jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+    for job in jobs:
         check_gpus(SlurmRun(run=run, num_shards=runner.plan.num_shards), job)
-    return runner, found
+    return runner, jobs
 
 
 def check_served(run: Run, name: str) -> None:
-    """Before a job waits an hour for a server that cannot start, or that nobody would ask.
+    """Finds, before a job waits an hour, a server that cannot start or that no engine would use.
 
     Raises:
-        ConfigError: there is no such engine, it is not asked by its endpoint, or its server would be open to everyone.
+        ConfigError: there is no such engine, it does not use its endpoint file, or its server would need no API key.
     """
     if name not in run.engines:
         raise ConfigError(f"{run.file}: slurm.serve", plugins.explain_unknown(name, sorted(run.engines)))
-    found, host = run.engines[name].config, run.slurm.settings.serve_host
-    if not isinstance(found, openai.Config) or found.base_url != str(endpoint_file(run.file.parent, name)):
-        wanted = 'kind = "openai" and base_url = "endpoint"'
-        raise ConfigError(f"{run.file}: engines.{name}", f"slurm.serve gives it a server; to be asked it has {wanted}")
-    if not serve.is_loopback(host) and not found.api_key_env:
-        raise ConfigError(f"{run.file}: engines.{name}", serve.needs_key(host))
+    engine, where = run.engines[name].config, f"{run.file}: engines.{name}"
+    if not isinstance(engine, openai.Config) or engine.base_url != str(endpoint_file(run.file.parent, name)):
+        raise ConfigError(
+            where, 'is listed in slurm.serve; set kind = "openai" and base_url = "endpoint" to use its server'
+        )
+    require_api_key(run.slurm.settings.serve_host, has_key=bool(engine.api_key_env), where=where)
 
 
-def check_gpus(cluster: SlurmRun, job: Job) -> None:
-    """Before a cluster lends GPUs that no process would use, or fewer than every process needs.
+def check_gpus(slurm_run: SlurmRun, job: Job) -> None:
+    """Finds, before a cluster allocates them, GPUs that no process would use, or too few of them.
 
     Raises:
-        ConfigError: the workers of a task cannot use as many as it asks for, or would have too few.
+        ConfigError: the workers of a task cannot use as many GPUs as it requests, or would have too few.
     """
-    asked, file = cluster.resources(job), cluster.run.file
-    each = {name: count_gpus(cluster.run.engines[name]) for name in cluster.on_gpus(job)}
-    if not each:
+    resources, field = slurm_run.resources(job), f"{slurm_run.run.file}: slurm.{job.stage}"
+    sizes = {name: count_gpus(slurm_run.run.engines[name]) for name in slurm_run.gpu_engines(job)}
+    if not sizes:
         return
-    users = ", ".join(f"engines.{name}" for name in sorted(each))
-    least = max(num or 0 for num in each.values())  # 0: none says it; it may compute on the CPU, or elsewhere
-    if 0 < asked.gpus < (need := asked.workers * least):
-        fewer = f", or workers = {asked.gpus // least}" if asked.gpus >= least else ""
+    users = ", ".join(f"engines.{name}" for name in sorted(sizes))
+    least = max(num or 0 for num in sizes.values())  # 0: no section says it; the engine may compute on the CPU
+    if 0 < resources.gpus < (need := resources.workers * least):
+        fewer = f", or workers = {resources.gpus // least}" if resources.gpus >= least else ""
         raise ConfigError(
-            f"{file}: slurm.{job.stage}.gpus",
-            f"{asked.gpus} are too few: workers = {asked.workers}, and each needs {least} for {users}; "
+            f"{field}.gpus",
+            f"{resources.gpus} are too few: workers = {resources.workers}, and each needs {least} for {users}; "
             f"set gpus = {need}{fewer}, or gpus = 0 to compute on the CPU",
         )
-    size = max(num or asked.gpus for num in each.values())
-    if asked.gpus > (most := asked.workers * size):
-        more = f", or workers = {asked.gpus // size}" if asked.gpus // size > asked.workers else ""
+    size = max(num or resources.gpus for num in sizes.values())
+    if resources.gpus > (most := resources.workers * size):
+        more = f", or workers = {resources.gpus // size}" if resources.gpus // size > resources.workers else ""
         raise ConfigError(
-            f"{file}: slurm.{job.stage}.gpus",
-            f"of {asked.gpus} no more than {most} would be used: workers = {asked.workers}, and each has {size} for "
-            f"{users}; set gpus = {most}{more}",
+            f"{field}.gpus",
+            f"of {resources.gpus} no more than {most} would be used: workers = {resources.workers}, and each has "
+            f"{size} for {users}; set gpus = {most}{more}",
         )
-    shards = -(-cluster.num_shards // cluster.num_blocks)
-    if asked.workers > shards:
+    shards = -(-slurm_run.num_shards // slurm_run.num_blocks)
+    if resources.workers > shards:
         say(
-            f"recap: {file}: slurm.{job.stage}.workers: a task has {shards} shards for {asked.workers} workers; "
-            f"with slurm.num_tasks = {max(1, cluster.num_shards // asked.workers)} each has one, with fewer tasks more"
+            f"recap: {field}.workers: a task has {shards} shards for {resources.workers} workers; "
+            f"set slurm.num_tasks = {max(1, slurm_run.num_shards // resources.workers)} or less to use all workers"
         )
 
 
 def count_gpus(engine: Plugin) -> int | None:
-    """How many GPUs one process of an engine uses; None where its section does not say it."""
+    """GPUs of one process of an engine; None where its section does not say."""
     if engine.kind == "transformers":
         return 1
     if not hasattr(engine.config, "tensor_parallel_size"):
         return None
     sizes = {"tensor_parallel_size": engine.config.tensor_parallel_size, **getattr(engine.config, "extra", {})}
-    return prod(int(sizes.get(f"{how}_parallel_size", 1)) for how in ("tensor", "pipeline", "data"))
+    return prod(int(sizes.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data"))
 
 
 def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
-    """What `submit` would submit if nothing were in the queue, for people to read and to change.
+    """The scripts that `submit_jobs` would submit to an empty queue, for people to read and to change.
 
-    Several begin with a line each that is no script's first, so that sbatch refuses them as one, instead of running
-    just the first.
+    Where there are several, each begins with a comment instead of its #! line, so that sbatch refuses them as one file
+    rather than running only the first.
     """
-    texts: list[tuple[str, str]] = []
+    scripts: list[tuple[str, str]] = []
 
-    def put(title: str, text: str, dependency: str) -> str:
+    def collect(title: str, text: str, dependency: str) -> str:
         shebang, rest = text.split("\n", 1)
-        wait = f"# submit with: sbatch --dependency='{dependency}'\n" if dependency else ""
-        texts.append((title, f"{shebang}\n{wait}{rest}\n"))
+        note = f"# submit with: sbatch --dependency='{dependency}'\n" if dependency else ""
+        scripts.append((title, f"{shebang}\n{note}{rest}"))
         return f"<{title}>"
 
-    cluster, found = (
-        SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale),
-        plan_jobs(runner.passes),
-    )
+    slurm_run = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale)
+    jobs = plan_jobs(runner.passes)
     try:
         window = scheduler.read_max_array_size()
-    except (SlurmError, UserError):  # a machine without Slurm may still show what would be submitted
+    except (SlurmError, UserError):  # scripts can be shown on a machine without Slurm
         window = scheduler.MAX_ARRAY_SIZE
-    asked = {job.title for job in chosen}  # what the others lack is not this script's concern
-    due = {
-        title: blocks if title in asked else [] for title, blocks in find_missing_blocks(cluster, runner, found).items()
-    }
-    Submission(cluster=cluster, jobs=found, window=window, due=due, busy={}, servers={}, put=put).lay(chosen)
-    for number, (title, text) in enumerate(texts, 1):
-        yield (f"# {title}: script {number} of {len(texts)}, a file of its own\n" if texts[1:] else "") + text
+    titles = {job.title for job in chosen}
+    missing = find_missing_blocks(slurm_run, runner, jobs)
+    due = {title: blocks if title in titles else [] for title, blocks in missing.items()}
+    Submission(
+        slurm_run=slurm_run, jobs=jobs, window=window, due=due, queued={}, servers={}, submit=collect
+    ).submit_missing(chosen)
+    for number, (title, text) in enumerate(scripts, 1):
+        yield (f"# {title}: script {number} of {len(scripts)}, a file of its own\n" if scripts[1:] else "") + text
 
 
 def submit_jobs(runner: Runner, chosen: Sequence[Job]) -> int:
-    """Submits what is missing and not in the queue already; returns how many tasks that is.
+    """Submits what is missing and not queued; returns the number of tasks.
 
     Raises:
-        RefusedError: jobs of this run with other blocks are in the queue, or somebody else submits right now.
-        SlurmError: Slurm would not take a job; those before it are in the queue, and another `submit` goes on.
+        RefusedError: jobs of this run with other blocks are queued, or another process is submitting.
+        SlurmError: Slurm refused a job; the jobs before it are queued, and another `submit` continues from there.
     """
-    cluster, found = (
-        SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale),
-        plan_jobs(runner.passes),
-    )
-    placed: list[str] = []
-    serving = f"{cluster.prefix}serve-"
+    slurm_run = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale)
+    jobs, submitted = plan_jobs(runner.passes), list[str]()
+    serving = f"{slurm_run.prefix}serve-"
 
-    def put(title: str, text: str, dependency: str) -> str:
-        if title.startswith("serve-"):
-            cluster.endpoint(title.removeprefix("serve-")).unlink(missing_ok=True)  # of a server that is dead
+    def submit(title: str, text: str, dependency: str) -> str:
+        if title.startswith("serve-"):  # the file of a server that has ended
+            slurm_run.endpoint(title.removeprefix("serve-")).unlink(missing_ok=True)
         job = scheduler.submit_script(text, [f"--dependency={dependency}"] if dependency else [])
-        placed.append(cluster.prefix + title)
-        cluster.keep(title, job, text, dependency)
+        submitted.append(slurm_run.prefix + title)
+        slurm_run.save_script(title, job, text, dependency)
         say(f"{job}: {title}" + (f", after {dependency}" if dependency else ""))
         return job
 
-    with lock_submission(cluster.folder):
-        queued = scheduler.list_tasks(cluster.names(found))
-        chain = Submission(
-            cluster=cluster,
-            jobs=found,
+    with lock_submission(slurm_run.folder):
+        tasks = scheduler.list_tasks(slurm_run.job_names(jobs))
+        submission = Submission(
+            slurm_run=slurm_run,
+            jobs=jobs,
             window=scheduler.read_max_array_size(),
-            due=find_missing_blocks(cluster, runner, found),
-            busy=find_queued_blocks(cluster, queued),
-            servers={t.name.removeprefix(serving): t.array for t in queued if t.name.startswith(serving)},
-            put=put,
+            due=find_missing_blocks(slurm_run, runner, jobs),
+            queued=find_queued_blocks(slurm_run, tasks),
+            servers={t.name.removeprefix(serving): t.array for t in tasks if t.name.startswith(serving)},
+            submit=submit,
         )
-        num = chain.lay(chosen)
-        scheduler.cancel_jobs(
-            t.array for t in queued if t.index is None and t.name in placed
-        )  # their successors wait for more
-    return num
+        num_tasks = submission.submit_missing(chosen)
+        replaced = [t.array for t in tasks if t.index is None and t.name in submitted]  # their successors wait for more
+        scheduler.cancel_jobs(replaced)
+    return num_tasks
 
 
-def find_queued_blocks(cluster: SlurmRun, queued: Iterable[scheduler.QueuedTask]) -> dict[tuple[str, int], str]:
-    """Title and block of every task that waits or runs -> its array.
+def find_queued_blocks(slurm_run: SlurmRun, tasks: Iterable[scheduler.QueuedTask]) -> dict[tuple[str, int], str]:
+    """Title and block of every queued or running task -> its array.
 
     Raises:
         RefusedError: its blocks are not those that would be submitted now.
     """
-    found = {}
-    for task in queued:
-        if (place := parse_block(task.comment, task.index)) is None:
+    queued = {}
+    for task in tasks:
+        if (block := parse_block(task.comment, task.index)) is None:
             continue
-        if (place.num_blocks, place.num_shards) != (cluster.num_blocks, cluster.num_shards):
-            keep = f", or set slurm.num_tasks = {place.num_blocks}" if place.num_shards == cluster.num_shards else ""
+        if (block.num_blocks, block.num_shards) != (slurm_run.num_blocks, slurm_run.num_shards):
+            same_plan = block.num_shards == slurm_run.num_shards
+            keep = f", or set slurm.num_tasks = {block.num_blocks}" if same_plan else ""
             raise RefusedError(
-                f"{task.name} {task.id} is in the queue with {place.num_blocks} blocks of {place.num_shards} shards, "
-                f"now there would be {cluster.num_blocks} of {cluster.num_shards}: wait for it, or `scancel` it{keep}"
+                f"{task.name} {task.id} is in the queue with {block.num_blocks} blocks of {block.num_shards} shards, "
+                f"now there would be {slurm_run.num_blocks} of {slurm_run.num_shards}: wait for it or "
+                f"`scancel` it{keep}"
             )
-        found[task.name.removeprefix(cluster.prefix), place.block] = task.array
-    return found
+        queued[task.name.removeprefix(slurm_run.prefix), block.number] = task.array
+    return queued
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardBlock:
-    """Which shards a task has."""
+    """The shards of one task: block `number` of `num_blocks`."""
 
-    block: int
+    number: int
     num_blocks: int
-    num_shards: int  # that were divided into them
+    num_shards: int  # of the plan that was divided
 
 
 def parse_block(comment: str, index: int | None) -> ShardBlock | None:
-    """Of the task with this index, by the comment of its array; None: it has no shards."""
-    found = re.fullmatch(r"blocks=(\d+),offset=(\d+),shards=(\d+)", comment)
-    if not found or index is None:
+    """The block of the task with this index, from the comment of its array; None for a job that makes no shards."""
+    match = re.fullmatch(r"blocks=(\d+),offset=(\d+),shards=(\d+)", comment)
+    if not match or index is None:
         return None
-    num_blocks, offset, num_shards = map(int, found.groups())
-    return ShardBlock(block=offset + index, num_blocks=num_blocks, num_shards=num_shards)
+    num_blocks, offset, num_shards = map(int, match.groups())
+    return ShardBlock(number=offset + index, num_blocks=num_blocks, num_shards=num_shards)
 
 
 @contextmanager
 def lock_submission(folder: Path) -> Iterator[None]:
-    """Only one process submits for a run at a time; the lock ends with the process.
+    """Lets one process at a time submit for a run; the lock ends with the process.
 
     Raises:
-        RefusedError: another one does.
+        RefusedError: another process holds the lock.
     """
-    (folder / "logs").mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+    (folder / "logs").mkdir(parents=True, exist_ok=True)  # Slurm does not create it
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -333,12 +328,12 @@ def lock_submission(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_missing_blocks(cluster: SlurmRun, runner: Runner, found: Iterable[Job]) -> dict[str, Collection[int]]:
-    """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be made again."""
-    overview = StateIndex(runner.ledger, runner.plan, runner.passes)
+def find_missing_blocks(slurm_run: SlurmRun, runner: Runner, jobs: Iterable[Job]) -> dict[str, Collection[int]]:
+    """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be remade."""
+    index = StateIndex(runner.ledger, runner.plan, runner.passes)
     kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if runner.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
-    for job in found:
-        shards = {shard for p in job.passes for shard in overview.shards(p, *kinds)}
-        blocks[job.title] = {find_block(shard, cluster.num_blocks, cluster.num_shards) for shard in shards}
+    for job in jobs:
+        shards = {shard for p in job.passes for shard in index.shards(p, *kinds)}
+        blocks[job.title] = {find_block(shard, slurm_run.num_blocks, slurm_run.num_shards) for shard in shards}
     return blocks
