@@ -51,12 +51,16 @@ def engine(model: str) -> Engine:
 def captions(model: str, num_scenes: int) -> list[str]:
     """What a captioner says of the held-out pictures, asked by its own recipe."""
     recipe = recipes.load("scenes", run=None)
-    rungs = recipe.words.sampling.rungs[:1]
+    rungs = recipe.spec.sampling.rungs[:1]
 
     def requests() -> Iterator[Request]:
         for index in range(num_scenes):
             yield Request(
-                id=str(index), prompt=recipe.ask(None).prompt, images=(picture(index),), ladder=rungs, seed=index
+                id=str(index),
+                prompt=recipe.build_prompt(None).prompt,
+                images=(picture(index),),
+                ladder=rungs,
+                seed=index,
             )
 
     asked = engine(model)

@@ -36,7 +36,7 @@ from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import select
 from pipeline.execution.runner import Runner
 from stages import scorers, train
-from stages.rubric_writers import Evidence, claims, majority
+from stages.rubric_writers import Evidence, claims, count_majority
 from stages.scenes.teachers import TEACHERS, caption
 from stages.scorers import Sample, rubric
 from stages.training.settings import Config
@@ -190,7 +190,7 @@ class Rubrics:
                 key=str(index),
                 teachers=tuple(caption(name, scene, 0, shared=shared) for name in TEACHERS),
                 student=(text,),
-                num_agree=majority(len(TEACHERS)),
+                num_agree=count_majority(len(TEACHERS)),
                 data=bytes,
             )
             for index, (scene, text) in enumerate(zip(shown(len(student)), student, strict=True))

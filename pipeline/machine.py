@@ -10,7 +10,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def imitates_16_bits() -> bool:
+def emulates_bfloat16() -> bool:
     """Whether products in bfloat16 take this CPU ten times as long as in float32: torch has no fast way for them here.
 
     Torch itself asks so; it tells nobody else by a public name.

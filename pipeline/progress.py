@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from pipeline.records import Record
+from pipeline.records import Record, status_of
 
 RELAY = 0.5  # seconds between what a worker process says of its progress
 QUIET = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
@@ -69,7 +69,7 @@ class Meter:
             self._line()
 
     def count(self, row: Record) -> None:
-        self.add(1, int(getattr(row, "status", "ok") in row.failed))
+        self.add(1, int(status_of(row) in row.failed))
 
     def add(self, rows: int, failed: int, kept: int = 0) -> None:
         """

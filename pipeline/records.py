@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "erro
 ScoreStatus = Literal["ok", "unknown", "error"]
 RubricStatus = Literal["ok", "empty", "error"]
 Severity = Literal["critical", "important", "minor"]
+SEVERITY_WEIGHTS: Mapping[Severity, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}  # RubiCap's
 
 
 class Record:
@@ -30,6 +32,11 @@ class Record:
     @property
     def id(self) -> tuple[str | int, ...]:
         raise NotImplementedError
+
+
+def status_of(row: Record) -> str:
+    """The row's status; "ok" for tables whose rows have none."""
+    return getattr(row, "status", "ok")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +332,7 @@ def make_key(shard: int, index: int) -> str:
     return f"{shard:06d}{index:06d}"
 
 
-def schema(record: type[Record]) -> pa.Schema:
+def arrow_schema(record: type[Record]) -> pa.Schema:
     """The explicit, versioned Arrow schema of a record."""
     import pyarrow as pa
 
@@ -333,7 +340,7 @@ def schema(record: type[Record]) -> pa.Schema:
     return pa.schema(_fields(record), metadata=metadata)
 
 
-def columns(record: type) -> tuple[str, ...]:
+def column_names(record: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(record))
 
 
@@ -341,7 +348,7 @@ def _fields(record: type) -> list[pa.Field]:
     import pyarrow as pa
 
     hints = get_type_hints(record)
-    return [pa.field(name, _arrow(hints[name]), nullable=_optional(hints[name])) for name in columns(record)]
+    return [pa.field(name, _arrow(hints[name]), nullable=_optional(hints[name])) for name in column_names(record)]
 
 
 def _optional(hint: Any) -> bool:

@@ -35,7 +35,7 @@ def key(
     default: Any = MISSING,
     help: str = "",
     *,
-    stamp: bool = True,
+    stamp: bool | str = True,
     shown: bool = True,
     least: float | None = None,
     most: float | None = None,
@@ -61,9 +61,8 @@ def key(
 
 def stamped(config: Any) -> dict[str, Any]:
     """The fields of a config that decide rows, as JSON values: its slice of the fingerprint."""
-    return {
-        f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata.get("stamp", True)
-    }
+    names = {f.name: f.metadata.get("stamp", True) for f in dataclasses.fields(config)}
+    return {field if name is True else name: _plain(getattr(config, field)) for field, name in names.items() if name}
 
 
 def _plain(value: Any) -> Any:

@@ -81,7 +81,7 @@ class Section:
         }
         for name, f in fields.items():
             if name not in given and f.default is MISSING and f.default_factory is MISSING:
-                raise self.error(name, f"is missing; it is {describe(hints[name])}: {f.metadata.get('help', '')}")
+                raise self.error(name, f"is missing; it is {describe_type(hints[name])}: {f.metadata.get('help', '')}")
         try:
             return cls(**given)
         except ConfigError:
@@ -127,7 +127,7 @@ class Section:
             return self.subsection(name).parse(hint)
         result = _convert(value, hint)
         if result is _WRONG:
-            raise self.error(name, f"{value!r} is not {describe(hint)}")
+            raise self.error(name, f"{value!r} is not {describe_type(hint)}")
         if hint == dict[str, Any] and (secret := next(filter(SECRET.search, _names(result)), "")):
             raise self.error(
                 f"{name}.{secret}", f"looks like a secret, and all of this is recorded; {KEEP['endpoint']}"
@@ -146,7 +146,7 @@ class Section:
             return value
         if isinstance(value, tuple):
             return tuple(self._located(name, one, how) for one in value)
-        if secret := secret_in(value):
+        if secret := find_secret(value):
             raise self.error(
                 name, f"its URL carries a secret ({secret}), which tables and logs would repeat; {KEEP[how]}"
             )
@@ -156,7 +156,7 @@ class Section:
         return ResolvedPath(_locate(value, how, self.file.parent), value)
 
 
-def secret_in(url: str) -> str:
+def find_secret(url: str) -> str:
     """What in a URL opens a door for whoever reads it, without its value; "" when there is nothing.
 
     >>> secret_in("https://me:sesame@host/a.tar"), secret_in("s3://bucket/a.tar?X-Amz-Signature=1f")
@@ -167,7 +167,7 @@ def secret_in(url: str) -> str:
     return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNED.fullmatch(name)), "")
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type in a user's words."""
     if isinstance(hint, type) and get_origin(hint) is None:
         names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
@@ -176,11 +176,11 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(arg) for arg in args)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(arg) for arg in args if arg is not type(None))
+        return " or ".join(describe_type(arg) for arg in args if arg is not type(None))
     if origin is tuple:
-        return f"a list, each {describe(args[0])}"
+        return f"a list, each {describe_type(args[0])}"
     if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
-        return f"a table, each value {describe(args[1])}"
+        return f"a table, each value {describe_type(args[1])}"
     return str(hint)
 
 

@@ -14,7 +14,7 @@ from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
-from pipeline.records import Caption, Image, columns
+from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from stages import recipes
@@ -85,8 +85,8 @@ class Asker:
         """
         return Request(
             id=f"{wanted.image.key}/{wanted.candidate}",
-            system=self.recipe.words.system,
-            prompt=self.recipe.ask(wanted.image.alt_text).prompt,
+            system=self.recipe.spec.system,
+            prompt=self.recipe.build_prompt(wanted.image.alt_text).prompt,
             images=(wanted.data(),),
             source_key=wanted.image.source_key,
             schema=self.recipe.schema,
@@ -97,7 +97,7 @@ class Asker:
 
     def row(self, wanted: CaptionInput, reply: Reply, engine: Engine) -> Caption:
         answer = answers.read(reply, self.recipe.form)
-        asked = self.recipe.ask(wanted.image.alt_text)
+        asked = self.recipe.build_prompt(wanted.image.alt_text)
         return Caption(
             key=wanted.image.key,
             name=self.name,
@@ -106,7 +106,7 @@ class Asker:
             fields=answer.fields,
             status=answer.status,
             error=answer.error,
-            flags=self.recipe.noticed(answer.text, asked),
+            flags=self.recipe.find_flags(answer.text, asked),
             finish_reason=reply.finish_reason,
             attempt=reply.attempt,
             seed=reply.seed,
@@ -183,9 +183,9 @@ def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image
 
 def _drawing(config: Config, recipe: Recipe, where: str) -> SamplingConfig:
     """The recipe's sampling with what the section says instead."""
-    instead = {name: value for name in columns(SamplingConfig) if (value := getattr(config, name)) is not None}
+    instead = {name: value for name in column_names(SamplingConfig) if (value := getattr(config, name)) is not None}
     try:
-        drawing = replace(recipe.words.sampling, **instead)
+        drawing = replace(recipe.spec.sampling, **instead)
     except ValueError as error:
         raise ConfigError(where, str(error)) from error
     if config.num_candidates > 1 and drawing.temperature == 0:

@@ -15,14 +15,14 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
-from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, columns
+from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.views import score_folders
 from stages.sql import ORDER_BY, check_binds, scores_in
 
 VERSION = 1
-IMAGE_COLUMNS = tuple(name for name in columns(Image) if name not in columns(Caption))
+IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
 
 
 @dataclass(frozen=True, kw_only=True)

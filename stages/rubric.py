@@ -19,7 +19,7 @@ from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run, key, stamped
-from stages.rubric_writers import Evidence, Written, majority
+from stages.rubric_writers import Evidence, WrittenRubric, count_majority
 from stages.text.prompts import engine_slice, map_where, seed_of
 
 NAMED = True
@@ -62,7 +62,7 @@ class Committee:
         for evidence, written in map_where(write, inputs, _is_enough):
             yield self._row(evidence, written or _without(evidence))
 
-    def _row(self, evidence: Evidence, written: Written) -> ImageRubric:
+    def _row(self, evidence: Evidence, written: WrittenRubric) -> ImageRubric:
         num = len(evidence.teachers)
         return ImageRubric(key=evidence.key, name=self.name, writer=self.writer, num_teachers=num, **vars(written))
 
@@ -88,7 +88,7 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
             key=image_key,
             teachers=tuple(said),
             student=tuple(row.text for row in candidates),
-            num_agree=config.agree or majority(len(config.teachers)),
+            num_agree=config.agree or count_majority(len(config.teachers)),
             alt_text=image.alt_text,
             source_key=image.source_key,
             data=partial(shard.data, image),
@@ -100,10 +100,10 @@ def _first(rows: Iterable[Caption]) -> str | None:
     return next((row.text for row in rows if row.status == "ok"), None)
 
 
-def _without(evidence: Evidence) -> Written:
+def _without(evidence: Evidence) -> WrittenRubric:
     num = len(evidence.teachers)
     why = f"{num} of its teachers have a usable caption, and {evidence.num_agree} must agree"
-    return Written(status="empty", error=why)
+    return WrittenRubric(status="empty", error=why)
 
 
 def _is_enough(evidence: Evidence) -> bool:

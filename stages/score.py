@@ -15,7 +15,7 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
-from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, columns
+from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, column_names
 from pipeline.sections import Plugin, Run, key
 from pipeline.validation import Section
 from stages import scorers
@@ -46,7 +46,7 @@ def read_section(section: Section) -> Scored:
     Raises:
         ConfigError: the kind is unknown, or a key fits neither the stage nor the scorer.
     """
-    common = frozenset(columns(Config))
+    common = frozenset(column_names(Config))
     plugin = section.plugin("stages.scorers", common=common)
     return Scored(**vars(section.select_keys(common).parse(Config)), scorer=plugin)
 

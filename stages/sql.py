@@ -6,7 +6,7 @@ It does not know what follows from a condition.
 from __future__ import annotations
 
 from pipeline.errors import ConfigError, QueryError
-from pipeline.records import Caption, Image, columns
+from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
 from pipeline.storage import database
 
@@ -23,7 +23,7 @@ def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set
         names = database.names_in(sql, clause=clause)
     except QueryError as error:
         raise ConfigError(f"{run.file}: {field}", str(error)) from error
-    taken = {*columns(Caption), *columns(Image), "caption", "num_words"}
+    taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
     for score in run.sections["score"]:
         if score in taken:
             raise ConfigError(f"{run.file}: score.{score}", f"{score} is a column in SQL already; choose another name")

@@ -23,7 +23,7 @@ from pipeline.sections import Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _common, _tars
 from pipeline.storage import tables
 from pipeline.storage.plan import freeze
-from pipeline.validation import describe
+from pipeline.validation import describe_type
 
 WIDTH = 110
 LEVELS, NUM_FOLDERS, NUM_NAMES = 5, 3, 2000  # that a guess looks at: folders in each other, in each, names in each
@@ -183,7 +183,7 @@ def _keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
 
 def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(
-        f"{field.metadata.get('help', '')} ({describe(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
+        f"{field.metadata.get('help', '')} ({describe_type(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
     )
     if field.name in values:
         yield f"{field.name} = {format_toml(values[field.name])}"

@@ -20,7 +20,7 @@ from pipeline.engines._options import Model, Weights, require
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
 from pipeline.errors import BadRequestError, EngineDiedError
-from pipeline.machine import imitates_16_bits
+from pipeline.machine import emulates_bfloat16
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
     except (OSError, ValueError) as error:
         raise _chat.unloadable(config, error) from error
     device = _device(config.device)
-    if config.dtype == "auto" and device == "cpu" and imitates_16_bits():
+    if config.dtype == "auto" and device == "cpu" and emulates_bfloat16():
         model = model.float()
     return Transformers(config, model.to(device).eval(), prompter)
 

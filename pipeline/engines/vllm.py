@@ -26,7 +26,7 @@ from pipeline.engines._options import Model, Serving, require
 from pipeline.engines._reaper import Guard
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
-from pipeline.machine import imitates_16_bits
+from pipeline.machine import emulates_bfloat16
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def _auto_dtype(config: Config) -> str:
     places = (values, values.get("text_config") or {})
     found = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
     stored = next((str(dtype) for dtype in found if dtype), "auto")
-    return "float32" if stored != "auto" and on_cpu() and imitates_16_bits() else stored
+    return "float32" if stored != "auto" and on_cpu() and emulates_bfloat16() else stored
 
 
 def _compiled(config: Config) -> str:

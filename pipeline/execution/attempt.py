@@ -21,7 +21,7 @@ from pipeline.errors import OvertakenError, ShardFailedError, StoppedError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.progress import Meter
-from pipeline.records import Record, Stat
+from pipeline.records import Record, Stat, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
@@ -256,7 +256,3 @@ class Tally:
             f"{self.errors} of its first {self.rows} rows failed, more than max_error_share = {self.p.max_error_share}"
             f"; the commonest message ({num} times): {commonest}{example}"
         )
-
-
-def status_of(row: Record) -> str:
-    return getattr(row, "status", "ok")

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.decoding import images
 from pipeline.errors import UndecodableError
 from pipeline.execution.shard import Shard
-from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, columns
+from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, column_names
 from pipeline.sections import Run
 from pipeline.storage import database, views
 from pipeline.storage.plan import Plan
@@ -178,7 +178,7 @@ def _rank(shown: Shown) -> tuple[bool, bool]:
 def _rows(
     connection: database.Connection, record: type[Record], wanted: str, *, order: str = "key"
 ) -> Iterator[dict[str, Any]]:
-    names = columns(record)
+    names = column_names(record)
     chosen = ", ".join(map(database.identifier, names))
     sql = f"SELECT {chosen} FROM {record.table} WHERE key IN ({wanted}) ORDER BY {order}"
     for row in database.rows(connection, sql):

@@ -16,7 +16,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import plugins
 from pipeline.errors import MachineError, QueryError, UnknownNameError
-from pipeline.records import Caption, Exported, Image, ImageRubric, Planned, Record, Score, Stat, Step, Verdict, schema
+from pipeline.records import (
+    Caption,
+    Exported,
+    Image,
+    ImageRubric,
+    Planned,
+    Record,
+    Score,
+    Stat,
+    Step,
+    Verdict,
+    arrow_schema,
+)
 
 if TYPE_CHECKING:
     import duckdb
@@ -45,7 +57,7 @@ class Connection:
         self._undefined = {_view(statement): statement for statement in views}
         for record in RECORDS:
             nothing = ", ".join(
-                f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in schema(record)
+                f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in arrow_schema(record)
             )
             duck.execute(f"CREATE VIEW {record.table} AS SELECT {nothing} WHERE false")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Record
+from pipeline.records import Record, status_of
 from pipeline.storage import tables
 
 MAX_AGE = 20.0  # seconds that a finished row waits for its part: what a kill can cost, and the rows in flight
@@ -102,4 +102,4 @@ def last_words(folder: Path) -> str | None:
 
 
 def _sound(rows: Iterable[Record]) -> Iterator[Record]:
-    return (row for row in rows if getattr(row, "status", "ok") != "error")
+    return (row for row in rows if status_of(row) != "error")

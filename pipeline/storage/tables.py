@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Record, columns, schema
+from pipeline.records import Record, arrow_schema, column_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -177,9 +177,9 @@ def batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
     stamp, num_rows = read_stamp(path), 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns(record))):
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(column_names(record))):
                 num_rows += len(batch)
-                yield batch.select(list(columns(record)))
+                yield batch.select(list(column_names(record)))
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
     except OSError as error:
@@ -209,7 +209,7 @@ class Writer:
     def __init__(self, file: IO[bytes], record: type[Record], recipe: Provenance) -> None:
         import pyarrow.parquet as pq
 
-        self._parquet = pq.ParquetWriter(file, schema(record), compression="zstd", write_page_checksum=True)
+        self._parquet = pq.ParquetWriter(file, arrow_schema(record), compression="zstd", write_page_checksum=True)
         self._record, self._recipe = record, recipe
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()
@@ -227,7 +227,7 @@ class Writer:
         batch = to_arrow(self._record, self._rows)
         self._digest.update(batch.serialize())
         self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
-        if "status" in columns(self._record):
+        if "status" in column_names(self._record):
             self._statuses.update(batch.column("status").to_pylist())
         self._rows = []
 
@@ -255,9 +255,10 @@ def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
     import pyarrow as pa
 
     arrays = [
-        pa.array([_plain(getattr(row, column.name)) for row in rows], type=column.type) for column in schema(record)
+        pa.array([_plain(getattr(row, column.name)) for row in rows], type=column.type)
+        for column in arrow_schema(record)
     ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema(record))
+    return pa.RecordBatch.from_arrays(arrays, schema=arrow_schema(record))
 
 
 def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.records import Exported, schema
+from pipeline.records import Exported, arrow_schema
 from pipeline.storage.payloads import Unfinished, placed
 from stages.exporters import Example
 
@@ -64,9 +64,9 @@ def hub_schema() -> pa.Schema:
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-    fields = [pa.field("image", image), *schema(Exported)]
+    fields = [pa.field("image", image), *arrow_schema(Exported)]
     features = {"image": {"_type": "Image"}}
-    for field in schema(Exported):
+    for field in arrow_schema(Exported):
         features[field.name] = _feature(field.type)
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 

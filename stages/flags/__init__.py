@@ -37,7 +37,7 @@ def load(name: str, *, run: Path | None) -> Patterns:
     return {flag: _expressions(f"{file}: {flag}", given) for flag, given in values.items()}
 
 
-def noticed(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str, ...]:
+def find_flags(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str, ...]:
     """The flags that a text has, in the patterns' order.
 
     Args:

@@ -27,7 +27,7 @@ FIELDS = ("alt_text",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class CaptionPrompt:
     """What one request says, and the hash of the words that are the same for every image."""
 
     prompt: str
@@ -64,49 +64,49 @@ class RecipeSpec:
 class Recipe:
     """A recipe, ready to ask."""
 
-    words: RecipeSpec
+    spec: RecipeSpec
     flags: flags.Patterns
 
     @property
     def slice(self) -> dict[str, Any]:
         """All that it decides of a caption but the sampling, as JSON values; the schema's order of fields counts."""
         return {
-            "system": self.words.system,
-            "prompt": self.words.prompt,
-            "prompt_without_alt_text": self.words.prompt_without_alt_text,
-            "max_alt_text": self.words.max_alt_text,
+            "system": self.spec.system,
+            "prompt": self.spec.prompt,
+            "prompt_without_alt_text": self.spec.prompt_without_alt_text,
+            "max_alt_text": self.spec.max_alt_text,
             "schema": self.schema,
-            "text": self.words.text,
+            "text": self.spec.text,
             "flags": {flag: list(expressions) for flag, expressions in self.flags.items()},
         }
 
     @cached_property
     def schema(self) -> str | None:
-        return None if self.words.schema is None else json.dumps(self.words.schema, ensure_ascii=False)
+        return None if self.spec.schema is None else json.dumps(self.spec.schema, ensure_ascii=False)
 
     @cached_property
     def form(self) -> Form | None:
-        return None if self.words.schema is None else Form(schema=self.words.schema, prose=self._prose)
+        return None if self.spec.schema is None else Form(schema=self.spec.schema, prose=self._prose)
 
-    def ask(self, alt_text: str | None) -> Asked:
+    def build_prompt(self, alt_text: str | None) -> CaptionPrompt:
         """What to ask about an image with this alt text."""
-        template = self.words.prompt
+        template = self.spec.prompt
         if "alt_text" in fields_in(template) and not (alt_text and alt_text.strip()):
-            assert self.words.prompt_without_alt_text is not None
-            template = self.words.prompt_without_alt_text
-        shown = fenced(alt_text or "", limit=self.words.max_alt_text)
-        return Asked(
+            assert self.spec.prompt_without_alt_text is not None
+            template = self.spec.prompt_without_alt_text
+        shown = fenced(alt_text or "", limit=self.spec.max_alt_text)
+        return CaptionPrompt(
             prompt=fill(template, {"alt_text": shown}).strip(),
             template=template,
-            hash=hash_of(self.words.system, template, self.schema or ""),
+            hash=hash_of(self.spec.system, template, self.schema or ""),
         )
 
-    def noticed(self, text: str, asked: Asked) -> tuple[str, ...]:
-        return flags.noticed(text, self.flags, prompt=f"{self.words.system}\n{asked.template}") if text else ()
+    def find_flags(self, text: str, asked: CaptionPrompt) -> tuple[str, ...]:
+        return flags.find_flags(text, self.flags, prompt=f"{self.spec.system}\n{asked.template}") if text else ()
 
     def _prose(self, value: Mapping[str, Any]) -> str:
-        said = {name: _said(value.get(name)) for name in fields_in(self.words.text)}
-        return " ".join(fill(self.words.text, said).split())
+        said = {name: _said(value.get(name)) for name in fields_in(self.spec.text)}
+        return " ".join(fill(self.spec.text, said).split())
 
 
 def load(name: str, *, run: Path | None) -> Recipe:
@@ -121,9 +121,9 @@ def load(name: str, *, run: Path | None) -> Recipe:
         values = tomllib.loads(plugins.words(name, folder="recipes", run=run))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error
-    words = Section(values, file=file, field="").parse(RecipeSpec)
+    spec = Section(values, file=file, field="").parse(RecipeSpec)
     try:
-        return Recipe(words=words, flags=flags.load(words.flags, run=run))
+        return Recipe(spec=spec, flags=flags.load(spec.flags, run=run))
     except UnknownNameError as error:
         raise ConfigError(f"{file}: flags", str(error)) from error
 

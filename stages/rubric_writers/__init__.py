@@ -14,12 +14,10 @@ It knows no tables. An input has as many teachers as must agree, or more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.records import RubricCriterion, RubricStatus, Severity
-
-WEIGHTS: Mapping[Severity, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}
+from pipeline.records import RubricCriterion, RubricStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenRubric:
     """A rubric as its writer left it."""
 
     criteria: tuple[RubricCriterion, ...] = ()
@@ -59,6 +57,6 @@ class Written:
         assert bool(self.criteria) == (self.status == "ok"), f"{self.status} with {len(self.criteria)} criteria"
 
 
-def majority(num_teachers: int) -> int:
+def count_majority(num_teachers: int) -> int:
     """How many are at least half, as RubiCap has it: 3 of 5."""
     return math.ceil(num_teachers / 2)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
-from pipeline.records import RubricCriterion, Severity
-from stages.rubric_writers import WEIGHTS, Evidence, Written
+from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
+from stages.rubric_writers import Evidence, WrittenRubric
 from stages.scenes.claim_checks import Check, Heard, heard
 from stages.scenes.claims import DIRECTIONS, KINDS, Claim, Kind, contradicts
 
@@ -55,15 +55,15 @@ def engines(_: Settings) -> tuple[str, ...]:
     return ()
 
 
-def write(inputs: Iterable[Evidence], **_: object) -> Iterator[Written]:
+def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
     for evidence in inputs:
         teachers, student = [heard(t) for t in evidence.teachers], [heard(t) for t in evidence.student]
         checks = list(_checks(teachers, student, evidence.num_agree))
         demands = tuple(_demand(number, check, teachers, student) for number, check in enumerate(checks, start=1))
         if demands:
-            yield Written(criteria=demands)
+            yield WrittenRubric(criteria=demands)
         else:
-            yield Written(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
+            yield WrittenRubric(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
 
 
 def _checks(teachers: Sequence[Heard], student: Sequence[Heard], num_agree: int) -> Iterator[Check]:
@@ -104,7 +104,7 @@ def _demand(number: int, check: Check, teachers: Sequence[Heard], student: Seque
         id="_".join([check.how, *([kind] if kind else []), str(number)]),
         text=check.text,
         severity=severity,
-        weight=WEIGHTS[severity],
+        weight=SEVERITY_WEIGHTS[severity],
         agreed=sum(map(check.is_met, teachers)),
         missed=sum(not check.is_met(caption) for caption in student) / len(student),
         claim=check.json,

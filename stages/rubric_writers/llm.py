@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.records import RubricCriterion, Severity
+from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section
-from stages.rubric_writers import WEIGHTS, Evidence, Written
+from stages.rubric_writers import Evidence, WrittenRubric
 from stages.text.answers import read_value
 from stages.text.prompts import (
     SamplingConfig,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 VERSION = 1
 WORDS = "committee"  # what is asked where the section does not say
 FIELDS = ("num_teachers", "num_agree", "max_criteria", "teachers", "student")
-SEVERITIES: tuple[Severity, ...] = ("critical", "important", "minor")
+SEVERITIES: tuple[Severity, ...] = tuple(SEVERITY_WEIGHTS)  # gravest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class WriterSpec:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     engine: str = key(help="a name in [engines]", stamp=False)
-    words: WriterSpec = key(help="what is asked")
+    spec: WriterSpec = key(stamp="words")
 
 
 def prepare(config: Config, *, run: Path, field: str) -> Settings:
@@ -83,7 +83,7 @@ def prepare(config: Config, *, run: Path, field: str) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"writers/{name}.toml", f"is not TOML: {error}") from error
     return Settings(
-        engine=config.engine, words=Section(values, file=Path(f"writers/{name}.toml"), field="").parse(WriterSpec)
+        engine=config.engine, spec=Section(values, file=Path(f"writers/{name}.toml"), field="").parse(WriterSpec)
     )
 
 
@@ -91,48 +91,48 @@ def engines(settings: Settings) -> tuple[str, ...]:
     return (settings.engine,)
 
 
-def write(inputs: Iterable[Evidence], *, settings: Settings, engines: Mapping[str, Engine]) -> Iterator[Written]:
-    engine, words = engines[settings.engine], settings.words
-    asked = ((evidence, request(evidence, words)) for evidence in inputs)
+def write(inputs: Iterable[Evidence], *, settings: Settings, engines: Mapping[str, Engine]) -> Iterator[WrittenRubric]:
+    engine, spec = engines[settings.engine], settings.spec
+    asked = ((evidence, request(evidence, spec)) for evidence in inputs)
     for evidence, reply in map_with_context(engine.generate, asked):
         yield _written(evidence, reply, settings, engine)
 
 
-def request(evidence: Evidence, words: WriterSpec) -> Request:
+def request(evidence: Evidence, spec: WriterSpec) -> Request:
     return Request(
         id=evidence.key,
-        system=words.system,
-        prompt=_prompt(evidence, words),
-        images=(evidence.data(),) if words.with_image else (),
+        system=spec.system,
+        prompt=_prompt(evidence, spec),
+        images=(evidence.data(),) if spec.with_image else (),
         source_key=evidence.source_key,
-        schema=json.dumps(schema(evidence, words)),
-        ladder=words.sampling.rungs,
-        accept=lambda reply: _read(reply, evidence, words)[1],
+        schema=json.dumps(schema(evidence, spec)),
+        ladder=spec.sampling.rungs,
+        accept=lambda reply: _read(reply, evidence, spec)[1],
         seed=evidence.seed,
     )
 
 
-def schema(evidence: Evidence, words: WriterSpec) -> dict[str, Any]:
+def schema(evidence: Evidence, spec: WriterSpec) -> dict[str, Any]:
     """Of the answer: a list of criteria, each with its reason before it and its evidence after it."""
     criterion = {
-        "reason": {"type": "string", "maxLength": words.max_characters},
-        "text": {"type": "string", "minLength": 1, "maxLength": words.max_characters},
+        "reason": {"type": "string", "maxLength": spec.max_characters},
+        "text": {"type": "string", "minLength": 1, "maxLength": spec.max_characters},
         "severity": {"type": "string", "enum": list(SEVERITIES)},
         "experts": _numbers(len(evidence.teachers), least=evidence.num_agree),
         "captions": _numbers(len(evidence.student), least=1),
     }
-    bounds = {"minItems": words.min_criteria, "maxItems": words.max_criteria}
+    bounds = {"minItems": spec.min_criteria, "maxItems": spec.max_criteria}
     listed = {"type": "array", "items": _object(criterion), **bounds}
     return _object({"criteria": listed})
 
 
-def _prompt(evidence: Evidence, words: WriterSpec) -> str:
+def _prompt(evidence: Evidence, spec: WriterSpec) -> str:
     return fill(
-        words.prompt,
+        spec.prompt,
         {
             "num_teachers": str(len(evidence.teachers)),
             "num_agree": str(evidence.num_agree),
-            "max_criteria": str(words.max_criteria),
+            "max_criteria": str(spec.max_criteria),
             "teachers": _listed("Expert", evidence.teachers),
             "student": _listed("The student's caption", evidence.student),
         },
@@ -143,10 +143,10 @@ def _listed(who: str, captions: Sequence[str]) -> str:
     return "\n\n".join(f"{who} {number}:\n{fenced(text)}" for number, text in enumerate(captions, start=1))
 
 
-def _read(reply: Reply, evidence: Evidence, words: WriterSpec) -> tuple[tuple[RubricCriterion, ...], str]:
+def _read(reply: Reply, evidence: Evidence, spec: WriterSpec) -> tuple[tuple[RubricCriterion, ...], str]:
     """The criteria in an answer, the gravest first, and what is wrong with it."""
     try:
-        said = read_value(reply, schema(evidence, words))["criteria"]
+        said = read_value(reply, schema(evidence, spec))["criteria"]
         return _demands(said, evidence), ""
     except ValueError as error:
         return (), str(error)
@@ -168,7 +168,7 @@ def _demands(said: Sequence[Mapping[str, Any]], evidence: Evidence) -> tuple[Rub
             id=f"{one['severity']}_{len(found) + 1}",
             text=text,
             severity=one["severity"],
-            weight=WEIGHTS[one["severity"]],
+            weight=SEVERITY_WEIGHTS[one["severity"]],
             agreed=num_experts,
             missed=len(set(one["captions"])) / len(evidence.student),
             claim=None,
@@ -177,14 +177,14 @@ def _demands(said: Sequence[Mapping[str, Any]], evidence: Evidence) -> tuple[Rub
     return tuple(found.values())
 
 
-def _written(evidence: Evidence, reply: Reply, settings: Settings, engine: Engine) -> Written:
-    demands, problem = _read(reply, evidence, settings.words)
+def _written(evidence: Evidence, reply: Reply, settings: Settings, engine: Engine) -> WrittenRubric:
+    demands, problem = _read(reply, evidence, settings.spec)
     nothing = "" if demands else "there is nothing that the student misses"
-    return Written(
+    return WrittenRubric(
         criteria=demands,
         status="error" if problem else "ok" if demands else "empty",
         error=problem or nothing or None,
-        prompt_hash=hash_of(settings.words.system, settings.words.prompt),
+        prompt_hash=hash_of(settings.spec.system, settings.spec.prompt),
         num_prompt_tokens=reply.num_prompt_tokens,
         num_output_tokens=reply.num_output_tokens,
         attempt=reply.attempt,

@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 from pipeline import plugins
 from pipeline.errors import ConfigError
-from pipeline.records import RubricCriterion
+from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section
 from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, one_line
 
-SEVERITIES: Mapping[str, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}
 FIELDS = ("criteria", "alt_text", "caption", "sentence")
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the field that holds what is judged
 NO_ALT_TEXT = "(none)"
@@ -36,7 +35,7 @@ class Question:
     question: str = key(help="what is asked, so that no two readers would decide differently")
     answers: tuple[str, ...] = key(("no", "yes"), "from worst to best")
     values: tuple[float, ...] | None = key(None, "of the answers, from 0 to 1; by default spread evenly")
-    severity: Literal["critical", "important", "minor"] = key("important", "weighs 3, 2 or 1")
+    severity: Severity = key("important", "weighs 3, 2 or 1")
     weight: float | None = key(None, "in the place of the severity's", least=0)
 
     def __post_init__(self) -> None:
@@ -57,8 +56,8 @@ class Question:
         return dict(zip(self.answers, self.values or even, strict=False))
 
     @property
-    def weighs(self) -> float:
-        return SEVERITIES[self.severity] if self.weight is None else self.weight
+    def effective_weight(self) -> float:
+        return SEVERITY_WEIGHTS[self.severity] if self.weight is None else self.weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ class RubricSpec:
 class Rubric:
     """A rubric, ready to ask. Its questions stand in an order of their own, whatever order they were written in."""
 
-    words: RubricSpec
+    spec: RubricSpec = key(stamp="words")
     criteria: Mapping[str, Question]  # by id; the heaviest first, then by id
 
     @cached_property
@@ -98,7 +97,7 @@ class Rubric:
         """The reason and verdict of each question, from an answer that follows the schema."""
         return value if len(self.criteria) > 1 else dict.fromkeys(self.criteria, value)
 
-    def ask(self, *, caption: str, sentence: str, alt_text: str | None) -> str:
+    def build_prompt(self, *, caption: str, sentence: str, alt_text: str | None) -> str:
         """The prompt.
 
         Args:
@@ -112,15 +111,15 @@ class Rubric:
             "caption": fenced(caption),
             "sentence": one_line(sentence),
         }
-        return fill(self.words.prompt, fields).strip()
+        return fill(self.spec.prompt, fields).strip()
 
     def _listed(self, question: Question) -> str:
         answers = ", ".join(f'"{answer}"' for answer in question.answers)
-        unsure = f'; or "{self.words.unsure}"' if self.words.unsure else ""
+        unsure = f'; or "{self.spec.unsure}"' if self.spec.unsure else ""
         return f"- {question.id}: {question.question}\n  Answers, from worst to best: {answers}{unsure}"
 
     def _answers(self, question: Question) -> list[str]:
-        return [*question.answers, *([self.words.unsure] if self.words.unsure else [])]
+        return [*question.answers, *([self.spec.unsure] if self.spec.unsure else [])]
 
     def _form(self, question: Question) -> dict[str, Any]:
         verdict = {"type": "string", "enum": self._answers(question)}
@@ -135,11 +134,11 @@ def load(name: str, *, run: Path | None) -> Rubric:
         ConfigError: something in it is wrong.
     """
     section = _section(name, run)
-    words = section.parse(RubricSpec, ignore=frozenset({"criteria"}))
-    return Rubric(words=words, criteria=_criteria(section, words))
+    spec = section.parse(RubricSpec, ignore=frozenset({"criteria"}))
+    return Rubric(spec=spec, criteria=_criteria(section, spec))
 
 
-def load_words(name: str, *, run: Path | None) -> RubricSpec:
+def load_judge_spec(name: str, *, run: Path | None) -> RubricSpec:
     """Those of a file without criteria: with them a judge is asked by the criteria that each image has of its own.
 
     Raises:
@@ -149,21 +148,21 @@ def load_words(name: str, *, run: Path | None) -> RubricSpec:
     section = _section(name, run)
     if "criteria" in section.values:
         raise section.error("criteria", "these are a rubric of its own; wanted are words that leave the criteria open")
-    words = section.parse(RubricSpec)
-    if "criteria" not in fields_in(words.prompt) or words.unit != "caption":
+    spec = section.parse(RubricSpec)
+    if "criteria" not in fields_in(spec.prompt) or spec.unit != "caption":
         raise section.error("prompt", "must have {criteria}, and {caption} last")
-    if words.unsure in ("no", "yes"):
-        raise section.error("unsure", f"{words.unsure!r} is an answer of every criterion too")
-    return words
+    if spec.unsure in ("no", "yes"):
+        raise section.error("unsure", f"{spec.unsure!r} is an answer of every criterion too")
+    return spec
 
 
-def of_demands(words: RubricSpec, demands: Iterable[RubricCriterion]) -> Rubric:
+def build_image_rubric(spec: RubricSpec, demands: Iterable[RubricCriterion]) -> Rubric:
     """The rubric that an image has of its own, ready to ask: each criterion is met or not."""
     questions = [
         Question(id=demand.id, question=demand.text, severity=demand.severity, weight=demand.weight)
         for demand in demands
     ]
-    return Rubric(words=words, criteria=_in_order(questions))
+    return Rubric(spec=spec, criteria=_in_order(questions))
 
 
 def _section(name: str, run: Path | None) -> Section:
@@ -175,28 +174,28 @@ def _section(name: str, run: Path | None) -> Section:
     return Section(values, file=file, field="")
 
 
-def _criteria(section: Section, words: RubricSpec) -> Mapping[str, Question]:
+def _criteria(section: Section, spec: RubricSpec) -> Mapping[str, Question]:
     given = section.values.get("criteria")
     if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
         raise section.error("criteria", "there is none; write at least one [[criteria]] with an id and a question")
     parsed = [Section(one, file=section.file, field=f"criteria[{i}]").parse(Question) for i, one in enumerate(given)]
-    _check(section, words, parsed)
+    _check(section, spec, parsed)
     return _in_order(parsed)
 
 
 def _in_order(questions: Iterable[Question]) -> Mapping[str, Question]:
-    return {q.id: q for q in sorted(questions, key=lambda q: (-q.weighs, q.id))}
+    return {q.id: q for q in sorted(questions, key=lambda q: (-q.effective_weight, q.id))}
 
 
-def _check(section: Section, words: RubricSpec, questions: list[Question]) -> None:
+def _check(section: Section, spec: RubricSpec, questions: list[Question]) -> None:
     ids = [q.id for q in questions]
     if twice := sorted({one for one in ids if ids.count(one) > 1}):
         raise section.error("criteria", f"{twice[0]!r} is the id of two")
-    if words.unsure and any(words.unsure in q.answers for q in questions):
-        raise section.error("unsure", f"{words.unsure!r} is an answer of one of the criteria too")
-    if len(questions) > 1 and "criteria" not in fields_in(words.prompt):
+    if spec.unsure and any(spec.unsure in q.answers for q in questions):
+        raise section.error("unsure", f"{spec.unsure!r} is an answer of one of the criteria too")
+    if len(questions) > 1 and "criteria" not in fields_in(spec.prompt):
         raise section.error("prompt", "must have {criteria}: there are several")
-    if not any(q.weighs for q in questions):
+    if not any(q.effective_weight for q in questions):
         raise section.error("criteria", "at least one must weigh more than 0")
 
 

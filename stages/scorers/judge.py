@@ -98,8 +98,8 @@ def marks(
 
 
 def _parts(sample: Sample, rubric: Rubric) -> Iterator[Part]:
-    images = (sample.data(),) if rubric.words.with_image else ()
-    by_sentence = rubric.words.unit == "sentence"
+    images = (sample.data(),) if rubric.spec.with_image else ()
+    by_sentence = rubric.spec.unit == "sentence"
     texts = (by_sentence and sentences(sample.text)) or [sample.text]  # an empty text is judged too
     for number, text in enumerate(texts, start=1):
         suffix = f"/{number}" if by_sentence else ""
@@ -111,12 +111,12 @@ def _request(part: Part) -> Request:
     sample, rubric = part.sample, part.rubric
     return Request(
         id=f"{sample.key}/{sample.candidate}{part.suffix}",
-        system=rubric.words.system,
-        prompt=rubric.ask(caption=sample.text, sentence=part.text, alt_text=sample.alt_text),
+        system=rubric.spec.system,
+        prompt=rubric.build_prompt(caption=sample.text, sentence=part.text, alt_text=sample.alt_text),
         images=part.images,
         source_key=sample.source_key,
         schema=json.dumps(rubric.schema, ensure_ascii=False),
-        ladder=rubric.words.sampling.rungs,
+        ladder=rubric.spec.sampling.rungs,
         accept=lambda reply: _problem(reply, rubric),
         seed=seed_of(sample.seed, part.suffix),
     )
@@ -145,7 +145,7 @@ def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Crit
         id=f"{question.id}{suffix}",
         verdict=None if value is None else verdict,
         value=value,
-        weight=question.weighs,
+        weight=question.effective_weight,
         reason=said.get("reason"),
     )
 
@@ -176,9 +176,9 @@ def _value(said: Sequence[Verdicts], rubric: Rubric) -> float | None:
         Criterion(id=c.id, verdict=None, value=float(c.value is not None), weight=c.weight, reason=None)
         for c in criteria
     )
-    if decided is None or decided < rubric.words.min_decided:
+    if decided is None or decided < rubric.spec.min_decided:
         return None
-    if rubric.words.aggregate == "mean":
+    if rubric.spec.aggregate == "mean":
         return weighted_mean(criteria)
     return min((v for verdicts in said if (v := weighted_mean(verdicts.criteria)) is not None), default=None)
 

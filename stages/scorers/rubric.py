@@ -53,7 +53,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
             raise ConfigError(f"{field}.words", "asks nobody: name a judge too")
         return Marker(rubric=config.rubric)
     try:
-        words = rubrics.load_words(config.words or WORDS, run=run)
+        words = rubrics.load_judge_spec(config.words or WORDS, run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
     return Marker(rubric=config.rubric, judge=config.judge, words=words)
@@ -81,7 +81,7 @@ def _without(sample: Sample) -> ScoreResult:
 def _judged(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     assert config.words is not None
     words = config.words
-    own = ((sample, rubrics.of_demands(words, sample.asked or ())) for sample in samples)
+    own = ((sample, rubrics.build_image_rubric(words, sample.asked or ())) for sample in samples)
     return judge.marks(own, engine=config.judge, engines=engines)
 
 

@@ -90,7 +90,7 @@ def score(samples: Iterable[Sample], config: Checks, _: Mapping[str, Engine]) ->
 def _criteria(sample: Sample, config: Checks) -> Iterator[Criterion]:
     for name, check in CHECKS.items():
         yield _criterion(name, check(sample, config.bounds), config)
-    noticed = flags.noticed(sample.text, config.patterns)
+    noticed = flags.find_flags(sample.text, config.patterns)
     for name in config.patterns:
         yield _criterion(name, (name not in noticed, "noticed" if name in noticed else "not noticed"), config)
 

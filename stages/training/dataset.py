@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.decoding import images
 from pipeline.execution.shard import Shard
-from pipeline.records import Caption, Criterion, Image, ImageRubric, Record, RubricCriterion, Score, schema
+from pipeline.records import Caption, Criterion, Image, ImageRubric, Record, RubricCriterion, Score, arrow_schema
 from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan
@@ -292,10 +292,10 @@ def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
     recipe = recipe_of(run, config, name)
     alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
     for caption in _captions(run, name, file):
-        question = recipe.ask(alt_texts[caption.key]).prompt
+        question = recipe.build_prompt(alt_texts[caption.key]).prompt
         yield Asked(
             key=caption.key,
-            system=recipe.words.system,
+            system=recipe.spec.system,
             question=question,
             answer=caption.fields or caption.text,
         )
@@ -311,8 +311,8 @@ def _question(run: Run, config: Config) -> Callable[[Image], Asked]:
     recipe = recipe_of(run, config, config.captions[0])
 
     def asked(image: Image) -> Asked:
-        question = recipe.ask(image.alt_text).prompt
-        return Asked(key=image.key, system=recipe.words.system, question=question, answer="")
+        question = recipe.build_prompt(image.alt_text).prompt
+        return Asked(key=image.key, system=recipe.spec.system, question=question, answer="")
 
     return asked
 
@@ -326,12 +326,12 @@ def _verdicts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]
         if score.status != "ok":
             continue
         text = captions[score.key, score.candidate].text
-        parts = sentences(text) if rubric.words.unit == "sentence" else [text]
+        parts = sentences(text) if rubric.spec.unit == "sentence" else [text]
         for part, criteria in zip(parts, batched(score.criteria, len(rubric.criteria)), strict=True):
             if all(criterion.verdict is not None for criterion in criteria):
-                question = rubric.ask(caption=text, sentence=part, alt_text=alt_texts[score.key])
+                question = rubric.build_prompt(caption=text, sentence=part, alt_text=alt_texts[score.key])
                 yield Asked(
-                    key=score.key, system=rubric.words.system, question=question, answer=_answer(rubric, criteria)
+                    key=score.key, system=rubric.spec.system, question=question, answer=_answer(rubric, criteria)
                 )
 
 
@@ -361,7 +361,7 @@ def on_disk(path: Path, rows: Iterable[Record], record: type[Record]) -> dataset
     import datasets
 
     batches = (tables.to_arrow(record, some) for some in tables.batched(rows, tables.ROWS_PER_GROUP))
-    _write(path, schema(record), batches)
+    _write(path, arrow_schema(record), batches)
     return datasets.Dataset.from_file(str(path))
 
 
@@ -372,7 +372,7 @@ class Rubrics(Mapping[str, tuple[RubricCriterion, ...]]):
         import numpy as np
         import pyarrow as pa
 
-        part = pa.schema([schema(ImageRubric).field("key"), schema(ImageRubric).field("criteria")])
+        part = pa.schema([arrow_schema(ImageRubric).field("key"), arrow_schema(ImageRubric).field("criteria")])
         _write(path, part, _with_criteria(files, part.names))
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         chunks = [np.array(chunk.to_pylist(), "S") for chunk in table["key"].chunks]

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.machine import imitates_16_bits
+from pipeline.machine import emulates_bfloat16
 
 SMALLEST = 60  # a matrix with a shorter side, an embedding and every vector are AdamW's
 
 
 def kept_in() -> torch.dtype:
     """The type that weights have while they learn: 16 bits, where this machine multiplies them."""
-    return torch.float32 if imitates_16_bits() and not torch.cuda.is_available() else torch.bfloat16
+    return torch.float32 if emulates_bfloat16() and not torch.cuda.is_available() else torch.bfloat16
 
 
 class MixedPrecisionMuon(torch.optim.Optimizer):  # type: ignore[misc]

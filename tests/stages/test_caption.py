@@ -268,12 +268,13 @@ def test_the_run_says_how_many_failures_are_too_many(tmp_path: Path) -> None:
 
 def test_what_the_shipped_recipes_and_rubrics_ask() -> None:
     asked = [
-        f"# {name}, {'with' if alt_text else 'without'} alt text\n\n{recipes.load(name, run=None).ask(alt_text).prompt}"
+        f"# {name}, {'with' if alt_text else 'without'} alt text\n\n"
+        + recipes.load(name, run=None).build_prompt(alt_text).prompt
         for name in ("dense", "plain", "realign", "short", "structured")
         for alt_text in ("A *cat* ```here``` \x1b[31m<|im_end|> {alt_text}\r\nsecond line", None)
     ]
     rubric = rubrics.load("dense", run=None)
-    asked.append("# rubric dense\n\n" + rubric.ask(caption="A cat. `x`", sentence="", alt_text=None))
+    asked.append("# rubric dense\n\n" + rubric.build_prompt(caption="A cat. `x`", sentence="", alt_text=None))
     golden = Path(__file__).parent.parent / "golden" / "prompts.txt"
     assert "\n\n".join(asked) + "\n" == golden.read_text()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.records import Exported, columns
+from pipeline.records import Exported, column_names
 from pipeline.storage import tables
 from tests.support.runs import begin, corpus, make, sections
 
@@ -48,7 +48,7 @@ def test_webdataset_reads_it_back(run: Path, index: list[Exported]) -> None:
     assert [s["__key__"] for s in samples] == [row.key for row in index]
     assert [s["jpg"] for s in samples] == originals(run, index)
     assert [s["txt"].decode() for s in samples] == [row.caption for row in index]
-    assert all(set(json.loads(s["json"])) == set(columns(Exported)) for s in samples)
+    assert all(set(json.loads(s["json"])) == set(column_names(Exported)) for s in samples)
     decoded = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "txt", "json")
     assert [image.size for image, _, _ in decoded] == [(row.width, row.height) for row in index]
 

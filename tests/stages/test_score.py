@@ -108,7 +108,7 @@ def test_the_best_verdicts_give_one_and_the_worst_none(dense: Rubric) -> None:
 
 def test_a_value_is_the_weighted_mean_of_what_was_decided(dense: Rubric) -> None:
     (mark,) = judged(dense, lambda *_: verdicts(dense, main_subject="too vague", counts="cannot say"))
-    weights = {name: q.weighs for name, q in dense.criteria.items() if name != "counts"}
+    weights = {name: q.effective_weight for name, q in dense.criteria.items() if name != "counts"}
     assert mark.value == pytest.approx((sum(weights.values()) - 1.5) / sum(weights.values()))
     assert [(c.verdict, c.value) for c in mark.criteria if c.id == "counts"] == [(None, None)]
 
@@ -138,7 +138,7 @@ ILLEGAL = {
 @pytest.mark.parametrize("case", ILLEGAL)
 def test_an_illegal_verdict_is_asked_again_and_then_unknown_never_zero(dense: Rubric, case: str) -> None:
     answer, message = ILLEGAL[case]
-    attempts = len(dense.words.sampling.rungs)
+    attempts = len(dense.spec.sampling.rungs)
     (mark,) = judged(dense, lambda *_: answer(dense))
     assert (mark.value, mark.status, mark.attempt) == (None, "unknown", attempts)
     assert message in (mark.error or "")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Caption, Criterion, Exported, Image, Record, Score, Stat, Verdict, schema
+from pipeline.records import Caption, Criterion, Exported, Image, Record, Score, Stat, Verdict, arrow_schema
 from pipeline.storage import tables
 
 RECIPE = tables.Provenance(stage="caption", name="dense", version=1, slice={"a": [1, "é"]}, inputs={"image": "00"})
@@ -54,7 +54,7 @@ def test_rows_come_back_as_they_went_in(record: type[Record]) -> None:
             assert list(tables.read(path, record)) == given_rows
             assert tables.read_stamp(path) == stamp
             assert (stamp.recipe, stamp.num_rows) == (RECIPE, len(given_rows))
-            assert pq.read_schema(path).remove_metadata().equals(schema(record).remove_metadata())
+            assert pq.read_schema(path).remove_metadata().equals(arrow_schema(record).remove_metadata())
 
     round_trip()
 

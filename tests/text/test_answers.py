@@ -271,10 +271,12 @@ NOTICED = {
 @pytest.mark.parametrize("text", NOTICED)
 def test_what_is_noticed(text: str) -> None:
     patterns = flags.load("english", run=None)
-    assert list(flags.noticed(text, patterns)) == NOTICED[text]
+    assert list(flags.find_flags(text, patterns)) == NOTICED[text]
 
 
 def test_an_answer_that_quotes_the_prompt_is_noticed() -> None:
     prompt = "Describe the picture. Say only what can be seen, and begin with the subject."
-    assert flags.noticed("A cat. Say only what can be seen, and begin with it.", {}, prompt=prompt) == ("prompt_leak",)
-    assert flags.noticed("A cat that can be seen begins with the subject.", {}, prompt=prompt) == ()
+    assert flags.find_flags("A cat. Say only what can be seen, and begin with it.", {}, prompt=prompt) == (
+        "prompt_leak",
+    )
+    assert flags.find_flags("A cat that can be seen begins with the subject.", {}, prompt=prompt) == ()

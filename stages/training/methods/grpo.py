@@ -157,7 +157,7 @@ def reader(form: Form | None, *, ends: Collection[int], max_tokens: int) -> Read
 
 def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
     """How answers are worded, whatever they say: what gives away that a reward is played."""
-    noticed = [flags.noticed(text, patterns) for text in texts]
+    noticed = [flags.find_flags(text, patterns) for text in texts]
     rates = {f"rate/{name}": fmean(name in found for found in noticed) for name in WATCHED if name in patterns}
     return {
         **rates,
