@@ -66,7 +66,7 @@ def init(
     from pipeline.commands import init
     from pipeline.progress import say
 
-    guessed = init.guess_source(source) | ({"kind": kind} if kind else {})
+    guessed = init.guess_source(source, kind=kind)
     sections = init.default_sections({**guessed, "shard_size": shard_size}, engine=engine, model=model)
     run, num_shards = init.create_run(folder, sections)
     if beside := init.describe_ignored_files(sections["source"]):

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING
-from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,13 +18,13 @@ from pipeline import plugins
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
 from pipeline.sections import Corpus, Resources, Run, SlurmSettings, TopLevel
-from pipeline.sources import _common, _tars
+from pipeline.sources import _survey
 from pipeline.storage import tables
 from pipeline.storage.plan import freeze
 from pipeline.validation import describe_type
 
 WIDTH = 110
-LEVELS, NUM_FOLDERS, NUM_NAMES = 5, 3, 2000  # that a guess looks at: folders in each other, in each, names in each
+LEAST_SPECIFIC = ("parquet", "webdataset", "folder")  # sources that `init` asks last, in this order
 
 
 def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
@@ -81,21 +79,28 @@ def extend_plan(run: Run) -> tuple[int, int]:
     return before, after
 
 
-def guess_source(source: str) -> dict[str, Any]:
-    """The `[source]` of what a person points at: a folder, tars, Parquet, a URL, `hf:NAME`, `scenes`.
+def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
+    """The `[source]` section for a path, a URL, `hf:NAME` or `scenes`, of the first kind that claims it.
 
     Raises:
-        UserError: a path that does not exist.
+        UserError: the path does not exist, or no kind claims it and none is given.
     """
-    if source == "scenes":
-        return {"kind": "scenes"}
-    if source.startswith("hf:"):
-        return {"kind": "hf", "path": source[3:]}
     path = Path(source).expanduser()
-    if "://" not in source and not any(c in source for c in "*?{") and not path.exists():
+    is_url = "://" in source
+    kinds = plugins.list_names("pipeline.sources")
+    for name in [] if kind else [*(name for name in kinds if name not in LEAST_SPECIFIC), *LEAST_SPECIFIC]:
+        if plugins.load("pipeline.sources", name).claims(source if is_url else str(path)):
+            kind = name
+            break
+    if kind and not any(f.name == "path" for f in dataclasses.fields(plugins.load("pipeline.sources", kind).Config)):
+        return {"kind": kind}
+    if kind == "hf" and not path.exists():
+        return {"kind": kind, "path": source.removeprefix("hf:")}
+    if not (is_url or any(c in source for c in "*?{") or path.exists()):
         raise UserError(f"--source {source}: there is no such file or folder (hf:NAME is a Hugging Face dataset)")
-    place = source if "://" in source else str(path.absolute())
-    return {"kind": _kind(path, source), "path": place}
+    if kind is None:
+        raise UserError(f"--source {source}: is of no known kind; choose one of {', '.join(kinds)} with --kind")
+    return {"kind": kind, "path": source if is_url else str(path.absolute())}
 
 
 def describe_ignored_files(source: Mapping[str, Any]) -> str:
@@ -103,51 +108,16 @@ def describe_ignored_files(source: Mapping[str, Any]) -> str:
     path, kind = Path(source.get("path", "")), source["kind"]
     if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
-    tars, tables, images = _sorted_out(_some(path))
-    what, names = "image files", images
+    survey = _survey.sample_tree(path)
+    what, names = "image files", survey.images
     if kind == "folder":
-        what, names = "tars and tables", [*tars, *tables]
-    elif kind == "parquet" and tars:
-        what, names = "tars and image files", [*tars, *images]
+        what, names = "tars and tables", (*survey.tars, *survey.tables)
+    elif kind == "parquet" and survey.tars:
+        what, names = "tars and image files", (*survey.tars, *survey.images)
     if not names:
         return ""
     few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
     return f'{what} in {path} are left out ({few}): kind = "{kind}" reads none'
-
-
-def _kind(path: Path, source: str) -> str:
-    """By what lies in the folder itself; where that has no tars and at most an index, by what lies below too."""
-    if not path.is_dir():
-        return "parquet" if source.endswith(".parquet") else "webdataset"
-    names = list(_some(path, levels=1))
-    tars, tables, images = _sorted_out(names)
-    if not tars and len(tables) < 2:
-        names = list(_some(path))
-        tars, tables, images = _sorted_out(names)
-    if len(tars) + len(tables) < max(1, len(images)):
-        return "folder"
-    if not tars:
-        return "parquet"
-    return "img2dataset" if any(name.endswith("_stats.json") for name in names) else "webdataset"
-
-
-def _sorted_out(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
-    """Of names of files: tars, tables of images, and images."""
-    names = list(names)
-    tables = [n for n in names if n.endswith((".parquet", ".pq")) and n.rpartition("/")[2] != "metadata.parquet"]
-    return [n for n in names if n.endswith(_tars.ENDINGS)], tables, [n for n in names if _common.is_image(n)]
-
-
-def _some(folder: Path, *, below: str = "", levels: int = LEVELS) -> Iterator[str]:
-    """Names of files in a folder and in the first few below it, however many there are; the hidden are left out."""
-    with os.scandir(folder / below) as entries:
-        some = sorted((e for e in islice(entries, NUM_NAMES) if e.name[0] != "."), key=lambda entry: entry.name)
-    folders = [entry.name for entry in some if entry.is_dir(follow_symlinks=False)]
-    yield from (below + entry.name for entry in some if entry.is_file())
-    if levels > 1:
-        for name in folders[:NUM_FOLDERS]:
-            with suppress(PermissionError):  # a lost+found, which no source reads either
-                yield from _some(folder, below=f"{below}{name}/", levels=levels - 1)
 
 
 def render_manifest(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,15 +1,17 @@
-"""The folder is the registry: one source a file, named by `source.kind`.
+"""Image corpora, one kind a file: the directory is the registry, and `source.kind` is a file's name.
 
-A source is a module with three names:
+A source is a module with four names:
 
 - `Config`: a frozen dataclass of its keys in `[source]`, declared with `pipeline.config.key`;
-- `pieces(config) -> Iterator[Piece]`: what there is, in an order that growth does not change, listed without opening
-  what need not be opened; a file whose number of samples only reading would tell has `stop=None`;
+- `claims(path: str) -> bool`: True when a path or URL given to `recap init --source` is of this kind. It looks at
+  names, not into files. `init` asks `folder`, `webdataset` and `parquet` after all others, and takes the first;
+- `pieces(config) -> Iterator[Piece]`: the corpus in an order that growth does not change, listed without opening
+  files that need not be opened; a file whose number of samples only reading would show has `stop=None`;
 - `read(piece, config) -> Iterator[Raw]`: the samples of one piece in order, exactly `stop - start` of them where that
-  is known. What cannot be read is a `Raw` with an error and no data, never an exception; an exception says that the
-  machine failed (a disk, a network) and that the shard is to be tried again.
+  is known. A sample that cannot be read is a `Raw` with an error and no data, never an exception; an exception means
+  that the machine failed (a disk, a network) and that the shard is to be retried.
 
-And, where a piece's `file` is named from a folder that may be moved:
+A source whose pieces are named relative to a directory that may be moved has a fifth:
 
-- `place(file, config) -> str`: where it lies now.
+- `place(file, config) -> str`: the present path of a piece's `file`.
 """

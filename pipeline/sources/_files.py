@@ -133,6 +133,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_pattern(path: str) -> bool:
+    """True for a glob or a brace range."""
+    return glob.has_magic(path) or "{" in path
+
+
 def expand(path: str) -> Iterator[str]:
     """Braces as in a shell and in webdataset.
 

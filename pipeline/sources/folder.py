@@ -39,6 +39,11 @@ class Config:
     alt_text: str = key("", _common.ALT_TEXT_HELP)
 
 
+def claims(path: str) -> bool:
+    """True for a directory. The least specific claim: `recap init` asks this source last."""
+    return Path(path).is_dir()
+
+
 def pieces(config: Config) -> Iterator[Piece]:
     """Every input, folder by folder, by name.
 

@@ -37,6 +37,11 @@ class Config:
     cache: str = key("", "the folder for what the library downloads; empty: its own", stamp=False, locate="path")
 
 
+def claims(path: str) -> bool:
+    """True for `hf:NAME`, a dataset on the Hub, and for a directory that `save_to_disk` wrote."""
+    return path.startswith("hf:") or _is_saved_to_disk(path)
+
+
 def pieces(config: Config) -> Iterator[Piece]:
     """The splits. Downloads the dataset, unless it is in the cache.
 
@@ -62,11 +67,17 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         yield _columns.lost(row, name=piece.file, error=f"the split has only {len(rows)} rows now")
 
 
+def _is_saved_to_disk(path: str) -> bool:
+    """By the file that names several splits, or by the two of a single one."""
+    several, one = ("dataset_dict.json",), ("state.json", "dataset_info.json")
+    return any(all((Path(path) / name).is_file() for name in names) for names in (several, one))
+
+
 def _splits(config: Config) -> Mapping[str, datasets.Dataset]:
     """Opened anew each time, for a folder may have grown; the rows are memory-mapped, not read."""
     import datasets
 
-    if (Path(config.path) / "state.json").is_file() or (Path(config.path) / "dataset_dict.json").is_file():
+    if _is_saved_to_disk(config.path):
         found = datasets.load_from_disk(config.path)
     else:
         found = _loaded(config)

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources import _columns, _common, _files, _parquet, _tars
+from pipeline.sources import _columns, _common, _files, _parquet, _survey, _tars
 
 DONE = "_stats.json"  # img2dataset writes it when a shard is finished
 
@@ -25,6 +25,12 @@ class Config:
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
     max_tar_bytes: int = key(10**11, _tars.MAX_TAR_HELP, least=1)
+
+
+def claims(path: str) -> bool:
+    """True for a directory of tars in which a finished shard has its statistics beside it."""
+    survey = _survey.survey_directory(path)
+    return bool(survey.is_archive and survey.tars and survey.stats)
 
 
 def pieces(config: Config) -> Iterator[Piece]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import BrokenParquetError, ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources import _columns, _common, _files, _parquet
+from pipeline.sources import _columns, _common, _files, _parquet, _survey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,12 @@ class Config:
     image_root: str = key("", _columns.ROOT_HELP, stamp=False, locate="path")
 
 
+def claims(path: str) -> bool:
+    """True for Parquet files, and for a directory that holds them rather than tars or images."""
+    survey = _survey.survey_directory(path)
+    return bool(survey.is_archive and not survey.tars) or _survey.has_ending(path, _survey.TABLES)
+
+
 def pieces(config: Config) -> Iterator[Piece]:
     """The files with their numbers of rows; one that is broken is a piece of unknown length.
 
@@ -38,7 +44,7 @@ def pieces(config: Config) -> Iterator[Piece]:
         ConfigError: a path means no file, or the columns of the first whole file are not what the config says.
     """
     checked = False
-    for piece in _files.find(config.path, (".parquet", ".pq")):
+    for piece in _files.find(config.path, _survey.TABLES):
         try:
             with _files.opened(place(piece.file, config)) as stream:
                 table = _parquet.table(stream)

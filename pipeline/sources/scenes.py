@@ -333,6 +333,11 @@ def cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[
 # The corpus
 
 
+def claims(path: str) -> bool:
+    """True for the word `scenes`: the pictures are drawn, not read."""
+    return path == "scenes"
+
+
 def pieces(config: Config) -> Iterator[Piece]:
     step = config.samples_per_piece
     for start in range(0, config.num_images, step):

@@ -11,7 +11,7 @@ from itertools import islice
 
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources import _common, _files, _tars
+from pipeline.sources import _common, _files, _survey, _tars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,12 @@ class Config:
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
     max_tar_bytes: int = key(10**11, _tars.MAX_TAR_HELP, least=1)
+
+
+def claims(path: str) -> bool:
+    """True for tars, and for a directory that holds tars rather than images."""
+    survey = _survey.survey_directory(path)
+    return bool(survey.is_archive and survey.tars) or _survey.has_ending(path, _tars.ENDINGS)
 
 
 def pieces(config: Config) -> Iterator[Piece]:

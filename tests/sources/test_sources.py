@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline import plugins
+from pipeline.commands.init import guess_source
+from pipeline.errors import ConfigError, UserError
 from pipeline.records import Raw
 from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
 from pipeline.storage import plan
@@ -176,6 +178,52 @@ class TestEverySource:
     def test_a_path_that_is_not_there_is_named(self, source: ModuleType, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"source\.path: .*nowhere"):
             list(source.pieces(source.Config(path=str(tmp_path / "nowhere"))))
+
+    def test_claims_its_own_corpus_before_the_less_specific_ones_do(self, source: ModuleType, tmp_path: Path) -> None:
+        config, name = SOURCES[source](tmp_path / "corpus", 4), source.__name__.rpartition(".")[2]
+        assert source.claims(config.path)
+        assert guess_source(config.path) == {"kind": name, "path": config.path}
+
+    def test_claims_no_unknown_file(self, source: ModuleType, tmp_path: Path) -> None:
+        for path in (tmp_path / "notes.txt", tmp_path / "photo.jpg"):
+            path.touch()
+            assert not source.claims(str(path))
+
+
+class TestClaims:
+    @pytest.mark.parametrize(
+        ("path", "kind"),
+        [
+            ("scenes", "scenes"),
+            ("hf:nlphuji/flickr30k", "hf"),
+            ("/photos/{000..099}.tar", "webdataset"),
+            ("https://host/a.tar.gz?sig=x", "webdataset"),
+            ("s3://bucket/*/*.tgz", "webdataset"),
+            ("https://host/a.parquet", "parquet"),
+            ("/tables/*.pq", "parquet"),
+            ("https://host/a.zip", None),
+            ("file:///photos/a.jpg", None),
+        ],
+    )
+    def test_of_names_need_no_look(self, path: str, kind: str | None) -> None:
+        names = plugins.list_names("pipeline.sources")
+        assert [n for n in names if plugins.load("pipeline.sources", n).claims(path)] == [kind] * (kind is not None)
+
+    def test_of_globs_and_of_remote_folders_look_at_names(self, tmp_path: Path) -> None:
+        import fsspec
+
+        write(tmp_path, {"tars/README": "", "tars/a.tar": "", "tables/a.pq": "", "texts/a.txt": ""})
+        assert guess_source(f"{tmp_path}/tars/*")["kind"] == "webdataset"
+        assert guess_source(f"{tmp_path}/tables/*")["kind"] == "parquet"
+        fsspec.filesystem("memory").pipe("/claimed/deep/a.tar", b"")
+        assert guess_source("memory://claimed") == {"kind": "webdataset", "path": "memory://claimed"}
+
+    @pytest.mark.parametrize("name", ["photo.jpg", "photos.zip", "*"])
+    def test_of_no_kind_are_an_error_unless_one_is_given(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path, {"photo.jpg": "", "photos.zip": ""})
+        with pytest.raises(UserError, match=r"--source .*: is of no known kind; choose one of folder, hf, .* --kind"):
+            guess_source(str(tmp_path / name))
+        assert guess_source(str(tmp_path / name), kind="webdataset")["kind"] == "webdataset"
 
 
 def planned(source: ModuleType, file: Path, config: Any) -> list[Raw]:
