@@ -42,6 +42,7 @@ from pipeline.commands import init
 from pipeline.decoding.images import target_size
 from pipeline.engines import Request, Sampling, openai, vllm
 from pipeline.execution.passes import select
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from tests.support import tiny
 from tests.support.served import serving
@@ -194,9 +195,9 @@ def captioned(run: Path, name: str) -> dict[str, float]:
     """Images/s of a caption pass, from tars to Parquet."""
     for made in ("caption", "stats"):
         shutil.rmtree(run / made, ignore_errors=True)
-    runner = Runner(run=config.load(run))
+    state = RunState(config.load(run))
     start, spent = time.perf_counter(), cpu_seconds()
-    outcome = runner.execute(select(runner.passes, f"caption:{name}"))
+    outcome = Runner(state).execute(select(state.passes, f"caption:{name}"))
     seconds = time.perf_counter() - start
     if outcome.exit_code:
         raise SystemExit(f"caption:{name} failed: {outcome.failures}")
@@ -305,8 +306,8 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     (run / "recipes" / "bench.toml").write_text(RECIPE)
     (run / "run.toml").write_text(toml(sections))
     init.extend_plan(config.load(run))
-    runner = Runner(run=config.load(run))
-    if runner.execute(select(runner.passes, "ingest")).exit_code:
+    state = RunState(config.load(run))
+    if Runner(state).execute(select(state.passes, "ingest")).exit_code:
         raise SystemExit("ingest failed")
     return run
 

@@ -22,6 +22,7 @@ from typing import Any
 from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.passes import select
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.records import Caption, Image, ImageRubric, Record, make_key
 from pipeline.storage import tables
@@ -66,9 +67,9 @@ def make(run: Path, method: str, num_images: int) -> Path:
         "train": {"method": method, "captions": ["hasty"], **TRAIN, **METHODS[method]},
     }
     init.create_run(run, sections)
-    runner = Runner(run=config.load(run))
+    state = RunState(config.load(run))
     for stage in ("ingest", "caption", "rubric"):
-        assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
+        assert Runner(state).execute(select(state.passes, stage)).exit_code == 0, f"{stage} failed"
     for folder, record in TABLES.items():
         file = run / folder / "00000.parquet"
         rows, stamp = list(tables.read(file, record)), tables.read_stamp(file)

@@ -34,6 +34,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import select
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from stages import scorers, train
 from stages.rubric_writers import Evidence, claims, count_majority
@@ -134,9 +135,9 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
         raise SystemExit(f"{file} is another comparison's: name a new folder")
     run = config.load(folder)
     init.extend_plan(run)
-    runner = Runner(run=run)
+    state = RunState(run)
     for stage in ("ingest", "caption", "rubric"):
-        assert runner.execute(select(runner.passes, stage)).exit_code == 0, f"{stage} failed"
+        assert Runner(state).execute(select(state.passes, stage)).exit_code == 0, f"{stage} failed"
     return run
 
 
@@ -172,7 +173,7 @@ def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
             (folder / table).symlink_to((run.folder / table).absolute())
     engines, sections = EnginePool(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
     try:
-        return train.train(replace(run, folder=folder, sections=sections), engines)
+        return train.make(replace(run, folder=folder, sections=sections), engines)
     finally:
         engines.close_all_but(())
 

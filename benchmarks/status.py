@@ -23,6 +23,7 @@ from pathlib import Path
 from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.passes import select
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.storage import tables
 
@@ -59,9 +60,9 @@ def make(run: Path, num_shards: int) -> int:
         {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
     )
     init.create_run(run, sections)
-    first = Runner(run=config.load(run), shards="0")
-    assert first.execute(select(first.passes, "all")).exit_code == 0
-    plan = Runner(run=config.load(run)).plan
+    first = RunState(config.load(run), shards="0")
+    assert Runner(first).execute(select(first.passes, "all")).exit_code == 0
+    plan = RunState(config.load(run)).plan
     old = plan.digest(0)
     for p in first.passes:
         data, said = (

@@ -18,7 +18,6 @@ from pipeline.errors import MachineError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from pipeline.execution.runner import Outcome
-    from pipeline.sections import Run
 
 app = typer.Typer(
     name="recap",
@@ -120,40 +119,23 @@ def run_stage(
     ] = "stop",
     retry: Annotated[str, typer.Option(help="Ask again for the rows with these statuses, e.g. error,truncated.")] = "",
 ) -> None:
-    """Make what is missing of a stage. What is done is skipped; what was killed goes on where it stopped."""
+    """Make what is missing of a stage. Finished work is skipped; interrupted runs resume."""
     from pipeline import config
+    from pipeline.execution import whole_run
     from pipeline.execution.passes import select
+    from pipeline.execution.run_state import RunState
     from pipeline.execution.runner import Runner
 
-    if stage == "train":  # made from all shards at once: a model is no table
+    state = RunState(config.load(run), shards=shard, stale=stale)
+    if module := whole_run.load_stage(stage):
         if (shard, workers, retry) != ("all", 1, ""):
-            raise UserError("train: it makes one model of all shards; --shard, --workers and --retry are not for it")
-        _train(config.load(run), stale)
+            raise UserError(f"{stage}: it is made from all shards; --shard, --workers and --retry are not for it")
+        print(whole_run.make_product(module, state))
         return
-    statuses = frozenset(filter(None, retry.split(",")))
-    runner = Runner(run=config.load(run), shards=shard, workers=workers, stale=stale, retry=statuses)
-    outcome = runner.execute(select(runner.passes, stage))
+    runner = Runner(state, workers=workers, retry=frozenset(filter(None, retry.split(","))))
+    outcome = runner.execute(select(state.passes, stage))
     _tell(outcome)
     raise typer.Exit(outcome.exit_code)
-
-
-def _train(run: Run, stale: Literal["stop", "redo", "keep"]) -> None:
-    from threading import Event
-
-    from pipeline import plugins
-    from pipeline.execution.engine_pool import EnginePool
-    from pipeline.execution.runner import Runner, stopping
-
-    training = plugins.load("stages", "train")
-    Runner(run=run, stale=stale).check_made(training.reads(run))
-    engines, stop = EnginePool(run.engines), Event()
-    try:
-        with stopping(stop):
-            print(training.train(run, engines, stale=stale, stop=stop))
-    except StoppedError:
-        raise typer.Exit(75) from None
-    finally:
-        engines.close_all_but(())
 
 
 @app.command(epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")
@@ -164,16 +146,16 @@ def status(
     """Per pass: done, missing, stale, failed rows, rate, time left; missing shards as a Slurm --array expression."""
     from pipeline import config
     from pipeline.commands import status as report
-    from pipeline.execution.runner import Runner
+    from pipeline.execution.run_state import RunState
     from pipeline.progress import say
     from pipeline.slurm.jobs import JobMonitor
     from pipeline.storage.views import left_over
 
-    runner = Runner(run=config.load(run))
-    watch = JobMonitor.query(runner)
-    passes = report.summarise_passes(runner, watch)
+    state = RunState(config.load(run))
+    watch = JobMonitor.query(state)
+    passes = report.summarise_passes(state, watch)
     print(json.dumps(report.as_json(passes), indent=2) if as_json else report.format_table(passes, watch))
-    if folders := left_over(runner.run):
+    if folders := left_over(state.run):
         say(f"recap: left over, of passes that run.toml does not have (nothing reads them): {', '.join(folders)}")
 
 
@@ -257,8 +239,8 @@ def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = 
     from pipeline import config
     from pipeline.slurm import submit
 
-    runner, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
-    print("\n".join(submit.render_scripts(runner, chosen)), end="")
+    state, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    print("\n".join(submit.render_scripts(state, chosen)), end="")
 
 
 @slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
@@ -268,8 +250,8 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
     from pipeline.progress import say
     from pipeline.slurm import submit
 
-    runner, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
-    num = submit.submit_jobs(runner, chosen)
+    state, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    num = submit.submit_jobs(state, chosen)
     say(f"{num} tasks submitted" if num else "nothing to submit: all is done, or on its way")
 
 
@@ -280,6 +262,8 @@ def main() -> None:
     except UserError as error:
         print(f"recap: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError:
+        sys.exit(75)
     except BrokenPipeError:  # `recap sql ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MachineError) as error:

@@ -65,7 +65,7 @@ def reads(run: Run) -> Sequence[str]:
     return _reads(config, _rewards(run, config))
 
 
-def train(
+def make(
     run: Run,
     engines: Mapping[str, Engine],
     *,

@@ -13,6 +13,7 @@ from typing import Literal
 from pipeline import config, plugins
 from pipeline.commands import init
 from pipeline.errors import RefusedError
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
 from pipeline.progress import duration, short
 from pipeline.report import page
@@ -64,8 +65,8 @@ def render_manifest(*, num_images: int | None, engine: EngineKind | None) -> str
 def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None) -> tuple[Outcome, Iterator[str]]:
     """Runs every stage; returns what it did, and the summary line by line."""
     start = time.monotonic()
-    runner = Runner(run=create_demo(folder, num_images=num_images, engine=engine))
-    outcome = runner.execute(runner.passes)
+    state = RunState(create_demo(folder, num_images=num_images, engine=engine))
+    outcome = Runner(state).execute(state.passes)
     return outcome, format_summary(folder, time.monotonic() - start)
 
 

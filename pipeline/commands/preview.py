@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import MachineError, UserError
 from pipeline.execution.passes import Pass, all_passes, select, with_inputs
+from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, Score
@@ -36,14 +37,14 @@ def preview_passes(run: Run, what: str, *, num_images: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
         here = dataclasses.replace(run, folder=Path(folder))
         _plan(here, num_images)
-        runner = Runner(run=here, limit=num_images)
-        wanted = select(runner.passes, what)
-        outcome = runner.execute(with_inputs(runner.passes, wanted))
+        state = RunState(here)
+        wanted = select(state.passes, what)
+        outcome = Runner(state, limit=num_images).execute(with_inputs(state.passes, wanted))
         if outcome.failures:
             raise MachineError("; ".join(outcome.failures.values()))
         if outcome.stopped:
             return
-        yield from _show(Shard(run=here, plan=runner.plan, number=0), wanted)
+        yield from _show(Shard(run=here, plan=state.plan, number=0), wanted)
 
 
 def _plan(run: Run, num_images: int) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
-from pipeline.execution.runner import Runner
-from pipeline.execution.state_index import StateIndex
+from pipeline.execution.run_state import RunState
 from pipeline.execution.states import DUE
 from pipeline.progress import duration, short
 from pipeline.records import Stat
@@ -46,32 +45,32 @@ class PassStatus:
     waiting: dict[str, int]  # why tasks wait, in Slurm's words -> tasks
 
 
-def summarise_passes(runner: Runner, watch: JobMonitor) -> list[PassStatus]:
+def summarise_passes(state: RunState, watch: JobMonitor) -> list[PassStatus]:
     """Every pass of the run, in order."""
-    overview = StateIndex(runner.ledger, runner.plan, runner.passes)
-    return [_survey(runner, p, overview, watch) for p in runner.passes]
+    return [_survey(state, p, watch) for p in state.passes]
 
 
-def _survey(runner: Runner, p: Pass, overview: StateIndex, watch: JobMonitor) -> PassStatus:
-    run, missing = runner.run.folder, overview.shards(p, *DUE, "blocked")
-    stale, done = overview.shards(p, "stale"), overview.shards(p, "done")
-    rate, running, statuses = _rate(run, p, done), watch.running_tasks(p), overview.statuses(p)
-    silent = watch.find_ended_early(p, overview.shards(p, "missing", "behind"))
-    broken = {shard: runner.ledger.state(p, shard).why for shard in (*overview.broken(p), *overview.shards(p, "lost"))}
+def _survey(state: RunState, p: Pass, watch: JobMonitor) -> PassStatus:
+    run, missing = state.run.folder, state.index.shards(p, *DUE, "blocked")
+    stale, done = state.index.shards(p, "stale"), state.index.shards(p, "done")
+    rate, running, statuses = _rate(run, p, done), watch.running_tasks(p), state.index.statuses(p)
+    silent = watch.find_ended_early(p, state.index.shards(p, "missing", "behind"))
+    damaged = (*state.index.broken(p), *state.index.shards(p, "lost"))
+    broken = {shard: state.states.state(p, shard).why for shard in damaged}
     failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
     return PassStatus(
         title=p.title,
-        num_shards=runner.plan.num_shards,
+        num_shards=state.plan.num_shards,
         done=len(done),
         stale=len(stale),
         missing=format_spec(missing),
         num_missing=len(missing),
-        num_rows=overview.num_rows(p),
+        num_rows=state.index.num_rows(p),
         statuses=statuses,
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
         seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, watch.num_workers(p)) if rate else None,
-        reasons=tuple(overview.reasons(p, "stale")),
+        reasons=tuple(state.index.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(running),
         waiting=watch.pending_reasons(p),

@@ -12,14 +12,14 @@ import signal
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pipeline import config
 from pipeline.errors import (
@@ -34,24 +34,21 @@ from pipeline.errors import (
 )
 from pipeline.execution.attempt import Attempt, Stopwatch
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass, all_passes
+from pipeline.execution.passes import Pass
+from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.shard import Shard
-from pipeline.execution.states import DUE, ShardStates, State
+from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, shares, visible_devices
 from pipeline.progress import Meter, Relay, say
 from pipeline.records import Stat
-from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import leave_word
-from pipeline.storage.plan import Plan
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
 TICK = 0.5  # seconds after which workers hear of a signal
 INSIST = 1.0  # seconds after which a second signal is one more, no echo of the first
-
-Stale = Literal["stop", "redo", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +73,19 @@ class Outcome:
         return 75 if self.stopped else 1 if self.failures else 0
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Runner:
-    """Makes passes of one run."""
+    """Makes what is missing of a run, one pass after the other."""
 
-    run: Run
-    shards: str = "all"
-    limit: int | None = None  # inputs of a shard, for a trial
+    state: RunState
+    _: KW_ONLY
+    limit: int | None = None  # inputs of a shard, for a preview
     workers: int = 1  # processes; those of a pass with an engine have one each, and devices of their own
-    stale: Stale = "stop"
-    retry: frozenset[str] = frozenset()
+    retry: frozenset[str] = frozenset()  # statuses whose rows are made again
 
     def __post_init__(self) -> None:
-        self.passes = all_passes(self.run)
-        path = self.run.folder / "plan.parquet"
-        if not path.exists():
-            raise RefusedError(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
-        self.plan, self.wanted = Plan.load(path, self.shards)
-        self.ledger = ShardStates(self.run, self.plan, self.passes, keep=self.stale == "keep")
-        self._records = {p.folder: p.record for p in self.passes}
+        self.run = self.state.run
+        self._records = {p.folder: p.record for p in self.state.passes}
         self.stop = threading.Event()  # a signal came
         self.given_up = False  # no further shard would fare better
         self.outcome = Outcome()
@@ -108,11 +99,11 @@ class Runner:
             RefusedError: something is stale and `stale` is "stop", or a status to retry does not exist.
         """
         self._check_retry([p for p in chosen if not p.has_payload])
-        self.check_stale(chosen)
+        self.state.check_not_stale(chosen)
         engines = EnginePool(self.run.engines)
         self._team = self._hired(chosen) if self.workers > 1 else None
         try:
-            with stopping(self.stop):
+            with stop_on_signal(self.stop):
                 for p in chosen:
                     if self.stop.is_set() or self.given_up:
                         break
@@ -142,64 +133,23 @@ class Runner:
                 f"and {len(devices)} are visible ({VISIBLE}={','.join(devices)})"
             )
         cores = sorted(os.sched_getaffinity(0))
-        hire = partial(_Job, self.run.file.parent, self.shards, self.stale, self.retry)
+        hire = partial(_Job, self.run.file.parent, self.state.shards, self.state.stale, self.retry)
         return WorkerPool(hire, shares(self.workers, cores=cores, devices=devices))
 
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
-        if self.retry and self.stale == "keep":
+        if self.retry and self.state.stale == "keep":
             raise RefusedError(
                 "--retry and --stale keep exclude each other; choose one: --retry uses run.toml as it is now"
             )
         if self.retry and not chosen:
-            raise RefusedError("--retry: ingest and export make whole shards; remove a shard's table to remake it")
+            raise RefusedError("--retry: ingest and export make a shard as a whole; remove its table to make it again")
         known = {status for p in chosen for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
         if unknown := self.retry - known:
             raise RefusedError(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
 
-    def check_stale(self, chosen: Sequence[Pass]) -> None:
-        """Before anything is made: a run half of old words is the one thing that nobody wants."""
-        if self.stale != "stop":
-            return
-        found = [
-            (p, shard, s) for p in chosen for shard in self.wanted if (s := self.ledger.state(p, shard)).kind == "stale"
-        ]
-        if found:
-            counts = Counter(p.title for p, _, _ in found)
-            reasons = list(dict.fromkeys(f"  {p.title}: {s.why}" for p, _, s in found))[:10]
-            tally = ", ".join(f"{title} ({num} shards)" for title, num in counts.items())
-            raise RefusedError(
-                "\n".join(
-                    [
-                        f"stale: {tally}",
-                        *reasons,
-                        "use --stale redo to make them again, --stale keep to use them as they are",
-                    ]
-                )
-            )
-
-    def check_made(self, folders: Iterable[str]) -> None:
-        """Before something is made of whole tables: each shard of them is there, and made as run.toml says.
-
-        Raises:
-            RefusedError: one is not; with `stale` as "keep" what is there will do.
-        """
-        if self.stale == "keep":
-            return
-        for p in (p for p in self.passes if p.folder in folders):
-            states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
-            due = {shard: state for shard, state in states.items() if state.kind != "done"}
-            if due:
-                shard, state = next(iter(due.items()))
-                redo = " --stale redo" if any(state.kind == "stale" for state in due.values()) else ""
-                raise RefusedError(
-                    f"{p.title}: {len(due)} of {len(states)} shards are not as {self.run.file} has them; the first is"
-                    f" {shard:05d}, {state.kind}{f': {state.why}' if state.why else ''}; make them by"
-                    f" `recap run {p.title}{redo} --run {self.run.folder}`, or use what there is by --stale keep"
-                )
-
     def _make_pass(self, p: Pass, engines: EnginePool) -> None:
-        self.check_stale([p])  # what was just made may be what this pass was made from
-        states = {shard: self.ledger.state(p, shard) for shard in self.wanted}
+        self.state.check_not_stale([p])  # what was just made may be what this pass was made from
+        states = {shard: self.state.states.state(p, shard) for shard in self.state.selected}
         todo = [shard for shard, state in states.items() if self._is_due(p, state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
@@ -211,45 +161,30 @@ class Runner:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
             say(f"recap: {states[broken[0]].why}{others}; it is made again")
         lacks = {n: f"{states[n].why}; run the stage that makes it first" for n in blocked}
-        made = [q.title for q in self.passes if q.folder in p.reads]
+        made = [q.title for q in self.state.passes if q.folder in p.reads]
         news = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in made)]
         if news:
             others = f" (and {len(news) - 1} shards more like it)" if news[1:] else ""
             say(f"recap: {p.title} {news[0]:05d} failed: {lacks[news[0]]}{others}")
         self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in lacks.items()}
         if todo:
-            with Meter(p.title, num_shards=len(todo), num_rows=self._num_rows(p, todo)) as meter:
+            with Meter(p.title, num_shards=len(todo), num_rows=self.state.count_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
-        if p.finish and not self.outcome.failures and self._is_complete(p):
+        if p.finish and not self.outcome.failures and self.state.is_complete(p):
             p.finish(self.run, bool(todo))
-
-    def _is_complete(self, p: Pass) -> bool:
-        """Whether every shard of the plan has its table, whoever made it."""
-        folder = self.run.folder / p.folder
-        num = sum(entry.name.endswith(".parquet") for entry in os.scandir(folder)) if folder.is_dir() else 0
-        return num == self.plan.num_shards
 
     def _is_due(self, p: Pass, state: State) -> bool:
         if state.kind in DUE:
             return True
         if state.kind == "stale":
-            return self.stale == "redo"
+            return self.state.stale == "redo"
         asked = state.stamp is not None and any(state.stamp.statuses.get(status) for status in self.retry)
         return state.kind == "done" and asked and not p.has_payload
-
-    def _num_rows(self, p: Pass, shards: Sequence[int]) -> int | None:
-        """How many rows are to come, for the progress bar; None where only reading would tell."""
-        if not p.reads:
-            counts = [self.plan.num_samples(shard) for shard in shards]
-            return None if None in counts else sum(count or 0 for count in counts)
-        stamps = [self.ledger.stamp(p.reads[-1], shard) for shard in shards]
-        usable = sum(stamp.statuses.get("ok", stamp.num_rows) for stamp in stamps if stamp)
-        return usable * int(p.slice.get("num_candidates", 1))
 
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: Meter) -> None:
         failed_in_a_row = num_made = 0
         for shard, result in self._results(p, shards, engines, meter):
-            self.ledger.forget(shard)
+            self.state.states.forget(shard)
             if isinstance(result, ShardResult):
                 failed_in_a_row, num_made = 0, num_made + 1
                 self.outcome.done += not result.overtaken
@@ -307,8 +242,8 @@ class Runner:
         """Makes one shard of one pass; raises what `Attempt.make` raises."""
         attempt = Attempt(
             p=p,
-            shard=Shard(run=self.run, plan=self.plan, number=number, limit=self.limit),
-            recipe=self.ledger.recipe(p, number),
+            shard=Shard(run=self.run, plan=self.state.plan, number=number, limit=self.limit),
+            recipe=self.state.states.recipe(p, number),
             records=self._records,
             retry=self.retry,
             stop=self.stop,
@@ -350,7 +285,7 @@ class Runner:
 
 
 @contextmanager
-def stopping(stop: threading.Event) -> Iterator[None]:
+def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     """The first signal asks to stop, the second insists."""
     first = math.inf
 
@@ -389,16 +324,17 @@ class _Job:
     """What a worker process does: it makes shards, with engines of its own that it keeps for the whole pass."""
 
     def __init__(self, folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
-        self._runner = Runner(run=config.load(folder), shards=shards, stale=stale, retry=retry)
+        state = RunState(config.load(folder), shards=shards, stale=stale)
+        self._runner = Runner(state, retry=retry)
         self._engines = EnginePool(self._runner.run.engines)
-        self._passes = {p.folder: p for p in self._runner.passes}
+        self._passes = {p.folder: p for p in self._runner.state.passes}
         self._pass: Pass | None = None
         self._turning = threading.Lock()
 
     def do(self, task: tuple[str, int], tell: Callable[[Any], None]) -> ShardResult:
         folder, shard = task
         self._turn_to(self._passes[folder])
-        self._runner.ledger.forget(shard)
+        self._runner.state.states.forget(shard)
         relay = Relay(tell)
         try:
             return self._runner.make(self._passes[folder], shard, self._engines, relay)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import SlurmError
 from pipeline.execution.passes import Pass
-from pipeline.execution.runner import Runner
+from pipeline.execution.run_state import RunState
 from pipeline.slurm import scheduler
 from pipeline.slurm.script import Job, SlurmRun
 from pipeline.slurm.submit import ShardBlock, find_block, parse_block, plan_jobs
@@ -42,10 +42,10 @@ class JobMonitor:
     problem: str  # why Slurm did not answer; "" when it did
 
     @classmethod
-    def query(cls, runner: Runner) -> JobMonitor:
+    def query(cls, state: RunState) -> JobMonitor:
         """Queries Slurm if it is installed and the run has been submitted."""
-        slurm_run = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards)
-        jobs, tasks, problem = tuple(plan_jobs(runner.passes)), list[scheduler.QueuedTask](), ""
+        slurm_run = SlurmRun(run=state.run, num_shards=state.plan.num_shards)
+        jobs, tasks, problem = tuple(plan_jobs(state.passes)), list[scheduler.QueuedTask](), ""
         if slurm_run.folder.is_dir() and scheduler.is_installed():
             try:
                 tasks = scheduler.list_tasks(slurm_run.job_names(jobs))

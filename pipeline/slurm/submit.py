@@ -20,8 +20,7 @@ from pipeline.engines import openai
 from pipeline.engines._options import require_api_key
 from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
 from pipeline.execution.passes import Pass, select
-from pipeline.execution.runner import Runner, Stale
-from pipeline.execution.state_index import StateIndex
+from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.states import DUE, Kind
 from pipeline.progress import say
 from pipeline.sections import Plugin, Run, endpoint_file
@@ -126,7 +125,7 @@ class Submission:
         return sorted({array for (title, _), array in self._arrays.items() if title in titles})
 
 
-def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[Runner, list[Job]]:
+def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[RunState, list[Job]]:
     """The run and the jobs that `names` select, each STAGE, STAGE:NAME or `all`.
 
     Raises:
@@ -134,14 +133,13 @@ def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[Runner
     """
     for name in run.slurm.settings.serve:
         check_served(run, name)
-    runner = Runner(run=run, stale=stale)
-    chosen = {p.folder for name in names for p in select(runner.passes, name)}
-    index = StateIndex(runner.ledger, runner.plan, runner.passes)  # without it, every footer would be read
-    runner.check_stale([p for p in runner.passes if p.folder in chosen and index.shards(p, "stale")])
-    jobs = [job for job in plan_jobs(runner.passes) if {p.folder for p in job.passes} & chosen]
+    state = RunState(run, stale=stale)
+    chosen = {p.folder for name in names for p in select(state.passes, name)}
+    state.check_not_stale([p for p in state.passes if p.folder in chosen and state.index.shards(p, "stale")])
+    jobs = [job for job in plan_jobs(state.passes) if {p.folder for p in job.passes} & chosen]
     for job in jobs:
-        check_gpus(SlurmRun(run=run, num_shards=runner.plan.num_shards), job)
-    return runner, jobs
+        check_gpus(SlurmRun(run=run, num_shards=state.plan.num_shards), job)
+    return state, jobs
 
 
 def check_served(run: Run, name: str) -> None:
@@ -205,7 +203,7 @@ def count_gpus(engine: Plugin) -> int | None:
     return prod(int(sizes.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data"))
 
 
-def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
+def render_scripts(state: RunState, chosen: Sequence[Job]) -> Iterator[str]:
     """The scripts that `submit_jobs` would submit to an empty queue, for people to read and to change.
 
     Where there are several, each begins with a comment instead of its #! line, so that sbatch refuses them as one file
@@ -219,14 +217,14 @@ def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
         scripts.append((title, f"{shebang}\n{note}{rest}"))
         return f"<{title}>"
 
-    slurm_run = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale)
-    jobs = plan_jobs(runner.passes)
+    slurm_run = SlurmRun(run=state.run, num_shards=state.plan.num_shards, stale=state.stale)
+    jobs = plan_jobs(state.passes)
     try:
         window = scheduler.read_max_array_size()
     except (SlurmError, UserError):  # scripts can be shown on a machine without Slurm
         window = scheduler.MAX_ARRAY_SIZE
     titles = {job.title for job in chosen}
-    missing = find_missing_blocks(slurm_run, runner, jobs)
+    missing = find_missing_blocks(slurm_run, state, jobs)
     due = {title: blocks if title in titles else [] for title, blocks in missing.items()}
     Submission(
         slurm_run=slurm_run, jobs=jobs, window=window, due=due, queued={}, servers={}, submit=collect
@@ -235,15 +233,15 @@ def render_scripts(runner: Runner, chosen: Sequence[Job]) -> Iterator[str]:
         yield (f"# {title}: script {number} of {len(scripts)}, a file of its own\n" if scripts[1:] else "") + text
 
 
-def submit_jobs(runner: Runner, chosen: Sequence[Job]) -> int:
+def submit_jobs(state: RunState, chosen: Sequence[Job]) -> int:
     """Submits what is missing and not queued; returns the number of tasks.
 
     Raises:
         RefusedError: jobs of this run with other blocks are queued, or another process is submitting.
         SlurmError: Slurm refused a job; the jobs before it are queued, and another `submit` continues from there.
     """
-    slurm_run = SlurmRun(run=runner.run, num_shards=runner.plan.num_shards, stale=runner.stale)
-    jobs, submitted = plan_jobs(runner.passes), list[str]()
+    slurm_run = SlurmRun(run=state.run, num_shards=state.plan.num_shards, stale=state.stale)
+    jobs, submitted = plan_jobs(state.passes), list[str]()
     serving = f"{slurm_run.prefix}serve-"
 
     def submit(title: str, text: str, dependency: str) -> str:
@@ -261,7 +259,7 @@ def submit_jobs(runner: Runner, chosen: Sequence[Job]) -> int:
             slurm_run=slurm_run,
             jobs=jobs,
             window=scheduler.read_max_array_size(),
-            due=find_missing_blocks(slurm_run, runner, jobs),
+            due=find_missing_blocks(slurm_run, state, jobs),
             queued=find_queued_blocks(slurm_run, tasks),
             servers={t.name.removeprefix(serving): t.array for t in tasks if t.name.startswith(serving)},
             submit=submit,
@@ -328,12 +326,11 @@ def lock_submission(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_missing_blocks(slurm_run: SlurmRun, runner: Runner, jobs: Iterable[Job]) -> dict[str, Collection[int]]:
+def find_missing_blocks(slurm_run: SlurmRun, state: RunState, jobs: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be remade."""
-    index = StateIndex(runner.ledger, runner.plan, runner.passes)
-    kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if runner.stale == "redo" else ()))
+    kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if state.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
     for job in jobs:
-        shards = {shard for p in job.passes for shard in index.shards(p, *kinds)}
+        shards = {shard for p in job.passes for shard in state.index.shards(p, *kinds)}
         blocks[job.title] = {find_block(shard, slurm_run.num_blocks, slurm_run.num_shards) for shard in shards}
     return blocks

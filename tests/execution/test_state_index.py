@@ -12,8 +12,8 @@ import pytest
 
 from pipeline import config
 from pipeline.commands import init, status
-from pipeline.execution.runner import Runner
-from pipeline.execution.state_index import StateIndex, listings
+from pipeline.execution.run_state import RunState
+from pipeline.execution.state_index import listings
 from pipeline.slurm.jobs import JobMonitor
 from pipeline.storage.layout import work_folder
 from pipeline.storage.parts import leave_word
@@ -29,14 +29,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kinds(run: Path) -> dict[str, list[str]]:
-    runner = Runner(run=config.load(run))
-    overview = StateIndex(runner.ledger, runner.plan, runner.passes)
-    return {p.title: overview.kinds(p).tolist() for p in runner.passes}
+    state = RunState(config.load(run))
+    return {p.title: state.index.kinds(p).tolist() for p in state.passes}
 
 
 def one_by_one(run: Path) -> dict[str, list[str]]:
-    runner = Runner(run=config.load(run))
-    return {p.title: [runner.ledger.state(p, shard).kind for shard in runner.wanted] for p in runner.passes}
+    state = RunState(config.load(run))
+    return {p.title: [state.states.state(p, shard).kind for shard in state.selected] for p in state.passes}
 
 
 def gone(run: Path) -> None:
@@ -120,8 +119,8 @@ def test_a_damaged_cache_is_no_cache(finished: Path, tmp_path: Path) -> None:
 
 
 def survey(run: Path) -> dict[str, status.PassStatus]:
-    runner = Runner(run=config.load(run))
-    return {p.title: p for p in status.summarise_passes(runner, JobMonitor.query(runner))}
+    state = RunState(config.load(run))
+    return {p.title: p for p in status.summarise_passes(state, JobMonitor.query(state))}
 
 
 @pytest.mark.slow
@@ -135,7 +134,7 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     found = survey(run)["caption:dense"]
     assert sorted(found.reasons) == [f"num_candidates: {num} -> 7" for num in range(1, 7)]
     assert (
-        status.format_table([found], JobMonitor.query(Runner(run=config.load(run)))).count("num_candidates")
+        status.format_table([found], JobMonitor.query(RunState(config.load(run)))).count("num_candidates")
         == status.MAX_LINES
     )
 
@@ -153,7 +152,7 @@ def test_last_words_that_do_not_read_are_none(finished: Path, tmp_path: Path, wo
 
 def test_forgetting_a_shard_does_not_take_longer_when_more_are_known(finished: Path) -> None:
     def seconds(num_known: int) -> float:
-        ledger = Runner(run=config.load(finished)).ledger
+        ledger = RunState(config.load(finished)).states
         for shard in range(num_known):
             ledger.stamp("image", shard)
         start = time.thread_time()

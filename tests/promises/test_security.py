@@ -14,7 +14,7 @@ import pytest
 from pipeline import config
 from pipeline.engines import openai, transformers, vllm
 from pipeline.errors import ConfigError
-from pipeline.execution.runner import Runner
+from pipeline.execution.run_state import RunState
 from tests.support.faults import Faulty
 from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap_alone, sections, write
 
@@ -132,7 +132,7 @@ def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     parts["filter"] = {"rules": {"all": "true"}}
     run = begin(home / "run", parts | {"export": {"image_extension": "original"}})
     assert make(run).exit_code == 0
-    assert Runner(run=config.load(run)).ledger.plan.num_shards == 1
+    assert RunState(config.load(run)).plan.num_shards == 1
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     assert {path.name for path in home.iterdir()} == {"a.tar", "run"}
     shard = re.compile(

@@ -759,7 +759,7 @@ def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: d
         assert make(run, "score").exit_code == 0
         scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
         asked = judge.num_answered()
-        model = train.train(loaded, EnginePool(loaded.engines))
+        model = train.make(loaded, EnginePool(loaded.engines))
         assert judge.num_answered() >= asked + 8
     assert len(scores) == 32 and any(score.status == "ok" for score in scores)
     assert all((score.value is None) == (score.status != "ok") for score in scores)

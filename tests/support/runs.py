@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline import cli, config
 from pipeline.commands import init
 from pipeline.execution.passes import select
+from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.runner import Outcome, Runner
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,10 +87,10 @@ def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> P
     return folder
 
 
-def make(folder: Path, what: str = "all", **options: Any) -> Outcome:
-    """What `recap run` does, in this process."""
-    runner = Runner(run=config.load(folder), **options)
-    return runner.execute(select(runner.passes, what))
+def make(folder: Path, what: str = "all", *, shards: str = "all", stale: Stale = "stop", **options: Any) -> Outcome:
+    """`recap run` in this process."""
+    state = RunState(config.load(folder), shards=shards, stale=stale)
+    return Runner(state, **options).execute(select(state.passes, what))
 
 
 def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

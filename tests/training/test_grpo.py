@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import MachineError, RefusedError, StoppedError, UserError
-from pipeline.execution.runner import Runner
+from pipeline.execution.run_state import RunState
 from pipeline.records import Caption, Criterion, ImageRubric
 from pipeline.storage import tables
 from stages import flags, scorers, train
@@ -178,16 +178,16 @@ def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
 )
 def test_what_is_wrong_in_train_is_said(run: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train.train(config.load(copy(run, tmp_path / "run", **changes)), {})
+        train.make(config.load(copy(run, tmp_path / "run", **changes)), {})
 
 
 def test_what_is_not_installed_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "find_spec", lambda name: None if name == "vllm" else object())
     with pytest.raises(UserError, match=r"run.toml: train.rollouts: .*pip install 'recap-pipeline\[vllm\]'"):
-        train.train(config.load(copy(run, tmp_path / "run", rollouts="vllm")), {})
+        train.make(config.load(copy(run, tmp_path / "run", rollouts="vllm")), {})
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run.toml: train: needs trl: pip install 'recap-pipeline\[train\]'"):
-        train.train(config.load(run), {})
+        train.make(config.load(run), {})
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,14 @@ def test_what_is_not_installed_is_said(run: Path, tmp_path: Path, monkeypatch: p
 def test_without_tables_it_is_said_what_makes_them(run: Path, tmp_path: Path, folder: str, message: str) -> None:
     shutil.rmtree(copy(run, tmp_path / "run") / folder)
     with pytest.raises(UserError, match=message):
-        train.train(config.load(tmp_path / "run"), {})
+        train.make(config.load(tmp_path / "run"), {})
 
 
 def test_tables_that_are_stale_or_not_all_there_are_not_learnt_from(run: Path, tmp_path: Path) -> None:
     folder = copy(run, tmp_path / "run")
     made = config.load(folder)
     assert train.reads(made) == ["image", "rubric/committee"]
-    Runner(run=made).check_made(train.reads(made))
+    RunState(made).check_done(train.reads(made))
     begin(folder, {**sections(), "rubric.committee": {"teachers": list(TEACHERS), "student": "hasty", "agree": 3}})
     done = recap("run", "train", "--run", folder, check=False)
     assert done.returncode == 2 and "rubric:committee: 1 of 1 shards" in done.stderr, done.stderr
@@ -213,8 +213,8 @@ def test_tables_that_are_stale_or_not_all_there_are_not_learnt_from(run: Path, t
     with pytest.raises(
         RefusedError, match=r"ingest: 1 of 1 shards are not as .* missing; make them by `recap run ingest"
     ):
-        Runner(run=made).check_made(train.reads(made))
-    Runner(run=made, stale="keep").check_made(train.reads(made))
+        RunState(made).check_done(train.reads(made))
+    RunState(made, stale="keep").check_done(train.reads(made))
 
 
 def test_a_reward_that_mostly_fails_ends_the_training(run: Path) -> None:
@@ -231,10 +231,10 @@ FORM = {"rewards": {"form": 1.0}, "learning_rate": 1e-2}
 @pytest.mark.slow
 def test_a_group_without_a_reward_moves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = copy(run, tmp_path / "moved", **FORM, steps=2, eval_images=0)
-    train.train(config.load(moved), {})
+    train.make(config.load(moved), {})
     monkeypatch.setattr(Reward, "__call__", lambda _, *, completions, **__: [None] * len(completions))
     still = copy(run, tmp_path / "still", **FORM, steps=2, eval_images=0)
-    train.train(config.load(still), {})
+    train.make(config.load(still), {})
     assert max(curve(moved, "grad_norm")) > 0
     assert set(curve(still, "grad_norm")) == {0.0}
 
@@ -250,10 +250,10 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     )
     begin(start, sections(**{**FORM, **settings, "learning_rate": 0.0}, steps=1))
     for folder in (start, whole, killed):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     shutil.rmtree(killed / "model")
     shutil.rmtree(killed / "train" / "checkpoint-4")
-    train.train(config.load(killed), {})
+    train.make(config.load(killed), {})
     assert weights(start) != weights(whole) == weights(killed)
     assert curve(whole, "reward") == curve(killed, "reward")
     assert curve(whole, "eval_reward") == curve(killed, "eval_reward")
@@ -265,10 +265,10 @@ def test_a_signal_leaves_a_checkpoint(run: Path, tmp_path: Path) -> None:
     stop = Event()
     stop.set()
     with pytest.raises(StoppedError):
-        train.train(config.load(stopped), {}, stop=stop)
+        train.make(config.load(stopped), {}, stop=stop)
     assert (stopped / "train/checkpoint-1").is_dir()
-    train.train(config.load(stopped), {})
-    train.train(config.load(whole), {})
+    train.make(config.load(stopped), {})
+    train.make(config.load(whole), {})
     assert weights(stopped) == weights(whole)
 
 
@@ -277,21 +277,21 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy(run, tmp_path / "run", **FORM, steps=2, eval_images=0)
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=2, eval_images=0))
     with pytest.raises(RefusedError, match="learning_rate"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     other = sections(**FORM, steps=2, eval_images=0)
     begin(folder, {**other, "score.form": {"kind": "text", "captions": ["hasty"]}})
     with pytest.raises(RefusedError, match=r"otherwise: .*score\.form\.kind: \[tests\.letters\] -> \[text\]"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=2, eval_images=0))
     before = weights(folder)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(train, "_finished", raise_interrupt)  # after its last step, before the model is in place
-        train.train(config.load(folder), {}, stale="redo")
+        train.make(config.load(folder), {}, stale="redo")
     assert weights(folder) == before
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     assert weights(folder) != before
 
 
@@ -302,50 +302,50 @@ def raise_interrupt(*_: object) -> None:
 @pytest.mark.slow
 def test_what_is_done_is_not_trained_again(run: Path, tmp_path: Path) -> None:
     folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     shutil.rmtree(folder / "train")
     before = (folder / "model/model.safetensors").stat().st_mtime_ns
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     assert (folder / "model/model.safetensors").stat().st_mtime_ns == before and not (folder / "train").exists()
     (folder / "recipes").mkdir()
     (folder / "recipes/scenes.toml").write_text(
         (ROOT / "stages/recipes/scenes.toml").read_text().replace("the", "this")
     )
     with pytest.raises(RefusedError, match="asks"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
 
 
 @pytest.mark.slow
 def test_what_is_kept_stays_as_it_is(run: Path, tmp_path: Path) -> None:
     folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     before = weights(folder), (folder / "step/00000.parquet").read_bytes()
     begin(folder, sections(**{**FORM, "learning_rate": 2e-2}, steps=1, eval_images=0))
     shutil.rmtree(folder / "train")
-    train.train(config.load(folder), {}, stale="keep")
+    train.make(config.load(folder), {}, stale="keep")
     assert (weights(folder), (folder / "step/00000.parquet").read_bytes()) == before
     with pytest.raises(RefusedError, match="learning_rate"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
 
 
 @pytest.mark.slow
 def test_checkpoints_of_unknown_origin_are_not_gone_on_from(run: Path, tmp_path: Path) -> None:
     folder = copy(run, tmp_path / "run", **FORM, steps=1, eval_images=0)
-    train.train(config.load(folder), {})
+    train.make(config.load(folder), {})
     shutil.rmtree(folder / "step")
     with pytest.raises(RefusedError, match=r"otherwise: nobody knows how, for .*step/00000.parquet has gone"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
 
 
 def test_a_curve_is_there_before_the_first_step(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy(run, tmp_path / "run", **FORM)
     monkeypatch.setattr("stages.training.methods.grpo.trainer", raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     assert pq.read_metadata(folder / "step/00000.parquet").num_rows == 0
     begin(folder, sections(**{**FORM, "learning_rate": 2e-2}))
     with pytest.raises(RefusedError, match="learning_rate"):
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     recap("report", "--run", folder)  # of a training without a step yet
 
 

@@ -333,13 +333,13 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tables: Path, tmp_
         folder = tmp_path / name
         shutil.copytree(tables, folder)
         folders.append(folder)
-        train.train(config.load(folder), {})
+        train.make(config.load(folder), {})
     whole, killed = folders
     shutil.rmtree(killed / "model")
     shutil.rmtree(killed / "train" / "checkpoint-6")
     (killed / "train" / "checkpoint-9").mkdir()  # cut short
     (killed / "train" / ".lessons.arrow.0.tmp").touch()  # too
-    train.train(config.load(killed), {})
+    train.make(config.load(killed), {})
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
     assert "held-out" in (killed / "model/README.md").read_text()
     assert not [file for folder in folders for file in (folder / "train").glob("*.arrow*")]
@@ -352,7 +352,7 @@ def test_what_was_trained_is_an_engine(tables: Path, tmp_path: Path, processor: 
     folder = tmp_path / "run"
     shutil.copytree(tables, folder)
     begin(folder, parts)
-    output = train.train(config.load(folder), {})
+    output = train.make(config.load(folder), {})
     engine = engines.open(engines.Config(model=str(output)))
     lesson = taught(folder)[0]
     request = Request(

@@ -1,0 +1,102 @@
+"""The state of a run: its passes, its plan, and which tables are done, missing or stale.
+
+Everything here only reads. pipeline/execution/runner.py makes what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Literal
+
+from pipeline.errors import RefusedError
+from pipeline.execution.passes import Pass, all_passes
+from pipeline.execution.state_index import StateIndex
+from pipeline.execution.states import ShardStates
+from pipeline.sections import Run
+from pipeline.storage.plan import Plan
+
+Stale = Literal["stop", "redo", "keep"]  # --stale: refuse to run, make stale tables again, or use them as they are
+MAX_REASONS = 10  # in one message
+
+
+@dataclass
+class RunState:
+    """The passes, plan and table states of one run."""
+
+    run: Run
+    _: KW_ONLY
+    shards: str = "all"  # a spec, as --shard takes it
+    stale: Stale = "stop"
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError, RefusedError, SpecError: passes do not fit together, there is no plan, or it lacks a shard.
+        """
+        self.passes = all_passes(self.run)
+        path = self.run.folder / "plan.parquet"
+        if not path.exists():
+            raise RefusedError(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
+        self.plan, self.selected = Plan.load(path, self.shards)
+        self.states = ShardStates(self.run, self.plan, self.passes, keep=self.stale == "keep")
+
+    @cached_property
+    def index(self) -> StateIndex:
+        """The states of all shards at once, as they are when this is first read."""
+        return StateIndex(self.states, self.plan, self.passes)
+
+    def check_not_stale(self, passes: Sequence[Pass]) -> None:
+        """Refuses to make a run whose tables come partly from an older run.toml.
+
+        Raises:
+            RefusedError: a selected shard is stale and `stale` is "stop".
+        """
+        if self.stale != "stop":
+            return
+        states = [(p, self.states.state(p, shard)) for p in passes for shard in self.selected]
+        stale = [(p, state) for p, state in states if state.kind == "stale"]
+        if stale:
+            counts = Counter(p.title for p, _ in stale)
+            total = ", ".join(f"{title} ({num} shards)" for title, num in counts.items())
+            reasons = list(dict.fromkeys(f"  {p.title}: {state.why}" for p, state in stale))[:MAX_REASONS]
+            choices = "use --stale redo to make them again, --stale keep to use them as they are"
+            raise RefusedError("\n".join([f"stale: {total}", *reasons, choices]))
+
+    def check_done(self, folders: Iterable[str]) -> None:
+        """Checks that every selected shard of these tables is there and up to date.
+
+        Raises:
+            RefusedError: one is not, and `stale` is not "keep".
+        """
+        if self.stale == "keep":
+            return
+        for p in (p for p in self.passes if p.folder in folders):
+            states = {shard: self.states.state(p, shard) for shard in self.selected}
+            due = {shard: state for shard, state in states.items() if state.kind != "done"}
+            if due:
+                shard, state = next(iter(due.items()))
+                redo = " --stale redo" if any(state.kind == "stale" for state in due.values()) else ""
+                raise RefusedError(
+                    f"{p.title}: {len(due)} of {len(states)} shards are not up to date with {self.run.file}; the first"
+                    f" is {shard:05d}, {state.kind}{f': {state.why}' if state.why else ''}; make them with"
+                    f" `recap run {p.title}{redo} --run {self.run.folder}`, or use what there is with --stale keep"
+                )
+
+    def is_complete(self, p: Pass) -> bool:
+        """Whether every shard of the plan has its table, up to date or not."""
+        folder = self.run.folder / p.folder
+        num = sum(entry.name.endswith(".parquet") for entry in os.scandir(folder)) if folder.is_dir() else 0
+        return num == self.plan.num_shards
+
+    def count_rows(self, p: Pass, shards: Sequence[int]) -> int | None:
+        """The rows that these shards will have, for a progress bar; None where only reading the corpus would show."""
+        if not p.reads:
+            counts = [self.plan.num_samples(shard) for shard in shards]
+            return None if None in counts else sum(count or 0 for count in counts)
+        stamps = [self.states.stamp(p.reads[-1], shard) for shard in shards]
+        usable = sum(stamp.statuses.get("ok", stamp.num_rows) for stamp in stamps if stamp)
+        return usable * int(p.slice.get("num_candidates", 1))
