@@ -14,7 +14,7 @@ from functools import partial
 from statistics import mean, median
 
 from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-from stages.scenes.claims import measure
+from stages.scenes.claims import count_claims
 from stages.scorers import Sample, judge
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     given = scores(said, args.judge)
     least = median(value for value in given if value is not None)
     kept = [value is not None and value >= least for value in given]
-    precision = [measure(text, scene).precision for text, scene in zip(said, shown(args.scenes), strict=True)]
+    precision = [count_claims(text, scene).precision for text, scene in zip(said, shown(args.scenes), strict=True)]
 
     def gain(drawn: Sequence[int]) -> float:
         """Claim precision of what is kept above that of all."""

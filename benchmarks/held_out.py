@@ -10,7 +10,7 @@ from statistics import mean
 
 from pipeline.engines import Engine, Request, transformers
 from pipeline.sources import scenes
-from pipeline.sources.scenes import Scene, scene
+from pipeline.sources.scenes import Scene, draw_scene
 from stages import recipes
 
 SEED = 90_001  # a world that nothing is trained on
@@ -31,17 +31,17 @@ class Line:
 
 
 def shown(num_scenes: int) -> list[Scene]:
-    return [scene(SEED, index) for index in range(num_scenes)]
+    return [draw_scene(SEED, index) for index in range(num_scenes)]
 
 
 def picture(index: int) -> bytes:
-    data = scenes.sample(index, CORPUS).data
+    data = scenes.draw_sample(index, CORPUS).data
     assert data is not None
     return data
 
 
 def alt_text(index: int) -> str:
-    return scenes.sample(index, CORPUS).alt_text or ""
+    return scenes.draw_sample(index, CORPUS).alt_text or ""
 
 
 def engine(model: str) -> Engine:
@@ -72,9 +72,9 @@ def captions(model: str, num_scenes: int) -> list[str]:
 
 def line(said: Sequence[str]) -> Line:
     """Figures of one caption for each of the scenes 0, 1, ... of the held-out world."""
-    from stages.scenes.claims import measure
+    from stages.scenes.claims import count_claims
 
-    results = [measure(text, scene(SEED, index)) for index, text in enumerate(said)]
+    results = [count_claims(text, draw_scene(SEED, index)) for index, text in enumerate(said)]
     return Line(
         precision=mean(r.precision for r in results),
         recall=mean(r.recall for r in results),

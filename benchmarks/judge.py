@@ -16,8 +16,8 @@ from functools import partial
 from random import Random
 
 from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
-from stages.scenes.claims import KINDS, parse
-from stages.scenes.teachers import answer, statement
+from stages.scenes.claims import KINDS, parse_caption
+from stages.scenes.teachers import answer_statement, draw_statement
 from stages.scorers import Sample, judge
 
 PER_SCENE = 4
@@ -50,10 +50,10 @@ def statements(num: int, captioner: str | None) -> Iterator[tuple[int, str, bool
     said = captions(captioner, len(scenes)) if captioner else [""] * len(scenes)
     for index, (scene, caption) in enumerate(zip(scenes, said, strict=True)):
         rng = Random(f"statements/{index}")
-        spoken = any(sentence.claims for sentence in parse(caption).sentences)
+        spoken = any(sentence.claims for sentence in parse_caption(caption).sentences)
         for number in range(PER_SCENE):
             own = spoken and number % 2 == 0
-            yield index, statement(scene, rng, text=caption if own else None), own
+            yield index, draw_statement(scene, rng, text=caption if own else None), own
 
 
 def judged(asked: Sequence[tuple[int, str, bool]], model: str) -> Iterator[Outcome]:
@@ -65,9 +65,9 @@ def judged(asked: Sequence[tuple[int, str, bool]], model: str) -> Iterator[Outco
     judging = engine(model)
     scenes = shown(max(index for index, _, _ in asked) + 1)
     for (index, text, own), mark in zip(asked, judge.score(samples, config, {"judge": judging}), strict=True):
-        kind = parse(text).sentences[0].claims[0].kind
+        kind = parse_caption(text).sentences[0].claims[0].kind
         said = None if mark.value is None else mark.value > 0.5
-        yield Outcome(text=text, kind=kind, own=own, true=answer(text, scenes[index])[1], said=said)
+        yield Outcome(text=text, kind=kind, own=own, true=answer_statement(text, scenes[index])[1], said=said)
     judging.close()
 
 

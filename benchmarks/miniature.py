@@ -38,7 +38,7 @@ from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from stages import scorers, train
 from stages.rubric_writers import Evidence, claims, count_majority
-from stages.scenes.teachers import TEACHERS, caption
+from stages.scenes.teachers import TEACHERS, caption_scene
 from stages.scorers import Sample, rubric
 from stages.training.settings import Config
 
@@ -189,7 +189,7 @@ class Rubrics:
         evidence = [
             Evidence(
                 key=str(index),
-                teachers=tuple(caption(name, scene, 0, shared=shared) for name in TEACHERS),
+                teachers=tuple(caption_scene(name, scene, 0, shared=shared) for name in TEACHERS),
                 student=(text,),
                 num_agree=count_majority(len(TEACHERS)),
                 data=bytes,

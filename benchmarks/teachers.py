@@ -9,12 +9,12 @@ import json
 import sys
 
 from benchmarks.held_out import Line, line, rounded, show, shown
-from stages.scenes.teachers import TEACHERS, caption, consensus
+from stages.scenes.teachers import TEACHERS, caption_scene, merge_captions
 
 
 def committee(num_scenes: int, *, shared: bool = False) -> dict[str, Line]:
-    said = {name: [caption(name, scene, 0, shared=shared) for scene in shown(num_scenes)] for name in TEACHERS}
-    said["consensus"] = [consensus(captions) for captions in zip(*said.values(), strict=True)]
+    said = {name: [caption_scene(name, scene, 0, shared=shared) for scene in shown(num_scenes)] for name in TEACHERS}
+    said["consensus"] = [merge_captions(captions) for captions in zip(*said.values(), strict=True)]
     return {name: line(captions) for name, captions in said.items()}
 
 

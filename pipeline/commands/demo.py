@@ -98,14 +98,14 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
 
 def _rightness(said: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
     """Of the alt text, of all captions and of those that were kept: precision, recall and hallucinations a caption."""
-    measure = plugins.load("stages", "claims").measure
+    measure = plugins.load("stages.scenes", "claims").count_claims
     groups = {
         "the alt text": [(key, alt or "") for key, alt, _, _ in said],
         "all captions": [(key, text) for key, _, text, _ in said],
         "kept captions": [(key, text) for key, _, text, keep in said if keep],
     }
     for name, group in groups.items():
-        found = [measure(text, scenes.scene_of(key)) for key, text in group]
+        found = [measure(text, scenes.find_scene(key)) for key, text in group]
         if found:
             true, told = fmean(one.precision for one in found), fmean(one.recall for one in found)
             false = fmean(one.num_hallucinations for one in found)

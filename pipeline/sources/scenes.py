@@ -99,7 +99,7 @@ class Scene:
         return tuple(sorted(self.things, key=lambda thing: thing.x))
 
 
-def relation(a: Thing, b: Thing) -> str:
+def find_relation(a: Thing, b: Thing) -> str:
     """How `a` stands to `b`, in the one way that says most: inside, around, touching, or the main direction."""
     distance = math.hypot(a.x - b.x, a.y - b.y)
     if distance < abs(a.radius - b.radius):
@@ -111,13 +111,13 @@ def relation(a: Thing, b: Thing) -> str:
     return "above" if a.y < b.y else "below"
 
 
-def related(a: Thing, word: str, b: Thing) -> bool:
+def is_related(a: Thing, word: str, b: Thing) -> bool:
     """Whether it is true that `a` is `word` `b`; a direction holds beside inside and touching."""
     offsets = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
-    return offsets[word] > ASIDE if word in offsets else relation(a, b) == word
+    return offsets[word] > ASIDE if word in offsets else find_relation(a, b) == word
 
 
-def tenths(thing: Thing, scene: Scene) -> tuple[int, int]:
+def centre_in_tenths(thing: Thing, scene: Scene) -> tuple[int, int]:
     """Where the centre of a thing is, across and down, in tenths of the picture: 0 to 9."""
     return int(10 * thing.x / scene.width), int(10 * thing.y / scene.height)
 
@@ -129,10 +129,10 @@ def _reach(thing: Thing) -> float:
 # The scene graph
 
 
-def scene(seed: int, index: int) -> Scene:
+def draw_scene(seed: int, index: int) -> Scene:
     """The scene `index` of the world `seed`.
 
-    >>> scene(0, 7) == scene(0, 7)
+    >>> draw_scene(0, 7) == draw_scene(0, 7)
     True
     """
     rng = Random(f"scene/{seed}/{index}")
@@ -154,12 +154,12 @@ def scene(seed: int, index: int) -> Scene:
     )
 
 
-def scene_of(source_key: str) -> Scene:
+def find_scene(source_key: str) -> Scene:
     """The truth of a sample, from what the corpus calls it."""
     world, seed, index = source_key.split("/")[:3]
     if world != "scenes":
         raise ValueError(f"{source_key!r} is no picture of the scenes world")
-    return scene(int(seed), int(index))
+    return draw_scene(int(seed), int(index))
 
 
 def _place(rng: Random, things: list[Thing], width: float, height: float, *, crowd: int) -> Thing | None:
@@ -225,7 +225,7 @@ def _contains(outer: Thing, inner: Thing) -> bool:
 # Pixels
 
 
-def render(scene: Scene, *, short: int, seed: int = 0) -> Image.Image:
+def render_scene(scene: Scene, *, short: int, seed: int = 0) -> Image.Image:
     """The picture of a scene, `short` pixels on its short side, with noise drawn from `seed`."""
     width, height = round(scene.width * short), round(scene.height * short)
     rng = Random(f"pixels/{scene.seed}/{scene.index}/{seed}")
@@ -233,12 +233,12 @@ def render(scene: Scene, *, short: int, seed: int = 0) -> Image.Image:
     for thing in scene.things:
         radius = max(2, round(thing.radius * short))
         corner = (round(thing.x * short) - radius, round(thing.y * short) - radius)
-        image.paste(_fill(rng, thing, radius), corner, stencil(thing.shape, radius))
+        image.paste(_fill(rng, thing, radius), corner, draw_stencil(thing.shape, radius))
     return _noisy(rng, image)
 
 
 @cache
-def stencil(shape: str, radius: int) -> Image.Image:
+def draw_stencil(shape: str, radius: int) -> Image.Image:
     """The mask of a shape: a grey image of side 2 * radius + 1. Do not draw on it: it is shared."""
     image = Image.new("L", (2 * radius + 1, 2 * radius + 1))
     draw = ImageDraw.Draw(image)
@@ -315,7 +315,7 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[np.int8]]:
+def assign_cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[np.int8]]:
     """Which thing fills most of each cell of a grid laid over the picture; -1 is the background."""
     fine = 4
     ids = Image.new("L", (columns * fine, rows * fine), 0)
@@ -323,7 +323,7 @@ def cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[
     for number, thing in enumerate(scene.things, 1):
         size = (max(1, round(2 * thing.radius * across)), max(1, round(2 * thing.radius * down)))
         corner = (round((thing.x - thing.radius) * across), round((thing.y - thing.radius) * down))
-        ids.paste(number, corner, stencil(thing.shape, 20).resize(size))
+        ids.paste(number, corner, draw_stencil(thing.shape, 20).resize(size))
     blocks = np.asarray(ids).reshape(rows, fine, columns, fine).swapaxes(1, 2).reshape(rows, columns, -1)
     shares = np.stack([(blocks == n).sum(-1) for n in range(1, len(scene.things) + 1)], -1)
     most = shares.argmax(-1)
@@ -347,14 +347,14 @@ def pieces(config: Config) -> Iterator[Piece]:
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     assert piece.stop is not None
     for index in range(config.start + piece.start, config.start + piece.stop):
-        yield sample(index, config)
+        yield draw_sample(index, config)
 
 
-def sample(index: int, config: Config) -> Raw:
+def draw_sample(index: int, config: Config) -> Raw:
     """One sample of the corpus: a picture or a broken file, with alt text and the truth as metadata."""
     rng = Random(f"sample/{config.seed}/{index}")
     origin, take = _origin(index, config)
-    truth = scene(config.seed, origin)
+    truth = draw_scene(config.seed, origin)
     broken = rng.choice(BROKEN) if rng.random() < config.broken_share else None
     kind, alt_text = _alt_text(rng, truth)
     data = _file(truth, config, take=take)
@@ -383,7 +383,7 @@ def _file(scene: Scene, config: Config, *, take: int) -> bytes:
     """The picture as a JPEG; another `take` of a scene has another size, noise and quality."""
     rng = Random(f"file/{scene.seed}/{scene.index}/{take}")
     most = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
-    image = render(scene, short=rng.randint(config.short_side, most), seed=take)
+    image = render_scene(scene, short=rng.randint(config.short_side, most), seed=take)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=rng.randint(70, 95))
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from stages.rubric_writers import Evidence, WrittenRubric
-from stages.scenes.claim_checks import Check, Heard, heard
+from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
 from stages.scenes.claims import DIRECTIONS, KINDS, Claim, Kind, contradicts
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ def engines(_: Settings) -> tuple[str, ...]:
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
     for evidence in inputs:
-        teachers, student = [heard(t) for t in evidence.teachers], [heard(t) for t in evidence.student]
+        teachers, student = (
+            [collect_claims(t) for t in evidence.teachers],
+            [collect_claims(t) for t in evidence.student],
+        )
         checks = list(_checks(teachers, student, evidence.num_agree))
         demands = tuple(_demand(number, check, teachers, student) for number, check in enumerate(checks, start=1))
         if demands:
@@ -66,7 +69,7 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
             yield WrittenRubric(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
 
 
-def _checks(teachers: Sequence[Heard], student: Sequence[Heard], num_agree: int) -> Iterator[Check]:
+def _checks(teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims], num_agree: int) -> Iterator[Check]:
     votes = Counter(claim for teacher in teachers for claim in teacher.all)
     agreed = agreement(votes, num_agree)
     if not agreed:
@@ -97,7 +100,9 @@ def _borne_out(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -
     return {claim for claim in others if not any(contradicts(claim, word) for word in agreed)}
 
 
-def _demand(number: int, check: Check, teachers: Sequence[Heard], student: Sequence[Heard]) -> RubricCriterion:
+def _demand(
+    number: int, check: Check, teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims]
+) -> RubricCriterion:
     kind = check.kind or next((claim.kind for claim in check.claims), None)
     severity = SEVERITY[kind] if kind else "important"
     return RubricCriterion(

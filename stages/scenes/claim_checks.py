@@ -15,14 +15,14 @@ from functools import lru_cache
 from itertools import chain, groupby
 from typing import Literal
 
-from stages.scenes.claims import Claim, Kind, contradicts, parse, pieces
+from stages.scenes.claims import Claim, Kind, contradicts, find_fragments, parse_caption
 
 How = Literal["states", "avoids", "only", "plain"]
 PLAIN = "Each sentence is a statement about the picture, and none says again what was said"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class CaptionClaims:
     """What a caption says."""
 
     claims: Mapping[Kind, frozenset[Claim]]
@@ -45,22 +45,22 @@ class Heard:
 
 
 @lru_cache(maxsize=4096)
-def heard(text: str) -> Heard:
+def collect_claims(text: str) -> CaptionClaims:
     claims: set[Claim] = set()
-    sentences = parse(text).sentences
+    sentences = parse_caption(text).sentences
     is_plain = bool(sentences)
     for sentence in sentences:
         is_plain &= not claims.issuperset(sentence.claims)
         claims.update(sentence.claims)
     by_kind = groupby(sorted(claims), key=lambda claim: claim.kind)
-    return Heard(claims={kind: frozenset(some) for kind, some in by_kind}, is_plain=is_plain)
+    return CaptionClaims(claims={kind: frozenset(some) for kind, some in by_kind}, is_plain=is_plain)
 
 
 @lru_cache(maxsize=4096)
-def held_to(text: str) -> Heard:
+def collect_rewarded_claims(text: str) -> CaptionClaims:
     """What a caption is rewarded by: text that is added to it makes the reward higher only by making claims."""
-    strays = (sentence.text for sentence in parse(text).sentences if not sentence.claims)
-    return replace(heard(text), loose=frozenset(chain.from_iterable(map(pieces, strays))))
+    strays = (sentence.text for sentence in parse_caption(text).sentences if not sentence.claims)
+    return replace(collect_claims(text), loose=frozenset(chain.from_iterable(map(find_fragments, strays))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Check:
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
     >>> check.text
     'Says: relation(red ring, left of, blue star)'
-    >>> check.is_met(heard("The blue star is right of the red ring."))
+    >>> check.is_met(collect_claims("The blue star is right of the red ring."))
     True
     """
 
@@ -83,7 +83,7 @@ class Check:
     claims: frozenset[Claim] = field(default_factory=frozenset)
     may_be_silent: bool = True  # of `only`
 
-    def is_met(self, caption: Heard) -> bool:
+    def is_met(self, caption: CaptionClaims) -> bool:
         match self.how:
             case "states":
                 return all(claim in caption and not caption.denies(claim) for claim in self.claims)
@@ -97,7 +97,7 @@ class Check:
 
     @property
     def text(self) -> str:
-        listed = "; ".join(said(claim) for claim in sorted(self.claims))
+        listed = "; ".join(format_claim(claim) for claim in sorted(self.claims))
         match self.how:
             case "states":
                 return f"Says: {listed}"
@@ -116,13 +116,13 @@ class Check:
         return json.dumps(values)
 
 
-def said(claim: Claim) -> str:
+def format_claim(claim: Claim) -> str:
     """A claim for readers: object(red ring)."""
     return f"{claim.kind}({', '.join(part for part in claim[1:] if part)})"
 
 
 @lru_cache(maxsize=65536)
-def read(text: str) -> Check:
+def parse_check(text: str) -> Check:
     """The check that a criterion's `claim` holds as JSON."""
     values = json.loads(text)
     return Check(**{**values, "claims": frozenset(Claim(*claim) for claim in values["claims"])})

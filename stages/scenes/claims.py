@@ -13,7 +13,17 @@ from itertools import pairwise
 from random import Random
 from typing import Literal, NamedTuple
 
-from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, Thing, related, relation
+from pipeline.sources.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    find_relation,
+    is_related,
+)
 
 Kind = Literal["count", "background", "object", "size", "texture", "relation"]
 KINDS: tuple[Kind, ...] = ("count", "background", "object", "size", "texture", "relation")
@@ -28,9 +38,9 @@ MEETINGS = ("inside", "touching")  # one of them at most holds of two things, an
 class Claim(NamedTuple):
     """One atomic statement about a picture.
 
-    >>> parse("A small red circle is left of the blue star.").claims  # not one statement of the grammar
+    >>> parse_caption("A small red circle is left of the blue star.").claims  # not one statement of the grammar
     frozenset()
-    >>> sorted(claim.kind for claim in parse("There is a small red circle.").claims)
+    >>> sorted(claim.kind for claim in parse_caption("There is a small red circle.").claims)
     ['object', 'size']
     """
 
@@ -47,7 +57,7 @@ class Sentence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parsed:
+class ParsedCaption:
     sentences: tuple[Sentence, ...]
 
     @property
@@ -60,7 +70,7 @@ class Parsed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
+class ClaimCounts:
     """A caption beside the truth. A claim counts once however often it is made; each stray sentence is a false one."""
 
     num_stated: int
@@ -89,23 +99,23 @@ class Measure:
 # The truth
 
 
-def facts(scene: Scene) -> tuple[Claim, ...]:
+def list_facts(scene: Scene) -> tuple[Claim, ...]:
     """What a complete caption says: count, background, things from left to right, each one's relation to the next."""
     things = scene.in_order
     return (
         Claim("count", THINGS, str(len(things))),
         Claim("background", "", scene.background),
-        *(claim for thing in things for claim in described(thing)),
-        *(related_claim(a.name, relation(a, b), b.name) for a, b in pairwise(things)),
+        *(claim for thing in things for claim in list_thing_facts(thing)),
+        *(make_relation(a.name, find_relation(a, b), b.name) for a, b in pairwise(things)),
     )
 
 
-def described(thing: Thing) -> tuple[Claim, ...]:
+def list_thing_facts(thing: Thing) -> tuple[Claim, ...]:
     name = thing.name
     return Claim("object", name, ""), Claim("size", name, thing.size), Claim("texture", name, thing.texture)
 
 
-def related_claim(about: str, word: str, other: str) -> Claim:
+def make_relation(about: str, word: str, other: str) -> Claim:
     """A relation in its one canonical form: right of, below and around are turned, touching is sorted."""
     if word in OPPOSITES:
         return Claim("relation", other, OPPOSITES[word], about)
@@ -114,7 +124,7 @@ def related_claim(about: str, word: str, other: str) -> Claim:
     return Claim("relation", about, word, other)
 
 
-def holds(claim: Claim, scene: Scene) -> bool:
+def is_true(claim: Claim, scene: Scene) -> bool:
     """Whether a claim is true of a scene; more is true than `facts` lists."""
     things = {thing.name: thing for thing in scene.things}
     match claim.kind:
@@ -125,7 +135,7 @@ def holds(claim: Claim, scene: Scene) -> bool:
             return claim.value == str(len(counted))
         case "relation":
             a, b = things.get(claim.about), things.get(claim.other)
-            return a is not None and b is not None and a is not b and related(a, claim.value, b)
+            return a is not None and b is not None and a is not b and is_related(a, claim.value, b)
     thing = things.get(claim.about)
     return thing is not None and claim.value in {"object": "", "size": thing.size, "texture": thing.texture}[claim.kind]
 
@@ -145,12 +155,12 @@ def contradicts(claim: Claim, other: Claim) -> bool:
     return claim.about == other.about and claim.value != other.value
 
 
-def measure(text: str, scene: Scene) -> Measure:
-    parsed = parse(text)
-    claims, truth = parsed.claims, facts(scene)
-    return Measure(
+def count_claims(text: str, scene: Scene) -> ClaimCounts:
+    parsed = parse_caption(text)
+    claims, truth = parsed.claims, list_facts(scene)
+    return ClaimCounts(
         num_stated=len(claims) + len(parsed.unparsed),
-        num_true=sum(holds(claim, scene) for claim in claims),
+        num_true=sum(is_true(claim, scene) for claim in claims),
         num_found=len(claims.intersection(truth)),
         num_facts=len(truth),
     )
@@ -159,12 +169,12 @@ def measure(text: str, scene: Scene) -> Measure:
 # From claims to text
 
 
-def verbalise(claims: Iterable[Claim], rng: Random) -> str:
+def write_caption(claims: Iterable[Claim], rng: Random) -> str:
     """A caption that makes these claims in their order, details beside their objects; `rng` draws the phrasing."""
-    return " ".join(say(group, rng) for group in grouped(claims))
+    return " ".join(write_sentence(group, rng) for group in group_claims(claims))
 
 
-def grouped(claims: Iterable[Claim]) -> list[tuple[Claim, ...]]:
+def group_claims(claims: Iterable[Claim]) -> list[tuple[Claim, ...]]:
     """The claims as sentences make them: an object together with its size and texture.
 
     Raises:
@@ -184,7 +194,7 @@ def grouped(claims: Iterable[Claim]) -> list[tuple[Claim, ...]]:
     return groups
 
 
-def say(group: Sequence[Claim], rng: Random) -> str:
+def write_sentence(group: Sequence[Claim], rng: Random) -> str:
     """One sentence for what one sentence can claim."""
     first = group[0]
     match first.kind:
@@ -233,11 +243,11 @@ def _capital(text: str) -> str:
 # From text to claims
 
 
-def parse(text: str) -> Parsed:
-    return Parsed(sentences=tuple(Sentence(text=s, claims=_understood(s)) for s in sentences(text)))
+def parse_caption(text: str) -> ParsedCaption:
+    return ParsedCaption(sentences=tuple(Sentence(text=s, claims=_understood(s)) for s in split_sentences(text)))
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     return [s for part in re.split(r"(?<=[.!?])\s+|\n", text) if (s := part.strip())]
 
 
@@ -274,7 +284,7 @@ def _understood(sentence: str) -> tuple[Claim, ...]:
 
 
 @lru_cache(maxsize=65536)
-def pieces(sentence: str) -> frozenset[Claim]:
+def find_fragments(sentence: str) -> frozenset[Claim]:
     """The claims of every piece of a sentence that could stand alone, within words too: no text around it hides one."""
     found = ((kind, pattern.match(sentence, i)) for kind, pattern in _grammar() for i in range(len(sentence)))
     return frozenset(claim for kind, piece in found if piece for claim in _claims(kind, piece))
@@ -289,7 +299,7 @@ def _claims(kind: Kind, found: re.Match[str]) -> tuple[Claim, ...]:
         case "background":
             return (Claim("background", "", next(iter(said.values()))),)
         case "relation":
-            return (related_claim(said["about"], said["value"], said["other"]),)
+            return (make_relation(said["about"], said["value"], said["other"]),)
     details: tuple[Kind, ...] = ("size", "texture")
     about = said["about"]
     return Claim("object", about, ""), *(Claim(d, about, said[d]) for d in details if d in said)

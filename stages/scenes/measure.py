@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.sources.scenes import Scene, Thing
-from stages.scenes.claims import KINDS, THINGS, Claim, Kind, facts, holds, parse
+from stages.scenes.claims import KINDS, THINGS, Claim, Kind, is_true, list_facts, parse_caption
 
 Parts = tuple[Claim, ...]  # of one object sentence: the object, then its size and texture as far as they are stated
 
@@ -72,19 +72,19 @@ class Measure:
         return self.total.num_stated > 0 and self.total.num_false == 0
 
 
-def measure(text: str, scene: Scene) -> Measure:
+def measure_caption(text: str, scene: Scene) -> Measure:
     """Compares the claims of a caption with a scene's truth.
 
-    >>> from pipeline.sources.scenes import scene
-    >>> measure("A red circle. A red circle.", scene(0, 7)).names_twice
+    >>> from pipeline.sources.scenes import draw_scene
+    >>> measure_caption("A red circle. A red circle.", draw_scene(0, 7)).names_twice
     True
     """
-    sentences = parse(text).sentences
+    sentences = parse_caption(text).sentences
     mentions = [sentence.claims for sentence in sentences if sentence.claims and sentence.claims[0].kind == "object"]
     others = {c for s in sentences for c in s.claims if c.kind not in ("object", "size", "texture")}
-    truth = facts(scene)
+    truth = list_facts(scene)
     matched = list(match_things(mentions, scene))
-    true = [*matched, *(claim for claim in others if holds(claim, scene) and not is_exceeded(claim, mentions))]
+    true = [*matched, *(claim for claim in others if is_true(claim, scene) and not is_exceeded(claim, mentions))]
     stated = Counter(claim.kind for claims in (*mentions, others) for claim in claims)
     num_true, num_facts = Counter(claim.kind for claim in true), Counter(claim.kind for claim in truth)
     found = Counter(claim.kind for claim in set(true).intersection(truth))

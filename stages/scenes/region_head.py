@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.sources.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, cells, scene_of, tenths
+from pipeline.sources.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    assign_cells,
+    centre_in_tenths,
+    find_scene,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,9 +35,9 @@ WORDS = ((*COLOURS, *BACKGROUNDS), (NONE, *SHAPES), (NONE, *SIZES), (NONE, *TEXT
 NUM_ANSWERS = (*(len(words) for words in WORDS), 2 * REACH + 1, 2 * REACH + 1, 10, 10)
 
 
-def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def label_tokens(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The answers of every image token in raster order: rows * columns by 8."""
-    owner = cells(scene, columns=columns, rows=rows)
+    owner = assign_cells(scene, columns=columns, rows=rows)
     down, across = np.mgrid[:rows, :columns]
     answers = np.zeros((rows, columns, len(NUM_ANSWERS)), np.int64)
     answers[..., 0] = WORDS[0].index(scene.background)
@@ -35,7 +45,7 @@ def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtyp
     for number, thing in enumerate(scene.things):
         there = owner == number
         said = (thing.colour, thing.shape, thing.size, thing.texture)
-        answers[there, 6:] = tenths(thing, scene)
+        answers[there, 6:] = centre_in_tenths(thing, scene)
         answers[there, :4] = [words.index(word) for words, word in zip(WORDS, said, strict=True)]
         for place, centre, here in (
             (4, thing.x / scene.width * columns, across),
@@ -46,16 +56,16 @@ def targets(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtyp
     return answers.reshape(-1, len(NUM_ANSWERS))
 
 
-def answers_of(source_keys: Iterable[str], grids: torch.Tensor, *, merge: int) -> torch.Tensor:
+def label_batch(source_keys: Iterable[str], grids: torch.Tensor, *, merge: int) -> torch.Tensor:
     """Of a batch of pictures, in the order of their image tokens. `grids`: frames, rows and columns of patches."""
     parts = [
-        torch.from_numpy(targets(scene_of(name), rows=int(grid[1]) // merge, columns=int(grid[2]) // merge))
+        torch.from_numpy(label_tokens(find_scene(name), rows=int(grid[1]) // merge, columns=int(grid[2]) // merge))
         for name, grid in zip(source_keys, grids, strict=True)
     ]
     return torch.cat(parts)
 
 
-class Reader(nn.Module):  # type: ignore[misc]
+class RegionReader(nn.Module):  # type: ignore[misc]
     """Reads the answers off the image tokens of a vision tower, linearly; it is thrown away after training."""
 
     def __init__(self, visual: nn.Module, hidden: int) -> None:

@@ -25,13 +25,24 @@ from pipeline.sources.scenes import (
     TEXTURES,
     Scene,
     Thing,
-    related,
-    relation,
-    scene,
-    scene_of,
-    tenths,
+    centre_in_tenths,
+    draw_scene,
+    find_relation,
+    find_scene,
+    is_related,
 )
-from stages.scenes.claims import NUMBERS, THINGS, Claim, described, facts, holds, parse, related_claim, say, verbalise
+from stages.scenes.claims import (
+    NUMBERS,
+    THINGS,
+    Claim,
+    is_true,
+    list_facts,
+    list_thing_facts,
+    make_relation,
+    parse_caption,
+    write_caption,
+    write_sentence,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,34 +106,34 @@ class Config:
     shared: bool = key(False, "the committee in which most share a blind spot: they take patterns for plain colour")
 
 
-def caption(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
+def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
     """What a teacher says of a scene. The same (teacher, scene, seed) says the same.
 
     Args:
         shared: it is of the committee that shares a blind spot.
 
-    >>> from pipeline.sources.scenes import scene
-    >>> caption("hasty", scene(0, 0), 0) == caption("hasty", scene(0, 0), 0)
+    >>> from pipeline.sources.scenes import draw_scene
+    >>> caption_scene("hasty", draw_scene(0, 0), 0) == caption_scene("hasty", draw_scene(0, 0), 0)
     True
     """
     rng = Random(f"teacher/{teacher}/{scene.seed}/{scene.index}/{seed}")
-    return verbalise(stated((SHARED if shared else TEACHERS)[teacher], scene, rng), rng)
+    return write_caption(draw_claims((SHARED if shared else TEACHERS)[teacher], scene, rng), rng)
 
 
-def consensus(captions: Iterable[str]) -> str:
+def merge_captions(captions: Iterable[str]) -> str:
     """The claims that at least three of the captions make, as one caption."""
-    votes = Counter(claim for text in captions for claim in parse(text).claims)
+    votes = Counter(claim for text in captions for claim in parse_caption(text).claims)
     agreed = [claim for claim, count in votes.items() if count >= CONSENSUS]
     names = {claim.about for claim in agreed if claim.kind == "object"}
     order = ("count", "background", "object", "size", "texture", "relation")
     kept = [claim for claim in agreed if claim.kind not in ("size", "texture") or claim.about in names]
-    return verbalise(sorted(kept, key=lambda claim: (order.index(claim.kind), claim)), Random(0))
+    return write_caption(sorted(kept, key=lambda claim: (order.index(claim.kind), claim)), Random(0))
 
 
-def stated(teacher: Teacher, scene: Scene, rng: Random) -> list[Claim]:
+def draw_claims(teacher: Teacher, scene: Scene, rng: Random) -> list[Claim]:
     """The claims of one caption, in its order: facts of the scene as the teacher sees it, less what it leaves out."""
     seen = _seen(teacher, scene, rng)
-    claims = [claim for claim in facts(seen) if rng.random() >= teacher.unsaid.get(claim.kind, 0.0)]
+    claims = [claim for claim in list_facts(seen) if rng.random() >= teacher.unsaid.get(claim.kind, 0.0)]
     return [_said(teacher, claim, rng) for claim in claims]
 
 
@@ -164,28 +175,28 @@ def _said(teacher: Teacher, claim: Claim, rng: Random) -> Claim:
         return claim._replace(value=str(int(claim.value) - 1))
     if claim.kind == "relation":
         word = _mistaken(teacher, claim.value, teacher.words, ("left of", "above"), rng)
-        return related_claim(claim.about, word, claim.other)
+        return make_relation(claim.about, word, claim.other)
     return claim
 
 
 # Labels: statements that are half true, and what a careful person answers
 
 
-def statement(scene: Scene, rng: Random, *, text: str | None = None) -> str:
+def draw_statement(scene: Scene, rng: Random, *, text: str | None = None) -> str:
     """One sentence about a scene, true or, half of the time, false by the swap of one word for another of its kind.
 
     Args:
         text: a caption of which a sentence is taken; without one, or without a sentence that parses, one is made.
     """
-    groups = [sentence.claims for sentence in parse(text or "").sentences if sentence.claims]
+    groups = [sentence.claims for sentence in parse_caption(text or "").sentences if sentence.claims]
     group = rng.choice(groups) if groups else _true_group(scene, rng)
-    if rng.random() < 0.5 and true_of(group, scene):
-        group = swapped(group, scene, rng)
-    return say(group, rng)
+    if rng.random() < 0.5 and are_true(group, scene):
+        group = swap_word(group, scene, rng)
+    return write_sentence(group, rng)
 
 
-def true_of(group: Sequence[Claim], scene: Scene) -> bool:
-    return all(holds(claim, scene) for claim in group)
+def are_true(group: Sequence[Claim], scene: Scene) -> bool:
+    return all(is_true(claim, scene) for claim in group)
 
 
 def _true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
@@ -199,27 +210,27 @@ def _true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
         return (Claim("count", about, str(number)),)
     if chance < 0.6 and len(things) > 1:
         a, b = rng.sample(things, 2)
-        words = [word for word in ("left of", "right of", "above", "below") if related(a, word, b)]
-        main = relation(a, b)
-        return (related_claim(a.name, main if rng.random() < 0.6 or not words else rng.choice(words), b.name),)
-    thing, *details = described(rng.choice(things))
+        words = [word for word in ("left of", "right of", "above", "below") if is_related(a, word, b)]
+        main = find_relation(a, b)
+        return (make_relation(a.name, main if rng.random() < 0.6 or not words else rng.choice(words), b.name),)
+    thing, *details = list_thing_facts(rng.choice(things))
     return thing, *(detail for detail in details if rng.random() < 0.8)
 
 
-def swapped(group: Sequence[Claim], scene: Scene, rng: Random) -> tuple[Claim, ...]:
+def swap_word(group: Sequence[Claim], scene: Scene, rng: Random) -> tuple[Claim, ...]:
     """The same sentence with one word changed, so that it is false of the scene.
 
     Raises:
         ValueError: no swap makes it false.
     """
-    candidates = [other for other in swaps(group) if not true_of(other, scene)]
+    candidates = [other for other in list_swaps(group) if not are_true(other, scene)]
     if not candidates:
         raise ValueError(f"no swap makes {group} false")
     place = rng.choice(sorted({_place(group, other) for other in candidates}))
     return rng.choice([other for other in candidates if _place(group, other) == place])
 
 
-def swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
+def list_swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
     """All sentences that differ in one word of the vocabulary."""
     first, *details = group
     if first.kind == "background":
@@ -228,9 +239,9 @@ def swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
         return [(first._replace(value=str(n)),) for n in range(1, 8) if str(n) != first.value]
     if first.kind == "relation":
         words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-        turned = [related_claim(first.about, word, first.other) for word in words]
-        renamed = [related_claim(name, first.value, first.other) for name in _renamed(first.about)]
-        renamed += [related_claim(first.about, first.value, name) for name in _renamed(first.other)]
+        turned = [make_relation(first.about, word, first.other) for word in words]
+        renamed = [make_relation(name, first.value, first.other) for name in _renamed(first.about)]
+        renamed += [make_relation(first.about, first.value, name) for name in _renamed(first.other)]
         return [(claim,) for claim in dict.fromkeys(turned + renamed) if claim != first and claim.about != claim.other]
     choices = {"size": SIZES, "texture": TEXTURES}
     changed = [
@@ -260,18 +271,18 @@ def _place(group: Sequence[Claim], other: Sequence[Claim]) -> str:
     return "colour" if (before_words ^ after_words) & set(COLOURS) else "shape"
 
 
-def answer(sentence: str, scene: Scene) -> tuple[str, bool]:
+def answer_statement(sentence: str, scene: Scene) -> tuple[str, bool]:
     """What a careful person sees of what a sentence is about, in few words, and whether the sentence holds.
 
-    >>> from pipeline.sources.scenes import scene
-    >>> answer("The background is pink.", scene(0, 0))
+    >>> from pipeline.sources.scenes import draw_scene
+    >>> answer_statement("The background is pink.", draw_scene(0, 0))
     ('brown background', False)
     """
-    parsed = parse(sentence).sentences
+    parsed = parse_caption(sentence).sentences
     if len(parsed) != 1 or not parsed[0].claims:
         return "no statement about the picture", False
     group = parsed[0].claims
-    return _reason(group, scene), true_of(group, scene)
+    return _reason(group, scene), are_true(group, scene)
 
 
 def _reason(group: Sequence[Claim], scene: Scene) -> str:
@@ -299,13 +310,13 @@ def _stand(claim: Claim, scene: Scene) -> str:
             return f"{listed}: no {name}"
     a, b = things[claim.about], things[claim.other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    standing = ", ".join(word for word in words if related(a, word, b)) or "level"
+    standing = ", ".join(word for word in words if is_related(a, word, b)) or "level"
     return f"{listed}: {seen[a.name]}, {seen[b.name]}: {standing}"
 
 
 def _place_of(thing: Thing, scene: Scene) -> str:
     """Its centre, across and down, in tenths of the picture."""
-    across, down = tenths(thing, scene)
+    across, down = centre_in_tenths(thing, scene)
     return f"{across} {down}"
 
 
@@ -321,29 +332,29 @@ def _closest(group: Sequence[Claim], scene: Scene) -> str:
     return f"{thing.size} {thing.texture} {thing.name}"
 
 
-def sayings(num_scenes: int) -> Iterator[str]:
+def sample_texts(num_scenes: int) -> Iterator[str]:
     """What is said in this world: captions, statements and verdicts of so many scenes."""
     rng = Random(0)
     for index in range(num_scenes):
-        shown = scene(0, index)
-        yield verbalise(facts(shown), rng)
-        yield caption("hasty", shown, 0)
-        sentence = statement(shown, rng)
-        yield f"{sentence}\n{verdict(*answer(sentence, shown))}"
+        shown = draw_scene(0, index)
+        yield write_caption(list_facts(shown), rng)
+        yield caption_scene("hasty", shown, 0)
+        sentence = draw_statement(shown, rng)
+        yield f"{sentence}\n{format_verdict(*answer_statement(sentence, shown))}"
 
 
-def verdict(reason: str, true: bool) -> str:
+def format_verdict(reason: str, true: bool) -> str:
     return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
 
 
 # The engine
 
 
-def open(config: Config) -> Committee:  # noqa: A001
-    return Committee(config)
+def open(config: Config) -> TeacherEngine:  # noqa: A001
+    return TeacherEngine(config)
 
 
-class Committee:
+class TeacherEngine:
     """Answers requests about scenes by looking at their truth, one at a time, each when it is asked for."""
 
     revision = "1"
@@ -371,7 +382,7 @@ class Committee:
 
     def _answer(self, request: Request, seed: int) -> Reply:
         try:
-            shown = scene_of(request.source_key)
+            shown = find_scene(request.source_key)
         except ValueError as error:
             return Reply(error=str(error))
         text = self._text(request.prompt, shown, seed)
@@ -379,11 +390,11 @@ class Committee:
 
     def _text(self, prompt: str, shown: Scene, seed: int) -> str:
         if self._voice == "labeller":
-            return verdict(*answer(prompt.strip().splitlines()[-1], shown))
+            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], shown))
         if self._voice == "speaker":
             rng = Random(f"speaker/{shown.seed}/{shown.index}/{seed}")
-            heard = caption(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
-            return statement(shown, rng, text=heard)
+            heard = caption_scene(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
+            return draw_statement(shown, rng, text=heard)
         if self._voice == "consensus":
-            return consensus(caption(name, shown, seed, shared=self._shared) for name in TEACHERS)
-        return caption(self._voice, shown, seed, shared=self._shared)
+            return merge_captions(caption_scene(name, shown, seed, shared=self._shared) for name in TEACHERS)
+        return caption_scene(self._voice, shown, seed, shared=self._shared)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.scenes.teachers import sayings
+from stages.scenes.teachers import sample_texts
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def new_processor() -> Qwen2_5_VLProcessor:
 
 def _texts() -> Iterator[str]:
     """What the tokenizer is made from: what is said in the scenes world, and words of prompts."""
-    yield from sayings(400)
+    yield from sample_texts(400)
     for _ in range(5):
         yield ENGLISH
 

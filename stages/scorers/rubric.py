@@ -19,7 +19,7 @@ from pipeline.sections import key
 from stages import rubrics
 from stages.rubrics import RubricSpec
 from stages.scenes import claim_checks
-from stages.scenes.claim_checks import Heard
+from stages.scenes.claim_checks import CaptionClaims
 from stages.scorers import Sample, ScoreResult, judge, weighted_mean
 from stages.text.prompts import map_where
 
@@ -92,7 +92,7 @@ def _matched_all(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
 
 def _matched(text: str, demands: Iterable[RubricCriterion]) -> ScoreResult:
     """By the claims that the caption makes."""
-    caption = claim_checks.held_to(text)
+    caption = claim_checks.collect_rewarded_claims(text)
     criteria = tuple(_criterion(demand, caption) for demand in demands)
     value = weighted_mean(criteria)
     if value is None:
@@ -102,8 +102,8 @@ def _matched(text: str, demands: Iterable[RubricCriterion]) -> ScoreResult:
     return ScoreResult(value=value, criteria=criteria)
 
 
-def _criterion(demand: RubricCriterion, caption: Heard) -> Criterion:
-    is_met = None if demand.claim is None else claim_checks.read(demand.claim).is_met(caption)
+def _criterion(demand: RubricCriterion, caption: CaptionClaims) -> Criterion:
+    is_met = None if demand.claim is None else claim_checks.parse_check(demand.claim).is_met(caption)
     return Criterion(
         id=demand.id,
         verdict=None if is_met is None else "yes" if is_met else "no",

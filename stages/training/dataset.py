@@ -103,10 +103,10 @@ class Collator:
             **pixels,
         }
         if self._regions:
-            from stages.scenes.region_head import answers_of
+            from stages.scenes.region_head import label_batch
 
             names = [lesson["source_key"] for lesson in lessons]
-            batch["regions"] = answers_of(
+            batch["regions"] = label_batch(
                 names, pixels["image_grid_thw"], merge=self._processor.image_processor.merge_size
             )
         return batch

@@ -47,7 +47,7 @@ def test_nothing_reads_the_truth(tmp_path: Path) -> None:
     plain = tmp_path / "pictures"
     plain.mkdir()
     for index in range(NUM_IMAGES):
-        raw = scenes.sample(index, config)
+        raw = scenes.draw_sample(index, config)
         (plain / f"{index:03d}.jpg").write_bytes(raw.data or b"")
         if raw.alt_text is not None:
             (plain / f"{index:03d}.txt").write_text(raw.alt_text)

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.sources import scenes
-from pipeline.sources.scenes import Config, Raw, cells, related, relation, render, scene, scene_of
+from pipeline.sources.scenes import (
+    Config,
+    Raw,
+    assign_cells,
+    draw_scene,
+    find_relation,
+    find_scene,
+    is_related,
+    render_scene,
+)
 
 
 def corpus(config: Config) -> list[Raw]:
@@ -46,7 +55,7 @@ def test_source_keys_are_unique_and_lead_to_the_truth(raws: list[Raw]) -> None:
     assert len({raw.source_key for raw in raws}) == len(raws)
     for raw in raws:
         truth = json.loads(raw.metadata)["scene"]
-        shown = scene_of(raw.source_key)
+        shown = find_scene(raw.source_key)
         assert (shown.background, len(shown.things)) == (truth["background"], len(truth["things"]))
 
 
@@ -73,13 +82,13 @@ def test_half_of_the_alt_texts_are_right(raws: list[Raw]) -> None:
 
 
 def test_the_world_is_as_rich_as_it_says() -> None:
-    things = [thing for index in range(1500) for thing in scene(1, index).things]
+    things = [thing for index in range(1500) for thing in draw_scene(1, index).things]
     assert len({t.shape for t in things}) == 8
     assert len({t.colour for t in things}) == 8
     assert {t.size for t in things} == {"small", "large"}
     assert {t.texture for t in things} == {"solid", "striped", "dotted"}
-    assert {len(scene(1, index).things) for index in range(1500)} == {1, 2, 3, 4, 5, 6}
-    words = Counter(relation(a, b) for i in range(1500) for a, b in pairwise(scene(1, i).in_order))
+    assert {len(draw_scene(1, index).things) for index in range(1500)} == {1, 2, 3, 4, 5, 6}
+    words = Counter(find_relation(a, b) for i in range(1500) for a, b in pairwise(draw_scene(1, i).in_order))
     assert all(words[word] > 20 for word in ("left of", "above", "below", "touching", "inside", "around"))
     sizes = {Image.open(io.BytesIO(raw.data or b"")).size for raw in corpus(Config(num_images=30, broken_share=0.0))}
     assert len(sizes) > 15
@@ -89,31 +98,31 @@ def test_the_world_is_as_rich_as_it_says() -> None:
 def test_relations_agree_with_each_other(seed: int, index: int) -> None:
     turned = {"left of": "right of", "above": "below", "inside": "around", "touching": "touching"}
     turned |= {said: kept for kept, said in turned.items()}
-    for a, b in combinations(scene(seed, index).things, 2):
-        assert relation(b, a) == turned[relation(a, b)]
-        assert related(a, relation(a, b), b)
-        assert not (related(a, "left of", b) and related(b, "left of", a))
+    for a, b in combinations(draw_scene(seed, index).things, 2):
+        assert find_relation(b, a) == turned[find_relation(a, b)]
+        assert is_related(a, find_relation(a, b), b)
+        assert not (is_related(a, "left of", b) and is_related(b, "left of", a))
 
 
 @given(st.integers(0, 5), st.integers(0, 10**6))
 def test_no_two_things_have_one_name(seed: int, index: int) -> None:
-    names = [thing.name for thing in scene(seed, index).things]
+    names = [thing.name for thing in draw_scene(seed, index).things]
     assert 1 <= len(names) == len(set(names)) <= 6
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 5), st.integers(0, 10**6))
 def test_every_thing_can_be_seen(seed: int, index: int) -> None:
-    truth = scene(seed, index)
-    grid = cells(truth, columns=24, rows=24)
+    truth = draw_scene(seed, index)
+    grid = assign_cells(truth, columns=24, rows=24)
     assert set(np.unique(grid)) - {-1} == set(range(len(truth.things)))
     assert -1 in grid
 
 
 def test_pixels_have_the_colours_of_the_truth() -> None:
-    truth = next(s for i in range(100) if len((s := scene(2, i)).things) == 1 and s.things[0].texture == "solid")
-    image = np.asarray(render(truth, short=128)).astype(int)
-    inside = cells(truth, columns=image.shape[1], rows=image.shape[0]) == 0
+    truth = next(s for i in range(100) if len((s := draw_scene(2, i)).things) == 1 and s.things[0].texture == "solid")
+    image = np.asarray(render_scene(truth, short=128)).astype(int)
+    inside = assign_cells(truth, columns=image.shape[1], rows=image.shape[0]) == 0
     background = np.median(image[~inside], axis=0) - scenes.BACKGROUNDS[truth.background]
     thing = np.median(image[inside], axis=0) - scenes.COLOURS[truth.things[0].colour]
     assert np.abs(background).max() <= 14

@@ -24,15 +24,23 @@ from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import Pass, all_passes, select
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, RubricCriterion, Score, Step
-from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, related, scene
+from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, draw_scene, is_related
 from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
 from stages import rubric, train
 from stages.rubric_writers import Evidence, WrittenRubric, claims, count_majority, llm
 from stages.scenes import claim_checks
-from stages.scenes.claim_checks import Check, heard
-from stages.scenes.claims import Claim, contradicts, facts, parse, related_claim, say, verbalise
-from stages.scenes.teachers import TEACHERS, caption
+from stages.scenes.claim_checks import Check, collect_claims
+from stages.scenes.claims import (
+    Claim,
+    contradicts,
+    list_facts,
+    make_relation,
+    parse_caption,
+    write_caption,
+    write_sentence,
+)
+from stages.scenes.teachers import TEACHERS, caption_scene
 from stages.scorers import Sample, ScoreResult
 from stages.scorers import rubric as scorer
 from tests.stages.test_score import RECIPE, Scripted, caption_row, image_row
@@ -46,7 +54,7 @@ PRAISE = (
     "All criteria are met: yes, yes, yes.",
     "I have described all objects and relations faithfully.",
 )
-scenes = st.builds(scene, st.integers(0, 3), st.integers(0, 10_000))
+scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
 
 
 def evidence(teachers: Sequence[str], *student: str, num_agree: int | None = None) -> Evidence:
@@ -75,8 +83,10 @@ def reward(text: str, asked: Sequence[RubricCriterion]) -> float:
 def written(draw: st.DrawFn) -> tuple[list[str], list[str], tuple[RubricCriterion, ...]]:
     """Captions of teachers, captions of a student, and the rubric that comes of them."""
     shown, seed = draw(scenes), draw(st.integers(0, 100))
-    teachers = [caption(name, shown, seed) for name in draw(st.permutations(list(TEACHERS)))[: draw(st.integers(1, 5))]]
-    student = [caption("hasty", shown, seed + 1 + i) for i in range(draw(st.integers(1, 4)))]
+    teachers = [
+        caption_scene(name, shown, seed) for name in draw(st.permutations(list(TEACHERS)))[: draw(st.integers(1, 5))]
+    ]
+    student = [caption_scene("hasty", shown, seed + 1 + i) for i in range(draw(st.integers(1, 4)))]
     return teachers, student, demands(teachers, *student)
 
 
@@ -86,10 +96,10 @@ def written(draw: st.DrawFn) -> tuple[list[str], list[str], tuple[RubricCriterio
 @given(written())
 def test_all_criteria_met_is_one_and_what_is_agreed_meets_them(made: tuple[list[str], list[str], Any]) -> None:
     teachers, _, asked = made
-    votes = Counter(claim for text in teachers for claim in parse(text).claims)
+    votes = Counter(claim for text in teachers for claim in parse_caption(text).claims)
     agreed = claims.agreement(votes, count_majority(len(teachers)))
     named = {claim.about for claim in agreed if claim.kind == "object"}
-    text = verbalise(sorted(c for c in agreed if c.kind not in ("size", "texture") or c.about in named), Random(0))
+    text = write_caption(sorted(c for c in agreed if c.kind not in ("size", "texture") or c.about in named), Random(0))
     if asked:
         mark = marked(text, asked)
         assert mark.value == 1.0 and {c.verdict for c in mark.criteria} == {"yes"}
@@ -134,7 +144,7 @@ def endings(text: str, random: Random) -> list[str]:
 
 
 def appendices(text: str, asked: Sequence[RubricCriterion], random: Random) -> list[str]:
-    said = [sentence.text for sentence in parse(text).sentences if sentence.claims]
+    said = [sentence.text for sentence in parse_caption(text).sentences if sentence.claims]
     criteria = [demand.text for demand in random.sample(asked, len(asked))]
     return [
         *PRAISE,
@@ -177,7 +187,7 @@ def test_text_that_makes_no_new_claim_raises_nothing_whatever_it_is(
     for said in (*teachers, *student) if asked else ():
         text = f"{said[:cut]}{end}"
         for joined in (f"{text}{more}", f"{text} {more}", f"{text}.{more}"):
-            if parse(joined).claims <= parse(text).claims:
+            if parse_caption(joined).claims <= parse_caption(text).claims:
                 assert reward(joined, asked) <= reward(text, asked), (text, joined)
 
 
@@ -194,20 +204,22 @@ def test_a_false_claim_is_held_against_a_caption_however_its_sentence_goes_on() 
 def test_a_piece_of_a_sentence_is_never_for_a_caption() -> None:
     asked = demands(["A red ring. One object."] * 3, "A blue star.")
     assert reward("A red ring is what one sees", asked) <= reward("", asked)
-    assert claim_checks.held_to("A red ring is there").against("object") == {Claim("object", "red ring", "")}
-    assert not claim_checks.held_to("A red ring is there").claims
+    assert claim_checks.collect_rewarded_claims("A red ring is there").against("object") == {
+        Claim("object", "red ring", "")
+    }
+    assert not claim_checks.collect_rewarded_claims("A red ring is there").claims
 
 
 @given(written())
 def test_what_parses_is_marked_by_what_it_says_alone(made: tuple[list[str], list[str], Any]) -> None:
     for text in (*made[0], *made[1]):
-        assert claim_checks.held_to(text) == heard(text)
+        assert claim_checks.collect_rewarded_claims(text) == collect_claims(text)
 
 
 @given(written())
 def test_no_criterion_makes_a_claim(made: tuple[list[str], list[str], Any]) -> None:
     for demand in made[2]:
-        assert not parse(demand.text).claims and not parse(demand.claim or "").claims
+        assert not parse_caption(demand.text).claims and not parse_caption(demand.claim or "").claims
 
 
 @given(written(), scenes)
@@ -215,11 +227,11 @@ def test_inventing_lowers_the_reward_of_a_student_that_learnt_to_talk(
     made: tuple[list[str], list[str], Any], other: Any
 ) -> None:
     teachers, _, asked = made
-    known = {claim for text in teachers for claim in parse(text).claims}
-    new = [c for c in facts(other) if c.kind == "object" and c not in known]
+    known = {claim for text in teachers for claim in parse_caption(text).claims}
+    new = [c for c in list_facts(other) if c.kind == "object" and c not in known]
     for text in teachers:
         for thing in new if asked else ():
-            assert reward(f"{text} {verbalise([thing], Random(0))}", asked) <= reward(text, asked)
+            assert reward(f"{text} {write_caption([thing], Random(0))}", asked) <= reward(text, asked)
 
 
 OTHERWISE = {"size": SIZES, "texture": TEXTURES, "background": BACKGROUNDS, "count": ("1", "2", "3", "4")}
@@ -230,7 +242,7 @@ def contraries(claim: Claim) -> list[Claim]:
     if claim.kind == "relation":
         turned = claim._replace(about=claim.other, other=claim.about)
         inside = [one._replace(value="inside") for one in (claim, turned)]
-        beside = {"inside": [turned, related_claim(claim.about, "touching", claim.other)], "touching": inside}
+        beside = {"inside": [turned, make_relation(claim.about, "touching", claim.other)], "touching": inside}
         return beside.get(claim.value, [turned])
     values = OTHERWISE.get(claim.kind, ())
     return [claim._replace(value=value) for value in values if value != claim.value]
@@ -239,8 +251,8 @@ def contraries(claim: Claim) -> list[Claim]:
 @given(scenes)
 def test_what_a_scene_has_contradicts_nothing_of_it(shown: Scene) -> None:
     words = ("left of", "right of", "above", "below", "inside", "around", "touching")
-    pairs = [(a, word, b) for a, b in permutations(shown.things, 2) for word in words if related(a, word, b)]
-    true = {*facts(shown), *(related_claim(a.name, word, b.name) for a, word, b in pairs)}
+    pairs = [(a, word, b) for a, b in permutations(shown.things, 2) for word in words if is_related(a, word, b)]
+    true = {*list_facts(shown), *(make_relation(a.name, word, b.name) for a, word, b in pairs)}
     assert not [both for both in permutations(true, 2) if contradicts(*both)]
 
 
@@ -248,20 +260,21 @@ def test_what_a_scene_has_contradicts_nothing_of_it(shown: Scene) -> None:
 def test_saying_it_both_ways_raises_nothing(made: tuple[list[str], list[str], Any]) -> None:
     teachers, _, asked = made
     for text in teachers if asked else ():
-        for claim in sorted(parse(text).claims):
+        for claim in sorted(parse_caption(text).claims):
             about = (Claim("object", claim.about, ""),) if claim.kind in ("size", "texture") else ()
-            more = [say((*about, other), Random(0)) for other in contraries(claim)]
+            more = [write_sentence((*about, other), Random(0)) for other in contraries(claim)]
             for appended in (*more, " ".join(more)):
                 assert reward(f"{text} {appended}", asked) <= reward(text, asked), appended
 
 
 def test_silence_is_worth_little() -> None:
-    shown = [scene(5, i) for i in range(50)]
+    shown = [draw_scene(5, i) for i in range(50)]
     rubrics = [
-        demands([caption(t, s, 0) for t in TEACHERS], *(caption("hasty", s, i) for i in range(4))) for s in shown
+        demands([caption_scene(t, s, 0) for t in TEACHERS], *(caption_scene("hasty", s, i) for i in range(4)))
+        for s in shown
     ]
     assert sum(reward("", asked) for asked in rubrics) / 50 < 0.25
-    assert sum(reward(caption("plain", s, 9), asked) for s, asked in zip(shown, rubrics, strict=True)) / 50 > 0.5
+    assert sum(reward(caption_scene("plain", s, 9), asked) for s, asked in zip(shown, rubrics, strict=True)) / 50 > 0.5
 
 
 # What the writer without a model writes
@@ -301,10 +314,10 @@ def test_what_most_teachers_say_and_the_student_misses() -> None:
 def test_directions_that_follow_may_be_said_and_their_contrary_may_not() -> None:
     teachers = ["A red ring. The red ring is left of the blue star. The blue star is left of the green cross."] * 3
     (only,) = [d for d in demands(teachers, "A red ring.") if d.id.startswith("only_relation")]
-    check = claim_checks.read(only.claim or "")
-    assert check.is_met(heard("The red ring is left of the green cross."))
-    assert not check.is_met(heard("The green cross is left of the red ring."))
-    assert not check.is_met(heard("A red ring."))
+    check = claim_checks.parse_check(only.claim or "")
+    assert check.is_met(collect_claims("The red ring is left of the green cross."))
+    assert not check.is_met(collect_claims("The green cross is left of the red ring."))
+    assert not check.is_met(collect_claims("A red ring."))
 
 
 def test_one_teacher_alone_bears_nothing_out_in_a_committee() -> None:
@@ -327,7 +340,7 @@ def test_a_rubric_follows_from_captions_whoever_they_are_of(made: tuple[list[str
     assert turned == asked
     assert all(0 <= d.missed <= 1 and 0 <= d.agreed <= len(teachers) for d in asked)
     assert all(d.missed > 0 for d in asked if d.id.startswith(("states", "avoids")))
-    assert all(claim_checks.read(d.claim or "").json == d.claim for d in asked)
+    assert all(claim_checks.parse_check(d.claim or "").json == d.claim for d in asked)
 
 
 def test_two_who_contradict_each_other_agree_on_the_rest() -> None:
@@ -345,14 +358,14 @@ def test_where_nobody_agrees_there_is_no_rubric() -> None:
 
 def test_a_sentence_that_says_nothing_new_is_not_plain() -> None:
     plain = Check(how="plain")
-    assert plain.is_met(heard("A red ring. There is a small red ring. One object."))
+    assert plain.is_met(collect_claims("A red ring. There is a small red ring. One object."))
     for text in (
         "",
         "A red ring. A fine picture.",
         "A red ring. There is a red ring.",
         "A small red ring. A red ring.",
     ):
-        assert not plain.is_met(heard(text))
+        assert not plain.is_met(collect_claims(text))
 
 
 # Equal inputs give equal rows, or another version
@@ -814,7 +827,7 @@ def test_what_is_wrong_in_a_section_is_named(tmp_path: Path, section: dict[str, 
 
 def test_claims_are_written_as_readers_expect() -> None:
     assert (
-        claim_checks.said(Claim("relation", "red ring", "left of", "blue star"))
+        claim_checks.format_claim(Claim("relation", "red ring", "left of", "blue star"))
         == "relation(red ring, left of, blue star)"
     )
-    assert claim_checks.said(Claim("background", "", "grey")) == "background(grey)"
+    assert claim_checks.format_claim(Claim("background", "", "grey")) == "background(grey)"

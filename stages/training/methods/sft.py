@@ -47,10 +47,10 @@ def make_trainer(task: TrainingTask) -> Any:
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     if config.sees:
-        from stages.scenes.region_head import Reader
+        from stages.scenes.region_head import RegionReader
 
         # as a part of the model, so that its weights are stepped and kept with the others
-        reader = Reader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
+        reader = RegionReader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
         model.add_module(trainer.READER, reader)
     made = Trainer(
         model=model,
