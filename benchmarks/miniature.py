@@ -200,11 +200,11 @@ class Rubrics:
 
     def score(self, said: Sequence[str]) -> float:
         samples = (
-            Sample(key=str(index), candidate=0, text=text, data=bytes, asked=asked)
+            Sample(key=str(index), candidate=0, text=text, data=bytes, rubric_criteria=asked)
             for index, (text, asked) in enumerate(zip(said, self.asked, strict=True))
         )
         plugin = config.Plugin(kind="rubric", module=rubric, config=rubric.Config(rubric="held-out"))
-        marks = scorers.load(plugin, run=None, field="benchmark").score(samples, {})
+        marks = scorers.load_scorer(plugin, run=None, field="benchmark").score(samples, {})
         return mean(mark.value for mark in marks if mark.value is not None)
 
 

@@ -19,9 +19,9 @@ from pipeline.sections import Run, key
 from pipeline.storage import database
 from stages import recipes
 from stages.recipes import Recipe
-from stages.sql import check_binds, scores_in
+from stages.sql import check_query, find_scores
 from stages.text import answers
-from stages.text.prompts import SamplingConfig, engine_slice, map_with_context, sampling_json, seed_of
+from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
 
 NAMED = True
 VERSION = 1
@@ -64,7 +64,7 @@ class CaptionInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asker:
+class CaptionWork:
     """A pass of the caption stage, with all that its questions and rows need."""
 
     name: str
@@ -91,12 +91,12 @@ class Asker:
             source_key=wanted.image.source_key,
             schema=self.recipe.schema,
             ladder=self.drawing.rungs,
-            accept=lambda reply: answers.read(reply, self.recipe.form).error or "",
-            seed=seed_of(self.seed, wanted.image.key, self.name, wanted.candidate, *wanted.again),
+            accept=lambda reply: answers.read_answer(reply, self.recipe.answer_format).error or "",
+            seed=derive_seed(self.seed, wanted.image.key, self.name, wanted.candidate, *wanted.again),
         )
 
     def row(self, wanted: CaptionInput, reply: Reply, engine: Engine) -> Caption:
-        answer = answers.read(reply, self.recipe.form)
+        answer = answers.read_answer(reply, self.recipe.answer_format)
         asked = self.recipe.build_prompt(wanted.image.alt_text)
         return Caption(
             key=wanted.image.key,
@@ -115,7 +115,7 @@ class Asker:
             model=engine.model,
             revision=engine.revision,
             prompt_hash=asked.hash,
-            sampling=sampling_json(reply.sampling),
+            sampling=encode_sampling(reply.sampling),
             engine=self.engine,
         )
 
@@ -157,7 +157,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
         record=Caption,
         max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
         inputs=partial(inputs, num_candidates=config.num_candidates, query=_query(config, scores)),
-        work=Asker(name=name, engine=config.engine, seed=run.seed, recipe=recipe, drawing=drawing).work,
+        work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, drawing=drawing).work,
     )
 
 
@@ -204,14 +204,14 @@ def _scores(run: Run, name: str, config: Config) -> list[str]:
     if config.where is None and config.of is None:
         return []
     field, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
-    named = sorted(scores_in(run, f"caption.{name}.where", config.where or "true"))
+    named = sorted(find_scores(run, f"caption.{name}.where", config.where or "true"))
     if named and config.of is None:
         raise ConfigError(f"{field}.of", f"is missing: {named[0]} of which captions? {', '.join(others)}")
     if config.of is not None and config.of not in others:
         raise ConfigError(f"{field}.of", plugins.explain_unknown(config.of, others))
     if config.of is not None and not named:
         raise ConfigError(f"{field}.of", "says whose scores `where` means, but `where` names no score")
-    check_binds(run, f"caption.{name}.where", _query(config, named) or "SELECT 1")
+    check_query(run, f"caption.{name}.where", _query(config, named) or "SELECT 1")
     return named
 
 

@@ -21,8 +21,8 @@ from pipeline.records import Exported, Image, NamedScore
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.views import score_folders
-from stages.exporters import Example, TrainingSet
-from stages.sql import scores_in
+from stages.exporters import ExportPayload, ExportSample
+from stages.sql import find_scores
 
 VERSION = 1
 
@@ -87,7 +87,7 @@ def passes(run: Run) -> Iterable[Pass]:
     if not captions:
         return
     rules = run.sections["filter"][""].rules
-    scores = {score for rule, sql in rules.items() for score in scores_in(run, f"filter.rules.{rule}", sql)}
+    scores = {score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)}
     yield Pass(
         stage="export",
         folder="export/index",
@@ -121,9 +121,9 @@ def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
         )
 
 
-def work(chosen: Iterator[ExportInput], _engines: Mapping[str, Engine]) -> Iterator[Example]:
+def work(chosen: Iterator[ExportInput], _engines: Mapping[str, Engine]) -> Iterator[ExportSample]:
     for one in chosen:
-        yield Example(row=exported(one), data=one.shard.data(one.image))
+        yield ExportSample(row=exported(one), data=one.shard.data(one.image))
 
 
 def exported(chosen: ExportInput) -> Exported:
@@ -148,8 +148,8 @@ def exported(chosen: ExportInput) -> Exported:
     )
 
 
-def _payload(settings: Config, shard: Shard) -> TrainingSet:
-    return TrainingSet(
+def _payload(settings: Config, shard: Shard) -> ExportPayload:
+    return ExportPayload(
         shard.run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
     )
 

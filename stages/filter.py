@@ -19,7 +19,7 @@ from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, col
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.views import score_folders
-from stages.sql import ORDER_BY, check_binds, scores_in
+from stages.sql import ORDER_BY, check_query, find_scores
 
 VERSION = 1
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
@@ -57,12 +57,12 @@ def passes(run: Run) -> Iterable[Pass]:
         return
     if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
         raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is a caption's status too; choose another name")
-    used = {rule: scores_in(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
-    named = {score for names in used.values() for score in names} | scores_in(
+    used = {rule: find_scores(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
+    named = {score for names in used.values() for score in names} | find_scores(
         run, "filter.choose", settings.choose, clause=ORDER_BY
     )
     sql = query(settings, used, sorted(named), captions)
-    check_binds(run, "filter", sql)
+    check_query(run, "filter", sql)
     yield Pass(
         stage="filter",
         folder="verdict",

@@ -20,7 +20,7 @@ from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run, key, stamped
 from stages.rubric_writers import Evidence, WrittenRubric, count_majority
-from stages.text.prompts import engine_slice, map_where, seed_of
+from stages.text.prompts import derive_seed, engine_slice, map_where
 
 NAMED = True
 VERSION = 2
@@ -48,7 +48,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Committee:
+class RubricWork:
     """A pass of the rubric stage, with all that its rows need."""
 
     name: str
@@ -92,7 +92,7 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
             alt_text=image.alt_text,
             source_key=image.source_key,
             data=partial(shard.data, image),
-            seed=seed_of(seed, image_key, name, *shard.again),
+            seed=derive_seed(seed, image_key, name, *shard.again),
         )
 
 
@@ -119,7 +119,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
         raise ConfigError(f"{field}.writer", str(error)) from error
     settings = module.prepare(config, run=run.file.parent, field=field)
     engines = tuple(module.engines(settings))
-    work: Callable[..., Iterator[ImageRubric]] = Committee(
+    work: Callable[..., Iterator[ImageRubric]] = RubricWork(
         name=name, writer=config.writer, module=module, settings=settings
     ).work
     return Pass(

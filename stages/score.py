@@ -20,7 +20,7 @@ from pipeline.sections import Plugin, Run, key
 from pipeline.validation import Section
 from stages import scorers
 from stages.scorers import Sample, Scorer, ScoreResult
-from stages.text.prompts import map_with_context, seed_of
+from stages.text.prompts import derive_seed, map_with_context
 
 NAMED = True
 VERSION = 1
@@ -58,7 +58,7 @@ def passes(run: Run) -> Iterable[Pass]:
         ConfigError: a section names what is not there.
     """
     for name, config in run.sections["score"].items():
-        scorer = scorers.load(config.scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
+        scorer = scorers.load_scorer(config.scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
         _check_rubric(run, name, scorer.rubric)
         for caption in _captions(run, name, config):
             yield _pass(run, name, caption, config, scorer)
@@ -80,8 +80,8 @@ def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> 
                 alt_text=image.alt_text,
                 source_key=image.source_key,
                 data=partial(shard.data, image),
-                seed=seed_of(seed, row.key, name, caption, row.candidate, *shard.again),
-                asked=asked,
+                seed=derive_seed(seed, row.key, name, caption, row.candidate, *shard.again),
+                rubric_criteria=asked,
             )
 
 

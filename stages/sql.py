@@ -13,7 +13,7 @@ from pipeline.storage import database
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
 
 
-def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
+def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
     """The score passes that an SQL condition of run.toml mentions, beside columns of image and caption.
 
     Raises:
@@ -34,7 +34,7 @@ def scores_in(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set
     return set(names & set(run.sections["score"]))
 
 
-def check_binds(run: Run, field: str, query: str) -> None:
+def check_query(run: Run, field: str, query: str) -> None:
     """Finds wrong types and functions before any shard is begun: the query is planned over empty tables.
 
     Raises:

@@ -98,7 +98,7 @@ def make(
         from stages.training.methods import grpo
         from stages.training.methods.grpo import Reward, ending, reader
 
-        form = recipe_of(run, config, config.captions[0]).form
+        form = recipe_of(run, config, config.captions[0]).answer_format
         read = reader(form, ends=ending(task.model, task.processor), max_tokens=config.max_tokens)
         data = task.collator.data
         rewards = [
@@ -360,7 +360,7 @@ def _rewards(run: Run, config: Config) -> Mapping[str, Scorer]:
         if name not in known:
             raise ConfigError(f"{run.file}: train.rewards", plugins.explain_unknown(name, sorted(known)))
     found = {
-        name: scorers.load(known[name].scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
+        name: scorers.load_scorer(known[name].scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
         for name in config.rewards
     }
     for name, scorer in found.items():

@@ -20,7 +20,7 @@ from pipeline.storage.payloads import extension
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class ExportSample:
     """A sample of the training set with the bytes of its image file."""
 
     row: Exported
@@ -31,10 +31,10 @@ class Example:
         return self.row.id
 
 
-class Writer(Protocol):
+class FormWriter(Protocol):
     """Writes the samples of one shard in one form."""
 
-    def add(self, example: Example, suffix: str) -> None:
+    def add(self, example: ExportSample, suffix: str) -> None:
         """Appends a sample; `suffix` is the extension of its image's file name."""
 
     def commit(self) -> Mapping[str, int]:
@@ -44,17 +44,17 @@ class Writer(Protocol):
         """Removes unfinished files."""
 
 
-class TrainingSet:
+class ExportPayload:
     """The payload of an export shard: its samples in each of the forms named in `export.formats`."""
 
     def __init__(self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str) -> None:
         work = work_folder(run, "export/index", shard)
         self._extension = image_extension
-        self._writers: list[Writer] = [
+        self._writers: list[FormWriter] = [
             plugins.load("stages.exporters", name).open(run, shard, work) for name in formats
         ]
 
-    def take(self, output: Example) -> Exported:
+    def take(self, output: ExportSample) -> Exported:
         suffix = extension(output.row.format) if self._extension == "original" else self._extension
         for writer in self._writers:
             writer.add(output, suffix)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.records import Exported, arrow_schema
 from pipeline.storage.payloads import Unfinished, placed
-from stages.exporters import Example
+from stages.exporters import ExportSample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +33,7 @@ class ImageParquet:
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
 
-    def add(self, example: Example, suffix: str) -> None:
+    def add(self, example: ExportSample, suffix: str) -> None:
         image = {"bytes": example.data, "path": f"{example.row.key}.{suffix}"}
         self._rows.append({"image": image, **asdict(example.row)})
         if len(self._rows) == ROWS_PER_GROUP:

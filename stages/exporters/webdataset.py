@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.storage.payloads import Tar, Unfinished, placed
-from stages.exporters import Example
+from stages.exporters import ExportSample
 
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
@@ -21,7 +21,7 @@ class WebDataset:
     def __init__(self, run: Path, file: Unfinished) -> None:
         self._run, self._tar = run, Tar(file)
 
-    def add(self, example: Example, suffix: str) -> None:
+    def add(self, example: ExportSample, suffix: str) -> None:
         row = example.row
         self._tar.add(f"{row.key}.{suffix}", example.data)
         self._tar.add(f"{row.key}.json", json.dumps(asdict(row), ensure_ascii=False).encode())

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.errors import ConfigError
-from stages.text.repetition import words_of
+from stages.text.repetition import split_words
 
 LEAK = 8  # words in a row that an answer shares with what was asked
 Patterns = Mapping[str, tuple[str, ...]]  # flag -> regular expressions, without regard to case
@@ -75,5 +75,5 @@ def _grams_of_prompt(prompt: str) -> frozenset[tuple[str, ...]]:
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
-    words = words_of(text)
+    words = split_words(text)
     return {tuple(words[i : i + LEAK]) for i in range(len(words) - LEAK + 1)}

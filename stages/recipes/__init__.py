@@ -20,8 +20,8 @@ from pipeline.sections import key
 from pipeline.validation import Section
 from stages import flags
 from stages.text import json_schema
-from stages.text.answers import Form
-from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, hash_of
+from stages.text.answers import AnswerFormat
+from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, hash_prompt, list_fields
 
 FIELDS = ("alt_text",)
 
@@ -50,11 +50,11 @@ class RecipeSpec:
 
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
-        if "alt_text" in fields_in(self.prompt) and self.prompt_without_alt_text is None:
+        if "alt_text" in list_fields(self.prompt) and self.prompt_without_alt_text is None:
             raise ValueError("prompt uses {alt_text}: prompt_without_alt_text must say what to ask where there is none")
         check_fields(self.prompt_without_alt_text or "", (), where="prompt_without_alt_text")
         if self.schema is not None:
-            json_schema.check(self.schema)
+            json_schema.check_schema(self.schema)
             check_fields(self.text, self.schema.get("properties", {}), where="text")
         if (self.schema is None) != (not self.text):
             raise ValueError("schema and text belong together: text says how the fields make prose")
@@ -85,28 +85,28 @@ class Recipe:
         return None if self.spec.schema is None else json.dumps(self.spec.schema, ensure_ascii=False)
 
     @cached_property
-    def form(self) -> Form | None:
-        return None if self.spec.schema is None else Form(schema=self.spec.schema, prose=self._prose)
+    def answer_format(self) -> AnswerFormat | None:
+        return None if self.spec.schema is None else AnswerFormat(schema=self.spec.schema, to_prose=self._prose)
 
     def build_prompt(self, alt_text: str | None) -> CaptionPrompt:
         """What to ask about an image with this alt text."""
         template = self.spec.prompt
-        if "alt_text" in fields_in(template) and not (alt_text and alt_text.strip()):
+        if "alt_text" in list_fields(template) and not (alt_text and alt_text.strip()):
             assert self.spec.prompt_without_alt_text is not None
             template = self.spec.prompt_without_alt_text
-        shown = fenced(alt_text or "", limit=self.spec.max_alt_text)
+        shown = fence_text(alt_text or "", limit=self.spec.max_alt_text)
         return CaptionPrompt(
-            prompt=fill(template, {"alt_text": shown}).strip(),
+            prompt=fill_template(template, {"alt_text": shown}).strip(),
             template=template,
-            hash=hash_of(self.spec.system, template, self.schema or ""),
+            hash=hash_prompt(self.spec.system, template, self.schema or ""),
         )
 
     def find_flags(self, text: str, asked: CaptionPrompt) -> tuple[str, ...]:
         return flags.find_flags(text, self.flags, prompt=f"{self.spec.system}\n{asked.template}") if text else ()
 
     def _prose(self, value: Mapping[str, Any]) -> str:
-        said = {name: _said(value.get(name)) for name in fields_in(self.spec.text)}
-        return " ".join(fill(self.spec.text, said).split())
+        said = {name: _said(value.get(name)) for name in list_fields(self.spec.text)}
+        return " ".join(fill_template(self.spec.text, said).split())
 
 
 def load(name: str, *, run: Path | None) -> Recipe:

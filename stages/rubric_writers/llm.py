@@ -24,12 +24,12 @@ from stages.text.answers import read_value
 from stages.text.prompts import (
     SamplingConfig,
     check_fields,
-    fenced,
-    fields_in,
-    fill,
-    hash_of,
+    fence_text,
+    fill_template,
+    hash_prompt,
+    join_lines,
+    list_fields,
     map_with_context,
-    one_line,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class WriterSpec:
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
         for name in ("teachers", "student"):
-            if name not in fields_in(self.prompt):
+            if name not in list_fields(self.prompt):
                 raise ValueError(f"prompt: must have {{{name}}}")
         if self.min_criteria > self.max_criteria:
             raise ValueError(f"min_criteria = {self.min_criteria} is more than max_criteria = {self.max_criteria}")
@@ -127,7 +127,7 @@ def schema(evidence: Evidence, spec: WriterSpec) -> dict[str, Any]:
 
 
 def _prompt(evidence: Evidence, spec: WriterSpec) -> str:
-    return fill(
+    return fill_template(
         spec.prompt,
         {
             "num_teachers": str(len(evidence.teachers)),
@@ -140,7 +140,7 @@ def _prompt(evidence: Evidence, spec: WriterSpec) -> str:
 
 
 def _listed(who: str, captions: Sequence[str]) -> str:
-    return "\n\n".join(f"{who} {number}:\n{fenced(text)}" for number, text in enumerate(captions, start=1))
+    return "\n\n".join(f"{who} {number}:\n{fence_text(text)}" for number, text in enumerate(captions, start=1))
 
 
 def _read(reply: Reply, evidence: Evidence, spec: WriterSpec) -> tuple[tuple[RubricCriterion, ...], str]:
@@ -159,7 +159,7 @@ def _demands(said: Sequence[Mapping[str, Any]], evidence: Evidence) -> tuple[Rub
     """
     found: dict[str, RubricCriterion] = {}
     for one in sorted(said, key=lambda one: SEVERITIES.index(one["severity"])):
-        text, num_experts = one_line(one["text"]), len(set(one["experts"]))
+        text, num_experts = join_lines(one["text"]), len(set(one["experts"]))
         if not any(map(str.isalnum, text)):
             raise ValueError(f"a criterion has no words: {text!r}")
         if num_experts < evidence.num_agree:
@@ -184,7 +184,7 @@ def _written(evidence: Evidence, reply: Reply, settings: Settings, engine: Engin
         criteria=demands,
         status="error" if problem else "ok" if demands else "empty",
         error=problem or nothing or None,
-        prompt_hash=hash_of(settings.spec.system, settings.spec.prompt),
+        prompt_hash=hash_prompt(settings.spec.system, settings.spec.prompt),
         num_prompt_tokens=reply.num_prompt_tokens,
         num_output_tokens=reply.num_output_tokens,
         attempt=reply.attempt,

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section
-from stages.text.prompts import SamplingConfig, check_fields, fenced, fields_in, fill, one_line
+from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, join_lines, list_fields
 
 FIELDS = ("criteria", "alt_text", "caption", "sentence")
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the field that holds what is judged
@@ -76,7 +76,7 @@ class RubricSpec:
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
         wanted = JUDGED[self.unit]
-        if fields_in(self.prompt)[-1:] != [wanted]:
+        if list_fields(self.prompt)[-1:] != [wanted]:
             raise ValueError(f"prompt: {{{wanted}}} is its last field, so that requests about one image share a prefix")
 
 
@@ -107,11 +107,11 @@ class Rubric:
         """
         fields = {
             "criteria": "\n".join(map(self._listed, self.criteria.values())),
-            "alt_text": fenced(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
-            "caption": fenced(caption),
-            "sentence": one_line(sentence),
+            "alt_text": fence_text(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
+            "caption": fence_text(caption),
+            "sentence": join_lines(sentence),
         }
-        return fill(self.spec.prompt, fields).strip()
+        return fill_template(self.spec.prompt, fields).strip()
 
     def _listed(self, question: Question) -> str:
         answers = ", ".join(f'"{answer}"' for answer in question.answers)
@@ -149,7 +149,7 @@ def load_judge_spec(name: str, *, run: Path | None) -> RubricSpec:
     if "criteria" in section.values:
         raise section.error("criteria", "these are a rubric of its own; wanted are words that leave the criteria open")
     spec = section.parse(RubricSpec)
-    if "criteria" not in fields_in(spec.prompt) or spec.unit != "caption":
+    if "criteria" not in list_fields(spec.prompt) or spec.unit != "caption":
         raise section.error("prompt", "must have {criteria}, and {caption} last")
     if spec.unsure in ("no", "yes"):
         raise section.error("unsure", f"{spec.unsure!r} is an answer of every criterion too")
@@ -193,7 +193,7 @@ def _check(section: Section, spec: RubricSpec, questions: list[Question]) -> Non
         raise section.error("criteria", f"{twice[0]!r} is the id of two")
     if spec.unsure and any(spec.unsure in q.answers for q in questions):
         raise section.error("unsure", f"{spec.unsure!r} is an answer of one of the criteria too")
-    if len(questions) > 1 and "criteria" not in fields_in(spec.prompt):
+    if len(questions) > 1 and "criteria" not in list_fields(spec.prompt):
         raise section.error("prompt", "must have {criteria}: there are several")
     if not any(q.effective_weight for q in questions):
         raise section.error("criteria", "at least one must weigh more than 0")

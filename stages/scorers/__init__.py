@@ -42,7 +42,7 @@ class Sample:
     source_key: str = ""  # what the corpus calls the image
     data: Callable[[], bytes]  # the image file, read when it is called; called only by scorers that look at it
     seed: int = 0
-    asked: tuple[RubricCriterion, ...] | None = None  # of its image's own rubric; None where there is none
+    rubric_criteria: tuple[RubricCriterion, ...] | None = None  # of its image's own rubric; None where there is none
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -75,12 +75,12 @@ class Scorer:
     kind: str
     module: ModuleType
     config: Any
-    asks: Mapping[str, str]  # key -> the engine that it names
+    engine_names: Mapping[str, str]  # key -> the engine that it names
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
 
     @property
     def engines(self) -> tuple[str, ...]:
-        return tuple(self.asks.values())
+        return tuple(self.engine_names.values())
 
     def slice(self, run: Run, *, field: str) -> dict[str, Any]:
         """All that decides its marks. The seed does only where a model is asked.
@@ -89,9 +89,9 @@ class Scorer:
             ConfigError: an engine that it asks is not there; `field` is the section that names it.
         """
         found = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.config)}
-        if not self.asks:
+        if not self.engine_names:
             return found
-        asked = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.asks.items()]
+        asked = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.engine_names.items()]
         return {**found, "seed": run.seed, "engines": asked}
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
@@ -99,7 +99,7 @@ class Scorer:
         return marks
 
 
-def load(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
+def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     """The scorer of a section.
 
     Args:
@@ -115,7 +115,7 @@ def load(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
         config = module.prepare(config, run=run, field=field)
     asks = module.engines(config) if hasattr(module, "engines") else {}
     rubric = module.rubric(config) if hasattr(module, "rubric") else ""
-    return Scorer(kind=plugin.kind, module=module, config=config, asks=asks, rubric=rubric)
+    return Scorer(kind=plugin.kind, module=module, config=config, engine_names=asks, rubric=rubric)
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:

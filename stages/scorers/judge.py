@@ -19,8 +19,8 @@ from stages import rubrics
 from stages.rubrics import Question, Rubric
 from stages.scorers import Sample, ScoreResult, weighted_mean
 from stages.text.answers import read_value
-from stages.text.prompts import map_with_context, seed_of
-from stages.text.sentences import sentences
+from stages.text.prompts import derive_seed, map_with_context
+from stages.text.sentences import split_sentences
 
 VERSION = 1
 
@@ -32,7 +32,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class Settings:
     """A rubric and who is asked."""
 
     engine: str = key(help="a name in [engines]", stamp=False)
@@ -40,7 +40,7 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Passage:
     """What one request judges: a caption, or a sentence of it."""
 
     sample: Sample
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdicts:
+class JudgeAnswer:
     """What came back for one part."""
 
     criteria: tuple[Criterion, ...]
@@ -60,27 +60,27 @@ class Verdicts:
     problem: str  # why they decide nothing
 
 
-def prepare(config: Config, *, run: Path | None, field: str) -> Judge:
+def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
     """
     Raises:
         ConfigError: there is no such rubric, or it is wrong.
     """
     try:
-        return Judge(engine=config.engine, rubric=rubrics.load(config.rubric, run=run))
+        return Settings(engine=config.engine, rubric=rubrics.load(config.rubric, run=run))
     except UnknownNameError as error:
         raise ConfigError(f"{field}.rubric", str(error)) from error
 
 
-def engines(config: Judge) -> Mapping[str, str]:
+def engines(config: Settings) -> Mapping[str, str]:
     return {"engine": config.engine}
 
 
-def score(samples: Iterable[Sample], config: Judge, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+def score(samples: Iterable[Sample], config: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     """One mark for each sample."""
-    return marks(((sample, config.rubric) for sample in samples), engine=config.engine, engines=engines)
+    return score_by_rubrics(((sample, config.rubric) for sample in samples), engine=config.engine, engines=engines)
 
 
-def marks(
+def score_by_rubrics(
     samples: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine]
 ) -> Iterator[ScoreResult]:
     """One mark for each sample, by the rubric beside it.
@@ -89,7 +89,7 @@ def marks(
     """
     model = engines[engine]
     parts = (part for sample, rubric in samples for part in _parts(sample, rubric))
-    said: list[Verdicts] = []
+    said: list[JudgeAnswer] = []
     for part, reply in map_with_context(model.generate, ((part, _request(part)) for part in parts)):
         said.append(_verdicts(part, reply))
         if part.is_last:
@@ -97,17 +97,17 @@ def marks(
             said = []
 
 
-def _parts(sample: Sample, rubric: Rubric) -> Iterator[Part]:
+def _parts(sample: Sample, rubric: Rubric) -> Iterator[Passage]:
     images = (sample.data(),) if rubric.spec.with_image else ()
     by_sentence = rubric.spec.unit == "sentence"
-    texts = (by_sentence and sentences(sample.text)) or [sample.text]  # an empty text is judged too
+    texts = (by_sentence and split_sentences(sample.text)) or [sample.text]  # an empty text is judged too
     for number, text in enumerate(texts, start=1):
         suffix = f"/{number}" if by_sentence else ""
         is_last = number == len(texts)
-        yield Part(sample=sample, rubric=rubric, images=images, text=text, suffix=suffix, is_last=is_last)
+        yield Passage(sample=sample, rubric=rubric, images=images, text=text, suffix=suffix, is_last=is_last)
 
 
-def _request(part: Part) -> Request:
+def _request(part: Passage) -> Request:
     sample, rubric = part.sample, part.rubric
     return Request(
         id=f"{sample.key}/{sample.candidate}{part.suffix}",
@@ -118,7 +118,7 @@ def _request(part: Part) -> Request:
         schema=json.dumps(rubric.schema, ensure_ascii=False),
         ladder=rubric.spec.sampling.rungs,
         accept=lambda reply: _problem(reply, rubric),
-        seed=seed_of(sample.seed, part.suffix),
+        seed=derive_seed(sample.seed, part.suffix),
     )
 
 
@@ -130,12 +130,12 @@ def _problem(reply: Reply, rubric: Rubric) -> str:
     return ""
 
 
-def _verdicts(part: Part, reply: Reply) -> Verdicts:
+def _verdicts(part: Passage, reply: Reply) -> JudgeAnswer:
     rubric = part.rubric
     problem = _problem(reply, rubric)
     said = {} if problem else rubric.verdicts(read_value(reply, rubric.schema))
     criteria = tuple(_criterion(q, said.get(q.id, {}), part.suffix) for q in rubric.criteria.values())
-    return Verdicts(criteria=criteria, reply=reply, problem=problem)
+    return JudgeAnswer(criteria=criteria, reply=reply, problem=problem)
 
 
 def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Criterion:
@@ -150,7 +150,7 @@ def _criterion(question: Question, said: Mapping[str, str], suffix: str) -> Crit
     )
 
 
-def _mark(said: Sequence[Verdicts], rubric: Rubric, *, name: str, engine: Engine) -> ScoreResult:
+def _mark(said: Sequence[JudgeAnswer], rubric: Rubric, *, name: str, engine: Engine) -> ScoreResult:
     criteria = tuple(criterion for verdicts in said for criterion in verdicts.criteria)
     failed = next((v.reply.error for v in said if v.reply.error is not None), None)
     value = None if failed else _value(said, rubric)
@@ -169,7 +169,7 @@ def _mark(said: Sequence[Verdicts], rubric: Rubric, *, name: str, engine: Engine
     )
 
 
-def _value(said: Sequence[Verdicts], rubric: Rubric) -> float | None:
+def _value(said: Sequence[JudgeAnswer], rubric: Rubric) -> float | None:
     """The mean over what was decided, of all or of the worst sentence; None when too little was."""
     criteria = [criterion for verdicts in said for criterion in verdicts.criteria]
     decided = weighted_mean(

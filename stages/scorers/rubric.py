@@ -35,7 +35,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Marker:
+class Settings:
     """Where the criteria come from, and who decides them."""
 
     rubric: str
@@ -43,7 +43,7 @@ class Marker:
     words: RubricSpec | None = None  # None: nobody is asked
 
 
-def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
+def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
     """
     Raises:
         ConfigError: there are no such words, they are wrong, or there is nobody whom they could ask.
@@ -51,43 +51,43 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Marker:
     if not config.judge:
         if config.words:
             raise ConfigError(f"{field}.words", "asks nobody: name a judge too")
-        return Marker(rubric=config.rubric)
+        return Settings(rubric=config.rubric)
     try:
         words = rubrics.load_judge_spec(config.words or WORDS, run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
-    return Marker(rubric=config.rubric, judge=config.judge, words=words)
+    return Settings(rubric=config.rubric, judge=config.judge, words=words)
 
 
-def engines(config: Marker) -> Mapping[str, str]:
+def engines(config: Settings) -> Mapping[str, str]:
     return {"judge": config.judge} if config.judge else {}
 
 
-def rubric(config: Marker) -> str:
+def rubric(config: Settings) -> str:
     return config.rubric
 
 
-def score(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+def score(samples: Iterable[Sample], config: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     mark = partial(_judged, config=config, engines=engines) if config.judge else _matched_all
-    for sample, made in map_where(mark, samples, lambda sample: bool(sample.asked)):
+    for sample, made in map_where(mark, samples, lambda sample: bool(sample.rubric_criteria)):
         yield made or _without(sample)
 
 
 def _without(sample: Sample) -> ScoreResult:
-    why = "has no rubric" if sample.asked is None else "has an empty rubric"
+    why = "has no rubric" if sample.rubric_criteria is None else "has an empty rubric"
     return ScoreResult(value=None, status="unknown", error=f"this image {why}")
 
 
-def _judged(samples: Iterable[Sample], config: Marker, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+def _judged(samples: Iterable[Sample], config: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     assert config.words is not None
     words = config.words
-    own = ((sample, rubrics.build_image_rubric(words, sample.asked or ())) for sample in samples)
-    return judge.marks(own, engine=config.judge, engines=engines)
+    own = ((sample, rubrics.build_image_rubric(words, sample.rubric_criteria or ())) for sample in samples)
+    return judge.score_by_rubrics(own, engine=config.judge, engines=engines)
 
 
 def _matched_all(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
-        yield _matched(sample.text, sample.asked or ())
+        yield _matched(sample.text, sample.rubric_criteria or ())
 
 
 def _matched(text: str, demands: Iterable[RubricCriterion]) -> ScoreResult:

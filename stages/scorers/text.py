@@ -16,7 +16,7 @@ from pipeline.records import Criterion
 from pipeline.sections import key
 from stages import flags
 from stages.scorers import Sample, ScoreResult, weighted_mean
-from stages.text.repetition import loop_in, words_of
+from stages.text.repetition import find_loop, split_words
 
 VERSION = 1
 WEIGHTS: Mapping[str, float] = {  # of the checks, and of the flags that ship; of other flags 1
@@ -33,7 +33,7 @@ WEIGHTS: Mapping[str, float] = {  # of the checks, and of the flags that ship; o
     "markdown": 1.0,
 }
 COPIED = 3  # words in a row that the alt text has too
-Found = tuple[bool | None, str]  # whether the check is passed, None where it does not apply, and why
+CheckResult = tuple[bool | None, str]  # whether the check is passed, None where it does not apply, and why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class Settings:
     """The bounds, and the words of the flags."""
 
     bounds: Config
@@ -59,7 +59,7 @@ class Checks:
     weights: Mapping[str, float]
 
 
-def prepare(config: Config, *, run: Path | None, field: str) -> Checks:
+def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
     """
     Raises:
         ConfigError: there are no such flags, or a weight is no check's.
@@ -72,10 +72,10 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Checks:
     for name, weight in config.weights.items():
         if name not in weights or weight < 0:
             raise ConfigError(f"{field}.weights.{name}", f"no such check, or below 0; there are {', '.join(weights)}")
-    return Checks(bounds=config, patterns=patterns, weights=weights | dict(config.weights))
+    return Settings(bounds=config, patterns=patterns, weights=weights | dict(config.weights))
 
 
-def score(samples: Iterable[Sample], config: Checks, _: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+def score(samples: Iterable[Sample], config: Settings, _: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     for sample in samples:
         criteria = tuple(_criteria(sample, config))
         value = weighted_mean(criteria)
@@ -87,7 +87,7 @@ def score(samples: Iterable[Sample], config: Checks, _: Mapping[str, Engine]) ->
             yield ScoreResult(value=value, criteria=criteria)
 
 
-def _criteria(sample: Sample, config: Checks) -> Iterator[Criterion]:
+def _criteria(sample: Sample, config: Settings) -> Iterator[Criterion]:
     for name, check in CHECKS.items():
         yield _criterion(name, check(sample, config.bounds), config)
     noticed = flags.find_flags(sample.text, config.patterns)
@@ -95,7 +95,7 @@ def _criteria(sample: Sample, config: Checks) -> Iterator[Criterion]:
         yield _criterion(name, (name not in noticed, "noticed" if name in noticed else "not noticed"), config)
 
 
-def _criterion(name: str, found: Found, config: Checks) -> Criterion:
+def _criterion(name: str, found: CheckResult, config: Settings) -> Criterion:
     passed, reason = found
     return Criterion(
         id=name,
@@ -106,28 +106,28 @@ def _criterion(name: str, found: Found, config: Checks) -> Criterion:
     )
 
 
-def _words(sample: Sample, bounds: Config) -> Found:
+def _words(sample: Sample, bounds: Config) -> CheckResult:
     num = len(sample.text.split())
     return bounds.min_words <= num <= bounds.max_words, f"{num} words"
 
 
-def _loop(sample: Sample, _: Config) -> Found:
-    loop = loop_in(sample.text)
+def _loop(sample: Sample, _: Config) -> CheckResult:
+    loop = find_loop(sample.text)
     return not loop, loop or "nothing loops"
 
 
-def _printable(sample: Sample, bounds: Config) -> Found:
+def _printable(sample: Sample, bounds: Config) -> CheckResult:
     num = sum(char in "\n\t" or (char.isprintable() and char != "\ufffd") for char in sample.text)
     share = num / max(1, len(sample.text))
     return share >= bounds.min_printable, f"{share:.1%} of its characters print"
 
 
-def _ending(sample: Sample, _: Config) -> Found:
+def _ending(sample: Sample, _: Config) -> CheckResult:
     last = sample.text.rstrip().rstrip("\"'”’»)]*_」』）")[-1:]
     return last in tuple(".!?…。！？"), f"ends with {last!r}"
 
 
-def _copy(sample: Sample, bounds: Config) -> Found:
+def _copy(sample: Sample, bounds: Config) -> CheckResult:
     if not (sample.alt_text and sample.alt_text.strip()):
         return None, "no alt text"
     own, other = _runs(sample.text), _runs(sample.alt_text)
@@ -137,7 +137,7 @@ def _copy(sample: Sample, bounds: Config) -> Found:
 
 def _runs(text: str) -> list[tuple[str, ...]]:
     """Of three words each; the whole text when it is shorter."""
-    words = words_of(text)
+    words = split_words(text)
     return [tuple(words[i : i + COPIED]) for i in range(max(1, len(words) - COPIED + 1))]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.engines import Reply
 from pipeline.records import CaptionStatus
 from stages.text import json_schema
-from stages.text.repetition import loop_in
+from stages.text.repetition import find_loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,14 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class AnswerFormat:
     """The form in which a structured answer is asked for."""
 
     schema: Mapping[str, Any]
-    prose: Callable[[Any], str]  # from a value that follows the schema
+    to_prose: Callable[[Any], str]  # from a value that follows the schema
 
 
-def read(reply: Reply, form: Form | None = None) -> Answer:
+def read_answer(reply: Reply, form: AnswerFormat | None = None) -> Answer:
     """The answer in a reply.
 
     It is accepted when it finished with "stop", is not empty, does not loop and, with a form, follows it. A loop that
@@ -48,7 +48,7 @@ def read(reply: Reply, form: Form | None = None) -> Answer:
     if not came:
         return _refused("empty", came, "the answer is empty")
     text, fields, wrong = _formed(came, form)
-    if loop := loop_in(text):
+    if loop := find_loop(text):
         return _refused("repeated", came, f"the answer loops: {loop}")
     if reply.finish_reason != "stop":
         return _refused("truncated", came, _cut(reply))
@@ -68,26 +68,26 @@ def read_value(reply: Reply, schema: Mapping[str, Any]) -> Any:
     if reply.finish_reason != "stop":
         raise ValueError(_cut(reply))
     try:
-        value = json_schema.parse(reply.text)
+        value = json_schema.parse_json(reply.text)
     except ValueError as error:
         raise ValueError(f"the answer is no JSON: {error}") from error
-    if wrong := json_schema.problem(value, schema):
+    if wrong := json_schema.find_problem(value, schema):
         raise ValueError(f"the answer does not follow its schema: {wrong}")
     return value
 
 
-def _formed(came: str, form: Form | None) -> tuple[str, str | None, str]:
+def _formed(came: str, form: AnswerFormat | None) -> tuple[str, str | None, str]:
     """Its prose, its JSON and what is wrong with the form."""
     if form is None:
         return came, None, ""
     try:
-        value = json_schema.parse(came)
+        value = json_schema.parse_json(came)
     except ValueError as error:
         return came, None, f"the answer is no JSON: {error}"
-    if wrong := json_schema.problem(value, form.schema):
+    if wrong := json_schema.find_problem(value, form.schema):
         return came, None, f"the answer does not follow its schema: {wrong}"
-    prose = form.prose(value).strip()
-    return (prose, json_schema.inner(came), "") if prose else (came, None, "the answer's fields are empty")
+    prose = form.to_prose(value).strip()
+    return (prose, json_schema.strip_fence(came), "") if prose else (came, None, "the answer's fields are empty")
 
 
 def _cut(reply: Reply) -> str:

@@ -28,7 +28,7 @@ CHECKED = frozenset(_CHECKED.split())
 _FENCED = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 
 
-def parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value of a JSON text, which may stand in a code fence.
 
     Its strings may have line breaks and tabs as they are: models write them so, and not every grammar forbids it.
@@ -37,23 +37,23 @@ def parse(text: str) -> Any:
         ValueError: it is none, or an object in it has a name twice; the message says what and where.
     """
     try:
-        return json.loads(inner(text), strict=False, object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(strip_fence(text), strict=False, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def inner(text: str) -> str:
+def strip_fence(text: str) -> str:
     """The text without the code fence around it, if it has one."""
     found = _FENCED.fullmatch(text.strip())
     return found[1].strip() if found else text.strip()
 
 
-def problem(value: Any, schema: Mapping[str, Any]) -> str:
+def find_problem(value: Any, schema: Mapping[str, Any]) -> str:
     """What is wrong with a value in the schema's eyes; "" when nothing is."""
     return next(_problems(value, schema, ""), "")
 
 
-def check(schema: Any, where: str = "schema") -> None:
+def check_schema(schema: Any, where: str = "schema") -> None:
     """
     Raises:
         ValueError: the schema has a word that is not checked here.
@@ -65,11 +65,11 @@ def check(schema: Any, where: str = "schema") -> None:
     if "type" in schema and schema["type"] not in TYPES:
         raise ValueError(f"{where}: {schema['type']!r} is no type; there are {', '.join(TYPES)}")
     for name, part in schema.get("properties", {}).items():
-        check(part, f"{where}.properties.{name}")
+        check_schema(part, f"{where}.properties.{name}")
     for i, part in enumerate(schema.get("anyOf", [])):
-        check(part, f"{where}.anyOf[{i}]")
+        check_schema(part, f"{where}.anyOf[{i}]")
     if "items" in schema:
-        check(schema["items"], f"{where}.items")
+        check_schema(schema["items"], f"{where}.items")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _problems(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str
         yield f"{place} is {value!r}, which is none of {', '.join(map(str, schema['enum']))}"
     if "const" in schema and value != schema["const"]:
         yield f"{place} is {value!r}, not {schema['const']!r}"
-    if "anyOf" in schema and all(problem(value, part) for part in schema["anyOf"]):
+    if "anyOf" in schema and all(find_problem(value, part) for part in schema["anyOf"]):
         yield f"{place} is none of the forms allowed"
     yield from _size_problems(value, schema, place)
     if isinstance(value, dict):

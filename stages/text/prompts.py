@@ -25,7 +25,7 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 FIELD = re.compile(r"\{([a-z_]+)\}")
 JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji are spelt with them
-ROOM = 64  # seeds above a request's own, one for each further attempt
+MAX_ATTEMPTS = 64  # seeds above a request's own, one for each further attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.top_p == 0:
             raise ValueError("top_p = 0 leaves no token to draw; it is above 0, and 1 is off")
-        if len(self.ladder) >= ROOM or any(not 0 <= step <= 2 for step in self.ladder):
-            raise ValueError(f"ladder has fewer than {ROOM} temperatures, each from 0 to 2")
+        if len(self.ladder) >= MAX_ATTEMPTS or any(not 0 <= step <= 2 for step in self.ladder):
+            raise ValueError(f"ladder has fewer than {MAX_ATTEMPTS} temperatures, each from 0 to 2")
 
     @property
     def rungs(self) -> tuple[Sampling, ...]:
@@ -60,16 +60,16 @@ class SamplingConfig:
         )
 
 
-def fill(template: str, fields: Mapping[str, str]) -> str:
+def fill_template(template: str, fields: Mapping[str, str]) -> str:
     """The template with its {fields} filled in one pass: what is filled in is not looked at again.
 
-    >>> fill("{a} and {b}", {"a": "{b}", "b": "c"})
+    >>> fill_template("{a} and {b}", {"a": "{b}", "b": "c"})
     '{b} and c'
     """
     return FIELD.sub(lambda found: fields[found[1]], template)
 
 
-def fields_in(template: str) -> list[str]:
+def list_fields(template: str) -> list[str]:
     """The names of its fields, in the order in which they stand."""
     return FIELD.findall(template)
 
@@ -79,35 +79,35 @@ def check_fields(template: str, allowed: Iterable[str], *, where: str) -> None:
     Raises:
         ValueError: the template has a field that nothing fills.
     """
-    if unknown := set(fields_in(template)) - set(allowed):
+    if unknown := set(list_fields(template)) - set(allowed):
         known = ", ".join(f"{{{name}}}" for name in allowed)
         raise ValueError(f"{where}: {{{min(unknown)}}} is no field; there are {known}")
 
 
-def fenced(text: str, *, limit: int | None = None) -> str:
+def fence_text(text: str, *, limit: int | None = None) -> str:
     """The text on lines of its own, between fences longer than any run of backticks in it.
 
     Args:
         text: words of unknown origin.
         limit: characters kept.
     """
-    text = cut(harmless(text), limit)
+    text = truncate_text(sanitise_text(text), limit)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 
 
-def harmless(text: str) -> str:
+def sanitise_text(text: str) -> str:
     """The text without what would steer a tokenizer or a terminal: control characters and a chat template's tokens."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     plain = "".join(c if c in "\n" or c in JOINERS or unicodedata.category(c)[0] != "C" else " " for c in text)
     return re.sub(r"<(?=[|/\w])|\[(?=/?INST\])", lambda found: f"{found[0]} ", plain).strip()
 
 
-def one_line(text: str) -> str:
-    return " ".join(harmless(text).split())
+def join_lines(text: str) -> str:
+    return " ".join(sanitise_text(text).split())
 
 
-def cut(text: str, limit: int | None) -> str:
+def truncate_text(text: str, limit: int | None) -> str:
     """At most `limit` characters, whole words where there are words, with a mark where something is missing."""
     if limit is None or len(text) <= limit:
         return text
@@ -115,20 +115,20 @@ def cut(text: str, limit: int | None) -> str:
     return f"{head.rsplit(maxsplit=1)[0] if ' ' in head[limit // 2 :] else head} …"
 
 
-def seed_of(*parts: str | int) -> int:
+def derive_seed(*parts: str | int) -> int:
     """31 bits that depend on every part and leave room for the seeds of further attempts."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return int.from_bytes(digest[:8]) % (2**31 - ROOM)
+    return int.from_bytes(digest[:8]) % (2**31 - MAX_ATTEMPTS)
 
 
 @lru_cache(maxsize=256)
-def sampling_json(sampling: Sampling) -> str:
+def encode_sampling(sampling: Sampling) -> str:
     """As the tables of captions have it; nearly every row has the same."""
     return json.dumps(asdict(sampling))
 
 
 @lru_cache(maxsize=256)
-def hash_of(*words: str) -> str:
+def hash_prompt(*words: str) -> str:
     """Of the words asked, 16 hex digits."""
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 

@@ -26,13 +26,13 @@ _NUMBER = re.compile(r"\d[\d.,]*")
 
 
 @lru_cache(maxsize=4096)  # an answer is looked at when it comes, and again when its row is written
-def loop_in(text: str) -> str:
+def find_loop(text: str) -> str:
     """What is repeated, in words for a person; "" when nothing is."""
     return next(filter(None, _signs(text)), "")
 
 
 def _signs(text: str) -> Iterator[str]:
-    words = words_of(text)
+    words = split_words(text)
     before = list(_said_before(words))
     yield _stutter(text)
     yield _run(words, before, RUN)
@@ -41,7 +41,7 @@ def _signs(text: str) -> Iterator[str]:
     yield _numbered(words)
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Words in lower case without punctuation; 3.5 and it's are one, each Chinese or Japanese character is one."""
     return _WORD.findall(text.lower())
 
@@ -84,7 +84,7 @@ def _sentences_again(text: str, num_words: int) -> str:
     for sentence in _ENDS.split(text.lower()):
         plain = sentence.strip(" \t.!?")
         if plain in seen:
-            num_again, example = num_again + len(words_of(plain)), plain
+            num_again, example = num_again + len(split_words(plain)), plain
         seen.add(plain)
     if num_again < SENTENCE_WORDS or num_again <= SENTENCE_SHARE * num_words:
         return ""

@@ -21,10 +21,10 @@ _LAST_WORD = re.compile(r"[^\s\"'“‘«(\[*_]*$")
 _OPENS, _CLOSES = "“«「『", "”»」』"
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text in order, stripped; a line break always ends one.
 
-    >>> sentences('The 3.5 m sign reads "Stop. Go back." It is by St. Mary\\'s, e.g. on p. 4.')
+    >>> split_sentences('The 3.5 m sign reads "Stop. Go back." It is by St. Mary\\'s, e.g. on p. 4.')
     ['The 3.5 m sign reads "Stop. Go back."', "It is by St. Mary's, e.g. on p. 4."]
     """
     return [sentence for line in text.splitlines() for sentence in _of_line(line.strip())]

@@ -24,7 +24,7 @@ from pipeline.storage import tables
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import batched
 from stages import recipes, rubrics
-from stages.text.sentences import sentences
+from stages.text.sentences import split_sentences
 from stages.training.settings import Config
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _verdicts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]
         if score.status != "ok":
             continue
         text = captions[score.key, score.candidate].text
-        parts = sentences(text) if rubric.spec.unit == "sentence" else [text]
+        parts = split_sentences(text) if rubric.spec.unit == "sentence" else [text]
         for part, criteria in zip(parts, batched(score.criteria, len(rubric.criteria)), strict=True):
             if all(criterion.verdict is not None for criterion in criteria):
                 question = rubric.build_prompt(caption=text, sentence=part, alt_text=alt_texts[score.key])

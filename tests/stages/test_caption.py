@@ -24,7 +24,7 @@ from pipeline.records import Caption, Image, Piece, Score, make_key
 from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
 from stages import caption, recipes, rubrics
-from stages.text.prompts import cut, fenced, fill, harmless, seed_of
+from stages.text.prompts import derive_seed, fence_text, fill_template, sanitise_text, truncate_text
 
 RECIPE = tables.Provenance(stage="", name="", version=1, slice={}, inputs={})
 
@@ -211,7 +211,7 @@ def test_each_candidate_of_each_image_and_pass_has_a_seed_of_its_own(tmp_path: P
     seeds = {row.seed for row in [*rows, *other]}
     assert len(seeds) == len({row.text for row in [*rows, *other]}) == 12
     assert all(0 <= seed < 2**31 - 64 for seed in seeds)
-    assert seed_of(0, "k", "dense", 0) != seed_of(0, "k", "short", 0)
+    assert derive_seed(0, "k", "dense", 0) != derive_seed(0, "k", "short", 0)
 
 
 def test_the_ladder_is_climbed_until_an_answer_is_accepted(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_ladder_is_climbed_until_an_answer_is_accepted(tmp_path: Path) -> No
     for row in rows:
         temperature = (0.1, 0.3, 0.9)[row.attempt - 1]
         assert json.loads(row.sampling) | {"temperature": temperature, "max_tokens": 64} == json.loads(row.sampling)
-        assert row.seed == seed_of(0, row.key, "dense", 0) + row.attempt - 1
+        assert row.seed == derive_seed(0, row.key, "dense", 0) + row.attempt - 1
         assert row.status == "ok" or row.attempt == 3
     assert {row.status for row in rows} >= {"ok", "invalid"}
 
@@ -281,26 +281,29 @@ def test_what_the_shipped_recipes_and_rubrics_ask() -> None:
 
 @given(st.text(alphabet="`a \n{}<|", max_size=40))
 def test_no_text_closes_its_own_fence(text: str) -> None:
-    first, *lines, last = fenced(text).split("\n")
+    first, *lines, last = fence_text(text).split("\n")
     assert first == last and set(first) == {"`"} and len(first) >= 3
     assert all(first not in line for line in lines)
 
 
 @given(st.text(max_size=60))
 def test_foreign_words_cannot_steer(text: str) -> None:
-    plain = harmless(text)
+    plain = sanitise_text(text)
     assert all(char == "\n" or unicodedata.category(char) != "Cc" for char in plain)
-    assert "<|" not in plain and "</" not in plain and harmless(plain) == plain
+    assert "<|" not in plain and "</" not in plain and sanitise_text(plain) == plain
 
 
 def test_long_foreign_words_are_cut_between_words() -> None:
-    assert cut("a small grey cat", 10) == "a small …" and cut("a small grey cat", 16) == "a small grey cat"
-    assert cut("x" * 30, 10) == "x" * 10 + " …"
-    assert len(fenced("word " * 5000, limit=1000)) < 1020
+    assert (
+        truncate_text("a small grey cat", 10) == "a small …"
+        and truncate_text("a small grey cat", 16) == "a small grey cat"
+    )
+    assert truncate_text("x" * 30, 10) == "x" * 10 + " …"
+    assert len(fence_text("word " * 5000, limit=1000)) < 1020
 
 
 def test_what_is_filled_in_is_not_filled_again() -> None:
-    assert fill("{alt_text} {}", {"alt_text": "{alt_text} {x}"}) == "{alt_text} {x} {}"
+    assert fill_template("{alt_text} {}", {"alt_text": "{alt_text} {x}"}) == "{alt_text} {x} {}"
 
 
 @pytest.mark.parametrize(

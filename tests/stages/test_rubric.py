@@ -68,8 +68,10 @@ def demands(teachers: Sequence[str], *student: str, num_agree: int | None = None
 
 
 def marked(text: str, asked: Sequence[RubricCriterion] | None) -> ScoreResult:
-    sample = Sample(key="k", candidate=0, text=text, data=lambda: b"", asked=None if asked is None else tuple(asked))
-    (mark,) = scorer.score([sample], scorer.Marker(rubric="r"), {})
+    sample = Sample(
+        key="k", candidate=0, text=text, data=lambda: b"", rubric_criteria=None if asked is None else tuple(asked)
+    )
+    (mark,) = scorer.score([sample], scorer.Settings(rubric="r"), {})
     return mark
 
 
@@ -527,7 +529,7 @@ DEMANDS = tuple(
 )
 
 
-def marker(folder: Path | None = None, **keys: str) -> scorer.Marker:
+def marker(folder: Path | None = None, **keys: str) -> scorer.Settings:
     return scorer.prepare(scorer.Config(rubric="r", **keys), run=folder, field="score.mine")
 
 
@@ -537,7 +539,9 @@ def gone() -> bytes:
 
 def judged(answer: Any, *asked: tuple[RubricCriterion, ...] | None) -> tuple[list[ScoreResult], Scripted]:
     engine = Scripted(answer)
-    samples = [Sample(key="k", candidate=n, text=f"Text {n}.", data=gone, asked=own) for n, own in enumerate(asked)]
+    samples = [
+        Sample(key="k", candidate=n, text=f"Text {n}.", data=gone, rubric_criteria=own) for n, own in enumerate(asked)
+    ]
     return list(scorer.score(samples, marker(judge="m"), {"m": engine})), engine
 
 
@@ -583,7 +587,9 @@ def test_a_judge_is_asked_only_about_captions_that_have_a_rubric() -> None:
 @given(st.permutations(DEMANDS))
 def test_the_order_of_criteria_changes_no_judge(shuffled: list[RubricCriterion]) -> None:
     engines = {"m": echo.open(echo.Config())}
-    samples = [Sample(key="k", candidate=0, text="Text.", data=gone, asked=tuple(own)) for own in (DEMANDS, shuffled)]
+    samples = [
+        Sample(key="k", candidate=0, text="Text.", data=gone, rubric_criteria=tuple(own)) for own in (DEMANDS, shuffled)
+    ]
     one, other = scorer.score(samples, marker(judge="m"), engines)
     assert one == other and one.value is not None
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline.engines import Reply
 from stages import flags
 from stages.text import answers, json_schema
-from stages.text.answers import Form
-from stages.text.repetition import loop_in
-from stages.text.sentences import sentences
+from stages.text.answers import AnswerFormat
+from stages.text.repetition import find_loop
+from stages.text.sentences import split_sentences
 
 SPLITS = [
     "A cat sleeps.|A dog barks!|Is it raining?|Perhaps…",
@@ -46,12 +46,12 @@ SPLITS = [
 def test_a_sentence_ends_where_it_ends(marked: str) -> None:
     parts = marked.split("|")
     joint = "" if "猫" in marked else "\n" if marked[:2] in ("1.", "- ") else " "
-    assert sentences(joint.join(parts)) == parts
+    assert split_sentences(joint.join(parts)) == parts
 
 
 @given(st.text(alphabet="ab A1.!?\"“”'()\n。 e.g.", max_size=60))
 def test_splitting_loses_nothing_but_white_space(text: str) -> None:
-    found = sentences(text)
+    found = split_sentences(text)
     assert "".join("".join(found).split()) == "".join(text.split())
     assert all(sentence and sentence == sentence.strip() and "\n" not in sentence for sentence in found)
     assert len(found) > 0 or not text.strip()
@@ -112,12 +112,12 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_what_people_write_does_not_loop(name: str) -> None:
-    assert loop_in(HEALTHY[name]) == ""
+    assert find_loop(HEALTHY[name]) == ""
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_what_models_write_without_end_loops(name: str) -> None:
-    assert loop_in(LOOPS[name]) != ""
+    assert find_loop(LOOPS[name]) != ""
 
 
 words = st.lists(st.sampled_from([f"word{chr(97 + i)}" for i in range(26)]), min_size=1, max_size=12, unique=True)
@@ -126,12 +126,12 @@ words = st.lists(st.sampled_from([f"word{chr(97 + i)}" for i in range(26)]), min
 @given(words, st.integers(0, 30))
 def test_any_phrase_said_often_enough_loops(phrase: list[str], before: int) -> None:
     repeated = " ".join(phrase * (40 // len(phrase) + 3))
-    assert loop_in(f"{' '.join(MARKET.split()[:before])} {repeated}") != ""
+    assert find_loop(f"{' '.join(MARKET.split()[:before])} {repeated}") != ""
 
 
 @given(st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), max_size=300, unique=True))
 def test_words_that_never_come_again_do_not_loop(letters: list[str]) -> None:
-    assert loop_in(" ".join(letters)) == ""
+    assert find_loop(" ".join(letters)) == ""
 
 
 # Schemas
@@ -169,7 +169,7 @@ FORM: dict[str, Any] = {
     ],
 )
 def test_what_breaks_a_schema_is_named(value: Any, message: str) -> None:
-    assert json_schema.problem(value, FORM) == message
+    assert json_schema.find_problem(value, FORM) == message
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_what_breaks_a_schema_is_named(value: Any, message: str) -> None:
     ],
 )
 def test_a_schema_that_says_more_than_is_checked_is_refused(schema: Any, message: str) -> None:
-    json_schema.check(FORM)
+    json_schema.check_schema(FORM)
     with pytest.raises(ValueError, match=message):
-        json_schema.check(schema)
+        json_schema.check_schema(schema)
 
 
 @given(
@@ -196,17 +196,17 @@ def test_a_schema_that_says_more_than_is_checked_is_refused(schema: Any, message
 )
 def test_json_is_read_also_from_a_code_fence(value: Any) -> None:
     text = json.dumps(value)
-    assert json_schema.parse(text) == json_schema.parse(f"```json\n{text}\n```\n") == value
+    assert json_schema.parse_json(text) == json_schema.parse_json(f"```json\n{text}\n```\n") == value
 
 
 def test_a_string_may_have_line_breaks_and_tabs_as_they_are() -> None:
-    assert json_schema.parse('{"reason": "a\tred\nring"}') == {"reason": "a\tred\nring"}
+    assert json_schema.parse_json('{"reason": "a\tred\nring"}') == {"reason": "a\tred\nring"}
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", "[1,]", '{"a": 1, "a": 2}', "[" * 100_000])
 def test_what_is_no_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        json_schema.parse(text)
+        json_schema.parse_json(text)
 
 
 # Answers
@@ -234,7 +234,7 @@ def form(value: Any) -> str:
     ],
 )
 def test_an_answer_is_accepted_or_the_row_says_why_not(reply: Reply, structured: bool, status: str) -> None:
-    answer = answers.read(reply, Form(schema=FORM, prose=form) if structured else None)
+    answer = answers.read_answer(reply, AnswerFormat(schema=FORM, to_prose=form) if structured else None)
     assert answer.status == status and (answer.error is None) == (status == "ok")
     if status == "ok":
         assert (answer.text, answer.fields) == (("A cat.", '{"kind": "cat"}') if structured else (MARKET, None))

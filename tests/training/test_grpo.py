@@ -72,7 +72,7 @@ def copy(run: Path, to: Path, **changes: Any) -> Path:
 def reward(run: Path, asked: Mapping[str, Any] | None = None) -> tuple[Reward, dict[str, Any]]:
     """The reward of the run, and the columns that TRL hands it with the captions that the student had."""
     loaded = config.load(run)
-    scorer = scorers.load(loaded.sections["score"]["committee"].scorer, run=run, field="score.committee")
+    scorer = scorers.load_scorer(loaded.sections["score"]["committee"].scorer, run=run, field="score.committee")
     rubrics = {row.key: row.criteria for row in tables.read(run / "rubric/committee/00000.parquet", ImageRubric)}
     captions = list(tables.read(run / "caption/hasty/00000.parquet", Caption))
     columns = {

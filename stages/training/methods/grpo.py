@@ -25,8 +25,8 @@ from pipeline.records import Criterion, RubricCriterion
 from stages import flags
 from stages.scorers import Sample, Scorer, ScoreResult
 from stages.text import answers
-from stages.text.answers import Answer, Form
-from stages.text.repetition import loop_in
+from stages.text.answers import Answer, AnswerFormat
+from stages.text.repetition import find_loop
 from stages.training import trainer
 from stages.training.dataset import Collator
 from stages.training.trainer import TrainingTask
@@ -92,7 +92,7 @@ class Reward:
                 alt_text=columns["alt_text"][number],
                 source_key=columns["source_key"][number],
                 data=partial(self._data, {name: columns[name][number] for name in ("file", "offset", "num_bytes")}),
-                asked=self._asked.get(key[number]),
+                rubric_criteria=self._asked.get(key[number]),
             )
             for number, answer in enumerate(read)
             if answer.status == "ok"
@@ -139,7 +139,7 @@ def text_of(completion: Any) -> str:
     return (completion if isinstance(completion, str) else str(completion[0]["content"])).strip()
 
 
-def reader(form: Form | None, *, ends: Collection[int], max_tokens: int) -> Read:
+def reader(form: AnswerFormat | None, *, ends: Collection[int], max_tokens: int) -> Read:
     """How an answer is read: as the caption stage reads the same reply of an engine.
 
     Args:
@@ -150,7 +150,9 @@ def reader(form: Form | None, *, ends: Collection[int], max_tokens: int) -> Read
 
     def read(text: str, ids: Sequence[int]) -> Answer:
         ended = bool(ids) and ids[-1] in ends
-        return answers.read(Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling), form)
+        return answers.read_answer(
+            Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling), form
+        )
 
     return read
 
@@ -161,7 +163,7 @@ def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
     rates = {f"rate/{name}": fmean(name in found for found in noticed) for name in WATCHED if name in patterns}
     return {
         **rates,
-        "rate/repetition": fmean(bool(loop_in(text)) for text in texts),
+        "rate/repetition": fmean(bool(find_loop(text)) for text in texts),
         "words": fmean(len(text.split()) for text in texts),
     }
 
