@@ -181,11 +181,12 @@ def _start(run: Run, config: Config) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from stages.scenes import tiny_model
+    from stages.training import cpu_speedups
 
     torch.manual_seed(config.seed)
     if config.model == "new":
-        processor = tiny_model.new_processor()
-        model: Any = tiny_model.new_model(processor)
+        processor = tiny_model.create_processor()
+        model: Any = tiny_model.create_model(processor)
         saved_as = torch.bfloat16 if config.optimizer == "masters" else model.dtype
     else:
         name = str(config.model)
@@ -202,9 +203,9 @@ def _start(run: Run, config: Config) -> tuple[Any, Any, Any]:
 
         model = model.to(kept_in())
         if not trainer.has_gpu():
-            tiny_model.quicken(model, compiled=config.compile)
+            cpu_speedups.install(model, compiled=config.compile)
             if config.method == "grpo":
-                tiny_model.see_once(model.model.visual)
+                cpu_speedups.encode_distinct_images(model.model.visual)
     if config.freeze_vision:
         model.model.visual.requires_grad_(False)
     return model, processor, saved_as

@@ -1,28 +1,20 @@
-"""Decides what a new small vision-language model is: a Qwen2.5-VL of a few million parameters, and its way on a CPU.
+"""A small untrained vision-language model: a Qwen2.5-VL of a few million parameters, with its tokenizer and processor.
 
-Its folder loads in transformers and vLLM unchanged: architecture, tokenizer, processor and chat template are ordinary.
+Once saved, it loads in transformers and vLLM like any other Qwen2.5-VL.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.scenes.teachers import sample_texts
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-PATCH, MERGE = 8, 2
-CELL = PATCH * MERGE  # pixels of an image token's side
-MIN_PIXELS, MAX_PIXELS = 4096, 10240  # a picture is scaled to so many
+PATCH, MERGE = 8, 2  # pixels along a patch's side; patches along an image token's side
+MIN_PIXELS, MAX_PIXELS = 4096, 10240  # of a scaled picture
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -32,8 +24,8 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-NUM_WORDS = 1024  # tokens, with the special ones and the 256 bytes
-# What is one token where it can be: the fixed parts of a verdict, a word with the space before it, a digit, the rest.
+VOCABULARY_SIZE = 1024  # tokens, including the special ones and the 256 bytes
+# The longest possible tokens: the fixed parts of a verdict, a word with the space before it, a digit, anything else.
 SPLIT = r'\{"reason": "|", "verdict": "|"\}| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+'
 ENGLISH = """
 Describe the picture. Name everything in this image. Does the sentence hold? Is this true of the picture? Answer with
@@ -49,23 +41,13 @@ TEMPLATE = (
 )
 
 
-def create(folder: Path, *, seed: int = 0, **shape: int) -> None:
-    """Writes an untrained model with its tokenizer, processor and chat template. `shape`: see `config`."""
-    import torch
-
-    processor = new_processor()
-    torch.manual_seed(seed)
-    model = new_model(processor, **shape)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def new_model(processor: Qwen2_5_VLProcessor, **shape: int) -> Qwen2_5_VLForConditionalGeneration:
+def create_model(processor: Qwen2_5_VLProcessor, **shape: int) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained model for the processor's tokenizer; `shape` is passed to `build_config`."""
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    architecture = config(len(tokenizer), **shape)
+    architecture = build_config(len(tokenizer), **shape)
     architecture.image_token_id, architecture.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
     architecture.vision_start_token_id, architecture.vision_end_token_id = (
         ids["<|vision_start|>"],
@@ -80,8 +62,8 @@ def new_model(processor: Qwen2_5_VLProcessor, **shape: int) -> Qwen2_5_VLForCond
     return model
 
 
-def new_processor() -> Qwen2_5_VLProcessor:
-    """A byte-level tokenizer whose merges come from the scenes world, so that its words are single tokens."""
+def create_processor() -> Qwen2_5_VLProcessor:
+    """A processor whose byte-level tokenizer merges come from the scenes world, so its words are single tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
@@ -94,12 +76,12 @@ def new_processor() -> Qwen2_5_VLProcessor:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=NUM_WORDS,
+        vocab_size=VOCABULARY_SIZE,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[AddedToken(name, special=True) for name in SPECIAL],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.train_from_iterator(_iterate_training_texts(), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -120,17 +102,17 @@ def new_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def _texts() -> Iterator[str]:
-    """What the tokenizer is made from: what is said in the scenes world, and words of prompts."""
+def _iterate_training_texts() -> Iterator[str]:
+    """Texts of the scenes world, and the vocabulary of prompts."""
     yield from sample_texts(400)
     for _ in range(5):
         yield ENGLISH
 
 
-def config(
+def build_config(
     vocab_size: int, *, hidden: int = 192, layers: int = 4, vision_hidden: int = 128, vision_layers: int = 4
 ) -> Qwen2_5_VLConfig:
-    """The architecture. Heads have 32 dimensions, the smallest that vLLM's kernels know."""
+    """The architecture. Heads have 32 dimensions, the smallest size that vLLM's kernels support."""
     from transformers import Qwen2_5_VLConfig
 
     text = {
@@ -154,136 +136,7 @@ def config(
         "out_hidden_size": hidden,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
-        "window_size": 256,  # pixels; every layer looks at the whole image all the same
+        "window_size": 256,  # pixels; has no effect, since every layer attends to the whole image
         "fullatt_block_indexes": list(range(vision_layers)),
     }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
-
-
-def quicken(model: Any, *, compiled: bool) -> None:
-    """Makes training on a CPU about twice as fast: plain products in the place of kernels that a CPU is slow at.
-
-    The numbers stay those of the model's own code up to rounding, and so does what is saved. `compiled` gains another
-    third, for a minute at the start and a C++ compiler.
-    """
-    import torch
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
-
-    if code.Qwen2_5_VLVisionAttention.forward is not vision_attention:
-        _patient["forward"] = code.Qwen2_5_VLVisionAttention.forward
-        code.Qwen2_5_VLVisionAttention.forward = vision_attention
-    model.model.visual.register_forward_pre_hook(_compare_sizes, with_kwargs=True)
-    code.eager_attention_forward = text_attention
-    code.Qwen2_5_VisionPatchEmbed.forward = embed_patches
-    model.set_attn_implementation("eager")
-    if compiled:
-        _compile_apart()
-        for block in model.model.visual.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
-        for layer in model.model.language_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-
-
-@cache
-def _compile_apart() -> None:
-    """Has torch compile into a folder of this process: what a killed one was writing would be taken for whole.
-
-    A folder that the user has named stays; torch writes its own default there too.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        folder = tempfile.mkdtemp(prefix="recap-compiled-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-def see_once(visual: Any) -> None:
-    """Lets a vision tower look at each picture of a batch once, however often it stands there (a group shares one)."""
-    look = visual.forward
-
-    def forward(hidden_states: torch.Tensor, grid_thw: torch.Tensor, **rest: Any) -> Any:
-        import torch
-
-        patches = hidden_states.split(grid_thw.prod(-1).tolist())
-        first: dict[bytes, int] = {}  # picture -> where it first stands
-        names = [picture.detach().float().cpu().numpy().tobytes() for picture in patches]
-        for number, name in enumerate(names):
-            first.setdefault(name, number)
-        once = list(first.values())
-        places = {name: place for place, name in enumerate(first)}
-        shown = [places[name] for name in names]
-        seen = look(torch.cat([patches[number] for number in once]), grid_thw=grid_thw[once], **rest)
-        tokens = (grid_thw[once].prod(-1) // visual.spatial_merge_size**2).tolist()
-        parts = seen.pooler_output.split(tokens)
-        seen.pooler_output = torch.cat([parts[number] for number in shown])
-        return seen
-
-    visual.forward = forward
-
-
-def embed_patches(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Qwen2_5_VisionPatchEmbed.forward without a convolution: a patch is as large as the kernel."""
-    weight = self.proj.weight
-    return hidden_states.to(weight.dtype) @ weight.view(weight.shape[0], -1).T
-
-
-_patient: dict[str, Any] = {}  # transformers' own forward, one image after the other
-
-
-def _compare_sizes(visual: Any, _: Any, given: dict[str, Any]) -> None:
-    """Tells the layers whether all images of the batch have one size."""
-    sizes = given["grid_thw"].prod(-1)
-    alike = bool((sizes == sizes[0]).all())
-    for block in visual.blocks:
-        block.attn.alike = alike
-
-
-def vision_attention(
-    self: Any, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, position_embeddings: Any = None, **rest: Any
-) -> torch.Tensor:
-    """Qwen2_5_VLVisionAttention.forward; where all images have one size, as one product instead of one per image."""
-    if not getattr(self, "alike", False):
-        mixed: torch.Tensor = _patient["forward"](
-            self, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **rest
-        )
-        return mixed
-    import torch
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
-
-    num_images, rows = cu_seqlens.numel() - 1, hidden_states.shape[0]
-    parts = self.qkv(hidden_states).reshape(num_images, rows // num_images, 3, self.num_heads, -1)
-    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-    cos, sin = (p.view(num_images, 1, rows // num_images, -1).to(q.dtype) for p in position_embeddings)
-    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-    weights = torch.softmax(torch.matmul(q * self.scaling, k.transpose(2, 3)), -1)
-    seen: torch.Tensor = self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(rows, -1))
-    return seen
-
-
-def text_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as plain products: on a CPU the backward pass of the fused kernel takes half of a training step.
-
-    While an answer is drawn, a token at a time, the heads that share keys ask as queries of one, and no key is copied.
-    """
-    import torch
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv
-
-    batch, num_heads, length, size = query.shape
-    if length == 1:
-        query = query.reshape(batch, key.shape[1], -1, size)
-    else:
-        key, value = (repeat_kv(part, module.num_key_value_groups) for part in (key, value))
-    weights = torch.matmul(query * scaling, key.transpose(2, 3))
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    seen = torch.matmul(torch.softmax(weights, -1), value).reshape(batch, num_heads, length, size)
-    return seen.transpose(1, 2).contiguous(), None

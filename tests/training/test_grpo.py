@@ -144,7 +144,7 @@ def test_a_prompt_with_image_tokens_twice_is_noticed() -> None:
 
     from stages.scenes import tiny_model
 
-    processor = tiny_model.new_processor()
+    processor = tiny_model.create_processor()
     picture = Image.new("RGB", (96, 96))
     prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
     text = processor.apply_chat_template(prompt, add_generation_prompt=True)

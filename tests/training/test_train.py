@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,7 +68,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processor() -> Any:
     from stages.scenes import tiny_model
 
-    return tiny_model.new_processor()
+    return tiny_model.create_processor()
 
 
 def taught(folder: Path, **settings: Any) -> list[TrainExample]:
@@ -238,91 +235,6 @@ def test_masters_keep_what_16_bits_lose() -> None:
     again = MixedPrecisionMuon(model, lr=1e-6, weight_decay=0.0)
     again.load_state_dict(optimizer.state_dict())
     assert all(torch.equal(again.state[p]["master"], masters[name]) for name, p in model.named_parameters())
-
-
-def compiles_in(folder: str | None) -> str:
-    """Where a process compiles whose environment names this folder."""
-    code = "import os; from stages.training import small; small._compile_apart(); print(os.environ[NAME])"
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    env = {key: value for key, value in os.environ.items() if key != name} | ({name: folder} if folder else {})
-    run = [sys.executable, "-c", f"NAME = {name!r}; {code}"]
-    return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout.strip()
-
-
-@pytest.mark.slow
-def test_each_process_compiles_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    """So what a killed one was writing is taken for whole by nobody."""
-    first, second = compiles_in(None), compiles_in(None)
-    assert first and second and first != second
-    assert not Path(first).exists()
-    assert compiles_in(str(tmp_path)) == str(tmp_path)
-
-
-@pytest.mark.parametrize("sizes", [((96, 96), (96, 96)), ((96, 96), (128, 80))])
-def test_quicker_code_computes_the_same(processor: Any, sizes: tuple[tuple[int, int], ...]) -> None:
-    from PIL import Image
-
-    from stages.scenes import tiny_model
-
-    torch.manual_seed(0)
-    model = tiny_model.new_model(processor).eval()
-    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]}]
-    texts = [processor.apply_chat_template(message, add_generation_prompt=True)] * len(sizes)
-    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        before = model(**inputs).logits
-        tiny_model.quicken(model, compiled=False)
-        after = model(**inputs).logits
-    there = inputs["attention_mask"].bool()
-    assert torch.allclose(before[there], after[there], atol=1e-4)
-
-
-def test_quicker_code_draws_the_same(processor: Any) -> None:
-    from PIL import Image
-
-    from stages.scenes import tiny_model
-
-    torch.manual_seed(0)
-    model = tiny_model.new_model(processor).eval()
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question in ("Describe the picture.", "What?")
-    ]
-    pictures = [Image.effect_noise((96, 96), 90).convert("RGB") for _ in texts]
-    inputs = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
-    asked: dict[str, Any] = {
-        "max_new_tokens": 8,
-        "min_new_tokens": 8,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
-    before = model.generate(**inputs, **asked)
-    tiny_model.quicken(model, compiled=False)
-    after = model.generate(**inputs, **asked)
-    assert torch.equal(before.sequences, after.sequences)
-    assert torch.allclose(torch.stack(before.logits), torch.stack(after.logits), atol=1e-4)
-
-
-def test_a_picture_that_stands_there_often_is_seen_once(processor: Any) -> None:
-    from PIL import Image
-
-    from stages.scenes import tiny_model
-
-    torch.manual_seed(0)
-    visual = tiny_model.new_model(processor).model.visual
-    one, other = (Image.effect_noise(size, 90).convert("RGB") for size in ((96, 96), (128, 80)))
-    given = processor.image_processor(images=[one, other, one, one], return_tensors="pt")
-    before = visual(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
-    rows = []
-    visual.patch_embed.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-    tiny_model.see_once(visual)
-    after = visual(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
-    assert torch.allclose(before, after, atol=1e-5)
-    assert rows == [given["image_grid_thw"][:2].prod(-1).sum()]
 
 
 @pytest.mark.slow
