@@ -205,9 +205,9 @@ def report(
 ) -> None:
     """Write report.html into the run: what came of it in numbers and pictures, in one file; prints its path."""
     from pipeline import config
-    from pipeline.report import page
+    from pipeline.report import render
 
-    print(page.write_report(config.load(run), num_images=images))
+    print(render.write_report(config.load(run), num_images=images))
 
 
 @app.command(epilog="Example: recap serve judge --run runs/photos")

@@ -16,7 +16,7 @@ from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
 from pipeline.progress import duration, short
-from pipeline.report import page
+from pipeline.report import render
 from pipeline.sources import scenes
 from pipeline.storage import database, tables
 
@@ -87,7 +87,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     yield f"  {'':14}{'claims that are true':>22}{'of what could be said':>24}{'claims that are false':>24}"
     yield from _rightness(said)
     yield ""
-    page.write_report(config.load(folder))
+    render.write_report(config.load(folder))
     for place, meaning in FILES.items():
         yield f"  {f'{folder}/{place}':28} {meaning}"
     yield ""

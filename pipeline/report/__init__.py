@@ -1,1 +1,1 @@
-"""The report of a run: `numbers` and `samples` ask its tables, the others lay out the answers, `page` is the whole."""
+"""The report of a run: `numbers` and `samples` read its tables, `charts` lays them out, `render` fills the template."""

@@ -1,27 +1,74 @@
-"""Decides how numbers are drawn: a few charts as inline SVG, each with a title that a screen reader reads.
+"""The geometry of charts: shapes of inline SVG in chart units, for a template to draw.
 
-Colours are names of classes, which a style sheet gives their values. It knows no tables and no runs.
+Colours are class names that the style sheet defines. It knows the numbers of a report, but neither tables nor runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.markup import Html, el, join
+from pipeline.progress import short
+from pipeline.report.numbers import NUM_BINS, Curve, Distribution, Lengths
 
-WIDTH, HEIGHT = 360, 150  # of a chart, in its own units; the page scales it
-TOP, BOTTOM = 10, 22  # room above and below what is drawn
-LEFT = 50  # room for the numbers beside a curve
+WIDTH, HEIGHT = 360, 150  # of a chart; the page scales it
+TOP, BOTTOM = 10, 22  # margins above and below the plot
+LEFT = 50  # margin for the labels beside curves
+AXIS = HEIGHT - BOTTOM  # y of the x axis
+NUM_COLUMNS = 30  # of a histogram of lengths
+SHOWN_FIRST = ("loss", "mean_token_accuracy", "reward", "words")  # curves of results; those after them explain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A share of a bar."""
+    """A segment of a bar."""
 
     label: str
     size: float
-    tone: str  # accent, warn, plain, v0 to v4, ...
+    tone: str  # accent, warn, plain, v0 to v4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rect:
+    """A rectangle with a tooltip."""
+
+    label: str
+    tone: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A label on an axis."""
+
+    label: str
+    x: float
+    y: float
+    anchor: str  # start, middle, end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """A line with a tooltip."""
+
+    label: str
+    tone: str
+    d: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Shapes of a chart of WIDTH times HEIGHT units, to be drawn in this order."""
+
+    title: str  # for screen readers
+    grid: float | None = None  # y of a grid line
+    axis_start: float = 0
+    rects: tuple[Rect, ...] = ()
+    paths: tuple[Path, ...] = ()
+    texts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,103 +81,152 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve."""
+    """One curve of a chart."""
 
     label: str
     tone: str
     points: tuple[tuple[float, float], ...]  # by x
 
 
-def bar(parts: Sequence[Part], *, of: float) -> Html:
-    """One horizontal bar of parts side by side; its whole width is `of`. It stretches to where it stands."""
-    title = ", ".join(f"{part.label}: {part.size:,.0f}" for part in parts)
-    rects, x = [el("rect", class_="rail", width=100, height=10)], 0.0
+def layout_bar(parts: Sequence[Part], total: float) -> list[Rect]:
+    """Segments side by side on a bar of 100 times 10 units, which represents `total`."""
+    rects, x = list[Rect](), 0.0
     for part in parts:
-        width = 100 * part.size / of if of else 0
-        rects.append(el("rect", el("title", part.label), class_=part.tone, x=x, width=width, height=10))
+        width = 100 * part.size / total if total else 0
+        rects.append(Rect(label=part.label, tone=part.tone, x=x, y=0, width=width, height=10))
         x += width
-    return el(
-        "svg", el("title", title), rects, class_="bar", viewBox="0 0 100 10", preserveAspectRatio="none", role="img"
+    return rects
+
+
+def plot_lengths(lengths: Lengths, alt_text: Lengths | None, bin_width: int) -> Chart:
+    """A histogram of caption lengths, with the outline of the alt text's lengths."""
+    return plot_histogram(
+        f"How many words the captions of {lengths.name} have, beside the alt text",
+        _bin_lengths(lengths, bin_width),
+        ticks=[(place, short(place * bin_width)) for place in range(0, NUM_COLUMNS, 6)],
+        outline=_bin_lengths(alt_text, bin_width) if alt_text else (),
     )
 
 
-def histogram(
-    title: str,
-    columns: Sequence[Column],
-    *,
-    tone: str,
-    ticks: Sequence[tuple[int, str]],
-    outline: Sequence[Column] = (),
-) -> Html:
-    """Columns side by side, and over them the outline of others in the same bins.
+def choose_bin_width(lengths: Sequence[Lengths]) -> int:
+    """Words in a bin, so that NUM_COLUMNS bins hold 99 % of each pass's texts."""
+    longest = max([1, *(one.quantile(0.99) for one in lengths)])
+    return -(-(longest + 1) // NUM_COLUMNS)
+
+
+def _bin_lengths(lengths: Lengths, bin_width: int) -> list[Column]:
+    """Shares of the texts, so that different numbers of texts compare; the last bin holds all longer ones."""
+    counts = [0] * NUM_COLUMNS
+    for words, count in lengths.counts:
+        counts[min(words // bin_width, NUM_COLUMNS - 1)] += count
+    spans = [f"{place * bin_width} to {place * bin_width + bin_width - 1} words" for place in range(NUM_COLUMNS)]
+    spans[-1] = f"{(NUM_COLUMNS - 1) * bin_width} words or more"
+    return [
+        Column(label=f"{span}: {format_share(count, lengths.total)}", size=count / lengths.total)
+        for span, count in zip(spans, counts, strict=True)
+    ]
+
+
+def plot_scores(scores: Distribution) -> Chart:
+    """A histogram of scores."""
+    step = 1 / NUM_BINS
+    columns = [
+        Column(label=f"{place * step:.2f} to {(place + 1) * step:.2f}: {short(count)} captions", size=count)
+        for place, count in enumerate(scores.bins)
+    ]
+    ticks = [(round(place * NUM_BINS / 4), f"{place / 4:g}") for place in range(5)]
+    return plot_histogram(f"Scores: {scores.score} of {scores.caption}", columns, ticks=ticks)
+
+
+def plot_histogram(
+    title: str, columns: Sequence[Column], *, ticks: Sequence[tuple[int, str]], outline: Sequence[Column] = ()
+) -> Chart:
+    """Columns side by side, with the outline of other columns in the same bins.
 
     Args:
-        title: what is drawn, for who cannot see it.
+        title: for screen readers.
         columns: the bins, from left to right.
-        tone: their colour.
-        ticks: the number of a bin, at its left edge -> what stands there under the axis.
+        ticks: (bin, label at its left edge).
         outline: bins of something to compare with.
     """
-    most = max([1e-9, *(c.size for c in (*columns, *outline))])
-    step, floor = WIDTH / len(columns), HEIGHT - BOTTOM
-    tall = [(floor - TOP) * column.size / most for column in columns]
-    bars = [
-        el("rect", el("title", c.label), class_=tone, x=i * step + 1, y=floor - h, width=step - 2, height=h)
-        for i, (c, h) in enumerate(zip(columns, tall, strict=True))
+    largest = max([1e-9, *(column.size for column in (*columns, *outline))])
+    step = WIDTH / len(columns)
+
+    def height(column: Column) -> float:
+        return (AXIS - TOP) * column.size / largest
+
+    rects = [
+        Rect(label=c.label, tone="accent", x=i * step + 1, y=AXIS - height(c), width=step - 2, height=height(c))
+        for i, c in enumerate(columns)
     ]
-    heights = (floor - (floor - TOP) * column.size / most for column in outline)
-    stairs = "L".join(f"{i * step:.1f} {y:.1f}H{(i + 1) * step:.1f}" for i, y in enumerate(heights))
-    path = el("path", class_="outline", d=f"M{stairs}") if outline else None
-    return _chart(title, bars, path, _axis(floor), (_tick(i * step, label) for i, label in ticks))
+    stairs = "L".join(f"{i * step:.1f} {AXIS - height(c):.1f}H{(i + 1) * step:.1f}" for i, c in enumerate(outline))
+    return Chart(
+        title=title,
+        rects=tuple(rects),
+        paths=(Path(label="", tone="outline", d=f"M{stairs}"),) if outline else (),
+        texts=tuple(_place_tick(place * step, label) for place, label in ticks),
+    )
 
 
-def curves(title: str, lines: Sequence[Line]) -> Html:
-    """Curves over one x axis from 0, the y axis fitted to them, with its least and greatest value beside it."""
+def _place_tick(x: float, label: str) -> Text:
+    anchor = "start" if x < 10 else "end" if x > WIDTH - 10 else "middle"
+    return Text(label=label, x=x, y=HEIGHT - 6, anchor=anchor)
+
+
+def group_curves(curves: Sequence[Curve]) -> list[tuple[str, list[Line]]]:
+    """(metric, its curves in training and on held-out samples), metrics of results first."""
+    charts: dict[str, list[Line]] = {}
+    for curve in curves:
+        if curve.name.startswith(("eval_", "eval/")):
+            line = Line(label="held out", tone="ink", points=curve.points)
+        else:
+            line = Line(label="training", tone="accent", points=curve.points)
+        charts.setdefault(curve.name.removeprefix("eval_").removeprefix("eval/"), []).append(line)
+    return sorted(charts.items(), key=lambda chart: chart[0] not in SHOWN_FIRST)
+
+
+def plot_curves(title: str, lines: Sequence[Line]) -> Chart:
+    """Curves over one x axis from 0; the y axis spans the values and is labelled with the smallest and the largest."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     low, high, last = min(ys), max(ys), max(1, *xs)
-    floor = HEIGHT - BOTTOM
-    paths = [
-        el("path", el("title", line.label), class_=f"line {line.tone}", d=_path(line.points, last, low, high))
-        for line in lines
-    ]
-    marks = [
-        el("text", _short(value), x=LEFT - 6, y=y + 4, text_anchor="end") for value, y in ((high, TOP), (low, floor))
-    ]
-    top = el("line", class_="grid", x1=LEFT, x2=WIDTH, y1=TOP, y2=TOP)
-    ticks = (el("text", label, x=x, y=HEIGHT - 6, text_anchor=a) for x, label, a in _ends(last))
-    return _chart(title, top, _axis(floor, start=LEFT), marks, ticks, paths)
+    return Chart(
+        title=title,
+        grid=TOP,
+        axis_start=LEFT,
+        paths=tuple(
+            Path(label=line.label, tone=f"line {line.tone}", d=_trace(line.points, last, low, high)) for line in lines
+        ),
+        texts=(
+            Text(label=_format_value(high), x=LEFT - 6, y=TOP + 4, anchor="end"),
+            Text(label=_format_value(low), x=LEFT - 6, y=AXIS + 4, anchor="end"),
+            Text(label="0", x=LEFT, y=HEIGHT - 6, anchor="start"),
+            Text(label=f"step {last:,.0f}", x=WIDTH, y=HEIGHT - 6, anchor="end"),
+        ),
+    )
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> Html:
-    """What the colours mean: (tone, label)."""
-    return el("p", (join(el("i", class_=f"key {tone}"), el("span", label)) for tone, label in entries), class_="legend")
-
-
-def _path(points: Sequence[tuple[float, float]], last: float, low: float, high: float) -> str:
-    wide, tall = WIDTH - LEFT - 2, HEIGHT - BOTTOM - TOP
+def _trace(points: Sequence[tuple[float, float]], last: float, low: float, high: float) -> str:
+    width, height = WIDTH - LEFT - 2, AXIS - TOP
     spread = (high - low) or 1.0
-    steps = (f"{LEFT + wide * x / last:.1f} {TOP + tall * (high - y) / spread:.1f}" for x, y in points)
-    return f"M{'L'.join(steps)}h0"  # which draws a dot where there is a single point
+    steps = (f"{LEFT + width * x / last:.1f} {TOP + height * (high - y) / spread:.1f}" for x, y in points)
+    return f"M{'L'.join(steps)}h0"  # h0 draws a dot where there is a single point
 
 
-def _ends(last: float) -> Iterator[tuple[float, str, str]]:
-    yield LEFT, "0", "start"
-    yield WIDTH, f"step {last:,.0f}", "end"
-
-
-def _axis(y: float, *, start: float = 0) -> Html:
-    return el("line", class_="axis", x1=start, x2=WIDTH, y1=y, y2=y)
-
-
-def _tick(x: float, label: str) -> Html:
-    anchor = "start" if x < 10 else "end" if x > WIDTH - 10 else "middle"
-    return el("text", label, x=x, y=HEIGHT - 6, text_anchor=anchor)
-
-
-def _chart(title: str, *drawn: Html | Iterator[Html] | Sequence[Html] | None) -> Html:
-    return el("svg", el("title", title), *drawn, class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
-
-
-def _short(value: float) -> str:
+def _format_value(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def choose_tone(value: float | None) -> str:
+    """The colour of a value in [0, 1], from worst, v0, to best, v4."""
+    return "plain" if value is None else f"v{round(4 * min(1.0, max(0.0, value)))}"
+
+
+def format_share(count: float, total: float) -> str:
+    """A percentage that does not break over lines.
+
+    >>> format_share(1, 3), format_share(1, 1), format_share(1, 10_000)
+    ('33\xa0%', '100\xa0%', '0.01\xa0%')
+    """
+    percent = 100 * count / total if total else 0.0
+    return f"{percent:.0f}\xa0%" if percent >= 10 or percent == 0 else f"{percent:.2g}\xa0%"

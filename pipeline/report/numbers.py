@@ -1,6 +1,6 @@
-"""Decides what a report of a run says in numbers: each is one aggregate in DuckDB, whatever the run's size.
+"""The numbers of a report, each one aggregate in DuckDB, so that memory does not grow with the run.
 
-It works on a run in any state: what is not made yet is empty. It does not know how a number is shown.
+A run may be in any state; numbers of unfinished stages are empty. Presentation belongs to the other modules.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")  # names and passwords in URLs
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """How many rows are of a kind."""
+    """A number of rows of one kind."""
 
-    of: str = ""  # the pass, where there are several
+    group: str = ""  # the pass, where there are several
     label: str
     count: int
     example: str | None = None  # one row's error
@@ -35,7 +35,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How long texts are."""
+    """The lengths of texts in words."""
 
     name: str  # the caption pass; "" for the alt text
     counts: tuple[tuple[int, int], ...]  # (words, texts), by words; at most MAX_WORDS
@@ -45,7 +45,7 @@ class Lengths:
         return sum(count for _, count in self.counts)
 
     def quantile(self, share: float) -> int:
-        """The least number of words that `share` of the texts do not exceed."""
+        """The smallest number of words that a `share` of the texts does not exceed."""
         seen = 0
         for words, count in self.counts:
             seen += count
@@ -56,18 +56,18 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """What one score pass says of one caption pass."""
+    """The scores that one score pass gave one caption pass."""
 
     score: str
     caption: str
     bins: tuple[int, ...]  # captions in each of NUM_BINS equal parts of [0, 1]
     mean: float | None
-    num_unknown: int  # captions of which it could not say anything
+    num_unknown: int  # captions that could not be judged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """How often a criterion was answered so."""
+    """One answer to a criterion, and how often it was given."""
 
     verdict: str | None  # None: the judge could not say
     count: int
@@ -75,8 +75,8 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What was answered to one criterion, the best answer first."""
+class CriterionAnswers:
+    """All answers to one criterion, the best first."""
 
     score: str
     caption: str
@@ -92,9 +92,9 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a pass has cost so far."""
+    """The cost of a pass so far."""
 
-    title: str  # as people write it: score:judge:dense
+    title: str  # as in `recap run`: score:judge:dense
     num_shards: int
     num_rows: int
     rows_per_second: float | None  # of one worker
@@ -103,12 +103,12 @@ class Cost:
     num_retries: int
     num_prompt_tokens: int
     num_output_tokens: int
-    waiting: float | None  # [0, 1]: share of the time that the engine waited for input
+    waiting: float | None  # [0, 1]: share of the time in which the engine waited for input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A figure of a training, step by step."""
+    """A metric of training by step."""
 
     name: str
     points: tuple[tuple[float, float], ...]  # (step, value), by step
@@ -116,60 +116,75 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A section of run.toml in brief: what was given in it and decides rows."""
+    """The keys of a section of run.toml that are set and decide rows."""
 
     section: str
     values: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ReportNumbers:
     """All numbers of a report."""
 
     name: str
-    until: float | None  # when the last shard was made; seconds since 1970, UTC
+    finished_at: float | None  # of the last shard; seconds since 1970, UTC
     num_shards: int  # planned
-    num_planned: int | None  # inputs, where the plan can know
+    num_planned: int | None  # inputs; None where only reading the tars would tell
     funnel: Mapping[str, int]  # in, usable, captioned, kept, exported: images
     images: tuple[Tally, ...]  # by status
     captions: tuple[Tally, ...]  # by status
-    attempts: tuple[Tally, ...]  # captions by the attempt at which they came
+    attempts: tuple[Tally, ...]  # captions by the attempt that succeeded
     flags: tuple[Tally, ...]
-    refusals: tuple[Tally, ...]  # captions by the reason why they were refused
-    lengths: tuple[Lengths, ...]  # the alt text's first
+    refusals: tuple[Tally, ...]  # captions by the reason for refusal
+    lengths: tuple[Lengths, ...]  # the alt text first
     scores: tuple[Distribution, ...]
-    answers: tuple[Answers, ...]
+    answers: tuple[CriterionAnswers, ...]
     costs: tuple[Cost, ...]
     curves: tuple[Curve, ...]
     settings: tuple[Setting, ...]
 
+    @property
+    def alt_text(self) -> Lengths | None:
+        return next((lengths for lengths in self.lengths if not lengths.name), None)
 
-def read_numbers(run: Run) -> Report:
-    """Asks the run's tables for all numbers."""
+    @property
+    def num_captions(self) -> Mapping[str, int]:
+        """By caption pass."""
+        totals: dict[str, int] = {}
+        for tally in self.captions:
+            totals[tally.group] = totals.get(tally.group, 0) + tally.count
+        return totals
+
+    @property
+    def has_retries(self) -> bool:
+        return any(tally.label not in ("0", "1") for tally in self.attempts)
+
+
+def read_numbers(run: Run) -> ReportNumbers:
     with views.connect(run) as connection:
-        costs, until = _costs(connection)
-        return Report(
+        costs, finished_at = _read_costs(connection)
+        return ReportNumbers(
             name=run.folder.name,
-            until=until,
+            finished_at=finished_at,
             num_shards=plan.count(path) if (path := run.folder / "plan.parquet").exists() else 0,
-            num_planned=_one(connection, "SELECT sum(stop - start) FROM plan HAVING bool_and(stop IS NOT NULL)"),
-            funnel={name: _one(connection, sql) or 0 for name, sql in FUNNEL.items()},
-            images=_tallies(connection, IMAGES),
-            captions=_tallies(connection, CAPTIONS),
-            attempts=_tallies(connection, ATTEMPTS),
-            flags=_tallies(connection, FLAGS),
-            refusals=_tallies(connection, REFUSALS),
-            lengths=tuple(_lengths(connection)),
-            scores=tuple(_distributions(connection)),
-            answers=tuple(_answers(connection)),
+            num_planned=_read_count(connection, "SELECT sum(stop - start) FROM plan HAVING bool_and(stop IS NOT NULL)"),
+            funnel={name: _read_count(connection, sql) or 0 for name, sql in FUNNEL.items()},
+            images=_read_tallies(connection, IMAGES),
+            captions=_read_tallies(connection, CAPTIONS),
+            attempts=_read_tallies(connection, ATTEMPTS),
+            flags=_read_tallies(connection, FLAGS),
+            refusals=_read_tallies(connection, REFUSALS),
+            lengths=tuple(_read_lengths(connection)),
+            scores=tuple(_read_distributions(connection)),
+            answers=tuple(_read_answers(connection)),
             costs=costs,
-            curves=tuple(_curves(connection)),
-            settings=tuple(_settings(run)),
+            curves=tuple(_read_curves(connection)),
+            settings=tuple(_list_settings(run)),
         )
 
 
-# An image is captioned once, however many captions it has. A set bit for each image is exact and takes 1/64 of the
-# groups that count(DISTINCT key) would: keys are consecutive numbers. Chosen is at most one verdict of an image.
+# An image counts as captioned once, however many captions it has. One bit per image is exact and, because keys are
+# consecutive numbers, needs 1/64 of the groups of count(DISTINCT key). At most one verdict of an image is chosen.
 FUNNEL = {
     "in": "SELECT count(*) FROM image",
     "usable": "SELECT count(*) FROM image WHERE status = 'ok'",
@@ -180,7 +195,7 @@ FUNNEL = {
     "kept": "SELECT count(*) FROM verdict WHERE chosen",
     "exported": "SELECT count(*) FROM export",
 }
-# The error that is shown follows from the keys, so that the same run gives the same report.
+# A hash of the keys selects the example, so that the same run gives the same report.
 IMAGES = """
     SELECT '', status, count(*) AS num, min_by(error, md5_number_lower(key)) FROM image
     GROUP BY status ORDER BY num DESC, status"""
@@ -203,16 +218,18 @@ LENGTHS = f"""
     SELECT name, least(len(regexp_extract_all(text, '\\S+')), {MAX_WORDS}) AS words, count(*)
     FROM texts GROUP BY name, words ORDER BY name, words"""
 SCORES = f"""
-    SELECT name, caption, least(floor(value * {NUM_BINS})::INTEGER, {NUM_BINS - 1}) AS bin, count(*), sum(value)
+    SELECT name, caption,
+        CASE WHEN value IS NOT NULL THEN least(floor(value * {NUM_BINS})::INTEGER, {NUM_BINS - 1}) END AS bin,
+        count(*), sum(value)
     FROM score GROUP BY name, caption, bin ORDER BY name, caption, bin"""
-# A judge that is asked sentence by sentence numbers its criteria: nothing_invented/1, nothing_invented/2, ...
+# A judge of single sentences numbers its criteria: nothing_invented/1, nothing_invented/2, ...
 ANSWERS = """
-    WITH asked AS (
-        SELECT name, caption, unnest(criteria) AS said, generate_subscripts(criteria, 1) AS place FROM score
+    WITH answer AS (
+        SELECT name, caption, unnest(criteria) AS criterion, generate_subscripts(criteria, 1) AS place FROM score
     ), each AS (
-        SELECT name, caption, said.id AS id, said.verdict AS verdict, count(*) AS num, count(said.value) AS valued,
-            sum(said.value) AS total, min(place) AS place
-        FROM asked GROUP BY ALL
+        SELECT name, caption, criterion.id AS id, criterion.verdict AS verdict, count(*) AS num,
+            count(criterion.value) AS valued, sum(criterion.value) AS total, min(place) AS place
+        FROM answer GROUP BY ALL
     ), answered AS (
         SELECT name, caption, regexp_replace(id, '/[0-9]+$', '') AS criterion, verdict, sum(num)::BIGINT AS num,
             sum(total) / sum(valued) AS mean, min(place) AS place
@@ -229,23 +246,23 @@ COSTS = """
     FROM stats GROUP BY stage, name, caption ORDER BY min(started_at), stage, name, caption"""
 
 
-def _one(connection: database.Connection, sql: str) -> int | None:
-    """The only value of a statement; None when it gives no row."""
+def _read_count(connection: database.Connection, sql: str) -> int | None:
+    """The value of a query with one column; None if it returns no row."""
     row = next(database.rows(connection, sql), None)
     return None if row is None or row[0] is None else int(row[0])
 
 
-def _tallies(connection: database.Connection, sql: str) -> tuple[Tally, ...]:
+def _read_tallies(connection: database.Connection, sql: str) -> tuple[Tally, ...]:
     rows = database.rows(connection, f"{sql} LIMIT {MAX_ROWS}")
-    return tuple(Tally(of=of, label=label, count=num, example=example) for of, label, num, example in rows)
+    return tuple(Tally(group=group, label=label, count=num, example=example) for group, label, num, example in rows)
 
 
-def _lengths(connection: database.Connection) -> Iterator[Lengths]:
+def _read_lengths(connection: database.Connection) -> Iterator[Lengths]:
     for name, rows in groupby(database.rows(connection, LENGTHS), key=lambda row: row[0]):
         yield Lengths(name=name, counts=tuple((words, count) for _, words, count in rows))
 
 
-def _distributions(connection: database.Connection) -> Iterator[Distribution]:
+def _read_distributions(connection: database.Connection) -> Iterator[Distribution]:
     for (score, caption), rows in groupby(database.rows(connection, SCORES), key=lambda row: row[:2]):
         counts, total = dict[int | None, int](), 0.0
         for _, _, place, count, sum_of_values in rows:
@@ -261,63 +278,63 @@ def _distributions(connection: database.Connection) -> Iterator[Distribution]:
         )
 
 
-def _answers(connection: database.Connection) -> Iterator[Answers]:
+def _read_answers(connection: database.Connection) -> Iterator[CriterionAnswers]:
     rows = database.rows(connection, f"{ANSWERS} LIMIT {MAX_ANSWERS}")
     for (score, caption, criterion), group in groupby(rows, key=lambda row: row[:3]):
         answers = tuple(Answer(verdict=verdict, count=num, value=mean) for *_, verdict, num, mean, _ in group)
-        yield Answers(score=score, caption=caption, criterion=criterion, answers=answers)
+        yield CriterionAnswers(score=score, caption=caption, criterion=criterion, answers=answers)
 
 
-def _costs(connection: database.Connection) -> tuple[tuple[Cost, ...], float | None]:
+def _read_costs(connection: database.Connection) -> tuple[tuple[Cost, ...], float | None]:
     names = [field.name for field in dataclasses.fields(Cost)]
     rows = list(database.rows(connection, COSTS))
     costs = tuple(Cost(**dict(zip(names, row[:-1], strict=True))) for row in rows)
     return costs, max((row[-1] for row in rows), default=None)
 
 
-def _curves(connection: database.Connection) -> Iterator[Curve]:
+def _read_curves(connection: database.Connection) -> Iterator[Curve]:
     for name, points in groupby(database.rows(connection, POINTS), key=lambda row: row[0]):
         yield Curve(name=name, points=tuple((step, value) for _, step, value in points))
 
 
-# Steps that fall on one point of the picture are averaged. How fast a training was is no part of what it learnt.
+# Steps that share a point of the chart are averaged. Metrics of speed are left out.
 POINTS = f"""
     SELECT name, avg(step) AS place, avg(value) FROM step
     WHERE isfinite(value) AND NOT regexp_matches(name, '(runtime|_per_second|total_flos)$')
     GROUP BY name, step * {NUM_POINTS} // (SELECT greatest(max(step), 1) FROM step) ORDER BY name, place"""
 
 
-def _settings(run: Run) -> Iterator[Setting]:
-    yield _setting("source", run.source.kind, run.source.config)
+def _list_settings(run: Run) -> Iterator[Setting]:
+    yield _make_setting("source", run.source.kind, run.source.config)
     for name, engine in run.engines.items():
-        yield _setting(f"engines.{name}", engine.kind, engine.config)
+        yield _make_setting(f"engines.{name}", engine.kind, engine.config)
     for stage, named in run.sections.items():
         for name, section in named.items():
-            setting = _setting(".".join(filter(None, (stage, name))), None, section)
+            setting = _make_setting(".".join(filter(None, (stage, name))), None, section)
             if setting.values:
                 yield setting
 
 
-def _setting(section: str, kind: str | None, values: Any) -> Setting:
-    given = [] if kind is None else [("kind", kind)]
-    return Setting(section=section, values=(*given, *_given(values)))
+def _make_setting(section: str, kind: str | None, config: Any) -> Setting:
+    values = [] if kind is None else [("kind", kind)]
+    return Setting(section=section, values=(*values, *_list_values(config)))
 
 
-def _given(values: Any) -> Iterator[tuple[str, str]]:
-    """What differs from the defaults; where a run is served or how long it may take decides no row and is left out."""
-    decisive = stamped(values)
-    for field in dataclasses.fields(values):
+def _list_values(config: Any) -> Iterator[tuple[str, str]]:
+    """The values that differ from the defaults and decide rows: no addresses, no time-outs."""
+    decisive = stamped(config)
+    for field in dataclasses.fields(config):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = getattr(values, field.name)
+        value = getattr(config, field.name)
         if field.name not in decisive or value == default or value is None:
             continue
         if isinstance(value, Mapping):
-            yield from ((f"{field.name}.{name}", _word(one)) for name, one in value.items())
+            yield from ((f"{field.name}.{name}", _format_value(one)) for name, one in value.items())
         elif isinstance(value, Plugin):
-            yield from (("kind", value.kind), *_given(value.config))
+            yield from (("kind", value.kind), *_list_values(value.config))
         else:
-            yield field.name, _word(decisive[field.name])
+            yield field.name, _format_value(decisive[field.name])
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return USER_INFO.sub("", ", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -1,7 +1,6 @@
-"""Decides which samples a person is shown, and how much of each: a few, drawn by a hash of their keys.
+"""The samples of a report, selected by a hash of their keys, so that the same run shows the same samples.
 
-The same run shows the same samples. Drawing reads only keys; then only the shards of what was drawn are opened. It does
-not know how a sample is laid out.
+Selection reads only keys; then only the shards of the selected keys are opened. Layout belongs to the template.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby, islice, zip_longest
-from pathlib import Path
 from typing import Any
 
 from pipeline.decoding import images
@@ -23,13 +21,13 @@ from pipeline.storage import database, views
 from pipeline.storage.plan import Plan
 
 THUMBNAIL = 256 * 256  # pixels
-MAX_CAPTIONS = 4  # of an image that are shown
+MAX_CAPTIONS = 4  # shown per image
 SHARES = {"kept": 0.5, "refused": 0.34, "unusable": 0.16}  # of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A caption with all that was said of it."""
+class JudgedCaption:
+    """A caption with its verdict and scores."""
 
     caption: Caption
     verdict: Verdict | None
@@ -41,58 +39,62 @@ class Sample:
     """An image with its captions, the chosen one first."""
 
     image: Image
-    thumbnail: bytes | None  # a small JPEG; None when there is no picture, `error` says why
+    thumbnail: bytes | None  # a small JPEG; None if the image cannot be shown, for the reason in `error`
     error: str | None
-    captions: tuple[Shown, ...]
-    num_captions: int  # all of them, shown or not
+    captions: tuple[JudgedCaption, ...]
+    num_captions: int  # including those not shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Samples of a kind."""
+    """Samples of one kind."""
 
     kind: str  # kept, refused, captioned, usable, unusable
     samples: tuple[Sample, ...]
 
+    @property
+    def has_scores(self) -> bool:
+        return any(judged.scores for sample in self.samples for judged in sample.captions)
+
 
 def draw_sheets(run: Run, *, num_images: int) -> Iterator[Sheet]:
-    """Sheets of `num_images` samples in all, or fewer; those of an unfinished run show what there is."""
+    """Sheets with at most `num_images` samples in all; for an unfinished run, samples of its last stage."""
     with views.connect(run) as connection:
-        drawn = dict(_drawn(connection, num_images))
-    found = _read(run, {key for keys in drawn.values() for key in keys})
-    for kind, keys in drawn.items():
-        if samples := tuple(found[key] for key in keys if key in found):
+        keys_by_kind = dict(_select_keys(connection, num_images))
+    by_key = _read_samples(run, {key for keys in keys_by_kind.values() for key in keys})
+    for kind, keys in keys_by_kind.items():
+        if samples := tuple(by_key[key] for key in keys if key in by_key):
             yield Sheet(kind=kind, samples=samples)
 
 
-def _drawn(connection: database.Connection, num_images: int) -> Iterator[tuple[str, list[str]]]:
+def _select_keys(connection: database.Connection, num_images: int) -> Iterator[tuple[str, list[str]]]:
     """Kind -> keys."""
     sizes = {kind: max(1, round(share * num_images)) for kind, share in SHARES.items()}
-    if _any(connection, "verdict"):
-        yield "kept", _take(connection, KEPT, sizes["kept"])
-        yield "refused", _take(connection, REFUSED, sizes["refused"])
-    elif _any(connection, "caption"):
-        yield "captioned", _take(connection, CAPTIONED, sizes["kept"])
+    if _has_rows(connection, "verdict"):
+        yield "kept", _take_in_turn(connection, KEPT, sizes["kept"])
+        yield "refused", _take_in_turn(connection, REFUSED, sizes["refused"])
+    elif _has_rows(connection, "caption"):
+        yield "captioned", _take_in_turn(connection, CAPTIONED, sizes["kept"])
     else:
-        yield "usable", _take(connection, USABLE, sizes["kept"])
-    yield "unusable", _take(connection, UNUSABLE, sizes["unusable"])
+        yield "usable", _take_in_turn(connection, USABLE, sizes["kept"])
+    yield "unusable", _take_in_turn(connection, UNUSABLE, sizes["unusable"])
 
 
-# Each gives (group, keys of it in their order); a hash of the key orders, and min_by keeps no more than it gives. Every
-# image has a candidate 0 in every pass, so looking at those draws each image alike, whatever the number of candidates.
-# Of those whose first candidate is refused more are drawn, for another one may be kept.
+# Each query returns (group, keys ordered by a hash); min_by keeps no more keys than it returns. Every image has a
+# candidate 0 in every pass, so looking at those gives each image the same chance, whatever the number of candidates.
+# REFUSED selects more keys than it needs, because another candidate of an image may be kept.
 ORDERED = "min_by(key, md5_number_lower(key), {size})"
 KEPT = f"SELECT '', {ORDERED} FROM verdict WHERE chosen"
 REFUSED = f"""
     WITH groups AS (
         SELECT reason, {ORDERED.replace("{size}", "{size} * 8")} AS keys FROM verdict
         WHERE NOT keep AND candidate = 0 GROUP BY reason
-    ), drawn AS (
+    ), selected AS (
         SELECT DISTINCT reason, unnest(keys) AS key FROM groups
-    ), lost AS (
-        SELECT key FROM verdict WHERE key IN (SELECT key FROM drawn) GROUP BY key HAVING NOT bool_or(keep)
+    ), never_kept AS (
+        SELECT key FROM verdict WHERE key IN (SELECT key FROM selected) GROUP BY key HAVING NOT bool_or(keep)
     )
-    SELECT reason, list(key ORDER BY md5_number_lower(key)) FROM drawn SEMI JOIN lost USING (key)
+    SELECT reason, list(key ORDER BY md5_number_lower(key)) FROM selected SEMI JOIN never_kept USING (key)
     GROUP BY reason ORDER BY count(*) DESC, reason"""
 CAPTIONED = f"SELECT name, {ORDERED} FROM caption WHERE candidate = 0 GROUP BY name ORDER BY name"
 USABLE = f"SELECT '', {ORDERED} FROM image WHERE status = 'ok'"
@@ -100,39 +102,36 @@ UNUSABLE = f"""
     SELECT status, {ORDERED} FROM image WHERE status <> 'ok' GROUP BY status ORDER BY count(*) DESC, status"""
 
 
-def _take(connection: database.Connection, sql: str, size: int) -> list[str]:
-    """Keys of each group in turn, so that a rare reason is seen beside a common one."""
+def _take_in_turn(connection: database.Connection, sql: str, size: int) -> list[str]:
+    """Takes keys from each group in turn, so that rare reasons appear beside common ones."""
     groups = [keys or () for _, keys in database.rows(connection, sql.format(size=size))]
     keys = (key for key in chain.from_iterable(zip_longest(*groups)) if key is not None)
     return list(islice(dict.fromkeys(keys), size))
 
 
-def _any(connection: database.Connection, table: str) -> bool:
+def _has_rows(connection: database.Connection, table: str) -> bool:
     return next(database.rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
 
 
-def _read(run: Run, keys: Iterable[str]) -> Mapping[str, Sample]:
-    """The samples of these keys, shard by shard."""
-    found: dict[str, Sample] = {}
+def _read_samples(run: Run, keys: Iterable[str]) -> Mapping[str, Sample]:
+    """The samples of these keys, read shard by shard."""
+    samples: dict[str, Sample] = {}
     for number, group in groupby(sorted(keys), lambda key: int(key[:6])):
-        wanted = ", ".join(map(database.literal, group))
+        literals = ", ".join(map(database.literal, group))
+        plan = Plan.load(run.folder / "plan.parquet", str(number))[0]
         with (
-            closing(Shard(run=run, plan=_plan(run.folder, number), number=number)) as shard,
+            closing(Shard(run=run, plan=plan, number=number)) as shard,
             views.connect(run, files=f"{number:05d}.parquet") as connection,
         ):
-            captions = _captions(connection, wanted)
-            for row in _rows(connection, Image, wanted, order='"offset"'):
+            captions = _read_captions(connection, literals)
+            for row in _read_rows(connection, Image, literals, order='"offset"'):
                 image = Image(**row)
-                found[image.key] = _sample(shard, image, captions.get(image.key, []))
-    return found
+                samples[image.key] = _make_sample(shard, image, captions.get(image.key, []))
+    return samples
 
 
-def _plan(run: Path, number: int) -> Plan:
-    return Plan.load(run / "plan.parquet", str(number))[0]
-
-
-def _sample(shard: Shard, image: Image, captions: list[Shown]) -> Sample:
-    thumbnail, error = _thumbnail(shard, image)
+def _make_sample(shard: Shard, image: Image, captions: list[JudgedCaption]) -> Sample:
+    thumbnail, error = _make_thumbnail(shard, image)
     return Sample(
         image=image,
         thumbnail=thumbnail,
@@ -142,8 +141,8 @@ def _sample(shard: Shard, image: Image, captions: list[Shown]) -> Sample:
     )
 
 
-def _thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
-    """A small picture, or why there is none. A tar that has gone since ingest is no reason to show nothing at all."""
+def _make_thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
+    """A small JPEG, or the reason why there is none, such as a tar that was removed since ingest."""
     if image.status != "ok":
         return None, image.error
     try:
@@ -155,31 +154,33 @@ def _thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | None]:
     return file.getvalue(), None
 
 
-def _captions(connection: database.Connection, wanted: str) -> dict[str, list[Shown]]:
-    verdicts = {verdict.id: verdict for verdict in (Verdict(**r) for r in _rows(connection, Verdict, wanted))}
+def _read_captions(connection: database.Connection, keys: str) -> dict[str, list[JudgedCaption]]:
+    """Key -> its captions, the chosen one first, then those that are kept."""
+    verdicts = {verdict.id: verdict for verdict in (Verdict(**r) for r in _read_rows(connection, Verdict, keys))}
     scores: dict[tuple[Any, ...], list[Score]] = {}
-    for row in _rows(connection, Score, wanted, order="name"):
+    for row in _read_rows(connection, Score, keys, order="name"):
         row["criteria"] = tuple(Criterion(**criterion) for criterion in row["criteria"])
         scores.setdefault((row["key"], row["caption"], row["candidate"]), []).append(Score(**row))
-    shown: dict[str, list[Shown]] = {}
-    for row in _rows(connection, Caption, wanted, order="name, candidate"):
+    captions: dict[str, list[JudgedCaption]] = {}
+    for row in _read_rows(connection, Caption, keys, order="name, candidate"):
         caption = Caption(**row | {"flags": tuple(row["flags"])})
-        place = (caption.key, caption.name, caption.candidate)
-        one = Shown(caption=caption, verdict=verdicts.get(place), scores=tuple(scores.get(place, ())))
-        shown.setdefault(caption.key, []).append(one)
-    return {key: sorted(captions, key=_rank) for key, captions in shown.items()}
+        identity = (caption.key, caption.name, caption.candidate)
+        judged = JudgedCaption(caption=caption, verdict=verdicts.get(identity), scores=tuple(scores.get(identity, ())))
+        captions.setdefault(caption.key, []).append(judged)
+    return {key: sorted(group, key=_rank_caption) for key, group in captions.items()}
 
 
-def _rank(shown: Shown) -> tuple[bool, bool]:
-    verdict = shown.verdict
+def _rank_caption(judged: JudgedCaption) -> tuple[bool, bool]:
+    verdict = judged.verdict
     return not (verdict and verdict.chosen), not (verdict and verdict.keep)
 
 
-def _rows(
-    connection: database.Connection, record: type[Record], wanted: str, *, order: str = "key"
+def _read_rows(
+    connection: database.Connection, record: type[Record], keys: str, *, order: str = "key"
 ) -> Iterator[dict[str, Any]]:
+    """Rows of these keys, given as a list of SQL literals."""
     names = column_names(record)
-    chosen = ", ".join(map(database.identifier, names))
-    sql = f"SELECT {chosen} FROM {record.table} WHERE key IN ({wanted}) ORDER BY {order}"
+    selected = ", ".join(map(database.identifier, names))
+    sql = f"SELECT {selected} FROM {record.table} WHERE key IN ({keys}) ORDER BY {order}"
     for row in database.rows(connection, sql):
         yield dict(zip(names, row, strict=True))

@@ -1,4 +1,4 @@
-"""The report: numbers that SQL confirms, a page that needs nothing else, and text from a corpus that stays text."""
+"""The report: its numbers agree with SQL, the page is self-contained, and text from a corpus stays text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
-from pipeline.report import page
-from pipeline.report.markup import VOID, Html, el, text
+from pipeline.report import render
 from pipeline.report.numbers import Lengths, read_numbers
 from pipeline.report.samples import draw_sheets
 from pipeline.storage import database
-from tests.support.runs import begin, corpus, files, make, recap, sections, write
+from tests.support.runs import ROOT, begin, corpus, files, make, recap, sections, write
 
 EVIL = "<script>alert(1)</script><img src=http://evil/ onerror=alert(1)>\"'&<|im_end|>\x07\x1b[31m\u202e</style>"
+VOID = ("meta", "img")
 MIX = ["jpg", "png", "cut", "webp", "empty", "jpg", "text"]
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: elements with their attributes, and the text that is shown."""
+    """A page as a browser parses it: elements with their attributes, and the visible text."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path, **options: Any) -> Page:
-    written = page.write_report(config.load(run), **options)
+    written = render.write_report(config.load(run), **options)
     assert written == run / "report.html"
     return Page(written.read_text())
 
@@ -64,7 +64,7 @@ def funnel(run: Path) -> dict[str, int]:
         return dict(database.rows(connection, sql))
 
 
-def is_alone(html: Page) -> None:
+def check_self_contained(html: Page) -> None:
     """Nothing in it is fetched and nothing in it runs."""
     tags = {tag for tag, _ in html.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
@@ -91,29 +91,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_every_number_of_the_funnel_is_what_sql_says(finished: Path) -> None:
-    told = read_numbers(config.load(finished)).funnel
-    assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(finished)
-    assert 0 < told["kept"] < told["captioned"] <= told["usable"] < told["in"] == 28
+def test_funnel_agrees_with_sql(finished: Path) -> None:
+    reported = read_numbers(config.load(finished)).funnel
+    assert {"images": reported["in"], **{k: v for k, v in reported.items() if k != "in"}} == funnel(finished)
+    assert 0 < reported["kept"] < reported["captioned"] <= reported["usable"] < reported["in"] == 28
 
 
-def test_the_tallies_are_what_sql_says(finished: Path) -> None:
+def test_tallies_agree_with_sql(finished: Path) -> None:
     found = read_numbers(config.load(finished))
     with database.connect(finished) as connection:
         rows = dict(database.rows(connection, "SELECT status, count(*) FROM image GROUP BY status"))
         scored = dict(database.rows(connection, "SELECT name || ' ' || caption, count(*) FROM score GROUP BY ALL"))
         (refused,) = database.rows(connection, "SELECT count(*) FROM verdict WHERE NOT keep")
-        (told,) = database.rows(connection, "SELECT sum(len(criteria)) FROM score")
+        (num_answers,) = database.rows(connection, "SELECT sum(len(criteria)) FROM score")
     assert {tally.label: tally.count for tally in found.images} == rows
     assert sum(tally.count for tally in found.refusals) == refused[0]
     assert {f"{one.score} {one.caption}": sum(one.bins) + one.num_unknown for one in found.scores} == scored
-    assert sum(answer.count for one in found.answers for answer in one.answers) == told[0]
+    assert sum(answer.count for one in found.answers for answer in one.answers) == num_answers[0]
     assert {cost.title for cost in found.costs} >= {"ingest", "caption:dense", "filter", "export"}
 
 
-def test_the_page_is_whole_and_alone(finished: Path) -> None:
+def test_page_is_complete_and_self_contained(finished: Path) -> None:
     html = report(finished)
-    is_alone(html)
+    check_self_contained(html)
     assert "28" in html.text
     assert html.elements.count(("h1", {})) == 1
     drawings = [attributes for tag, attributes in html.elements if tag == "svg"]
@@ -121,19 +121,19 @@ def test_the_page_is_whole_and_alone(finished: Path) -> None:
     assert all(attributes["role"] == "img" for attributes in drawings)
 
 
-def test_the_command_writes_the_same_file_each_time_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+def test_command_is_deterministic_and_writes_one_file(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "report.html").unlink(missing_ok=True)
     before = files(run)
     done = recap("report", "--run", run, "--images", 5)
     assert done.stdout == f"{run / 'report.html'}\n"
     first = (run / "report.html").read_text()
-    page.write_report(config.load(run), num_images=5)
+    render.write_report(config.load(run), num_images=5)
     assert (run / "report.html").read_text() == first
     assert {name: data for name, data in files(run).items() if name != "report.html"} == before
 
 
-def test_the_sheet_shows_kept_refused_and_unusable_samples_with_what_was_said(finished: Path) -> None:
+def test_sheets_show_kept_refused_and_unusable_samples_with_reasons(finished: Path) -> None:
     found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=12)}
     assert {kind: len(samples) for kind, samples in found.items()} == {"kept": 6, "refused": 4, "unusable": 2}
     assert all(any(shown.verdict and shown.verdict.keep for shown in sample.captions) for sample in found["kept"])
@@ -149,7 +149,7 @@ def test_the_sheet_shows_kept_refused_and_unusable_samples_with_what_was_said(fi
     assert all(reason in html.text for reason in reasons if reason)
 
 
-def test_a_tar_that_has_gone_is_told_of(finished: Path, tmp_path: Path) -> None:
+def test_missing_tar_is_reported(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "shards")
     html = report(run)
@@ -158,7 +158,7 @@ def test_a_tar_that_has_gone_is_told_of(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
+def test_report_of_a_run_in_every_state(tmp_path: Path) -> None:
     run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", MIX)))
     unplanned = report(run)
     assert "No image has been read yet" in unplanned.text
@@ -173,14 +173,14 @@ def test_a_run_is_reported_in_every_state(tmp_path: Path) -> None:
     }.items():
         assert make(run, stage).exit_code == 0
         html = report(run)
-        is_alone(html)
+        check_self_contained(html)
         assert seen in html.text
-        told = read_numbers(config.load(run)).funnel
-        assert {"images": told["in"], **{k: v for k, v in told.items() if k != "in"}} == funnel(run)
+        reported = read_numbers(config.load(run)).funnel
+        assert {"images": reported["in"], **{k: v for k, v in reported.items() if k != "in"}} == funnel(run)
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None:
+def test_report_of_a_run_without_kept_or_usable_images(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", MIX), filter={"rules": {"never": "judge > 2"}})
     run = begin(tmp_path / "none", parts)
     make(run)
@@ -193,14 +193,14 @@ def test_a_run_that_keeps_nothing_or_cannot_use_anything(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 3)
     (photos / "00000.txt").write_text(EVIL)
     (photos / "00001.txt").write_text("<b>" * 350_000)
     run = begin(tmp_path / "<i>run & co", sections(photos, engines__captioner={"text": f"A cup. {EVIL} It is red."}))
     assert make(run).exit_code in (0, 1)
     html = report(run)
-    is_alone(html)
+    check_self_contained(html)
     shown = EVIL.replace("\x07", "␇").replace("\x1b", "␛")
     assert html.text.count(shown) >= 4
     assert "(1,050,000 characters)" in html.text
@@ -209,7 +209,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", written)
 
 
-def test_a_judge_of_sentences_has_one_line_for_each_criterion(tmp_path: Path) -> None:
+def test_judge_of_sentences_has_one_line_per_criterion(tmp_path: Path) -> None:
     rubric = 'prompt = "{criteria} {sentence}"\nunit = "sentence"\n[[criteria]]\nid = "true"\nquestion = "Is it?"\n'
     run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3), score__judge={"rubric": "own"}))
     (run / "rubrics").mkdir()
@@ -219,7 +219,7 @@ def test_a_judge_of_sentences_has_one_line_for_each_criterion(tmp_path: Path) ->
     assert [one.criterion for one in read_numbers(config.load(run)).answers if one.score == "judge"] == ["true"]
 
 
-def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
+def test_training_curves_are_drawn(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
     (run / "step").mkdir()
     points = {"step": [10, 10, 20, 20, 20], "value": [0.5, 2.0, 1.0, 1.5, 60.0]}
@@ -233,7 +233,7 @@ def test_curves_of_a_training_are_drawn(tmp_path: Path) -> None:
     assert drawn.index("loss") < drawn.index("entropy")
 
 
-def test_a_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:
+def test_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
     (run / "step").mkdir()
     values = {"name": ["loss"] * 50_000, "step": range(50_000), "value": [float("nan"), *[1.0] * 49_999]}
@@ -243,7 +243,7 @@ def test_a_long_training_is_drawn_with_few_points(tmp_path: Path) -> None:
     assert {value for _, value in curve.points} == {1.0}
 
 
-def test_settings_tell_no_password_and_no_place(tmp_path: Path) -> None:
+def test_settings_show_no_password_and_no_path(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"]), engines__captioner={"text": "see https://me:secret@host/x"})
     html = report(begin(tmp_path / "run", parts))
     assert "secret" not in html.text
@@ -257,9 +257,31 @@ def test_quantiles_of_lengths() -> None:
     assert Lengths(name="dense", counts=()).quantile(0.5) == 0
 
 
-def test_only_markup_is_markup() -> None:
-    assert (
-        el("p", "<", Html("<br>"), None, ["a", None, "&"], title='"', hidden=None)
-        == '<p title="&quot;">&lt;<br>a&amp;</p>'
+def test_values_are_escaped_and_invisible_characters_replaced() -> None:
+    template = render.make_environment().from_string('<p title="{{ text }}">{{ text }}</p>')
+    assert template.render(text="<&\"'\ud800\x00\x7f\x85") == (
+        '<p title="&lt;&amp;&#34;&#39;\ufffd␀␡\ufffd">&lt;&amp;&#34;&#39;\ufffd␀␡\ufffd</p>'
     )
-    assert text("\ud800\x00\x7f\x85") == "\ufffd␀␡\ufffd"
+
+
+def test_nothing_in_the_report_turns_escaping_off() -> None:
+    files = [path for path in (ROOT / "pipeline" / "report").rglob("*") if path.suffix in (".py", ".j2")]
+    assert len(files) > 5
+    for file in files:
+        assert not re.search(r"\bsafe\b|autoescape (false|off)|Markup\(|forceescape|xmlattr", file.read_text()), file
+
+
+def test_unjudged_captions_are_in_no_bin_and_not_in_the_mean(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
+    assert make(run).exit_code == 0
+    path = run / "score" / "judge" / "dense" / "00000.parquet"
+    table = pq.read_table(path)
+    values = pa.array([0.2, None, 0.4, None], table.schema.field("value").type)
+    statuses = pa.array(["ok", "unknown", "ok", "error"], table.schema.field("status").type)
+    for name, column in {"value": values, "status": statuses}.items():
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, table.schema.field(position), column)
+    pq.write_table(table, path)
+    (scores,) = (one for one in read_numbers(config.load(run)).scores if one.score == "judge")
+    assert scores.mean == pytest.approx(0.3)
+    assert (sum(scores.bins), scores.bins[-1], scores.num_unknown) == (2, 0, 2)

@@ -1,0 +1,241 @@
+"""The report as one self-contained HTML file, for people who do not know the run.
+
+Every value that a template prints is escaped, and characters that would be invisible are replaced. The page has no
+scripts, and its content security policy allows only its own style and embedded images.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.progress import duration, short
+from pipeline.records import Criterion
+from pipeline.report import charts
+from pipeline.report.charts import Part, choose_tone, format_share
+from pipeline.report.numbers import Answer, Cost, CriterionAnswers, ReportNumbers, read_numbers
+from pipeline.report.samples import Sheet, draw_sheets
+from pipeline.sections import Run
+from pipeline.storage import tables
+
+# Control characters, which no page may hold, and surrogates, which UTF-8 cannot encode.
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+STEPS = {
+    "in": "files in the corpus",
+    "usable": "decoded as an image",
+    "captioned": "with at least one finished caption",
+    "kept": "with a caption that met every condition",
+    "exported": "written to the training set",
+}
+ANSWER_TONES = (("v4", "best"), ("v2", "middling"), ("v0", "worst"), ("plain", "cannot say"))  # tone, meaning
+SHEETS = {  # kind -> title, lead
+    "kept": ("Kept", "Images with a caption that met every condition. The chosen caption comes first; it is exported."),
+    "refused": ("Refused", "Images without a caption that met every condition, some for each reason."),
+    "captioned": ("Captioned", "Nothing is filtered yet; these captions are unfiltered."),
+    "usable": ("Images", "Nothing is captioned yet; these are images of the corpus."),
+    "unusable": (
+        "Unusable",
+        "Files that could not be decoded, some for each status. They remain in the tables as rows.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of the page."""
+
+    template: str  # its branch in the template
+    title: str
+    lead: str = ""
+    sheet: Sheet | None = None
+
+    @property
+    def id(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+
+def write_report(run: Run, *, num_images: int = 36) -> Path:
+    """Writes `<run>/report.html` atomically.
+
+    Args:
+        run: in any state.
+        num_images: maximum number of samples to show.
+    """
+    path = run.folder / "report.html"
+    text = render(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
+    with tables.atomic(path) as file:
+        file.write(text.encode())
+    return path
+
+
+def render(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
+    sections = list(_list_sections(numbers, sheets))
+    template = make_environment().get_template("report.html.j2")
+    return template.render(numbers=numbers, summary=summarise(numbers), sections=sections)
+
+
+def make_environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pipeline.report"),
+        autoescape=True,
+        finalize=_format,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= vars(charts) | {
+        "STEPS": STEPS,
+        "ANSWER_TONES": ANSWER_TONES,
+        "MAX_CELL": 200,  # characters of a table's cell
+        "MAX_TEXT": 900,  # characters of a caption or an alt text
+        "MAX_REASON": 200,  # characters
+        "MAX_CRITERIA": 60,  # of a score
+    }
+    environment.filters |= {
+        "answer": describe_answer,
+        "answer_parts": _answer_parts,
+        "base64": lambda data: base64.b64encode(data).decode(),
+        "clip": clip,
+        "date": lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):%d %B %Y, %H:%M} UTC",
+        "duration": duration,
+        "group_answers": _group_answers,
+        "per_row": _per_row,
+        "score_parts": _score_parts,
+        "share": format_share,
+        "short": short,
+        "tone": choose_tone,
+        "words": lambda num: f"{short(num)} word{'' if num == 1 else 's'}",
+    }
+    return environment
+
+
+def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[Section]:
+    """The sections of which the run has data."""
+    if numbers.funnel["in"]:
+        yield Section(template="funnel", title="From corpus to training set")
+        yield Section(
+            template="statuses",
+            title="Statuses and refusals",
+            lead="Every input is a row with a status; none is dropped. A caption is refused by the first condition "
+            "that it does not meet, or because a scorer could not judge it.",
+        )
+    if numbers.captions:
+        yield Section(
+            template="captions",
+            title="Captions",
+            lead="Caption lengths in words compared with the corpus's own alt text, and the flags of captions.",
+        )
+    if numbers.scores:
+        yield Section(
+            template="scores",
+            title="Scores",
+            lead="Captions by score, from 0 (worst) to 1. Captions that a scorer could not judge have no score.",
+        )
+    if numbers.answers:
+        yield Section(
+            template="criteria",
+            title="Criteria",
+            lead="For each criterion of each score: the share of captions with each answer, and the mean value.",
+        )
+    if numbers.curves:
+        yield Section(
+            template="training", title="Training", lead="Metrics by step, with the last value below each curve."
+        )
+    for sheet in sheets:
+        title, lead = SHEETS[sheet.kind]
+        if sheet.has_scores:
+            lead += " A bar has a part for each criterion, as wide as its weight; click to see the reasons."
+        yield Section(template="samples", title=title, lead=lead, sheet=sheet)
+    if numbers.costs:
+        yield Section(
+            template="costs",
+            title="Costs",
+            lead="Time is the sum over all workers, rows/s is the rate of one worker, and tokens are per row. Waiting "
+            "is the share of time in which the engine was idle.",
+        )
+    yield Section(
+        template="settings",
+        title="Settings",
+        lead="Keys of run.toml that are set and decide rows. All others have defaults or affect only speed and place.",
+    )
+
+
+def summarise(numbers: ReportNumbers) -> str:
+    """The run in a sentence or two."""
+    funnel = numbers.funnel
+    missing = max(0, (numbers.num_planned or 0) - funnel["in"])
+    more = f" {short(missing)} more are planned." if missing else ""
+    if not funnel["in"]:
+        return f"No image has been read yet.{more}"
+    parts = [f"Of {short(funnel['in'])} images, {short(funnel['usable'])} could be used"]
+    if numbers.captions:
+        parts.append(f"{short(funnel['captioned'])} were captioned")
+    if numbers.refusals or funnel["kept"]:
+        parts.append(f"{short(funnel['kept'])} were kept")
+    return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + f"{parts[-1]}.{more}"
+
+
+def _format(value: Any) -> Any:
+    """Coordinates to two decimals, and text with its invisible characters replaced."""
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return INVISIBLE.sub(lambda match: _make_visible(ord(match[0])), value)
+    return value
+
+
+def _make_visible(code: int) -> str:
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
+
+
+def clip(text: str, limit: int) -> str:
+    """Text cut to `limit` characters, followed by its full length.
+
+    >>> clip("abcdef", 3)
+    'abc… (6 characters)'
+    """
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def describe_answer(answer: Answer | Criterion) -> str:
+    if answer.verdict is not None:
+        return clip(answer.verdict, 60)
+    return "cannot say" if answer.value is None else "scored"
+
+
+def _answer_parts(answers: Sequence[Answer]) -> list[Part]:
+    total = sum(answer.count for answer in answers)
+    return [
+        Part(
+            label=f"{describe_answer(answer)}, {format_share(answer.count, total)}",
+            size=answer.count,
+            tone=choose_tone(answer.value),
+        )
+        for answer in answers
+    ]
+
+
+def _score_parts(criteria: Sequence[Criterion]) -> list[Part]:
+    return [
+        Part(label=f"{c.id}: {describe_answer(c)}", size=c.weight, tone=choose_tone(c.value))
+        for c in criteria
+        if c.weight
+    ]
+
+
+def _group_answers(answers: Sequence[CriterionAnswers]) -> Iterator[tuple[str, list[CriterionAnswers]]]:
+    for (score, caption), group in groupby(answers, key=lambda one: (one.score, one.caption)):
+        yield f"{score} of {caption}", list(group)
+
+
+def _per_row(num_tokens: int, cost: Cost) -> str:
+    return f"{num_tokens / cost.num_rows:,.0f}" if cost.num_rows and num_tokens else ""
