@@ -62,10 +62,12 @@ def key(
 def stamped(config: Any) -> dict[str, Any]:
     """The fields of a config that decide rows, as JSON values: its slice of the fingerprint."""
     names = {f.name: f.metadata.get("stamp", True) for f in dataclasses.fields(config)}
-    return {field if name is True else name: _plain(getattr(config, field)) for field, name in names.items() if name}
+    return {
+        field if name is True else name: plain_value(getattr(config, field)) for field, name in names.items() if name
+    }
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     if isinstance(value, Plugin):
         return value.stamp
     if isinstance(value, ResolvedPath):
@@ -73,9 +75,9 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return stamped(value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_value(v) for v in value]
     return value
 
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import operator
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from difflib import get_close_matches
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.sections import Plugin, ResolvedPath, endpoint_file
+from pipeline.sections import Plugin, ResolvedPath, endpoint_file, plain_value
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -66,28 +70,21 @@ class Section:
         return {name: self.subsection(name) for name in self.values}
 
     def parse(self, cls: type[T], *, ignore: frozenset[str] = frozenset()) -> T:
-        """The section as a `cls`. Keys in `ignore` belong to somebody else.
+        """The section as a `cls`; keys in `ignore` are left to the caller.
 
         Raises:
             ConfigError: an unknown key, a missing one, or a value that is not allowed.
         """
-        fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
-        self.check_keys([*fields, *ignore])
-        hints = get_type_hints(cls)
-        given = {
-            name: self._value(name, self.values[name], hints[name], fields[name].metadata)
-            for name in fields
-            if name in self.values
-        }
-        for name, f in fields.items():
-            if name not in given and f.default is MISSING and f.default_factory is MISSING:
-                raise self.error(name, f"is missing; it is {describe_type(hints[name])}: {f.metadata.get('help', '')}")
+        from pydantic import ValidationError
+
+        names = [f.name for f in dataclasses.fields(cast(Any, cls))]
+        self.check_keys([*names, *ignore])
         try:
-            return cls(**given)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise self.error("", str(error)) from error
+            values = adapter_of(cast(Any, cls)).validate_python({n: self.values[n] for n in names if n in self.values})
+        except ValidationError as error:
+            problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
+            raise self._explain(cls, problems[0]["type"], problems[0]["loc"]) from None
+        return cast(T, self._build(cls, values))
 
     def check_keys(self, known: list[str]) -> None:
         for name in self.values:
@@ -122,24 +119,41 @@ class Section:
         config = self.parse(module.Config, ignore=common | {selector})
         return Plugin(kind=name, module=module, config=config, selector=selector, where=f"{self.file}: {self.field}")
 
-    def _value(self, name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            return self.subsection(name).parse(hint)
-        result = _convert(value, hint)
-        if result is _WRONG:
-            raise self.error(name, f"{value!r} is not {describe_type(hint)}")
-        if hint == dict[str, Any] and (secret := next(filter(SECRET.search, _names(result)), "")):
-            raise self.error(
-                f"{name}.{secret}", f"looks like a secret, and all of this is recorded; {KEEP['endpoint']}"
-            )
-        if isinstance(result, float) and not math.isfinite(result):
-            raise self.error(name, f"{value!r} is no finite number")
-        least, most = about.get("least"), about.get("most")
-        if least is not None and result is not None and result < least:
-            raise self.error(name, f"{value!r} is too small; the least is {least}")
-        if most is not None and result is not None and result > most:
-            raise self.error(name, f"{value!r} is too large; the most is {most}")
-        return self._located(name, result, about.get("locate"))
+    def _explain(self, cls: Any, problem: str, path: Sequence[int | str]) -> ConfigError:
+        """The error for pydantic's `problem` with the value at `path`."""
+        name = str(path[0])
+        field, hint = next(f for f in dataclasses.fields(cls) if f.name == name), get_type_hints(cls)[name]
+        if dataclasses.is_dataclass(hint) and path[1:]:
+            inner = self.subsection(name)
+            inner.check_keys([f.name for f in dataclasses.fields(hint)])
+            return inner._explain(hint, problem, path[1:])
+        if problem == "missing":
+            return self.error(name, f"is missing; it is {describe_type(hint)}: {field.metadata.get('help', '')}")
+        reasons = {
+            "greater_than_equal": f"is too small; the least is {field.metadata.get('least')}",
+            "less_than_equal": f"is too large; the most is {field.metadata.get('most')}",
+            "finite_number": "is not a finite number",
+        }
+        return self.error(name, f"{self.values[name]!r} {reasons.get(problem, f'is not {describe_type(hint)}')}")
+
+    def _build(self, cls: Any, values: Mapping[str, Any]) -> Any:
+        fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
+        given = {}
+        for name, value in values.items():
+            if dataclasses.is_dataclass(hints[name]):
+                given[name] = self.subsection(name)._build(hints[name], value)
+                continue
+            if hints[name] == dict[str, Any] and (secret := next(filter(SECRET.search, _names(value)), "")):
+                raise self.error(
+                    f"{name}.{secret}", f"looks like a secret, and all of this is recorded; {KEEP['endpoint']}"
+                )
+            given[name] = self._located(name, value, fields[name].metadata.get("locate"))
+        try:
+            return cls(**given)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise self.error("", str(error)) from error
 
     def _located(self, name: str, value: Any, how: str | None) -> Any:
         if how is None or not value:  # nothing, or the empty string, means no place
@@ -167,6 +181,51 @@ def find_secret(url: str) -> str:
     return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNED.fullmatch(name)), "")
 
 
+@cache
+def adapter_of(cls: Any) -> TypeAdapter[dict[str, Any]]:
+    """Validates a table for a dataclass declared with `key`, into keyword arguments: strictly, but lists become tuples.
+
+    Its `json_schema()` has the fields' help, bounds and defaults.
+    """
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_typed_dict(cls))
+
+
+def _typed_dict(cls: Any) -> Any:
+    from typing import NotRequired
+
+    from pydantic import ConfigDict, Field, with_config
+    from typing_extensions import TypedDict
+
+    hints, keys = get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        field = Field(
+            description=f.metadata.get("help"),
+            ge=f.metadata.get("least"),
+            le=f.metadata.get("most"),
+            json_schema_extra=None if default is MISSING or default is None else {"default": plain_value(default)},
+        )
+        hint: Any = Annotated[_adapt(hints[f.name]), field]
+        keys[f.name] = hint if default is MISSING else NotRequired[hint]
+    table: Any = TypedDict(cls.__name__, keys)  # type: ignore[misc]
+    return with_config(ConfigDict(extra="forbid", strict=True))(table)
+
+
+def _adapt(hint: Any) -> Any:
+    """The type as pydantic is to check it: dataclasses are tables, and a tuple is written as a list."""
+    from pydantic import AllowInfNan, Strict
+
+    if hint is float:
+        return Annotated[float, AllowInfNan(False)]
+    if dataclasses.is_dataclass(hint):
+        return _typed_dict(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return reduce(operator.or_, map(_adapt, get_args(hint)))
+    return Annotated[hint, Strict(False)] if get_origin(hint) is tuple else hint
+
+
 def describe_type(hint: Any) -> str:
     """A type in a user's words."""
     if isinstance(hint, type) and get_origin(hint) is None:
@@ -184,35 +243,12 @@ def describe_type(hint: Any) -> str:
     return str(hint)
 
 
-_WRONG = object()
-
-
 def _names(value: Any) -> Iterator[str]:
     """Of all keys in a free table, however deep."""
     for one in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
         yield from _names(one)
     if isinstance(value, dict):
         yield from value
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """`value` as `hint`, or `_WRONG`."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Literal:
-        return value if value in args and type(value) in {type(arg) for arg in args} else _WRONG
-    if origin in (Union, types.UnionType):
-        return next((r for arg in args if (r := _convert(value, arg)) is not _WRONG), _WRONG)
-    if origin is tuple:
-        items = [_convert(v, args[0]) for v in value] if isinstance(value, list) else [_WRONG]
-        return _WRONG if _WRONG in items else tuple(items)
-    if origin is not None and isinstance(value, dict):
-        entries = {k: _convert(v, args[1]) for k, v in value.items()}
-        return _WRONG if _WRONG in entries.values() else entries
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is hint else _WRONG
 
 
 def _locate(value: str, how: str, run: Path) -> str:

@@ -50,7 +50,7 @@ def test_a_vllm_engine_is_served_as_it_is_described(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], imitates: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(vllm, "on_cpu", lambda: True)
-    monkeypatch.setattr(vllm, "imitates_16_bits", lambda: imitates)
+    monkeypatch.setattr(vllm, "emulates_bfloat16", lambda: imitates)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))
     engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
