@@ -21,6 +21,7 @@ from pipeline.sections import key
 from pipeline.validation import Section
 from stages.rubric_writers import Evidence, WrittenRubric
 from stages.text.answers import read_value
+from stages.text.json_schema import object_schema
 from stages.text.prompts import (
     SamplingConfig,
     check_fields,
@@ -122,8 +123,8 @@ def schema(evidence: Evidence, spec: WriterSpec) -> dict[str, Any]:
         "captions": _numbers(len(evidence.student), least=1),
     }
     bounds = {"minItems": spec.min_criteria, "maxItems": spec.max_criteria}
-    listed = {"type": "array", "items": _object(criterion), **bounds}
-    return _object({"criteria": listed})
+    listed = {"type": "array", "items": object_schema(criterion), **bounds}
+    return object_schema({"criteria": listed})
 
 
 def _prompt(evidence: Evidence, spec: WriterSpec) -> str:
@@ -197,12 +198,3 @@ def _written(evidence: Evidence, reply: Reply, settings: Settings, engine: Engin
 def _numbers(most: int, *, least: int) -> dict[str, Any]:
     number = {"type": "integer", "enum": list(range(1, most + 1))}
     return {"type": "array", "items": number, "minItems": least, "maxItems": most}
-
-
-def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section
+from stages.text.json_schema import object_schema
 from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, join_lines, list_fields
 
 FIELDS = ("criteria", "alt_text", "caption", "sentence")
@@ -91,7 +92,7 @@ class Rubric:
     def schema(self) -> dict[str, Any]:
         """Of the answer: a reason, then a verdict; for several questions, each under its id."""
         forms = {name: self._form(q) for name, q in self.criteria.items()}
-        return next(iter(forms.values())) if len(forms) == 1 else _object(forms)
+        return next(iter(forms.values())) if len(forms) == 1 else object_schema(forms)
 
     def verdicts(self, value: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
         """The reason and verdict of each question, from an answer that follows the schema."""
@@ -123,7 +124,7 @@ class Rubric:
 
     def _form(self, question: Question) -> dict[str, Any]:
         verdict = {"type": "string", "enum": self._answers(question)}
-        return _object({"reason": {"type": "string"}, "verdict": verdict})
+        return object_schema({"reason": {"type": "string"}, "verdict": verdict})
 
 
 def load(name: str, *, run: Path | None) -> Rubric:
@@ -197,12 +198,3 @@ def _check(section: Section, spec: RubricSpec, questions: list[Question]) -> Non
         raise section.error("prompt", "must have {criteria}: there are several")
     if not any(q.effective_weight for q in questions):
         raise section.error("criteria", "at least one must weigh more than 0")
-
-
-def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }

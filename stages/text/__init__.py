@@ -1,1 +1,1 @@
-"""Text in and out of models: prompts, answers, sentences, repetition, JSON schemas."""
+"""Text sent to and received from models: prompts, answers, sentences, repetition, JSON schemas."""

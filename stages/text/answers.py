@@ -1,6 +1,6 @@
-"""Decides what an answer is accepted for, and what is said of one that is not.
+"""Answers of models: which ones are accepted, and why the others are rejected.
 
-It sees one reply at a time and knows neither the image nor the words that were asked.
+Sees one reply at a time and knows neither the image nor the prompt.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from stages.text.repetition import find_loop
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer, read. With another status than "ok", `text` is what came.
+    """A parsed answer. Unless its status is "ok", `text` is the raw reply.
 
-    `error` says what is wrong in general, then, after a colon, with this answer, so that errors can be counted.
+    `error` names the general problem and, after a colon, the detail of this answer, so that errors can be counted.
     """
 
     text: str
@@ -30,35 +30,35 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFormat:
-    """The form in which a structured answer is asked for."""
+    """The format of a structured answer."""
 
     schema: Mapping[str, Any]
     to_prose: Callable[[Any], str]  # from a value that follows the schema
 
 
-def read_answer(reply: Reply, form: AnswerFormat | None = None) -> Answer:
-    """The answer in a reply.
+def read_answer(reply: Reply, answer_format: AnswerFormat | None = None) -> Answer:
+    """Parses a reply.
 
-    It is accepted when it finished with "stop", is not empty, does not loop and, with a form, follows it. A loop that
-    ran into the limit of tokens is called a loop, for more tokens would not help it.
+    It is accepted when it finished with "stop", is not empty, does not loop and, with a format, follows it. A loop that
+    ran into the token limit counts as a loop, since more tokens would not help.
     """
-    came = reply.text.strip()
+    raw = reply.text.strip()
     if reply.error is not None:
-        return _refused("error", came, reply.error)
-    if not came:
-        return _refused("empty", came, "the answer is empty")
-    text, fields, wrong = _formed(came, form)
+        return _reject("error", raw, reply.error)
+    if not raw:
+        return _reject("empty", raw, "the answer is empty")
+    text, fields, problem = _parse_structured(raw, answer_format) if answer_format else (raw, None, "")
     if loop := find_loop(text):
-        return _refused("repeated", came, f"the answer loops: {loop}")
+        return _reject("repeated", raw, f"the answer loops: {loop}")
     if reply.finish_reason != "stop":
-        return _refused("truncated", came, _cut(reply))
-    if wrong:
-        return _refused("invalid", came, wrong)
+        return _reject("truncated", raw, _explain_truncation(reply))
+    if problem:
+        return _reject("invalid", raw, problem)
     return Answer(text=text, fields=fields, status="ok", error=None)
 
 
 def read_value(reply: Reply, schema: Mapping[str, Any]) -> Any:
-    """The value that a structured answer carries.
+    """The value in a structured answer.
 
     Raises:
         ValueError: there is none, or it does not follow the schema; the message says why.
@@ -66,33 +66,33 @@ def read_value(reply: Reply, schema: Mapping[str, Any]) -> Any:
     if reply.error is not None:
         raise ValueError(reply.error)
     if reply.finish_reason != "stop":
-        raise ValueError(_cut(reply))
+        raise ValueError(_explain_truncation(reply))
+    return _parse_value(reply.text, schema)
+
+
+def _parse_structured(raw: str, answer_format: AnswerFormat) -> tuple[str, str | None, str]:
+    """The prose, the JSON, and the problem with the format ("" when there is none)."""
     try:
-        value = json_schema.parse_json(reply.text)
+        value = _parse_value(raw, answer_format.schema)
     except ValueError as error:
-        raise ValueError(f"the answer is no JSON: {error}") from error
-    if wrong := json_schema.find_problem(value, schema):
-        raise ValueError(f"the answer does not follow its schema: {wrong}")
+        return raw, None, str(error)
+    prose = answer_format.to_prose(value).strip()
+    return (prose, json_schema.strip_fence(raw), "") if prose else (raw, None, "the answer's fields are empty")
+
+
+def _parse_value(text: str, schema: Mapping[str, Any]) -> Any:
+    try:
+        value = json_schema.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"the answer is not JSON: {error}") from error
+    if problem := json_schema.find_problem(value, schema):
+        raise ValueError(f"the answer does not follow its schema: {problem}")
     return value
 
 
-def _formed(came: str, form: AnswerFormat | None) -> tuple[str, str | None, str]:
-    """Its prose, its JSON and what is wrong with the form."""
-    if form is None:
-        return came, None, ""
-    try:
-        value = json_schema.parse_json(came)
-    except ValueError as error:
-        return came, None, f"the answer is no JSON: {error}"
-    if wrong := json_schema.find_problem(value, form.schema):
-        return came, None, f"the answer does not follow its schema: {wrong}"
-    prose = form.to_prose(value).strip()
-    return (prose, json_schema.strip_fence(came), "") if prose else (came, None, "the answer's fields are empty")
-
-
-def _cut(reply: Reply) -> str:
+def _explain_truncation(reply: Reply) -> str:
     return f"the answer was cut: it did not end within {reply.sampling.max_tokens} tokens"
 
 
-def _refused(status: CaptionStatus, text: str, error: str) -> Answer:
+def _reject(status: CaptionStatus, text: str, error: str) -> Answer:
     return Answer(text=text, fields=None, status=status, error=error)

@@ -1,6 +1,6 @@
-"""Decides whether a value follows a JSON schema: the part of JSON Schema that structured output is asked with.
+"""The subset of JSON Schema that structured output uses: parsing, validation, and the check of a schema itself.
 
-A schema that says more than is checked here is refused when it is read, so that nothing asked goes unchecked.
+A schema with a keyword outside the subset is rejected when it is loaded, so that no requirement goes unchecked.
 """
 
 from __future__ import annotations
@@ -19,51 +19,63 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-NOTES = frozenset({"title", "description", "default", "examples", "$schema"})
-_CHECKED = (
+ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$schema"})
+_KEYWORDS = (
     "type enum const properties required additionalProperties items minItems maxItems minLength maxLength minimum"
     " maximum anyOf"
 )
-CHECKED = frozenset(_CHECKED.split())
-_FENCED = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+KEYWORDS = frozenset(_KEYWORDS.split())
+_FENCE = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, which may stand in a code fence.
+    """The value of a JSON text, with or without a code fence.
 
-    Its strings may have line breaks and tabs as they are: models write them so, and not every grammar forbids it.
+    Strings may contain raw line breaks and tabs: models write them, and not every grammar forbids it.
 
     Raises:
-        ValueError: it is none, or an object in it has a name twice; the message says what and where.
+        ValueError: the text is not JSON, or an object in it repeats a name; the message says what and where.
     """
     try:
-        return json.loads(strip_fence(text), strict=False, object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(
+            strip_fence(text), strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
 def strip_fence(text: str) -> str:
     """The text without the code fence around it, if it has one."""
-    found = _FENCED.fullmatch(text.strip())
-    return found[1].strip() if found else text.strip()
+    fenced = _FENCE.fullmatch(text.strip())
+    return fenced[1].strip() if fenced else text.strip()
 
 
 def find_problem(value: Any, schema: Mapping[str, Any]) -> str:
-    """What is wrong with a value in the schema's eyes; "" when nothing is."""
-    return next(_problems(value, schema, ""), "")
+    """The first violation of the schema; "" when there is none."""
+    return next(_find_problems(value, schema, ""), "")
+
+
+def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object with exactly these properties, generated in this order."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def check_schema(schema: Any, where: str = "schema") -> None:
     """
     Raises:
-        ValueError: the schema has a word that is not checked here.
+        ValueError: the schema has a keyword that is not supported.
     """
     if not isinstance(schema, dict):
-        raise ValueError(f"{where} is no table")
-    if unknown := set(schema) - CHECKED - NOTES:
-        raise ValueError(f"{where}: {min(unknown)!r} is not understood; allowed: {', '.join(sorted(CHECKED))}")
+        raise ValueError(f"{where} is not a table")
+    if unknown := set(schema) - KEYWORDS - ANNOTATIONS:
+        raise ValueError(f"{where}: {min(unknown)!r} is not supported; allowed: {', '.join(sorted(KEYWORDS))}")
     if "type" in schema and schema["type"] not in TYPES:
-        raise ValueError(f"{where}: {schema['type']!r} is no type; there are {', '.join(TYPES)}")
+        raise ValueError(f"{where}: {schema['type']!r} is not a type; allowed: {', '.join(TYPES)}")
     for name, part in schema.get("properties", {}).items():
         check_schema(part, f"{where}.properties.{name}")
     for i, part in enumerate(schema.get("anyOf", [])):
@@ -72,59 +84,59 @@ def check_schema(schema: Any, where: str = "schema") -> None:
         check_schema(schema["items"], f"{where}.items")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} stands twice in one object")
+        repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{repeated!r} occurs twice in one object")
     return value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _problems(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+def _find_problems(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
     place = where or "the answer"
     if "type" in schema and not _is_type(value, schema["type"]):
-        yield f"{place} is no {schema['type']}"
+        yield f"{place} is not of type {schema['type']}"
         return
     if "enum" in schema and value not in schema["enum"]:
-        yield f"{place} is {value!r}, which is none of {', '.join(map(str, schema['enum']))}"
+        yield f"{place} is {value!r}, not one of {', '.join(map(str, schema['enum']))}"
     if "const" in schema and value != schema["const"]:
         yield f"{place} is {value!r}, not {schema['const']!r}"
     if "anyOf" in schema and all(find_problem(value, part) for part in schema["anyOf"]):
-        yield f"{place} is none of the forms allowed"
-    yield from _size_problems(value, schema, place)
+        yield f"{place} matches no alternative of anyOf"
+    yield from _find_size_problems(value, schema, place)
     if isinstance(value, dict):
-        yield from _object_problems(value, schema, where)
+        yield from _find_object_problems(value, schema, where)
     if isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _problems(item, schema.get("items", {}), f"{where}[{i}]")
+            yield from _find_problems(item, schema.get("items", {}), f"{where}[{i}]")
 
 
 def _is_type(value: Any, name: str) -> bool:
     return isinstance(value, TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
 
 
-def _size_problems(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
+def _find_size_problems(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
     size = value if isinstance(value, int | float) else len(value) if isinstance(value, str | list) else None
     if size is None or isinstance(value, bool):
         return
-    what = "Length" if isinstance(value, str) else "Items" if isinstance(value, list) else "imum"
-    if size < schema.get(f"min{what}", size):
-        yield f"{place} is below its min{what} of {schema[f'min{what}']}"
-    if size > schema.get(f"max{what}", size):
-        yield f"{place} is above its max{what} of {schema[f'max{what}']}"
+    suffix = "Length" if isinstance(value, str) else "Items" if isinstance(value, list) else "imum"
+    if size < schema.get(f"min{suffix}", size):
+        yield f"{place} is below its min{suffix} of {schema[f'min{suffix}']}"
+    if size > schema.get(f"max{suffix}", size):
+        yield f"{place} is above its max{suffix} of {schema[f'max{suffix}']}"
 
 
-def _object_problems(value: dict[str, Any], schema: Mapping[str, Any], where: str) -> Iterator[str]:
+def _find_object_problems(value: dict[str, Any], schema: Mapping[str, Any], where: str) -> Iterator[str]:
     parts = schema.get("properties", {})
     for name in schema.get("required", []):
         if name not in value:
             yield f"{name!r} is missing{f' in {where}' if where else ''}"
     for name, item in value.items():
         if name in parts:
-            yield from _problems(item, parts[name], f"{where}.{name}" if where else name)
+            yield from _find_problems(item, parts[name], f"{where}.{name}" if where else name)
         elif schema.get("additionalProperties") is False:
-            yield f"{name!r} was not asked for{f' in {where}' if where else ''}"
+            yield f"{name!r} is not allowed{f' in {where}' if where else ''}"

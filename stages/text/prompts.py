@@ -1,6 +1,6 @@
-"""Decides how a model is asked: how foreign words enter a prompt, how tokens are drawn, with which seed.
+"""Building blocks of a request: prompt templates, quoted text of unknown origin, sampling settings and seeds.
 
-It knows no recipe, no rubric and no table.
+Knows no recipe, no rubric and no table.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from pipeline.errors import ConfigError
 from pipeline.sections import Run, key
 
 T = TypeVar("T")
-Q = TypeVar("Q")
-A = TypeVar("A")
+In = TypeVar("In")
+Out = TypeVar("Out")
 FIELD = re.compile(r"\{([a-z_]+)\}")
-JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji are spelt with them
-MAX_ATTEMPTS = 64  # seeds above a request's own, one for each further attempt
+JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them
+MAX_ATTEMPTS = 64  # each attempt adds 1 to the seed, so this many seeds are reserved
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn: `[sampling]` of a recipe or rubric."""
+    """`[sampling]` of a recipe or rubric."""
 
     temperature: float = key(0.0, "of the first attempt; 0 is greedy", least=0, most=2)
-    top_p: float = key(1.0, "draw from the likeliest tokens that have this much of the probability", least=0, most=1)
-    top_k: int = key(0, "draw from this many of the likeliest tokens; 0: from all", least=0)
-    repetition_penalty: float = key(1.0, "above 1: tokens that were used become less likely", least=0.1, most=10)
-    max_tokens: int = key(512, "an answer that is longer is cut, and asked for again", least=1)
-    ladder: tuple[float, ...] = key((), "temperatures of the attempts after the first")
+    top_p: float = key(1.0, "sample from the likeliest tokens that hold this much of the probability", least=0, most=1)
+    top_k: int = key(0, "sample from this many of the likeliest tokens; 0: from all", least=0)
+    repetition_penalty: float = key(1.0, "above 1, tokens that were used become less likely", least=0.1, most=10)
+    max_tokens: int = key(512, "a longer answer is cut, and the request is retried", least=1)
+    ladder: tuple[float, ...] = key((), "temperatures of the second and later attempts")
 
     def __post_init__(self) -> None:
         if self.top_p == 0:
-            raise ValueError("top_p = 0 leaves no token to draw; it is above 0, and 1 is off")
+            raise ValueError("top_p = 0 leaves no token to sample; it must be above 0, and 1 turns it off")
         if len(self.ladder) >= MAX_ATTEMPTS or any(not 0 <= step <= 2 for step in self.ladder):
-            raise ValueError(f"ladder has fewer than {MAX_ATTEMPTS} temperatures, each from 0 to 2")
+            raise ValueError(f"ladder must have fewer than {MAX_ATTEMPTS} temperatures, each from 0 to 2")
 
     @property
     def rungs(self) -> tuple[Sampling, ...]:
-        """One for each attempt, the first first."""
+        """The sampling of each attempt, in order."""
         return tuple(
             Sampling(
                 temperature=temperature,
@@ -61,35 +61,35 @@ class SamplingConfig:
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """The template with its {fields} filled in one pass: what is filled in is not looked at again.
+    """Fills the {fields} of a template in one pass, so that braces in a value have no effect.
 
     >>> fill_template("{a} and {b}", {"a": "{b}", "b": "c"})
     '{b} and c'
     """
-    return FIELD.sub(lambda found: fields[found[1]], template)
+    return FIELD.sub(lambda match: fields[match[1]], template)
 
 
 def list_fields(template: str) -> list[str]:
-    """The names of its fields, in the order in which they stand."""
+    """The names of the template's fields, in order of appearance."""
     return FIELD.findall(template)
 
 
 def check_fields(template: str, allowed: Iterable[str], *, where: str) -> None:
     """
     Raises:
-        ValueError: the template has a field that nothing fills.
+        ValueError: the template has a field that is not allowed.
     """
     if unknown := set(list_fields(template)) - set(allowed):
         known = ", ".join(f"{{{name}}}" for name in allowed)
-        raise ValueError(f"{where}: {{{min(unknown)}}} is no field; there are {known}")
+        raise ValueError(f"{where}: {{{min(unknown)}}} is not a field; the fields are {known}")
 
 
 def fence_text(text: str, *, limit: int | None = None) -> str:
-    """The text on lines of its own, between fences longer than any run of backticks in it.
+    """The sanitised text on lines of its own, between fences longer than any run of backticks in it.
 
     Args:
-        text: words of unknown origin.
-        limit: characters kept.
+        text: text of unknown origin.
+        limit: the most characters to keep.
     """
     text = truncate_text(sanitise_text(text), limit)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -97,18 +97,19 @@ def fence_text(text: str, *, limit: int | None = None) -> str:
 
 
 def sanitise_text(text: str) -> str:
-    """The text without what would steer a tokenizer or a terminal: control characters and a chat template's tokens."""
+    """Replaces control characters and breaks up the special tokens of chat templates."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     plain = "".join(c if c in "\n" or c in JOINERS or unicodedata.category(c)[0] != "C" else " " for c in text)
-    return re.sub(r"<(?=[|/\w])|\[(?=/?INST\])", lambda found: f"{found[0]} ", plain).strip()
+    return re.sub(r"<(?=[|/\w])|\[(?=/?INST\])", lambda match: f"{match[0]} ", plain).strip()
 
 
 def join_lines(text: str) -> str:
+    """The sanitised text on one line."""
     return " ".join(sanitise_text(text).split())
 
 
 def truncate_text(text: str, limit: int | None) -> str:
-    """At most `limit` characters, whole words where there are words, with a mark where something is missing."""
+    """At most `limit` characters, cut between words where possible, with an ellipsis if anything was cut."""
     if limit is None or len(text) <= limit:
         return text
     head = text[:limit]
@@ -116,59 +117,70 @@ def truncate_text(text: str, limit: int | None) -> str:
 
 
 def derive_seed(*parts: str | int) -> int:
-    """31 bits that depend on every part and leave room for the seeds of further attempts."""
+    """A 31-bit seed that depends on every part, with room above it for the seeds of later attempts."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8]) % (2**31 - MAX_ATTEMPTS)
 
 
 @lru_cache(maxsize=256)
 def encode_sampling(sampling: Sampling) -> str:
-    """As the tables of captions have it; nearly every row has the same."""
+    """The JSON in a caption table; cached, since nearly all rows share it."""
     return json.dumps(asdict(sampling))
 
 
 @lru_cache(maxsize=256)
-def hash_prompt(*words: str) -> str:
-    """Of the words asked, 16 hex digits."""
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+def hash_prompt(*texts: str) -> str:
+    """16 hex digits that identify the fixed texts of a prompt."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def map_with_context(
-    work: Callable[[Iterator[Q]], Iterator[A]], questions: Iterable[tuple[T, Q]]
-) -> Iterator[tuple[T, A]]:
-    """Hands questions to `work`, which answers them lazily and in order; gives each answer with what it is about."""
-    asked: deque[T] = deque()
+    function: Callable[[Iterator[In]], Iterator[Out]], pairs: Iterable[tuple[T, In]]
+) -> Iterator[tuple[T, Out]]:
+    """Maps the second items of pairs lazily, and pairs each result with the first item.
 
-    def handed() -> Iterator[Q]:
-        for about, question in questions:
-            asked.append(about)
-            yield question
+    Args:
+        function: gives one result per input, in order.
+        pairs: (context, input).
+    """
+    contexts: deque[T] = deque()
 
-    for answer in work(handed()):
-        yield asked.popleft(), answer
+    def inputs() -> Iterator[In]:
+        for context, value in pairs:
+            contexts.append(context)
+            yield value
+
+    for result in function(inputs()):
+        yield contexts.popleft(), result
 
 
 def map_where(
-    work: Callable[[Iterator[T]], Iterator[A]], items: Iterable[T], is_asked: Callable[[T], bool]
-) -> Iterator[tuple[T, A | None]]:
-    """Hands to `work` only those items about which it is to be asked; gives every item, in order, with its answer."""
-    waiting: deque[T] = deque()
+    function: Callable[[Iterator[T]], Iterator[Out]], items: Iterable[T], condition: Callable[[T], bool]
+) -> Iterator[tuple[T, Out | None]]:
+    """Maps only the items that meet a condition; gives every item, in order, with its result or None.
 
-    def handed() -> Iterator[T]:
+    Args:
+        function: gives one result per input, in order.
+        items: all items.
+        condition: a pure function; it is called several times per item.
+    """
+    pending: deque[T] = deque()
+
+    def inputs() -> Iterator[T]:
         for item in items:
-            waiting.append(item)
-            if is_asked(item):
+            pending.append(item)
+            if condition(item):
                 yield item
 
-    for answer in work(handed()):
-        while not is_asked(waiting[0]):
-            yield waiting.popleft(), None
-        yield waiting.popleft(), answer
-    yield from ((item, None) for item in waiting)
+    for result in function(inputs()):
+        while not condition(pending[0]):
+            yield pending.popleft(), None
+        yield pending.popleft(), result
+    yield from ((item, None) for item in pending)
 
 
 def engine_slice(run: Run, name: str, *, field: str) -> dict[str, Any]:
-    """What an engine of run.toml decides of its answers; which program serves the model decides nothing.
+    """The part of a fingerprint that an engine of run.toml adds; the program that serves the model is left out.
 
     Raises:
         ConfigError: `field` names an engine that run.toml does not have.

@@ -471,14 +471,14 @@ def test_what_the_writer_says_becomes_criteria_the_gravest_first() -> None:
 
 
 ILLEGAL = {
-    "a severity of its own": (said({"severity": "fatal"}), "'fatal', which is none of"),
+    "a severity of its own": (said({"severity": "fatal"}), "'fatal', not one of"),
     "no text": (said({"text": ""}), "below its minLength"),
     "no words": (said({"text": " ... "}), "has no words"),
     "too few experts": (said({"experts": [1]}), "below its minItems"),
     "one expert twice": (said({"experts": [1, 1]}), "too few experts bear a criterion out: 1 of 2"),
-    "an expert that there is not": (said({"experts": [1, 4]}), "which is none of 1, 2, 3"),
+    "an expert that there is not": (said({"experts": [1, 4]}), "not one of 1, 2, 3"),
     "no caption that fails": (said({"captions": []}), "below its minItems"),
-    "no JSON": ("Here is your rubric.", "no JSON"),
+    "no JSON": ("Here is your rubric.", "not JSON"),
     "cut short": (Reply(text=said({}), finish_reason="length"), "was cut"),
     "too many": (said(*[{}] * 13), "above its maxItems"),
 }
@@ -504,7 +504,7 @@ def test_nothing_missed_is_an_empty_rubric_and_a_failed_request_an_error() -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("prompt = '{teacher} {student}'", "writers/mine.toml: prompt: {teacher} is no field"),
+        ("prompt = '{teacher} {student}'", "writers/mine.toml: prompt: {teacher} is not a field"),
         ("prompt = '{teachers}'", "writers/mine.toml: prompt: must have {student}"),
         ("prompt = '{teachers}{student}'\nmin_criteria = 13", "min_criteria = 13 is more than max_criteria = 12"),
         ("promt = ''", "writers/mine.toml: promt: unknown key; did you mean 'prompt'"),

@@ -121,16 +121,16 @@ def test_a_judge_that_cannot_say_gives_no_value(dense: Rubric) -> None:
 ILLEGAL = {
     "an unknown word": (lambda r: verdicts(r, counts="perhaps"), "counts.verdict is 'perhaps'"),
     "a missing criterion": (lambda r: json.dumps({"counts": {"reason": "", "verdict": "wrong"}}), "is missing"),
-    "a criterion twice": (lambda r: f'{{"counts": 1, {verdicts(r)[1:]}', "'counts' stands twice"),
-    "a criterion of its own": (lambda r: f'{{"mood": 1, {verdicts(r)[1:]}', "'mood' was not asked for"),
+    "a criterion twice": (lambda r: f'{{"counts": 1, {verdicts(r)[1:]}', "'counts' occurs twice"),
+    "a criterion of its own": (lambda r: f'{{"mood": 1, {verdicts(r)[1:]}', "'mood' is not allowed"),
     "a reason that is no text": (
         lambda r: verdicts(r).replace('"because of counts"', "3"),
-        "counts.reason is no string",
+        "counts.reason is not of type string",
     ),
-    "no JSON": (lambda r: "It is a fine caption.", "no JSON"),
-    "JSON cut short": (lambda r: verdicts(r)[:-1], "no JSON"),
-    "a number": (lambda r: "0", "the answer is no object"),
-    "nothing": (lambda r: "", "no JSON"),
+    "no JSON": (lambda r: "It is a fine caption.", "not JSON"),
+    "JSON cut short": (lambda r: verdicts(r)[:-1], "not JSON"),
+    "a number": (lambda r: "0", "the answer is not of type object"),
+    "nothing": (lambda r: "", "not JSON"),
     "an answer cut off": (lambda r: Reply(text=verdicts(r), finish_reason="length"), "was cut"),
 }
 
@@ -249,7 +249,7 @@ def test_a_judge_of_text_alone_reads_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("{sentence}", "{sentense}"), "rubrics/mine.toml: prompt: {sentense} is no field"),
+        (("{sentence}", "{sentense}"), "rubrics/mine.toml: prompt: {sentense} is not a field"),
         (("{sentence}'''", "{sentence} {caption}'''"), "prompt: {sentence} is its last field"),
         (('unit = "sentence"', 'unit = "word"'), 'unit: \'word\' is not one of "caption", "sentence"'),
         (("question =", "quetsion ="), "criteria\\[0\\].quetsion: unknown key; did you mean 'question'"),
