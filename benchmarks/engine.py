@@ -41,7 +41,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.decoding.images import target_size
 from pipeline.engines import Request, Sampling, openai, vllm
-from pipeline.execution.passes import select
+from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from tests.support import tiny
@@ -197,7 +197,7 @@ def captioned(run: Path, name: str) -> dict[str, float]:
         shutil.rmtree(run / made, ignore_errors=True)
     state = RunState(config.load(run))
     start, spent = time.perf_counter(), cpu_seconds()
-    outcome = Runner(state).execute(select(state.passes, f"caption:{name}"))
+    outcome = Runner(state).execute(select_passes(state.passes, f"caption:{name}"))
     seconds = time.perf_counter() - start
     if outcome.exit_code:
         raise SystemExit(f"caption:{name} failed: {outcome.failures}")
@@ -307,7 +307,7 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     (run / "run.toml").write_text(toml(sections))
     init.extend_plan(config.load(run))
     state = RunState(config.load(run))
-    if Runner(state).execute(select(state.passes, "ingest")).exit_code:
+    if Runner(state).execute(select_passes(state.passes, "ingest")).exit_code:
         raise SystemExit("ingest failed")
     return run
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.commands import init
-from pipeline.execution.passes import select
+from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.records import Caption, Image, ImageRubric, Record, make_key
@@ -69,14 +69,14 @@ def make(run: Path, method: str, num_images: int) -> Path:
     init.create_run(run, sections)
     state = RunState(config.load(run))
     for stage in ("ingest", "caption", "rubric"):
-        assert Runner(state).execute(select(state.passes, stage)).exit_code == 0, f"{stage} failed"
+        assert Runner(state).execute(select_passes(state.passes, stage)).exit_code == 0, f"{stage} failed"
     for folder, record in TABLES.items():
         file = run / folder / "00000.parquet"
-        rows, stamp = list(tables.read(file, record)), tables.read_stamp(file)
+        rows, stamp = list(tables.read_rows(file, record)), tables.read_footer(file)
         assert stamp is not None and len(rows) == DISTINCT
         for shard in range(num_images // SIZE):
             more = (multiplied(rows[i % DISTINCT], shard, i) for i in range(SIZE))
-            tables.write(run / folder / f"{shard:05d}.parquet", record, more, stamp.recipe, durable=False)
+            tables.write_rows(run / folder / f"{shard:05d}.parquet", record, more, stamp.provenance, durable=False)
     return run
 
 

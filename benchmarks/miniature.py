@@ -33,7 +33,7 @@ from benchmarks.teachers import committee
 from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import select
+from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from stages import scorers, train
@@ -137,7 +137,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     init.extend_plan(run)
     state = RunState(run)
     for stage in ("ingest", "caption", "rubric"):
-        assert Runner(state).execute(select(state.passes, stage)).exit_code == 0, f"{stage} failed"
+        assert Runner(state).execute(select_passes(state.passes, stage)).exit_code == 0, f"{stage} failed"
     return run
 
 

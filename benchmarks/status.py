@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.commands import init
-from pipeline.execution.passes import select
+from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.storage import tables
@@ -61,13 +61,13 @@ def make(run: Path, num_shards: int) -> int:
     )
     init.create_run(run, sections)
     first = RunState(config.load(run), shards="0")
-    assert Runner(first).execute(select(first.passes, "all")).exit_code == 0
+    assert Runner(first).execute(select_passes(first.passes, "all")).exit_code == 0
     plan = RunState(config.load(run)).plan
     old = plan.digest(0)
     for p in first.passes:
         data, said = (
             (run / p.folder / "00000.parquet").read_bytes(),
-            tables.stamp_text(run / p.folder / "00000.parquet"),
+            tables.read_footer_text(run / p.folder / "00000.parquet"),
         )
         stats = (run / "stats" / p.folder / "00000.parquet").read_bytes()
         for shard in range(1, num_shards):
@@ -88,7 +88,7 @@ def stamped(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
     given = values["recipe"]["inputs"]
     values["recipe"]["inputs"] = {folder: inputs.get(digest, digest) for folder, digest in given.items()}
     values["payload"] = {name.replace("00000", f"{shard:05d}"): size for name, size in values["payload"].items()}
-    text = tables.json_of({**values, "check": tables.check_of(values)}).encode()
+    text = tables.format_footer(values).encode()
     assert len(text) == len(said)
     return text
 

@@ -122,7 +122,7 @@ def run_stage(
     """Make what is missing of a stage. Finished work is skipped; interrupted runs resume."""
     from pipeline import config
     from pipeline.execution import whole_run
-    from pipeline.execution.passes import select
+    from pipeline.execution.passes import select_passes
     from pipeline.execution.run_state import RunState
     from pipeline.execution.runner import Runner
 
@@ -133,7 +133,7 @@ def run_stage(
         print(whole_run.make_product(module, state))
         return
     runner = Runner(state, workers=workers, retry=frozenset(filter(None, retry.split(","))))
-    outcome = runner.execute(select(state.passes, stage))
+    outcome = runner.execute(select_passes(state.passes, stage))
     _tell(outcome)
     raise typer.Exit(outcome.exit_code)
 
@@ -149,13 +149,13 @@ def status(
     from pipeline.execution.run_state import RunState
     from pipeline.progress import say
     from pipeline.slurm.jobs import JobMonitor
-    from pipeline.storage.views import left_over
+    from pipeline.storage.views import find_leftovers
 
     state = RunState(config.load(run))
     watch = JobMonitor.query(state)
     passes = report.summarise_passes(state, watch)
     print(json.dumps(report.as_json(passes), indent=2) if as_json else report.format_table(passes, watch))
-    if folders := left_over(state.run):
+    if folders := find_leftovers(state.run):
         say(f"recap: left over, of passes that run.toml does not have (nothing reads them): {', '.join(folders)}")
 
 
@@ -178,7 +178,7 @@ def sql(
     from pipeline.storage import database, views
 
     with views.connect(config.load(run)) as connection:
-        database.show(connection, query, format, sys.stdout.buffer)
+        database.print_query(connection, query, format, sys.stdout.buffer)
 
 
 @app.command(epilog="Example: recap query yield --run runs/photos")
@@ -192,10 +192,10 @@ def query(
     from pipeline.storage import database, views
 
     if not name:
-        print("\n".join(f"{title:12} {sentence}" for title, sentence in database.named_queries()))
+        print("\n".join(f"{title:12} {sentence}" for title, sentence in database.list_queries()))
         return
     with views.connect(config.load(run)) as connection:
-        database.show(connection, database.named_query(name), format, sys.stdout.buffer)
+        database.print_query(connection, database.read_query(name), format, sys.stdout.buffer)
 
 
 @app.command(epilog="Example: recap report --run runs/photos --images 60")

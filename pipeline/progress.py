@@ -25,7 +25,7 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def short(num: float) -> str:
+def format_count(num: float) -> str:
     """A count as people read it.
 
     >>> short(1234567)
@@ -34,7 +34,7 @@ def short(num: float) -> str:
     return f"{num:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """
     >>> duration(3725)
     '1 h 02 min'
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class Meter:
+class ProgressMeter:
     """Counts the rows of one pass: a bar in a terminal, a line a minute elsewhere. Safe for several threads."""
 
     def __init__(self, title: str, *, num_shards: int, num_rows: int | None) -> None:
@@ -55,7 +55,7 @@ class Meter:
         self._start = self._said = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressMeter:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -92,21 +92,21 @@ class Meter:
         with self._lock:
             self.shards += 1
             if self._bar is not None:
-                self._bar.set_postfix_str(f"shard {self.shards}/{self.num_shards}, {short(self.failed)} failed")
+                self._bar.set_postfix_str(f"shard {self.shards}/{self.num_shards}, {format_count(self.failed)} failed")
 
     def _line(self) -> None:
         self._said = time.monotonic()
         seconds = max(self._said - self._start, 1e-9)
         rate = self.rows / seconds
         unfinished = max(0, (self.num_rows or 0) - self.kept - self.rows) if self.shards < self.num_shards else 0
-        left = f", {duration(unfinished / rate)} left" if unfinished and rate else ""
+        left = f", {format_duration(unfinished / rate)} left" if unfinished and rate else ""
         say(
-            f"{self.title}: shard {self.shards}/{self.num_shards}, {short(self.rows)} rows, "
-            f"{rate:,.1f} rows/s, {short(self.failed)} failed{left}"
+            f"{self.title}: shard {self.shards}/{self.num_shards}, {format_count(self.rows)} rows, "
+            f"{rate:,.1f} rows/s, {format_count(self.failed)} failed{left}"
         )
 
 
-class Relay(Meter):
+class ProgressRelay(ProgressMeter):
     """Counts in a worker process, for the meter of the process that hears it."""
 
     def __init__(self, tell: Callable[[tuple[int, int, int]], None]) -> None:

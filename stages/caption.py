@@ -169,11 +169,13 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[
         num_candidates: of each image.
         query: SQL that gives the keys wanted, in order; None: those of all images that are ok.
     """
-    images = shard.table("image", Image)
+    images = shard.read_table("image", Image)
     wanted = (image for image in images if image.status == "ok") if query is None else _chosen(shard, images, query)
     for image in wanted:
         for candidate in range(num_candidates):
-            yield CaptionInput(image=image, candidate=candidate, data=partial(shard.data, image), again=shard.again)
+            yield CaptionInput(
+                image=image, candidate=candidate, data=partial(shard.read_image, image), again=shard.retry_of
+            )
 
 
 def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image]:
@@ -222,8 +224,8 @@ def _query(config: Config, scores: list[str]) -> str | None:
     joined = ""
     if scores:
         best = ", ".join(
-            f"max(value) FILTER (name = {database.literal(s)}) AS {database.identifier(s)}" for s in scores
+            f"max(value) FILTER (name = {database.quote_literal(s)}) AS {database.quote_identifier(s)}" for s in scores
         )
-        of = database.literal(config.of or "")
+        of = database.quote_literal(config.of or "")
         joined = f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {of} GROUP BY key) AS scores USING (key)"
     return f"SELECT key FROM image{joined} WHERE status = 'ok' AND ({config.where}) ORDER BY key"

@@ -20,7 +20,7 @@ from pipeline.execution.shard import Shard
 from pipeline.records import Exported, Image, NamedScore
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
-from pipeline.storage.views import score_folders
+from pipeline.storage.views import list_score_folders
 from stages.exporters import ExportPayload, ExportSample
 from stages.sql import find_scores
 
@@ -91,7 +91,7 @@ def passes(run: Run) -> Iterable[Pass]:
     yield Pass(
         stage="export",
         folder="export/index",
-        reads=("image", *(f"caption/{name}" for name in captions), *score_folders(run, scores), "verdict"),
+        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores), "verdict"),
         version=VERSION,
         slice=stamped(settings),
         record=Exported,
@@ -105,9 +105,9 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
     """Joins the chosen captions with their image rows; both come sorted by key."""
-    images = shard.table("image", Image)
+    images = shard.read_table("image", Image)
     for name, caption, candidate, text, model, revision, values in shard.query(
-        CHOSEN.format(scores=", ".join(map(database.literal, sorted(scores))) or "NULL")
+        CHOSEN.format(scores=", ".join(map(database.quote_literal, sorted(scores))) or "NULL")
     ):
         yield ExportInput(
             image=next(image for image in images if image.key == name),
@@ -123,7 +123,7 @@ def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
 
 def work(chosen: Iterator[ExportInput], _engines: Mapping[str, Engine]) -> Iterator[ExportSample]:
     for one in chosen:
-        yield ExportSample(row=exported(one), data=one.shard.data(one.image))
+        yield ExportSample(row=exported(one), data=one.shard.read_image(one.image))
 
 
 def exported(chosen: ExportInput) -> Exported:
@@ -168,15 +168,15 @@ def finish(run: Run, is_new: bool) -> None:
     if not is_new and (folder / "stats.json").exists() and (folder / "README.md").exists():
         return
     with database.connect(run.folder) as connection:
-        result = database.select(connection, SUMMARY)
+        result = database.run_query(connection, SUMMARY)
         stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
-        passes = database.select(
+        passes = database.run_query(
             connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
         ).fetchall()
     stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
     for name, text in {"stats.json": json.dumps(stats, indent=2) + "\n", "README.md": card(run, stats)}.items():
         if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
-            with tables.atomic(folder / name) as file:
+            with tables.open_atomic(folder / name) as file:
                 file.write(text.encode())
 
 

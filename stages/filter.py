@@ -18,7 +18,7 @@ from pipeline.execution.shard import Shard
 from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
-from pipeline.storage.views import score_folders
+from pipeline.storage.views import list_score_folders
 from stages.sql import ORDER_BY, check_query, find_scores
 
 VERSION = 1
@@ -66,7 +66,7 @@ def passes(run: Run) -> Iterable[Pass]:
     yield Pass(
         stage="filter",
         folder="verdict",
-        reads=("image", *score_folders(run, named), *(f"caption/{caption}" for caption in captions)),
+        reads=("image", *list_score_folders(run, named), *(f"caption/{caption}" for caption in captions)),
         version=VERSION,
         slice={"rules": [[name, sql] for name, sql in settings.rules.items()], "choose": settings.choose},
         record=Verdict,
@@ -96,15 +96,15 @@ def work(judged: Iterator[FilterInput], _engines: Mapping[str, Engine]) -> Itera
 
 def query(settings: Config, used: Mapping[str, set[str]], scores: list[str], captions: list[str]) -> str:
     """One SELECT over a shard's views: key, caption, candidate, reason, rank of every caption row, sorted by those."""
-    quoted = [database.identifier(score) for score in scores]
+    quoted = [database.quote_identifier(score) for score in scores]
     values = "".join(f", {name}.value AS {name}" for name in quoted)
     joins = "\n".join(
-        f"LEFT JOIN (FROM score WHERE name = {database.literal(score)}) AS {name}"
+        f"LEFT JOIN (FROM score WHERE name = {database.quote_literal(score)}) AS {name}"
         f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"
         for score, name in zip(scores, quoted, strict=True)
     )
     image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
-    passes = ", ".join(database.literal(caption) for caption in captions)
+    passes = ", ".join(database.quote_literal(caption) for caption in captions)
     return f"""
         WITH wide AS (
             SELECT c.*, c.name AS caption, len(regexp_extract_all(c.text, '\\S+')) AS num_words, {image}{values}
@@ -123,7 +123,7 @@ def _reason(rules: Mapping[str, str], used: Mapping[str, set[str]]) -> str:
     cases = ["WHEN status <> 'ok' THEN status"]
     for name, sql in rules.items():
         for score in sorted(used[name]):
-            missing = f"({sql}) IS NULL AND {database.identifier(score)} IS NULL"
-            cases.append(f"WHEN {missing} THEN {database.literal(f'unscored:{score}')}")
-        cases.append(f"WHEN ({sql}) IS NOT TRUE THEN {database.literal(name)}")
+            missing = f"({sql}) IS NULL AND {database.quote_identifier(score)} IS NULL"
+            cases.append(f"WHEN {missing} THEN {database.quote_literal(f'unscored:{score}')}")
+        cases.append(f"WHEN ({sql}) IS NOT TRUE THEN {database.quote_literal(name)}")
     return f"CASE {' '.join(cases)} END"

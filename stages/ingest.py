@@ -16,7 +16,7 @@ from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Image, Raw, make_key
 from pipeline.sections import Run, stamped
-from pipeline.storage.payloads import Pack, Packed
+from pipeline.storage.payloads import ImagePacker, PackedImage
 from stages.text.prompts import map_with_context
 
 VERSION = 1
@@ -54,21 +54,21 @@ def passes(run: Run) -> Iterable[Pass]:
         inputs=inputs,
         work=partial(work, decoders=decoders),
         close=decoders.close,
-        payload=lambda shard: Pack(run.folder, shard.number),
+        payload=lambda shard: ImagePacker(run.folder, shard.number),
     )
 
 
 def inputs(shard: Shard) -> Iterator[IngestInput]:
-    for index, raw in enumerate(shard.raws()):
+    for index, raw in enumerate(shard.read_inputs()):
         yield IngestInput(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 
-def work(found: Iterator[IngestInput], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[Packed]:
+def work(found: Iterator[IngestInput], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[PackedImage]:
     for one, seen in map_with_context(decoders.map, ((one, one.raw.data or b"") for one in found)):
         yield packed(one, None if one.raw.data is None else seen)
 
 
-def packed(found: IngestInput, seen: Probe | None) -> Packed:
+def packed(found: IngestInput, seen: Probe | None) -> PackedImage:
     """The row of an input: what the source says of it, and what the decoder saw (None: there were no bytes)."""
     raw, usable = found.raw, seen is not None and seen.status == "ok"
     in_place = raw.offset is not None
@@ -92,4 +92,4 @@ def packed(found: IngestInput, seen: Probe | None) -> Packed:
         alt_text=raw.alt_text,
         metadata=raw.metadata,
     )
-    return Packed(row=row, data=raw.data if usable and not in_place else None)
+    return PackedImage(row=row, data=raw.data if usable and not in_place else None)

@@ -78,9 +78,9 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Evidence]:
     """What was said of every image of which the student has a usable caption, in key order."""
-    images = shard.table("image", Image)
-    teachers = [shard.beside(f"caption/{teacher}", Caption) for teacher in config.teachers]
-    usable = (row for row in shard.table(f"caption/{config.student}", Caption) if row.status == "ok")
+    images = shard.read_table("image", Image)
+    teachers = [shard.lookup(f"caption/{teacher}", Caption) for teacher in config.teachers]
+    usable = (row for row in shard.read_table(f"caption/{config.student}", Caption) if row.status == "ok")
     for image_key, candidates in groupby(usable, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
         said = [text for teacher in teachers if (text := _first(teacher(image_key))) is not None]
@@ -91,8 +91,8 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
             num_agree=config.agree or count_majority(len(config.teachers)),
             alt_text=image.alt_text,
             source_key=image.source_key,
-            data=partial(shard.data, image),
-            seed=derive_seed(seed, image_key, name, *shard.again),
+            data=partial(shard.read_image, image),
+            seed=derive_seed(seed, image_key, name, *shard.retry_of),
         )
 
 

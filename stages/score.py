@@ -66,9 +66,9 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> Iterator[Sample]:
     """The captions to be marked: those of pass `caption` that are ok, in their order."""
-    images = shard.table("image", Image)
-    rubrics = shard.beside(f"rubric/{rubric}", ImageRubric) if rubric else None
-    rows = (row for row in shard.table(f"caption/{caption}", Caption) if row.status == "ok")
+    images = shard.read_table("image", Image)
+    rubrics = shard.lookup(f"rubric/{rubric}", ImageRubric) if rubric else None
+    rows = (row for row in shard.read_table(f"caption/{caption}", Caption) if row.status == "ok")
     for image_key, candidates in groupby(rows, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
         asked = _asked(rubrics(image_key)) if rubrics else None
@@ -79,8 +79,8 @@ def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> 
                 text=row.text,
                 alt_text=image.alt_text,
                 source_key=image.source_key,
-                data=partial(shard.data, image),
-                seed=derive_seed(seed, row.key, name, caption, row.candidate, *shard.again),
+                data=partial(shard.read_image, image),
+                seed=derive_seed(seed, row.key, name, caption, row.candidate, *shard.retry_of),
                 rubric_criteria=asked,
             )
 

@@ -20,7 +20,7 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
         ConfigError: it is no SQL, or mentions a column that there is not.
     """
     try:
-        names = database.names_in(sql, clause=clause)
+        names = database.find_columns(sql, clause=clause)
     except QueryError as error:
         raise ConfigError(f"{run.file}: {field}", str(error)) from error
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
@@ -42,6 +42,6 @@ def check_query(run: Run, field: str, query: str) -> None:
     """
     with database.connect(run.folder, files="none.parquet") as connection:
         try:
-            database.select(connection, f"EXPLAIN {query}")
+            database.run_query(connection, f"EXPLAIN {query}")
         except QueryError as error:
             raise ConfigError(f"{run.file}: {field}", str(error)) from error

@@ -18,7 +18,7 @@ from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, RefusedError, StoppedError, UnknownNameError, UserError
 from pipeline.execution.passes import Pass
-from pipeline.execution.states import changes
+from pipeline.execution.states import describe_changes
 from pipeline.progress import say
 from pipeline.records import Step
 from pipeline.sections import Run, stamped
@@ -272,7 +272,7 @@ def _weights(model: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    stamps = (tables.read_stamp(file) for file in sorted(folder.glob("*.parquet")))
+    stamps = (tables.read_footer(file) for file in sorted(folder.glob("*.parquet")))
     return hashlib.sha256("".join(stamp.digest for stamp in stamps if stamp).encode()).hexdigest()
 
 
@@ -281,9 +281,9 @@ def _is_done(run: Run, config: Config, recipe: tables.Provenance) -> bool:
     path = Curve.path(run.folder)
     if not (run.folder / config.output / CARD).exists() or not path.exists():
         return False
-    stamp = tables.read_stamp(path)
+    stamp = tables.read_footer(path)
     made = stamp is not None and stamp.fingerprint == recipe.fingerprint
-    return made and max((point.step for point in tables.read(path, Step)), default=0) >= config.steps
+    return made and max((point.step for point in tables.read_rows(path, Step)), default=0) >= config.steps
 
 
 def _settled(run: Run, config: Config, recipe: tables.Provenance, stale: str) -> tables.Provenance:
@@ -293,11 +293,11 @@ def _settled(run: Run, config: Config, recipe: tables.Provenance, stale: str) ->
         RefusedError: what was trained so far was trained otherwise.
     """
     path = Curve.path(run.folder)
-    before = tables.read_stamp(path) if path.exists() else None
+    before = tables.read_footer(path) if path.exists() else None
     if before is None and trainer.last_checkpoint(run.folder / STORED) is None:
         return recipe
     if stale == "keep":
-        return recipe if before is None else before.recipe
+        return recipe if before is None else before.provenance
     if before is not None and before.fingerprint == recipe.fingerprint:
         return recipe
     if stale == "redo":
@@ -308,9 +308,9 @@ def _settled(run: Run, config: Config, recipe: tables.Provenance, stale: str) ->
     if before is None:
         changed = [f"nobody knows how, for {path} has gone"]
     else:
-        inputs = sorted({**before.recipe.inputs, **recipe.inputs})
-        others = [name for name in inputs if before.recipe.inputs.get(name) != recipe.inputs.get(name)]
-        changed = [*changes(before.recipe, recipe), *(f"{name} has other rows" for name in others)]
+        inputs = sorted({**before.provenance.inputs, **recipe.inputs})
+        others = [name for name in inputs if before.provenance.inputs.get(name) != recipe.inputs.get(name)]
+        changed = [*describe_changes(before.provenance, recipe), *(f"{name} has other rows" for name in others)]
     raise RefusedError(
         f"{run.file}: train: checkpoints in {run.folder / STORED} were made otherwise: {'; '.join(changed)};"
         " use --stale redo to begin anew, --stale keep to go on from them"

@@ -119,7 +119,7 @@ def test_a_run_may_have_any_name_that_sql_can_be_told(tmp_path: Path, name: str)
     run = begin(tmp_path / name, sections(corpus(tmp_path / "photos", ["jpg"] * 3), filter={"rules": {}}))
     assert make(run).exit_code == 0
     with database.connect(run) as connection:
-        assert database.select(connection, "SELECT count(*) FROM export").fetchone() == (3,)
+        assert database.run_query(connection, "SELECT count(*) FROM export").fetchone() == (3,)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "f*g", "x?"])
@@ -162,7 +162,7 @@ def test_shards_are_made_as_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_sql_speaks_every_format(run: Path) -> None:
     query = "SELECT key, status FROM image ORDER BY key"
-    rows = [{"key": k, "status": s} for k, s in database.rows(database.connect(run), query)]
+    rows = [{"key": k, "status": s} for k, s in database.query_rows(database.connect(run), query)]
     assert json.loads(recap("sql", query, "--run", run, "--format", "json").stdout) == rows
     assert list(csv.DictReader(io.StringIO(recap("sql", query, "--run", run, "--format", "csv").stdout))) == rows
     table = recap("sql", query, "--run", run).stdout.splitlines()
@@ -173,8 +173,8 @@ def test_json_has_no_infinity(run: Path) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
         query = "SELECT i, 1 / i AS x, [{'v': 'nan'::DOUBLE}] AS y FROM range(0, 3, 2) AS t(i)"
-        database.show(connection, query, "json", out)
-        database.show(connection, "FROM image WHERE false", "json", out)
+        database.print_query(connection, query, "json", out)
+        database.print_query(connection, "FROM image WHERE false", "json", out)
     first, second = {"i": 0, "x": None, "y": [{"v": None}]}, {"i": 2, "x": 0.5, "y": [{"v": None}]}
     assert out.getvalue().decode() == f"{json.dumps([first, second], indent=2)}\n[]\n"
 
@@ -182,7 +182,9 @@ def test_json_has_no_infinity(run: Path) -> None:
 def test_json_has_strings_as_they_are(run: Path) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
-        database.show(connection, "SELECT 'a' || chr(8232) || 'b' || chr(133) || chr(10) || 'c' AS x", "json", out)
+        database.print_query(
+            connection, "SELECT 'a' || chr(8232) || 'b' || chr(133) || chr(10) || 'c' AS x", "json", out
+        )
     assert json.loads(out.getvalue()) == [{"x": "a\u2028b\x85\nc"}]
 
 
@@ -192,13 +194,13 @@ def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
         query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
-        database.show(connection, query, format, out)
+        database.print_query(connection, query, format, out)
     assert b"1999" in out.getvalue()
 
 
 def test_sql_as_parquet_can_be_piped(run: Path, tmp_path: Path) -> None:
     with database.connect(run) as connection, open(tmp_path / "out.parquet", "wb") as out:
-        database.show(connection, "FROM verdict", "parquet", out)
+        database.print_query(connection, "FROM verdict", "parquet", out)
     assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 18
 
 
@@ -242,7 +244,7 @@ COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
 def test_what_only_reads_is_allowed(run: Path, query: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
-        database.show(connection, query, "json", out)
+        database.print_query(connection, query, "json", out)
     assert json.loads(out.getvalue())
     assert "EMPTY_RESULT" not in out.getvalue().decode().upper().replace(" ", "_")
 
@@ -270,7 +272,7 @@ def test_nothing_that_reads_writes_on_the_way(run: Path, query: str) -> None:
         database.connect(run) as connection,
         pytest.raises(QueryError, match=r"only one reading|not allowed|needs a SELECT"),
     ):
-        database.select(connection, query.format(run=run))
+        database.run_query(connection, query.format(run=run))
     assert times(run) == before
 
 
@@ -288,7 +290,7 @@ def test_nothing_that_reads_writes_on_the_way(run: Path, query: str) -> None:
 )
 def test_what_reads_is_allowed(run: Path, query: str) -> None:
     with database.connect(run) as connection:
-        assert database.select(connection, query.format(run=run)).fetchall()
+        assert database.run_query(connection, query.format(run=run)).fetchall()
 
 
 def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path, tmp_path: Path) -> None:
@@ -296,13 +298,13 @@ def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path
     damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
     os.truncate(damaged, 50)
     with views.connect(config.load(run), files="00000.parquet") as shard:
-        assert list(database.rows(shard, "SELECT count(*) FROM image")) == [(10,)]
+        assert list(database.query_rows(shard, "SELECT count(*) FROM image")) == [(10,)]
     with views.connect(config.load(run)) as connection:
-        assert list(database.rows(connection, "SELECT 1")) == [(1,)]
-        assert ("stats",) in database.rows(connection, "SHOW TABLES")
-        assert list(database.rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]
+        assert list(database.query_rows(connection, "SELECT 1")) == [(1,)]
+        assert ("stats",) in database.query_rows(connection, "SHOW TABLES")
+        assert list(database.query_rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]
         with pytest.raises(MachineError, match=f"{damaged.name}.*may be removed"):
-            database.select(connection, "SELECT (SELECT count(*) FROM Stats)")
+            database.run_query(connection, "SELECT (SELECT count(*) FROM Stats)")
     told = recap("query", "cost", "--run", run, check=False)
     assert (told.returncode, told.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
     status = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--json").stdout)}
@@ -311,13 +313,13 @@ def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path
 
 def test_every_named_query_answers_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
     bare = begin(tmp_path / "bare", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
-    names = [name for name, sentence in database.named_queries() if sentence.endswith(".")]
+    names = [name for name, sentence in database.list_queries() if sentence.endswith(".")]
     assert names == [line.split()[0] for line in recap("query").stdout.splitlines()]
     assert {"yield", "refusals", "lengths", "worst", "cost"} <= set(names)
     for name in names:
         for folder in (run, bare):
             with database.connect(folder) as connection:
-                found = database.select(connection, database.named_query(name)).fetchall()
+                found = database.run_query(connection, database.read_query(name)).fetchall()
         assert found or name != "yield"
     steps = {
         row["step"]: row["images"]
@@ -336,7 +338,7 @@ def test_a_trial_shows_captions_and_scores_and_leaves_nothing(run: Path) -> None
     assert shown.count("score:judge:dense") == 2  # the third image is cut
     captions = recap("try", "caption:dense", "--images", 2, "--run", run).stdout
     with database.connect(run) as connection:
-        (text,) = database.select(connection, "SELECT text FROM caption ORDER BY key LIMIT 1").fetchone() or ("",)
+        (text,) = database.run_query(connection, "SELECT text FROM caption ORDER BY key LIMIT 1").fetchone() or ("",)
     assert " ".join(text.split()) in " ".join(captions.split())
 
 
@@ -409,7 +411,7 @@ def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
     left = recap("status", "--json", "--run", run).stderr
     assert left.endswith("(nothing reads them): caption/old, score/form/old, score/judge/old\n")
     with database.connect(run) as connection:  # plain DuckDB shows what lies there
-        assert sorted(map(list, database.rows(connection, asked))) == every
+        assert sorted(map(list, database.query_rows(connection, asked))) == every
 
 
 def test_a_score_that_is_no_longer_given_decides_nothing(tmp_path: Path) -> None:
@@ -420,18 +422,18 @@ def test_a_score_that_is_no_longer_given_decides_nothing(tmp_path: Path) -> None
     assert make(run).exit_code == 0
     asked = "SELECT DISTINCT reason = 'unscored:judge' IS TRUE FROM verdict WHERE caption = 'old'"
     with database.connect(run) as connection:
-        assert list(database.rows(connection, asked)) == [(False,)]
+        assert list(database.query_rows(connection, asked)) == [(False,)]
     parts["score.judge"]["captions"] = ["dense"]
     write(run, parts)
     assert make(run).exit_code == 0
     assert (run / "score" / "judge" / "old").is_dir()
     with database.connect(run) as connection:
-        assert list(database.rows(connection, asked)) == [(True,)]
+        assert list(database.query_rows(connection, asked)) == [(True,)]
 
 
 def test_a_slow_question_has_no_progress_bar_in_its_answer(run: Path) -> None:
     with database.connect(run) as connection:
-        (shown,) = next(database.rows(connection, "SELECT current_setting('enable_progress_bar')"))
+        (shown,) = next(database.query_rows(connection, "SELECT current_setting('enable_progress_bar')"))
     assert not shown
 
 

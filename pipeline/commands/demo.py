@@ -15,7 +15,7 @@ from pipeline.commands import init
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
-from pipeline.progress import duration, short
+from pipeline.progress import format_count, format_duration
 from pipeline.report import render
 from pipeline.sources import scenes
 from pipeline.storage import database, tables
@@ -42,7 +42,7 @@ def create_demo(folder: Path, *, num_images: int | None = None, engine: EngineKi
     if engine == "vllm":
         plugins.load("pipeline.engines", engine).require_vllm()
     if not file.exists():
-        with tables.atomic(file) as out:
+        with tables.open_atomic(file) as out:
             out.write(render_manifest(num_images=num_images, engine=engine).encode())
     run = config.load(folder)
     if engine and engine not in {plugin.kind for plugin in run.engines.values()}:
@@ -72,16 +72,17 @@ def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None)
 
 def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     with database.connect(folder) as connection:
-        steps = dict(database.rows(connection, f"SELECT step, images FROM ({database.named_query('yield')})"))
-        reasons = list(database.rows(connection, REFUSALS))
-        said = list(database.rows(connection, SAID))
+        steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({database.read_query('yield')})"))
+        reasons = list(database.query_rows(connection, REFUSALS))
+        said = list(database.query_rows(connection, SAID))
     yield ""
     for step, meaning in STEPS.items():
-        yield f"  {step:10}{short(steps[step]):>7}   {meaning}"
+        yield f"  {step:10}{format_count(steps[step]):>7}   {meaning}"
     yield ""
     if reasons:
-        yield "  refused:   " + ", ".join(f"{reason} ({short(num)})" for reason, num in reasons)
-    yield f"  {short(steps['images'] / max(seconds, 1e-9))} images/s over all stages, {duration(seconds)} in all"
+        yield "  refused:   " + ", ".join(f"{reason} ({format_count(num)})" for reason, num in reasons)
+    rate = steps["images"] / max(seconds, 1e-9)
+    yield f"  {format_count(rate)} images/s over all stages, {format_duration(seconds)} in all"
     yield ""
     yield "  how right it is, by the known truth of the scenes, which nothing above has looked at:"
     yield f"  {'':14}{'claims that are true':>22}{'of what could be said':>24}{'claims that are false':>24}"

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, RefusedError, UserError
 from pipeline.sections import Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _survey
 from pipeline.storage import tables
-from pipeline.storage.plan import freeze
+from pipeline.storage.plan import write_plan
 from pipeline.validation import describe_type
 
 WIDTH = 110
@@ -44,7 +44,7 @@ def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple
         raise RefusedError(f"{folder} lies in the corpus, {source}: the run's own files would be taken for images")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with tables.atomic(file) as out:
+    with tables.open_atomic(file) as out:
         out.write(render_manifest(sections).encode())
     try:
         run = load(folder.absolute())
@@ -68,7 +68,7 @@ def extend_plan(run: Run) -> tuple[int, int]:
     path = run.folder / "plan.parquet"
     try:
         pieces = run.source.module.pieces(run.source.config)
-        before, after = freeze(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
+        before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
     except ConfigError as error:  # it names its field
         raise UserError(f"{run.file}: {error}") from error
     except ValueError as error:

@@ -26,7 +26,7 @@ from pipeline.engines._options import Model, Serving, require_api_key
 from pipeline.engines._reaper import Guard
 from pipeline.errors import ConfigError, EngineDiedError
 from pipeline.plugins import explain_unknown
-from pipeline.progress import duration, say
+from pipeline.progress import format_duration, say
 from pipeline.sections import Run, endpoint_file
 from pipeline.storage import tables
 
@@ -85,7 +85,7 @@ def serve_engine(
         with _noted(
             note, {"base_url": f"{url}/v1", "model": server.name, "host": socket.gethostname(), "pid": child.pid}
         ):
-            say(f"{server.name} is served at {url}/v1, ready after {duration(took)}; noted in {note}")
+            say(f"{server.name} is served at {url}/v1, ready after {format_duration(took)}; noted in {note}")
             while child.poll() is None and not child.asked_to_end:  # nobody is sent to a server that is ending
                 time.sleep(POLL)
         if not child.asked_to_end:
@@ -207,7 +207,7 @@ def _is_well(url: str) -> bool:
 def _noted(note: Path, about: dict[str, Any]) -> Iterator[None]:
     """Keeps the server's address in a file while it runs. Another server's is left alone."""
     text = json.dumps(about)
-    with tables.atomic(note) as file:
+    with tables.open_atomic(note) as file:
         file.write(text.encode())
     try:
         yield

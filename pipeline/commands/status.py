@@ -12,12 +12,12 @@ from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
 from pipeline.execution.states import DUE
-from pipeline.progress import duration, short
+from pipeline.progress import format_count, format_duration
 from pipeline.records import Stat
 from pipeline.slurm.jobs import JobMonitor, RunningTask
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
-from pipeline.storage.parts import last_words
+from pipeline.storage.parts import read_failure
 from pipeline.storage.plan import format_spec
 
 SAMPLE = 100  # shards whose statistics are read for a rate
@@ -55,7 +55,7 @@ def _survey(state: RunState, p: Pass, watch: JobMonitor) -> PassStatus:
     stale, done = state.index.shards(p, "stale"), state.index.shards(p, "done")
     rate, running, statuses = _rate(run, p, done), watch.running_tasks(p), state.index.statuses(p)
     silent = watch.find_ended_early(p, state.index.shards(p, "missing", "behind"))
-    damaged = (*state.index.broken(p), *state.index.shards(p, "lost"))
+    damaged = (*state.index.broken(p), *state.index.shards(p, "incomplete"))
     broken = {shard: state.states.state(p, shard).why for shard in damaged}
     failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
     return PassStatus(
@@ -82,7 +82,7 @@ def _failures(run: Path, p: Pass, shards: Sequence[int]) -> Iterator[tuple[int, 
     work = run / ".work" / p.folder
     tried = {int(name.name) for name in work.iterdir() if name.name.isdigit()} if work.is_dir() else set()
     for shard in sorted(tried.intersection(shards)):
-        if (message := last_words(work_folder(run, p.folder, shard))) is not None:
+        if (message := read_failure(work_folder(run, p.folder, shard))) is not None:
             yield shard, message
 
 
@@ -100,7 +100,7 @@ def _rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None
 def _read(path: Path) -> Iterator[Stat]:
     """None where there is no such file, or none that reads: nothing depends on it."""
     with suppress(FileNotFoundError, BrokenTableError):
-        yield from tables.read(path, Stat)
+        yield from tables.read_rows(path, Stat)
 
 
 def format_table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
@@ -121,13 +121,13 @@ def format_table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
 def _row(p: PassStatus) -> tuple[str, ...]:
     return (
         p.title,
-        f"{short(p.done)}/{short(p.num_shards)}",
-        short(p.stale),
-        short(p.num_missing),
-        short(p.num_rows),
-        short(p.num_failed_rows),
+        f"{format_count(p.done)}/{format_count(p.num_shards)}",
+        format_count(p.stale),
+        format_count(p.num_missing),
+        format_count(p.num_rows),
+        format_count(p.num_failed_rows),
         "" if p.rows_per_second is None else f"{p.rows_per_second:,.1f}",
-        "" if p.seconds_left is None else duration(p.seconds_left) if p.seconds_left else "-",
+        "" if p.seconds_left is None else format_duration(p.seconds_left) if p.seconds_left else "-",
     )
 
 

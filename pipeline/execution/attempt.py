@@ -20,12 +20,12 @@ from pipeline.engines import Engine
 from pipeline.errors import OvertakenError, ShardFailedError, StoppedError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
-from pipeline.progress import Meter
+from pipeline.progress import ProgressMeter
 from pipeline.records import Record, Stat, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
-from pipeline.storage.payloads import Payload, sound_stamp
+from pipeline.storage.payloads import Payload, read_intact_footer
 
 SETTLED = 200  # rows of a shard before its share of failures means anything
 
@@ -36,21 +36,21 @@ class Attempt:
 
     p: Pass
     shard: Shard
-    recipe: tables.Provenance  # what decides its rows
+    provenance: tables.Provenance  # what decides its rows
     records: Mapping[str, type[Record]]  # folder of a table that is read -> its record
     retry: frozenset[str]  # statuses whose rows are asked for again
     stop: threading.Event
-    meter: Meter
+    meter: ProgressMeter
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
         self.run = self.shard.run.folder
         self.path = table_path(self.run, self.p.folder, self.shard.number)
-        self.before = sound_stamp(self.run, self.path)
-        self.parts = Parts(work_folder(self.run, self.p.folder, self.shard.number), self.p.record, self.recipe)
+        self.before = read_intact_footer(self.run, self.path)
+        self.parts = Parts(work_folder(self.run, self.p.folder, self.shard.number), self.p.record, self.provenance)
         self.tally = Tally(self.p, self.meter)
         if self.retry and self.before:
-            self.shard.again = (self.before.digest,)
+            self.shard.retry_of = (self.before.digest,)
 
     def make(self, engines: Mapping[str, Engine]) -> bool:
         """Puts the table in place; False when another process was faster.
@@ -64,7 +64,7 @@ class Attempt:
             with closing(self.shard):
                 self._give_way(if_repeated=True)
                 for folder in self.p.reads:
-                    tables.check(table_path(self.run, folder, self.shard.number), self.records[folder])
+                    tables.verify_checksums(table_path(self.run, folder, self.shard.number), self.records[folder])
                 with self._payload() as payload:
                     self._fill(engines, payload)
         except (OvertakenError, FileNotFoundError) as error:
@@ -86,8 +86,8 @@ class Attempt:
             raise
         self._give_way()
         with (
-            tables.atomic(self.path, work=self.parts.folder) as file,
-            tables.Writer(file, self.p.record, self.recipe) as writer,
+            tables.open_atomic(self.path, work=self.parts.folder) as file,
+            tables.TableWriter(file, self.p.record, self.provenance) as writer,
         ):
             for row in self.parts.merged():
                 writer.add(row)
@@ -101,7 +101,7 @@ class Attempt:
         """The rows that need not be made again: of the table that is retried, and of unfinished attempts."""
         if not resumable:
             return
-        if self.retry and self.before and self.before.recipe == self.recipe:
+        if self.retry and self.before and self.before.provenance == self.provenance:
             for row in self.parts.carry(self._good):
                 self.tally.keep(row)
                 yield row
@@ -110,7 +110,7 @@ class Attempt:
             yield row
 
     def _good(self) -> Iterator[Record]:
-        return (row for row in tables.read(self.path, self.p.record) if status_of(row) not in self.retry)
+        return (row for row in tables.read_rows(self.path, self.p.record) if status_of(row) not in self.retry)
 
     def _new(self, done: set[Any], engines: Mapping[str, Engine], payload: Payload | None) -> Iterator[Record]:
         asked: deque[Any] = deque()
@@ -153,13 +153,13 @@ class Attempt:
         """
         if self.retry:
             return
-        if self._is_replaced() or (if_repeated and self.before and self.before.recipe == self.recipe):
+        if self._is_replaced() or (if_repeated and self.before and self.before.provenance == self.provenance):
             raise OvertakenError
 
     def _is_replaced(self) -> bool:
         """Whether the wanted table has come into place since this attempt began."""
-        now = sound_stamp(self.run, self.path)
-        return now is not None and now.recipe == self.recipe and now != self.before
+        now = read_intact_footer(self.run, self.path)
+        return now is not None and now.provenance == self.provenance and now != self.before
 
 
 class Stopwatch:
@@ -189,7 +189,7 @@ class Stopwatch:
 class Tally:
     """Counts one shard's rows, and stops it when too many have failed."""
 
-    def __init__(self, p: Pass, meter: Meter) -> None:
+    def __init__(self, p: Pass, meter: ProgressMeter) -> None:
         self.p, self.meter = p, meter
         self.started_at = time.time()
         self.rows = self.new = self.failed = self.errors = 0

@@ -75,7 +75,7 @@ class Pass:
         return ":".join(part for part in (self.stage, self.name, self.caption) if part)
 
 
-def all_passes(run: Run) -> list[Pass]:
+def list_passes(run: Run) -> list[Pass]:
     """Every pass of the run, each after those whose tables it reads.
 
     Raises:
@@ -97,7 +97,7 @@ def all_passes(run: Run) -> list[Pass]:
     return list(_sorted(sorter, makers, {p.folder: i for i, p in enumerate(passes)}))
 
 
-def select(passes: list[Pass], what: str) -> list[Pass]:
+def select_passes(passes: list[Pass], what: str) -> list[Pass]:
     """The passes that STAGE, STAGE:NAME, STAGE:NAME:CAPTION or `all` names, in their order.
 
     Raises:

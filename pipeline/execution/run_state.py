@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from pipeline.errors import RefusedError
-from pipeline.execution.passes import Pass, all_passes
+from pipeline.execution.passes import Pass, list_passes
 from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import ShardStates
 from pipeline.sections import Run
@@ -37,7 +37,7 @@ class RunState:
         Raises:
             ConfigError, RefusedError, SpecError: passes do not fit together, there is no plan, or it lacks a shard.
         """
-        self.passes = all_passes(self.run)
+        self.passes = list_passes(self.run)
         path = self.run.folder / "plan.parquet"
         if not path.exists():
             raise RefusedError(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
@@ -97,6 +97,6 @@ class RunState:
         if not p.reads:
             counts = [self.plan.num_samples(shard) for shard in shards]
             return None if None in counts else sum(count or 0 for count in counts)
-        stamps = [self.states.stamp(p.reads[-1], shard) for shard in shards]
+        stamps = [self.states.footer(p.reads[-1], shard) for shard in shards]
         usable = sum(stamp.statuses.get("ok", stamp.num_rows) for stamp in stamps if stamp)
         return usable * int(p.slice.get("num_candidates", 1))

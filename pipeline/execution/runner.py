@@ -38,12 +38,12 @@ from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.shard import Shard
 from pipeline.execution.states import DUE, State
-from pipeline.execution.workers import VISIBLE, WorkerPool, shares, visible_devices
-from pipeline.progress import Meter, Relay, say
+from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
+from pipeline.progress import ProgressMeter, ProgressRelay, say
 from pipeline.records import Stat
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
-from pipeline.storage.parts import leave_word
+from pipeline.storage.parts import write_failure
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
 GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
@@ -134,7 +134,7 @@ class Runner:
             )
         cores = sorted(os.sched_getaffinity(0))
         hire = partial(_Job, self.run.file.parent, self.state.shards, self.state.stale, self.retry)
-        return WorkerPool(hire, shares(self.workers, cores=cores, devices=devices))
+        return WorkerPool(hire, divide_node(self.workers, cores=cores, devices=devices))
 
     def _check_retry(self, chosen: Sequence[Pass]) -> None:
         if self.retry and self.state.stale == "keep":
@@ -153,9 +153,9 @@ class Runner:
         todo = [shard for shard, state in states.items() if self._is_due(p, state)]
         blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
         self.outcome.skipped += len(states) - len(todo) - len(blocked)
-        broken = [shard for shard in todo if states[shard].kind in ("missing", "lost") and states[shard].why]
+        broken = [shard for shard in todo if states[shard].kind in ("missing", "incomplete") and states[shard].why]
         for path in (table_path(self.run.folder, p.folder, shard) for shard in broken):
-            if tables.whole_stamp(path) is None:  # another process may have made it meanwhile
+            if tables.read_whole_footer(path) is None:  # another process may have made it meanwhile
                 self._set_aside(path)
         if broken:
             others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
@@ -168,7 +168,7 @@ class Runner:
             say(f"recap: {p.title} {news[0]:05d} failed: {lacks[news[0]]}{others}")
         self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in lacks.items()}
         if todo:
-            with Meter(p.title, num_shards=len(todo), num_rows=self.state.count_rows(p, todo)) as meter:
+            with ProgressMeter(p.title, num_shards=len(todo), num_rows=self.state.count_rows(p, todo)) as meter:
                 self._make_shards(p, todo, engines, meter)
         if p.finish and not self.outcome.failures and self.state.is_complete(p):
             p.finish(self.run, bool(todo))
@@ -178,10 +178,10 @@ class Runner:
             return True
         if state.kind == "stale":
             return self.state.stale == "redo"
-        asked = state.stamp is not None and any(state.stamp.statuses.get(status) for status in self.retry)
+        asked = state.footer is not None and any(state.footer.statuses.get(status) for status in self.retry)
         return state.kind == "done" and asked and not p.has_payload
 
-    def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: Meter) -> None:
+    def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter) -> None:
         failed_in_a_row = num_made = 0
         for shard, result in self._results(p, shards, engines, meter):
             self.state.states.forget(shard)
@@ -206,7 +206,7 @@ class Runner:
             raise StoppedError
 
     def _results(
-        self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: Meter
+        self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter
     ) -> Iterator[tuple[int, ShardResult | BaseException]]:
         """Makes shards, a few at a time; what went wrong is a result."""
         at_once = OVERLAP if p.engines else 1
@@ -238,12 +238,12 @@ class Runner:
                 raise error
         return ended
 
-    def make(self, p: Pass, number: int, engines: EnginePool, meter: Meter) -> ShardResult:
+    def make(self, p: Pass, number: int, engines: EnginePool, meter: ProgressMeter) -> ShardResult:
         """Makes one shard of one pass; raises what `Attempt.make` raises."""
         attempt = Attempt(
             p=p,
             shard=Shard(run=self.run, plan=self.state.plan, number=number, limit=self.limit),
-            recipe=self.state.states.recipe(p, number),
+            provenance=self.state.states.provenance(p, number),
             records=self._records,
             retry=self.retry,
             stop=self.stop,
@@ -262,7 +262,7 @@ class Runner:
     def _record(self, p: Pass, stat: Stat) -> None:
         path = table_path(self.run.folder / "stats", p.folder, stat.shard)
         recipe = tables.Provenance(stage="stats", name="", version=1, slice={}, inputs={})
-        tables.write(path, Stat, [stat], recipe)
+        tables.write_rows(path, Stat, [stat], recipe)
 
     def _fail(self, p: Pass, shard: int, why: BaseException) -> None:
         place = f"{p.title} {shard:05d}"
@@ -274,7 +274,7 @@ class Runner:
         self.outcome.failures[place] = message
         say(f"recap: {place} failed: {message}")
         with suppress(OSError):
-            leave_word(work_folder(self.run.folder, p.folder, shard), message)
+            write_failure(work_folder(self.run.folder, p.folder, shard), message)
 
     def _set_aside(self, path: Path) -> str:
         """Takes a table that does not read out of the way, and out of the views; the next run makes it again."""
@@ -335,7 +335,7 @@ class _Job:
         folder, shard = task
         self._turn_to(self._passes[folder])
         self._runner.state.states.forget(shard)
-        relay = Relay(tell)
+        relay = ProgressRelay(tell)
         try:
             return self._runner.make(self._passes[folder], shard, self._engines, relay)
         finally:

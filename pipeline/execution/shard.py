@@ -25,21 +25,21 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(kw_only=True)
 class Shard:
-    """One shard of a run, as it is on disk now. Not for use by two threads at once, but for `data`."""
+    """One shard of a run, as it is on disk now. Not for use by two threads at once, except `read_image`."""
 
     run: Run
     plan: Plan
     number: int
     limit: int | None = None  # inputs that are read of the corpus, for a trial
-    again: tuple[str, ...] = ()  # digest of the table whose failed rows are asked for again, with other seeds
+    retry_of: tuple[str, ...] = ()  # digest of the table whose failed rows are asked for again, with other seeds
     _open: dict[str, int] = field(default_factory=dict)  # file -> handle
 
-    def table(self, folder: str, record: type[R]) -> Iterator[R]:
-        return tables.read(table_path(self.run.folder, folder, self.number), record)
+    def read_table(self, folder: str, record: type[R]) -> Iterator[R]:
+        return tables.read_rows(table_path(self.run.folder, folder, self.number), record)
 
-    def beside(self, folder: str, record: type[R]) -> Callable[[str], tuple[R, ...]]:
+    def lookup(self, folder: str, record: type[R]) -> Callable[[str], tuple[R, ...]]:
         """What a table has of a key, which may be nothing; keys are asked for in ascending order."""
-        by_key = groupby(self.table(folder, record), key=lambda row: str(row.id[0]))
+        by_key = groupby(self.read_table(folder, record), key=lambda row: str(row.id[0]))
         groups = ((key, tuple(rows)) for key, rows in by_key)
         first = next(groups, None)
 
@@ -55,17 +55,17 @@ class Shard:
         """The rows of a SELECT over this shard's own tables (see manifests/views.sql), of passes that there are."""
         connection = views.connect(self.run, files=f"{self.number:05d}.parquet")
         try:
-            yield from database.rows(connection, sql)
+            yield from database.query_rows(connection, sql)
         finally:
             connection.close()
 
-    def raws(self) -> Iterator[Raw]:
+    def read_inputs(self) -> Iterator[Raw]:
         """The inputs of the plan, read from the corpus, in the plan's order."""
         source = self.run.source
         pieces = self.plan.pieces(self.number)
         return islice((raw for piece in pieces for raw in source.module.read(piece, source.config)), self.limit)
 
-    def data(self, image: Image) -> bytes:
+    def read_image(self, image: Image) -> bytes:
         """The image file's bytes.
 
         Raises:
@@ -89,11 +89,11 @@ class Shard:
     def _handle(self, file: str) -> int:
         if file not in self._open:
             self.close()  # a shard's images lie in file order: one open file is enough
-            self._open[file] = os.open(self.place(file), os.O_RDONLY)
+            self._open[file] = os.open(self.locate(file), os.O_RDONLY)
             os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._open[file]
 
-    def place(self, file: str) -> Path:
+    def locate(self, file: str) -> Path:
         """Where a file of images lies now. A corpus may have been moved since ingest; its plan is named from within."""
         if not Path(file).is_absolute():
             return self.run.folder / file

@@ -27,7 +27,7 @@ from pipeline.execution.passes import Pass
 from pipeline.execution.states import Kind, ShardStates, State
 from pipeline.machine import num_cores
 from pipeline.storage import tables
-from pipeline.storage.listing import ABOUT, listing
+from pipeline.storage.listing import ABOUT, list_files
 from pipeline.storage.plan import Plan
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class StateIndex:
 
     def _listed(self, patterns: Mapping[str, str]) -> Mapping[str, Columns]:
         paths = [f"{self._ledger.run.folder}/{pattern}" for pattern in patterns.values()]
-        found = listings(paths, num_procs=num_cores() if self._plan.num_shards > MANY else 1)
+        found = list_folders(paths, num_procs=num_cores() if self._plan.num_shards > MANY else 1)
         return dict(zip(patterns, map(_sorted, found), strict=True))
 
     def _columns(self, folder: str) -> Columns:
@@ -216,20 +216,23 @@ def _load(file: Path, names: Iterable[str]) -> Columns:
 def _keep(file: Path, columns: Columns) -> None:
     import numpy as np
 
-    with suppress(OSError), tables.atomic(file, durable=False) as out:  # a run that may only be read is surveyed anew
+    with (
+        suppress(OSError),
+        tables.open_atomic(file, durable=False) as out,
+    ):  # the run may be read-only
         np.savez(out, **columns)  # type: ignore[arg-type]
 
 
-def listings(patterns: Iterable[str], *, num_procs: int) -> list[array[int]]:
+def list_folders(patterns: Iterable[str], *, num_procs: int) -> list[array[int]]:
     """`listing` of each, several at once where there may be several processes."""
     if num_procs < 2:
-        return [*map(listing, patterns)]
+        return [*map(list_files, patterns)]
     with ThreadPoolExecutor(num_procs) as pool:
         return [*pool.map(_elsewhere, patterns)]
 
 
 def _elsewhere(pattern: str) -> array[int]:
-    command = [sys.executable, "-I", "-S", str(Path(listing.__code__.co_filename)), pattern]
+    command = [sys.executable, "-I", "-S", str(Path(list_files.__code__.co_filename)), pattern]
     return array("q", subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -244,7 +247,7 @@ def _sorted(files: array[int]) -> Columns:
 def _said(path: str) -> Mapping[str, int] | None:
     """What is kept of a stamp; None when the table is broken or has just gone."""
     try:
-        text = tables.stamp_text(Path(path))
+        text = tables.read_footer_text(Path(path))
     except (FileNotFoundError, BrokenTableError):
         return None
     found = STAMP.fullmatch(text)

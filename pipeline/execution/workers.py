@@ -41,7 +41,7 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class NodeShare:
     """What of the node is one worker's."""
 
     cores: tuple[int, ...] = ()  # none: whichever the system gives it
@@ -55,7 +55,7 @@ class Share:
             os.environ[VISIBLE] = ",".join(self.devices)
 
 
-def shares(num: int, *, cores: Sequence[int], devices: Sequence[str]) -> list[Share]:
+def divide_node(num: int, *, cores: Sequence[int], devices: Sequence[str]) -> list[NodeShare]:
     """The node in `num` contiguous parts; what there are too few of is not divided.
 
     >>> [share.devices for share in shares(2, cores=[], devices=["4", "5", "6", "7"])]
@@ -65,7 +65,7 @@ def shares(num: int, *, cores: Sequence[int], devices: Sequence[str]) -> list[Sh
     def part(n: int, all: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(all[n * len(all) // num : (n + 1) * len(all) // num]) if len(all) >= num else ()
 
-    return [Share(cores=part(n, cores), devices=part(n, devices)) for n in range(num)]
+    return [NodeShare(cores=part(n, cores), devices=part(n, devices)) for n in range(num)]
 
 
 def visible_devices() -> list[str]:
@@ -74,10 +74,10 @@ def visible_devices() -> list[str]:
         import torch
     except ImportError:
         return []
-    return named(torch.cuda.device_count(), os.environ.get(VISIBLE))
+    return name_devices(torch.cuda.device_count(), os.environ.get(VISIBLE))
 
 
-def named(num: int, given: str | None) -> list[str]:
+def name_devices(num: int, given: str | None) -> list[str]:
     """`num` devices by their names: those that the user, or Slurm, gave them; else their numbers.
 
     >>> named(2, "GPU-5a, GPU-9c"), named(2, None)
@@ -95,8 +95,8 @@ class WorkerPool:
         shares: one for each worker.
     """
 
-    def __init__(self, hire: Callable[[], Job], shares: Sequence[Share]) -> None:
-        self._hire, self._shares = hire, shares
+    def __init__(self, hire: Callable[[], Job], divide_node: Sequence[NodeShare]) -> None:
+        self._hire, self._shares = hire, divide_node
         self._workers: list[_Worker] = []
 
     def submit(self, task: Any, *, hear: Callable[[Any], None]) -> Future[Any]:
@@ -128,7 +128,7 @@ class WorkerPool:
 class _Worker:
     """A worker, seen from the parent."""
 
-    def __init__(self, hire: Callable[[], Job], share: Share) -> None:
+    def __init__(self, hire: Callable[[], Job], share: NodeShare) -> None:
         self._connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(theirs, hire, share), name="recap worker")
         self._process.start()
@@ -193,7 +193,7 @@ class _Worker:
             future.set_result(outcome)
 
 
-def _work(connection: Connection, hire: Callable[[], Job], share: Share) -> None:
+def _work(connection: Connection, hire: Callable[[], Job], share: NodeShare) -> None:
     """The worker's process."""
     # Sent to whole process groups when a person or a cluster ends a run; the parent decides, and says so.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.progress import short
+from pipeline.progress import format_count
 from pipeline.report.numbers import NUM_BINS, Curve, Distribution, Lengths
 
 WIDTH, HEIGHT = 360, 150  # of a chart; the page scales it
@@ -103,7 +103,7 @@ def plot_lengths(lengths: Lengths, alt_text: Lengths | None, bin_width: int) -> 
     return plot_histogram(
         f"How many words the captions of {lengths.name} have, beside the alt text",
         _bin_lengths(lengths, bin_width),
-        ticks=[(place, short(place * bin_width)) for place in range(0, NUM_COLUMNS, 6)],
+        ticks=[(place, format_count(place * bin_width)) for place in range(0, NUM_COLUMNS, 6)],
         outline=_bin_lengths(alt_text, bin_width) if alt_text else (),
     )
 
@@ -131,7 +131,7 @@ def plot_scores(scores: Distribution) -> Chart:
     """A histogram of scores."""
     step = 1 / NUM_BINS
     columns = [
-        Column(label=f"{place * step:.2f} to {(place + 1) * step:.2f}: {short(count)} captions", size=count)
+        Column(label=f"{place * step:.2f} to {(place + 1) * step:.2f}: {format_count(count)} captions", size=count)
         for place, count in enumerate(scores.bins)
     ]
     ticks = [(round(place * NUM_BINS / 4), f"{place / 4:g}") for place in range(5)]

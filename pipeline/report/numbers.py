@@ -166,7 +166,7 @@ def read_numbers(run: Run) -> ReportNumbers:
         return ReportNumbers(
             name=run.folder.name,
             finished_at=finished_at,
-            num_shards=plan.count(path) if (path := run.folder / "plan.parquet").exists() else 0,
+            num_shards=plan.count_shards(path) if (path := run.folder / "plan.parquet").exists() else 0,
             num_planned=_read_count(connection, "SELECT sum(stop - start) FROM plan HAVING bool_and(stop IS NOT NULL)"),
             funnel={name: _read_count(connection, sql) or 0 for name, sql in FUNNEL.items()},
             images=_read_tallies(connection, IMAGES),
@@ -248,22 +248,22 @@ COSTS = """
 
 def _read_count(connection: database.Connection, sql: str) -> int | None:
     """The value of a query with one column; None if it returns no row."""
-    row = next(database.rows(connection, sql), None)
+    row = next(database.query_rows(connection, sql), None)
     return None if row is None or row[0] is None else int(row[0])
 
 
 def _read_tallies(connection: database.Connection, sql: str) -> tuple[Tally, ...]:
-    rows = database.rows(connection, f"{sql} LIMIT {MAX_ROWS}")
+    rows = database.query_rows(connection, f"{sql} LIMIT {MAX_ROWS}")
     return tuple(Tally(group=group, label=label, count=num, example=example) for group, label, num, example in rows)
 
 
 def _read_lengths(connection: database.Connection) -> Iterator[Lengths]:
-    for name, rows in groupby(database.rows(connection, LENGTHS), key=lambda row: row[0]):
+    for name, rows in groupby(database.query_rows(connection, LENGTHS), key=lambda row: row[0]):
         yield Lengths(name=name, counts=tuple((words, count) for _, words, count in rows))
 
 
 def _read_distributions(connection: database.Connection) -> Iterator[Distribution]:
-    for (score, caption), rows in groupby(database.rows(connection, SCORES), key=lambda row: row[:2]):
+    for (score, caption), rows in groupby(database.query_rows(connection, SCORES), key=lambda row: row[:2]):
         counts, total = dict[int | None, int](), 0.0
         for _, _, place, count, sum_of_values in rows:
             counts[place] = count
@@ -279,7 +279,7 @@ def _read_distributions(connection: database.Connection) -> Iterator[Distributio
 
 
 def _read_answers(connection: database.Connection) -> Iterator[CriterionAnswers]:
-    rows = database.rows(connection, f"{ANSWERS} LIMIT {MAX_ANSWERS}")
+    rows = database.query_rows(connection, f"{ANSWERS} LIMIT {MAX_ANSWERS}")
     for (score, caption, criterion), group in groupby(rows, key=lambda row: row[:3]):
         answers = tuple(Answer(verdict=verdict, count=num, value=mean) for *_, verdict, num, mean, _ in group)
         yield CriterionAnswers(score=score, caption=caption, criterion=criterion, answers=answers)
@@ -287,13 +287,13 @@ def _read_answers(connection: database.Connection) -> Iterator[CriterionAnswers]
 
 def _read_costs(connection: database.Connection) -> tuple[tuple[Cost, ...], float | None]:
     names = [field.name for field in dataclasses.fields(Cost)]
-    rows = list(database.rows(connection, COSTS))
+    rows = list(database.query_rows(connection, COSTS))
     costs = tuple(Cost(**dict(zip(names, row[:-1], strict=True))) for row in rows)
     return costs, max((row[-1] for row in rows), default=None)
 
 
 def _read_curves(connection: database.Connection) -> Iterator[Curve]:
-    for name, points in groupby(database.rows(connection, POINTS), key=lambda row: row[0]):
+    for name, points in groupby(database.query_rows(connection, POINTS), key=lambda row: row[0]):
         yield Curve(name=name, points=tuple((step, value) for _, step, value in points))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.progress import duration, short
+from pipeline.progress import format_count, format_duration
 from pipeline.records import Criterion
 from pipeline.report import charts
 from pipeline.report.charts import Part, choose_tone, format_share
@@ -72,7 +72,7 @@ def write_report(run: Run, *, num_images: int = 36) -> Path:
     """
     path = run.folder / "report.html"
     text = render(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
-    with tables.atomic(path) as file:
+    with tables.open_atomic(path) as file:
         file.write(text.encode())
     return path
 
@@ -106,14 +106,14 @@ def make_environment() -> Environment:
         "base64": lambda data: base64.b64encode(data).decode(),
         "clip": clip,
         "date": lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):%d %B %Y, %H:%M} UTC",
-        "duration": duration,
+        "duration": format_duration,
         "group_answers": _group_answers,
         "per_row": _per_row,
         "score_parts": _score_parts,
         "share": format_share,
-        "short": short,
+        "short": format_count,
         "tone": choose_tone,
-        "words": lambda num: f"{short(num)} word{'' if num == 1 else 's'}",
+        "words": lambda num: f"{format_count(num)} word{'' if num == 1 else 's'}",
     }
     return environment
 
@@ -173,14 +173,14 @@ def summarise(numbers: ReportNumbers) -> str:
     """The run in a sentence or two."""
     funnel = numbers.funnel
     missing = max(0, (numbers.num_planned or 0) - funnel["in"])
-    more = f" {short(missing)} more are planned." if missing else ""
+    more = f" {format_count(missing)} more are planned." if missing else ""
     if not funnel["in"]:
         return f"No image has been read yet.{more}"
-    parts = [f"Of {short(funnel['in'])} images, {short(funnel['usable'])} could be used"]
+    parts = [f"Of {format_count(funnel['in'])} images, {format_count(funnel['usable'])} could be used"]
     if numbers.captions:
-        parts.append(f"{short(funnel['captioned'])} were captioned")
+        parts.append(f"{format_count(funnel['captioned'])} were captioned")
     if numbers.refusals or funnel["kept"]:
-        parts.append(f"{short(funnel['kept'])} were kept")
+        parts.append(f"{format_count(funnel['kept'])} were kept")
     return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + f"{parts[-1]}.{more}"
 
 

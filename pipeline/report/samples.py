@@ -104,20 +104,20 @@ UNUSABLE = f"""
 
 def _take_in_turn(connection: database.Connection, sql: str, size: int) -> list[str]:
     """Takes keys from each group in turn, so that rare reasons appear beside common ones."""
-    groups = [keys or () for _, keys in database.rows(connection, sql.format(size=size))]
+    groups = [keys or () for _, keys in database.query_rows(connection, sql.format(size=size))]
     keys = (key for key in chain.from_iterable(zip_longest(*groups)) if key is not None)
     return list(islice(dict.fromkeys(keys), size))
 
 
 def _has_rows(connection: database.Connection, table: str) -> bool:
-    return next(database.rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
+    return next(database.query_rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
 
 
 def _read_samples(run: Run, keys: Iterable[str]) -> Mapping[str, Sample]:
     """The samples of these keys, read shard by shard."""
     samples: dict[str, Sample] = {}
     for number, group in groupby(sorted(keys), lambda key: int(key[:6])):
-        literals = ", ".join(map(database.literal, group))
+        literals = ", ".join(map(database.quote_literal, group))
         plan = Plan.load(run.folder / "plan.parquet", str(number))[0]
         with (
             closing(Shard(run=run, plan=plan, number=number)) as shard,
@@ -146,7 +146,7 @@ def _make_thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | Non
     if image.status != "ok":
         return None, image.error
     try:
-        picture = images.pixels(shard.data(image), max_pixels=THUMBNAIL, factor=1, min_pixels=1)
+        picture = images.pixels(shard.read_image(image), max_pixels=THUMBNAIL, factor=1, min_pixels=1)
     except (UndecodableError, OSError) as error:
         return None, str(error)
     file = io.BytesIO()
@@ -180,7 +180,7 @@ def _read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of these keys, given as a list of SQL literals."""
     names = column_names(record)
-    selected = ", ".join(map(database.identifier, names))
+    selected = ", ".join(map(database.quote_identifier, names))
     sql = f"SELECT {selected} FROM {record.table} WHERE key IN ({keys}) ORDER BY {order}"
-    for row in database.rows(connection, sql):
+    for row in database.query_rows(connection, sql):
         yield dict(zip(names, row, strict=True))

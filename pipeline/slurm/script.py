@@ -136,7 +136,7 @@ class SlurmRun:
         """Keeps the script of a submitted job, for people and for `recap status`."""
         note = f"# submitted as {job}" + (f", after {dependency}" if dependency else "") + "\n"
         shebang, rest = text.split("\n", 1)
-        with tables.atomic(self.folder / f"{title.replace(':', '.')}-{job}.sh") as file:
+        with tables.open_atomic(self.folder / f"{title.replace(':', '.')}-{job}.sh") as file:
             file.write(f"{shebang}\n{note}{rest}".encode())
 
     def job_names(self, jobs: Iterable[Job]) -> list[str]:

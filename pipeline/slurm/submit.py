@@ -19,7 +19,7 @@ from pipeline import plugins
 from pipeline.engines import openai
 from pipeline.engines._options import require_api_key
 from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
-from pipeline.execution.passes import Pass, select
+from pipeline.execution.passes import Pass, select_passes
 from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.states import DUE, Kind
 from pipeline.progress import say
@@ -134,7 +134,7 @@ def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[RunSta
     for name in run.slurm.settings.serve:
         check_served(run, name)
     state = RunState(run, stale=stale)
-    chosen = {p.folder for name in names for p in select(state.passes, name)}
+    chosen = {p.folder for name in names for p in select_passes(state.passes, name)}
     state.check_not_stale([p for p in state.passes if p.folder in chosen and state.index.shards(p, "stale")])
     jobs = [job for job in plan_jobs(state.passes) if {p.folder for p in job.passes} & chosen]
     for job in jobs:

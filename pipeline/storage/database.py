@@ -57,7 +57,7 @@ class Connection:
         self._undefined = {_view(statement): statement for statement in views}
         for record in RECORDS:
             nothing = ", ".join(
-                f"NULL::{_sql_type(field.type)} AS {identifier(field.name)}" for field in arrow_schema(record)
+                f"NULL::{_sql_type(field.type)} AS {quote_identifier(field.name)}" for field in arrow_schema(record)
             )
             duck.execute(f"CREATE VIEW {record.table} AS SELECT {nothing} WHERE false")
 
@@ -101,7 +101,7 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     run = folder.absolute()
     duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
     duck.execute(QUIET)
-    duck.execute(f"SET allowed_directories = [{literal(str(run) + '/')}]")
+    duck.execute(f"SET allowed_directories = [{quote_literal(str(run) + '/')}]")
     duck.execute("SET enable_external_access = false")
     duck.execute("SET lock_configuration = true")
     return Connection(duck, _views(run, files, where or {}))
@@ -117,7 +117,7 @@ def _views(run: Path, files: str, where: Mapping[str, str]) -> Iterator[str]:
         yield f"{placed} WHERE {condition}" if condition else placed
 
 
-def select(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
+def run_query(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
     """Runs one reading statement.
 
     Raises:
@@ -128,9 +128,9 @@ def select(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
         return connection.duck.execute(_reading(connection, sql))
 
 
-def rows(connection: Connection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
+def query_rows(connection: Connection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
     """The rows of a reading statement, `size` in memory at a time."""
-    yield from _fetched(select(connection, sql), size)
+    yield from _fetched(run_query(connection, sql), size)
 
 
 def _fetched(result: duckdb.DuckDBPyConnection, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
@@ -143,7 +143,7 @@ def _fetched(result: duckdb.DuckDBPyConnection, size: int = 2_000) -> Iterator[t
 
 
 @cache
-def names_in(expression: str, *, clause: str) -> frozenset[str]:
+def find_columns(expression: str, *, clause: str) -> frozenset[str]:
     """The column names that an SQL expression mentions.
 
     Args:
@@ -180,7 +180,7 @@ def _why_no_expression(tree: Any, volatile: set[str]) -> str:
     return f"{changing[0]} gives another answer at another time" if changing else ""
 
 
-def identifier(name: str) -> str:
+def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -263,34 +263,34 @@ def _sql_type(type: pa.DataType) -> str:
     if pa.types.is_list(type):
         return f"{_sql_type(type.value_type)}[]"
     if pa.types.is_struct(type):
-        return f"STRUCT({', '.join(f'{identifier(field.name)} {_sql_type(field.type)}' for field in type)})"
+        return f"STRUCT({', '.join(f'{quote_identifier(field.name)} {_sql_type(field.type)}' for field in type)})"
     return {"string": "VARCHAR", "int64": "BIGINT", "double": "DOUBLE", "bool": "BOOLEAN"}[str(type)]
 
 
-def literal(text: str) -> str:
+def quote_literal(text: str) -> str:
     """Text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def named_queries() -> list[tuple[str, str]]:
+def list_queries() -> list[tuple[str, str]]:
     """The named queries, each with the sentence it begins with."""
     files = sorted((resources.files("manifests") / "queries").iterdir(), key=lambda file: file.name)
     return [(file.name.removesuffix(".sql"), file.read_text().splitlines()[0].removeprefix("-- ")) for file in files]
 
 
-def named_query(name: str) -> str:
+def read_query(name: str) -> str:
     """The SQL of a named query.
 
     Raises:
         UnknownNameError: there is none of that name.
     """
-    names = [known for known, _ in named_queries()]
+    names = [known for known, _ in list_queries()]
     if name not in names:
         raise UnknownNameError(f"query {plugins.explain_unknown(name, names)}")
     return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
 
 
-def show(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
+def print_query(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
     """Prints what a reading statement gives: a table for people, csv, json (a list of objects) or parquet.
 
     Raises:
@@ -304,7 +304,7 @@ def show(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
             pq.write_table(connection.duck.sql(_reading(connection, sql)).to_arrow_table(), buffer)
             out.write(buffer.getvalue())
         return
-    result = select(connection, sql)
+    result = run_query(connection, sql)
     names = [column[0] for column in result.description or ()]
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     try:
@@ -313,22 +313,22 @@ def show(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
         text.detach()
 
 
-def _as_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    cells = [names, *([_cell(value) for value in row] for row in rows)]
+def _as_table(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+    cells = [names, *([_cell(value) for value in row] for row in query_rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
 
 
-def _as_csv(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+def _as_csv(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
-    writer.writerows(rows)
+    writer.writerows(query_rows)
 
 
-def _as_json(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+def _as_json(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
     before = "[\n"
-    for row in rows:
+    for row in query_rows:
         one = {name: _finite(value) for name, value in zip(names, row, strict=True)}
         text = json.dumps(one, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         out.write(before + "  " + text.replace("\n", "\n  "))  # textwrap would break lines within strings

@@ -13,7 +13,7 @@ from array import array
 ABOUT = ("shard", "mtime", "size", "inode")  # of a file; the time in nanoseconds
 
 
-def listing(pattern: str) -> array[int]:
+def list_files(pattern: str) -> array[int]:
     """ABOUT of each file that matches, file after file, in no order.
 
     Args:
@@ -39,4 +39,4 @@ def listing(pattern: str) -> array[int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(listing(sys.argv[1]).tobytes())
+    sys.stdout.buffer.write(list_files(sys.argv[1]).tobytes())

@@ -41,11 +41,11 @@ class Parts:
         """
         for path in sorted(self.folder.glob(f"{self._prefix}-*.parquet")):
             try:
-                tables.check(path, self._record)
+                tables.verify_checksums(path, self._record)
             except BrokenTableError:
                 path.unlink(missing_ok=True)  # a part is a cache: what it held is made again
                 continue
-            yield from self.carry(lambda path=path: _sound(tables.read(path, self._record)))  # type: ignore[misc]
+            yield from self.carry(lambda path=path: _sound(tables.read_rows(path, self._record)))  # type: ignore[misc]
 
     def carry(self, rows: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         """Takes rows, sorted by id and readable again, into the table."""
@@ -64,14 +64,14 @@ class Parts:
         """Puts all finished rows on disk."""
         if self._rows:
             path = self.folder / f"{self._prefix}-{uuid.uuid4().hex[:12]}.parquet"
-            tables.write(path, self._record, self._rows, self._recipe, durable=False)
+            tables.write_rows(path, self._record, self._rows, self._recipe, durable=False)
             self._own.append(path)
             self._rows = []
         self._since = time.monotonic()
 
     def merged(self) -> Iterator[Record]:
         """Every row once, sorted by id."""
-        own = [tables.read(path, self._record) for path in self._own]
+        own = [tables.read_rows(path, self._record) for path in self._own]
         last: Any = None
         for row in merge(*(rows() for rows in self._adopted), *own, self._rows, key=lambda row: row.id):
             if row.id != last:
@@ -87,13 +87,13 @@ class Parts:
         return self._recipe.fingerprint[:16]
 
 
-def leave_word(folder: Path, message: str) -> None:
+def write_failure(folder: Path, message: str) -> None:
     """Keeps why a shard failed, for `recap status`, until the shard succeeds."""
-    with tables.atomic(folder / "failed.json") as file:
+    with tables.open_atomic(folder / "failed.json") as file:
         file.write(json.dumps({"message": message, "time": time.time()}).encode())
 
 
-def last_words(folder: Path) -> str | None:
+def read_failure(folder: Path) -> str | None:
     """Why the shard failed when it was last tried; None when it did not, or what was kept of it does not read."""
     try:
         return str(json.loads((folder / "failed.json").read_bytes())["message"])

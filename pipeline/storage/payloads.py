@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.records import Image, Record
 from pipeline.storage.layout import PACKED, work_folder
-from pipeline.storage.tables import TableFooter, sync_folder, whole_stamp
+from pipeline.storage.tables import TableFooter, read_whole_footer, sync_folder
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +39,7 @@ class Payload(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedImage:
     """An image row, and its bytes when they are to be packed: as they are, never encoded again."""
 
     row: Image
@@ -50,7 +50,7 @@ class Packed:
         return self.row.id
 
 
-class Unfinished:
+class UnfinishedFile:
     """A file being written outside its final folder; nothing is there until the first byte."""
 
     def __init__(self, path: Path, *, work: Path) -> None:
@@ -84,10 +84,10 @@ class Unfinished:
             self._beside.unlink(missing_ok=True)
 
 
-class Tar:
+class TarWriter:
     """A tar with equal bytes for equal members: no times, no owners."""
 
-    def __init__(self, file: Unfinished) -> None:
+    def __init__(self, file: UnfinishedFile) -> None:
         self.file, self.path = file, file.path
         self._tar: tarfile.TarFile | None = None
 
@@ -108,33 +108,33 @@ class Tar:
         return self.file.commit()
 
 
-class Pack:
+class ImagePacker:
     """`shards/00000.tar`: the images of a corpus that was not in tars already."""
 
     def __init__(self, run: Path, shard: int) -> None:
         self._run = run
-        self._tar = Tar(Unfinished(run / PACKED / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
+        self._tar = TarWriter(UnfinishedFile(run / PACKED / f"{shard:05d}.tar", work=work_folder(run, "image", shard)))
 
-    def take(self, output: Packed) -> Image:
+    def take(self, output: PackedImage) -> Image:
         if output.data is None:
             return output.row
-        offset = self._tar.add(f"{output.row.key}.{extension(output.row.format)}", output.data)
+        offset = self._tar.add(f"{output.row.key}.{file_extension(output.row.format)}", output.data)
         return replace(output.row, file=str(self._tar.file.path.relative_to(self._run)), offset=offset)
 
     def commit(self) -> Mapping[str, int]:
-        return placed(self._run, self._tar)
+        return commit_files(self._run, self._tar)
 
     def abandon(self) -> None:
         self._tar.file.abandon()
 
 
-def placed(run: Path, *files: Tar | Unfinished) -> Mapping[str, int]:
+def commit_files(run: Path, *files: TarWriter | UnfinishedFile) -> Mapping[str, int]:
     """Renames finished files into place; returns path within the run -> bytes, without files that stayed empty."""
     sizes = {str(file.path.relative_to(run)): file.commit() for file in files}
     return {name: num_bytes for name, num_bytes in sizes.items() if num_bytes}
 
 
-def what_is_lost(run: Path, stamp: TableFooter) -> str:
+def find_damage(run: Path, stamp: TableFooter) -> str:
     """Of the files that belong beside a table, the first that has gone or has another size, in words; "" for none."""
     for name, num_bytes in stamp.payload.items():
         try:
@@ -146,12 +146,12 @@ def what_is_lost(run: Path, stamp: TableFooter) -> str:
     return ""
 
 
-def sound_stamp(run: Path, table: Path) -> TableFooter | None:
+def read_intact_footer(run: Path, table: Path) -> TableFooter | None:
     """The stamp of a table file that is whole and has all that belongs beside it; None otherwise."""
-    stamp = whole_stamp(table)
-    return stamp if stamp is not None and not what_is_lost(run, stamp) else None
+    stamp = read_whole_footer(table)
+    return stamp if stamp is not None and not find_damage(run, stamp) else None
 
 
-def extension(format: str | None) -> str:
+def file_extension(format: str | None) -> str:
     """The usual file name ending of a Pillow format."""
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format or "", format or "bin")

@@ -45,7 +45,7 @@ class Plan:
         """
         import pyarrow.parquet as pq
 
-        num_shards = count(path)
+        num_shards = count_shards(path)
         wanted = parse_spec(shards, num_shards)
         lo, hi = (wanted[0], wanted[-1]) if wanted else (0, -1)
         with pq.ParquetFile(path) as file:
@@ -69,7 +69,7 @@ class Plan:
     def num_samples(self, shard: int) -> int | None:
         """How many inputs the shard has, where the plan can know it."""
         counts = [piece.num_samples for piece in self.pieces(shard)]
-        return None if None in counts else sum(count for count in counts if count is not None)
+        return None if None in counts else sum(count_shards for count_shards in counts if count_shards is not None)
 
     def _slice(self, shard: int) -> list[dict[str, Any]]:
         column = self._shards
@@ -86,7 +86,7 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def freeze(
+def write_plan(
     path: Path, pieces: Iterable[Piece], *, shard_size: int, place: Callable[[str], str] = str
 ) -> tuple[int, int]:
     """Writes the plan, or extends it by what it does not have yet. Planned shards never change.
@@ -100,19 +100,21 @@ def freeze(
     Returns:
         How many shards there were, and are.
     """
-    planned = list(tables.read(path, Planned)) if path.exists() else []
+    planned = list(tables.read_rows(path, Planned)) if path.exists() else []
     before = planned[-1].shard + 1 if planned else 0
-    new = assign(grown(planned, pieces, place=place), shard_size=shard_size, first=before)
+    new = assign_shards(find_new_pieces(planned, pieces, place=place), shard_size=shard_size, first=before)
     first = next(new, None)
     if first is None and planned:
         return before, before
     rows = [*planned, *([] if first is None else [first]), *new]
     recipe = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
-    tables.write(path, Planned, rows, recipe)
+    tables.write_rows(path, Planned, rows, recipe)
     return before, rows[-1].shard + 1 if rows else 0
 
 
-def grown(planned: Iterable[Planned], pieces: Iterable[Piece], *, place: Callable[[str], str]) -> Iterator[Piece]:
+def find_new_pieces(
+    planned: Iterable[Planned], pieces: Iterable[Piece], *, place: Callable[[str], str]
+) -> Iterator[Piece]:
     """What of the corpus is not planned yet: new files, and the new end of those that grew."""
     ends: dict[str, int | None] = {}
     for row in planned:
@@ -128,7 +130,7 @@ def grown(planned: Iterable[Planned], pieces: Iterable[Piece], *, place: Callabl
             yield Piece(file=piece.file, start=end, stop=piece.stop, num_bytes=piece.num_bytes)
 
 
-def assign(pieces: Iterable[Piece], *, shard_size: int, first: int = 0) -> Iterator[Planned]:
+def assign_shards(pieces: Iterable[Piece], *, shard_size: int, first: int = 0) -> Iterator[Planned]:
     """Fills shards from `first` on, `shard_size` samples each, cutting pieces where a shard is full."""
     shard, room = first, shard_size
     for piece in pieces:
@@ -151,7 +153,7 @@ def _planned(shard: int, piece: Piece, start: int, stop: int | None) -> Planned:
     return Planned(shard=shard, file=piece.file, start=start, stop=stop, num_bytes=piece.num_bytes)
 
 
-def count(path: Path) -> int:
+def count_shards(path: Path) -> int:
     """How many shards are planned; reads the footer alone."""
     import pyarrow.parquet as pq
 

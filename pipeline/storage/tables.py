@@ -1,6 +1,6 @@
-"""Decides how rows lie on disk: typed Parquet files that are whole when they are in place, each with its stamp.
+"""Parquet tables with provenance footers: a file in place is complete.
 
-It knows records and files. It does not know which rows a table ought to have, or why.
+This module knows records and files. Which rows a table should have, and why, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -25,80 +25,89 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
-TAIL = 1 << 16  # bytes read from the end of a table: its footer in all but the largest
-ROWS_PER_GROUP = 2_000  # rows are held in memory by the group, when written and when read
-STAMP = "recap.stamp"
-STAMP_KEY = b"\x18" + bytes([len(STAMP)]) + STAMP.encode() + b"\x18"  # as a footer has it, up to the value's length
+TAIL = 1 << 16  # bytes read from the end of a file: the whole Parquet footer of all but the largest tables
+ROWS_PER_GROUP = 2_000  # rows in memory at a time, when written and when read
+FOOTER_KEY = "recap.stamp"  # of our footer among the Parquet file's metadata
+# The key as Thrift encodes it within a Parquet footer, up to the length of the value.
+ENCODED_KEY = b"\x18" + bytes([len(FOOTER_KEY)]) + FOOTER_KEY.encode() + b"\x18"
 MAGIC = b"PAR1"
-HEAD_BYTES = 28  # of a stamp: {"check":"0123456789abcdef",
+HEAD_BYTES = 28  # of our footer: {"check":"0123456789abcdef",
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """All that decides the rows of a table file. Two equal recipes have one fingerprint."""
+    """Everything that decides the rows of a table file. Equal provenance gives equal fingerprints."""
 
     stage: str
     name: str
     version: int  # of the stage
-    slice: Mapping[str, Any]  # JSON values: the part of run.toml, recipe and rubric that decides
+    slice: Mapping[str, Any]  # JSON values: the part of run.toml, recipe and rubric that decides rows
     inputs: Mapping[str, str]  # folder of a table that was read -> its content digest
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json_of(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableFooter:
-    """What a table file says of itself, in its footer."""
+    """Provenance and contents of a table file, stored in its Parquet footer."""
 
-    recipe: Provenance
+    provenance: Provenance
     digest: str  # of the rows, hex
     num_rows: int
     statuses: Mapping[str, int] = field(default_factory=dict)  # status -> rows; {} where rows have none
-    payload: Mapping[str, int] = field(default_factory=dict)  # file beside the table, within the run -> bytes
+    payload: Mapping[str, int] = field(default_factory=dict)  # payload file, relative to the run -> bytes
 
     @property
     def fingerprint(self) -> str:
-        return self.recipe.fingerprint
+        return self.provenance.fingerprint
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The JSON object that is stored, without its checksum."""
+        values = asdict(self)
+        values["recipe"] = values.pop("provenance")
+        return values
 
 
-def read_stamp(path: Path) -> TableFooter | None:
-    """The stamp of a table file, from its footer alone; None when there is no file.
+def read_footer(path: Path) -> TableFooter | None:
+    """The footer of a table file, without reading its rows; None when there is no file.
 
     Raises:
-        BrokenTableError: the file is cut short, no table of ours, or its stamp has been damaged.
+        BrokenTableError: the file is truncated, was not written by recap, or its footer is damaged.
     """
     try:
-        values = json.loads(stamp_text(path))
+        values = json.loads(read_footer_text(path))
     except FileNotFoundError:
         return None
     del values["check"]
-    return TableFooter(**{**values, "recipe": Provenance(**values["recipe"])})
+    provenance = Provenance(**values.pop("recipe"))
+    return TableFooter(provenance=provenance, **values)
 
 
-def stamp_text(path: Path) -> bytes:
-    """The stamp of a table file as JSON, checked: keys in order, no white space, "check" the first.
+def read_footer_text(path: Path) -> bytes:
+    """The footer as JSON, verified: keys sorted, no white space, "check" first.
 
     Raises:
         FileNotFoundError: there is no file.
-        BrokenTableError: the file is cut short, no table of ours, or its stamp has been damaged.
+        BrokenTableError: as `read_footer`.
     """
     try:
-        text = _found_stamp(path)
+        text = _find_footer_text(path)
     except IndexError as error:
-        raise BrokenTableError(path, "has a damaged stamp") from error
+        raise BrokenTableError(path, "has a damaged footer") from error
     rest = text[HEAD_BYTES:]
-    if text[:HEAD_BYTES] != _head(b"{" + rest):
-        raise BrokenTableError(path, "has a damaged stamp")
+    if text[:HEAD_BYTES] != f'{{"check":"{_compute_check(b"{" + rest)}",'.encode():
+        raise BrokenTableError(path, "has a damaged footer")
     return text
 
 
-def _found_stamp(path: Path) -> bytes:
-    """The stamp's JSON, found in the footer's bytes: parsing all of a footer takes ten times as long.
+def _find_footer_text(path: Path) -> bytes:
+    """Finds our JSON among the Parquet footer's bytes: parsing the whole Parquet footer takes ten times as long.
 
-    A Parquet file ends with its footer, the footer's length and the magic. The footer, in Thrift's compact protocol,
-    has key and value as strings, each with its length before it, after all that comes from the data.
+    A Parquet file ends with its footer, the footer's length and the magic bytes. The footer uses Thrift's compact
+    protocol: key and value are strings, each preceded by its length, and come after everything that depends on data.
     """
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -112,15 +121,15 @@ def _found_stamp(path: Path) -> bytes:
         if length > len(tail):
             file.seek(size - length)
             tail = file.read(length)
-    found = tail.rfind(STAMP_KEY, len(tail) - length)
-    if found < 0:
-        raise BrokenTableError(path, "carries no stamp: recap did not write it")
-    num, start = _varint(tail, found + len(STAMP_KEY))
-    return tail[start : start + num]
+    at = tail.rfind(ENCODED_KEY, len(tail) - length)
+    if at < 0:
+        raise BrokenTableError(path, "has no recap footer: recap did not write it")
+    num_bytes, start = _decode_varint(tail, at + len(ENCODED_KEY))
+    return tail[start : start + num_bytes]
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number in Thrift's compact protocol, and where what follows it begins."""
+def _decode_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number in Thrift's compact protocol, and the offset of the byte after it."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -130,51 +139,44 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def check_of(values: Mapping[str, Any]) -> str:
-    return _check(json_of(values).encode())
-
-
-def _check(text: bytes) -> str:
+def _compute_check(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _head(rest: bytes) -> bytes:
-    """How a stamp begins: with what guards the rest of it."""
-    return f'{{"check":"{_check(rest)}",'.encode()
-
-
-def whole_stamp(path: Path) -> TableFooter | None:
-    """The stamp of a table file; None when there is no file, or none that is whole."""
+def read_whole_footer(path: Path) -> TableFooter | None:
+    """The footer of a table file; None when there is no file, or a damaged one."""
     try:
-        return read_stamp(path)
+        return read_footer(path)
     except BrokenTableError:
         return None
 
 
-def write(path: Path, record: type[R], rows: Iterable[R], recipe: Provenance, *, durable: bool = True) -> TableFooter:
-    """Writes a whole table at once; see `Writer` and `atomic`."""
-    with atomic(path, durable=durable) as file, Writer(file, record, recipe) as writer:
+def write_rows(
+    path: Path, record: type[R], rows: Iterable[R], provenance: Provenance, *, durable: bool = True
+) -> TableFooter:
+    """Writes a whole table; see `TableWriter` and `open_atomic`."""
+    with open_atomic(path, durable=durable) as file, TableWriter(file, record, provenance) as writer:
         for row in rows:
             writer.add(row)
-    return writer.stamp
+    return writer.footer
 
 
-def read(path: Path, record: type[R]) -> Iterator[R]:
-    """The rows of a table file in order, a row group in memory at a time.
+def read_rows(path: Path, record: type[R]) -> Iterator[R]:
+    """The rows of a table file in order, one row group in memory at a time.
 
     Raises:
         BrokenTableError: the file does not read as a table of `record`, or has changed since it was written.
     """
-    for batch in batches(path, record):
+    for batch in read_batches(path, record):
         yield from from_arrow(record, batch)
 
 
-def batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
-    """The same as Arrow has it."""
+def read_batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
+    """As `read_rows`, in Arrow batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stamp, num_rows = read_stamp(path), 0
+    footer, num_rows = read_footer(path), 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(column_names(record))):
@@ -183,34 +185,34 @@ def batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
     except OSError as error:
-        if error.errno is not None:  # the machine's: too many open files, no permission
+        if error.errno is not None:  # from the system: too many open files, no permission
             raise
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
-    if stamp is not None and num_rows != stamp.num_rows:
-        raise BrokenTableError(path, f"has {num_rows} rows and was written with {stamp.num_rows}")
+    if footer is not None and num_rows != footer.num_rows:
+        raise BrokenTableError(path, f"has {num_rows} rows; it was written with {footer.num_rows}")
 
 
-def check(path: Path, record: type[Record]) -> None:
-    """Reads a whole table for its checksums' sake: DuckDB, which stages read with too, does not look at them.
+def verify_checksums(path: Path, record: type[Record]) -> None:
+    """Reads a whole table to verify its page checksums, which DuckDB, with which stages read too, ignores.
 
     Raises:
         BrokenTableError: the file has changed since it was written.
     """
-    for _ in batches(path, record):
+    for _ in read_batches(path, record):
         pass
 
 
-class Writer:
+class TableWriter:
     """Writes rows to an open Parquet file in fixed row groups, so that equal rows give equal bytes."""
 
-    stamp: TableFooter  # once it is closed
-    payload: Mapping[str, int]  # what the stamp will say of the files beside the table
+    footer: TableFooter  # once closed
+    payload: Mapping[str, int]  # files beside the table, for its footer
 
-    def __init__(self, file: IO[bytes], record: type[Record], recipe: Provenance) -> None:
+    def __init__(self, file: IO[bytes], record: type[Record], provenance: Provenance) -> None:
         import pyarrow.parquet as pq
 
         self._parquet = pq.ParquetWriter(file, arrow_schema(record), compression="zstd", write_page_checksum=True)
-        self._record, self._recipe = record, recipe
+        self._record, self._provenance = record, provenance
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()
         self.num_rows = 0
@@ -221,9 +223,9 @@ class Writer:
         self._rows.append(row)
         self.num_rows += 1
         if len(self._rows) == ROWS_PER_GROUP:
-            self._flush()
+            self._write_group()
 
-    def _flush(self) -> None:
+    def _write_group(self) -> None:
         batch = to_arrow(self._record, self._rows)
         self._digest.update(batch.serialize())
         self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
@@ -231,23 +233,28 @@ class Writer:
             self._statuses.update(batch.column("status").to_pylist())
         self._rows = []
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> TableWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None:
             if self._rows:
-                self._flush()
-            self.stamp = TableFooter(
-                recipe=self._recipe,
+                self._write_group()
+            self.footer = TableFooter(
+                provenance=self._provenance,
                 digest=self._digest.hexdigest(),
                 num_rows=self.num_rows,
                 statuses=dict(sorted(self._statuses.items())),
                 payload=self.payload,
             )
-            values = asdict(self.stamp)
-            self._parquet.add_key_value_metadata({STAMP: json_of({**values, "check": check_of(values)})})
+            self._parquet.add_key_value_metadata({FOOTER_KEY: format_footer(self.footer.values)})
         self._parquet.close()
+
+
+def format_footer(values: Mapping[str, Any]) -> str:
+    """A footer's values as stored: canonical JSON with a checksum of itself."""
+    check = _compute_check(canonical_json(values).encode())
+    return canonical_json({**values, "check": check})
 
 
 def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
@@ -255,7 +262,7 @@ def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
     import pyarrow as pa
 
     arrays = [
-        pa.array([_plain(getattr(row, column.name)) for row in rows], type=column.type)
+        pa.array([_convert_structs(getattr(row, column.name)) for row in rows], type=column.type)
         for column in arrow_schema(record)
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=arrow_schema(record))
@@ -263,7 +270,7 @@ def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
 
 def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:
     """The rows of a batch whose columns are the record's."""
-    builders = _builders(record)
+    builders = _find_builders(record)
     for row in batch.to_pylist():
         for name, build in builders.items():
             row[name] = build(row[name])
@@ -271,13 +278,13 @@ def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:
 
 
 @contextmanager
-def atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole and on disk, or not at all.
+def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Opens a file that appears at `path` complete, or not at all.
 
     Args:
         path: the final name.
-        work: the folder for the unfinished file, on the same file system; beside `path` by default.
-        durable: whether it must survive a power cut; without, it survives the end of this process.
+        work: folder for the unfinished file, on the same file system; by default the folder of `path`.
+        durable: whether the file must survive a power failure, rather than only the end of this process.
     """
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
@@ -290,7 +297,7 @@ def atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Ite
             if durable:
                 os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:  # a Ctrl-C too leaves no litter; raised again
+    except BaseException:  # Ctrl-C too must leave no temporary file
         unfinished.unlink(missing_ok=True)
         raise
     if durable:
@@ -298,7 +305,7 @@ def atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Ite
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
+    """Makes renames in a folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -306,25 +313,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Runs of `size` rows, the last one shorter."""
+def split_batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` rows; the last may be shorter."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def json_of(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _plain(value: Any) -> Any:
+def _convert_structs(value: Any) -> Any:
     if isinstance(value, tuple):
         return [vars(one) if is_dataclass(one) else one for one in value]
     return value
 
 
-def _builders(record: type) -> dict[str, Callable[[Any], Any]]:
-    """How to make a field from Arrow's value of it, for the fields where the two differ."""
+def _find_builders(record: type) -> dict[str, Callable[[Any], Any]]:
+    """Functions that convert Arrow values to fields, for the fields where the two differ."""
     builders: dict[str, Callable[[Any], Any]] = {}
     for name, hint in get_type_hints(record).items():
         if get_origin(hint) is tuple:

@@ -16,7 +16,7 @@ from typing import Protocol
 from pipeline import plugins
 from pipeline.records import Exported
 from pipeline.storage.layout import work_folder
-from pipeline.storage.payloads import extension
+from pipeline.storage.payloads import file_extension
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ExportPayload:
         ]
 
     def take(self, output: ExportSample) -> Exported:
-        suffix = extension(output.row.format) if self._extension == "original" else self._extension
+        suffix = file_extension(output.row.format) if self._extension == "original" else self._extension
         for writer in self._writers:
             writer.add(output, suffix)
         return output.row

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.records import Exported, arrow_schema
-from pipeline.storage.payloads import Unfinished, placed
+from pipeline.storage.payloads import UnfinishedFile, commit_files
 from stages.exporters import ExportSample
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 
 
 
 def open(run: Path, shard: int, work: Path) -> ImageParquet:
-    return ImageParquet(run, Unfinished(run / "export" / "parquet" / f"{shard:05d}.parquet", work=work))
+    return ImageParquet(run, UnfinishedFile(run / "export" / "parquet" / f"{shard:05d}.parquet", work=work))
 
 
 class ImageParquet:
     """A Parquet file with an HF `Image` column and the columns of `Exported`."""
 
-    def __init__(self, run: Path, file: Unfinished) -> None:
+    def __init__(self, run: Path, file: UnfinishedFile) -> None:
         self._run, self.file = run, file
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
@@ -44,7 +44,7 @@ class ImageParquet:
             self._flush()
         if self._writer is not None:
             self._writer.close()
-        return placed(self._run, self.file)
+        return commit_files(self._run, self.file)
 
     def abandon(self) -> None:
         self.file.abandon()

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.storage.payloads import Tar, Unfinished, placed
+from pipeline.storage.payloads import TarWriter, UnfinishedFile, commit_files
 from stages.exporters import ExportSample
 
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
-    return WebDataset(run, Unfinished(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+    return WebDataset(run, UnfinishedFile(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
 
 
 class WebDataset:
     """Tars in which the members of a sample are adjacent."""
 
-    def __init__(self, run: Path, file: Unfinished) -> None:
-        self._run, self._tar = run, Tar(file)
+    def __init__(self, run: Path, file: UnfinishedFile) -> None:
+        self._run, self._tar = run, TarWriter(file)
 
     def add(self, example: ExportSample, suffix: str) -> None:
         row = example.row
@@ -28,7 +28,7 @@ class WebDataset:
         self._tar.add(f"{row.key}.txt", row.caption.encode())
 
     def commit(self) -> Mapping[str, int]:
-        return placed(self._run, self._tar)
+        return commit_files(self._run, self._tar)
 
     def abandon(self) -> None:
         self._tar.file.abandon()

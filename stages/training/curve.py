@@ -35,7 +35,7 @@ class Curve:
             self.write([])
 
     def write(self, log: Sequence[Mapping[str, Any]]) -> None:
-        tables.write(self._path, Step, points(log), self._recipe)
+        tables.write_rows(self._path, Step, points(log), self._recipe)
 
 
 def points(log: Sequence[Mapping[str, Any]]) -> list[Step]:

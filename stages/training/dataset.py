@@ -22,7 +22,7 @@ from pipeline.records import Caption, Criterion, Image, ImageRubric, Record, Rub
 from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan
-from pipeline.storage.tables import batched
+from pipeline.storage.tables import split_batches
 from stages import recipes, rubrics
 from stages.text.sentences import split_sentences
 from stages.training.settings import Config
@@ -249,7 +249,7 @@ def lessons(run: Run, config: Config) -> Iterator[TrainExample]:
         shown = {image.key: image for image in found}
         for name in config.captions:
             for image_key, group in groupby(read(run, config, name, file.name), key=lambda asked: asked.key):
-                for turns in batched(group, config.turns):
+                for turns in split_batches(group, config.turns):
                     yield _lesson(shown[image_key], turns)
 
 
@@ -262,8 +262,8 @@ def _images(run: Run) -> Iterator[tuple[Path, Iterator[Image]]]:
 
 
 def _usable(shard: Shard, table: Path) -> Iterator[Image]:
-    place = cache(shard.place)
-    for image in tables.read(table, Image):
+    place = cache(shard.locate)
+    for image in tables.read_rows(table, Image):
         if image.status == "ok" and image.file is not None:
             yield replace(image, file=str(place(image.file)))
 
@@ -290,7 +290,7 @@ def _lesson(image: Image, turns: Sequence[Asked]) -> TrainExample:
 def _texts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
     """Every good caption, as the answer to what its recipe asks."""
     recipe = recipe_of(run, config, name)
-    alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
+    alt_texts = {image.key: image.alt_text for image in tables.read_rows(run.folder / "image" / file, Image)}
     for caption in _captions(run, name, file):
         question = recipe.build_prompt(alt_texts[caption.key]).prompt
         yield Asked(
@@ -320,14 +320,14 @@ def _question(run: Run, config: Config) -> Callable[[Image], Asked]:
 def _verdicts(run: Run, config: Config, name: str, file: str) -> Iterator[Asked]:
     """Every verdict of the score pass, as the answer to what its rubric asks."""
     rubric = rubrics.load(run.sections["score"][config.scores].scorer.config.rubric, run=run.folder)
-    alt_texts = {image.key: image.alt_text for image in tables.read(run.folder / "image" / file, Image)}
+    alt_texts = {image.key: image.alt_text for image in tables.read_rows(run.folder / "image" / file, Image)}
     captions = {caption.id: caption for caption in _captions(run, name, file)}
-    for score in tables.read(run.folder / "score" / config.scores / name / file, Score):
+    for score in tables.read_rows(run.folder / "score" / config.scores / name / file, Score):
         if score.status != "ok":
             continue
         text = captions[score.key, score.candidate].text
         parts = split_sentences(text) if rubric.spec.unit == "sentence" else [text]
-        for part, criteria in zip(parts, batched(score.criteria, len(rubric.criteria)), strict=True):
+        for part, criteria in zip(parts, split_batches(score.criteria, len(rubric.criteria)), strict=True):
             if all(criterion.verdict is not None for criterion in criteria):
                 question = rubric.build_prompt(caption=text, sentence=part, alt_text=alt_texts[score.key])
                 yield Asked(
@@ -342,7 +342,7 @@ def _answer(rubric: rubrics.Rubric, criteria: Sequence[Criterion]) -> str:
 
 
 def _captions(run: Run, name: str, file: str) -> Iterator[Caption]:
-    return (row for row in tables.read(run.folder / "caption" / name / file, Caption) if row.status == "ok")
+    return (row for row in tables.read_rows(run.folder / "caption" / name / file, Caption) if row.status == "ok")
 
 
 def held_out(pictures: Digests, *, num_images: int) -> tuple[Numbers, Numbers]:
@@ -360,7 +360,7 @@ def on_disk(path: Path, rows: Iterable[Record], record: type[Record]) -> dataset
     """The rows in their order, as trainers take them."""
     import datasets
 
-    batches = (tables.to_arrow(record, some) for some in tables.batched(rows, tables.ROWS_PER_GROUP))
+    batches = (tables.to_arrow(record, some) for some in tables.split_batches(rows, tables.ROWS_PER_GROUP))
     _write(path, arrow_schema(record), batches)
     return datasets.Dataset.from_file(str(path))
 
@@ -407,13 +407,13 @@ def _with_criteria(files: Iterable[Path], names: list[str]) -> Iterator[pa.Recor
     import pyarrow.compute as pc
 
     for file in files:
-        for batch in tables.batches(file, ImageRubric):
+        for batch in tables.read_batches(file, ImageRubric):
             yield batch.filter(pc.equal(batch["status"], "ok")).select(names)
 
 
 def _write(path: Path, columns: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     import pyarrow as pa
 
-    with tables.atomic(path, durable=False) as file, pa.ipc.new_stream(file, columns) as writer:
+    with tables.open_atomic(path, durable=False) as file, pa.ipc.new_stream(file, columns) as writer:
         for batch in batches:
             writer.write_batch(batch)

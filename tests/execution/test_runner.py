@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import config, progress
 from pipeline.errors import RefusedError
-from pipeline.execution.passes import all_passes
+from pipeline.execution.passes import list_passes
 from pipeline.execution.states import ShardStates
 from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
 from pipeline.storage import tables
@@ -35,7 +35,7 @@ MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD, *GOOD, *GOOD]
 
 
 def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
-    return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read(path, record)]
+    return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read_rows(path, record)]
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_new_pass_judge_or_engine_leaves_the_finished_tables_alone(run: Path, 
 def states(run: Path) -> dict[str, str]:
     loaded = config.load(run)
     plan, _ = Plan.load(run / "plan.parquet")
-    passes = all_passes(loaded)
+    passes = list_passes(loaded)
     ledger = ShardStates(loaded, plan, passes)
     return {p.title: ledger.state(p, 0).kind for p in passes}
 
@@ -188,7 +188,7 @@ def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
     after = rows(run, "caption/dense", Caption)
     assert [row.id for row in after] == [row.id for row in before]
     assert [row for row in after if row.id not in failed] == [row for row in before if row.status != "error"]
-    stats = [s for p in sorted((run / "stats" / "caption" / "dense").glob("*")) for s in tables.read(p, Stat)]
+    stats = [s for p in sorted((run / "stats" / "caption" / "dense").glob("*")) for s in tables.read_rows(p, Stat)]
     assert sum(s.num_new_rows for s in stats if s.num_new_rows != s.num_rows) == len(failed)
     assert outcome.exit_code == 0
 
@@ -219,10 +219,10 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, finished: Path) -> None:
     shutil.copytree(finished, run)
     shutil.rmtree(run / "caption")
     loaded = config.load(run)
-    (p,) = (p for p in all_passes(loaded) if p.folder == "caption/dense")
-    recipe = ShardStates(loaded, Plan.load(run / "plan.parquet")[0], all_passes(loaded)).recipe(p, 0)
+    (p,) = (p for p in list_passes(loaded) if p.folder == "caption/dense")
+    recipe = ShardStates(loaded, Plan.load(run / "plan.parquet")[0], list_passes(loaded)).provenance(p, 0)
     parts = Parts(work_folder(run, p.folder, 0), Caption, recipe)
-    rows_of_shard = list(tables.read(finished / "caption" / "dense" / "00000.parquet", Caption))
+    rows_of_shard = list(tables.read_rows(finished / "caption" / "dense" / "00000.parquet", Caption))
     for row in rows_of_shard[:7]:
         parts.add(row)
     parts.flush()
@@ -386,7 +386,7 @@ def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, fin
     _, words = child.communicate()
     assert child.returncode == 75
     assert "SIGTERM" in words
-    kept = sum(1 for path in (run / ".work" / "caption").rglob("*.parquet") for _ in tables.read(path, Caption))
+    kept = sum(1 for path in (run / ".work" / "caption").rglob("*.parquet") for _ in tables.read_rows(path, Caption))
     assert kept > 0
     assert make(run).exit_code == 0
     assert files(run / "caption") == files(finished / "caption")
@@ -397,7 +397,7 @@ def test_the_time_left_is_that_of_the_rows_which_are_still_to_be_made(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with progress.Meter("caption:dense", num_shards=1, num_rows=1000) as meter:
+    with progress.ProgressMeter("caption:dense", num_shards=1, num_rows=1000) as meter:
         meter.add(0, 0, kept=700)
         now[0] = 100.0
         meter.add(200, 1)

@@ -13,10 +13,10 @@ import pytest
 from pipeline import config
 from pipeline.commands import init, status
 from pipeline.execution.run_state import RunState
-from pipeline.execution.state_index import listings
+from pipeline.execution.state_index import list_folders
 from pipeline.slurm.jobs import JobMonitor
 from pipeline.storage.layout import work_folder
-from pipeline.storage.parts import leave_word
+from pipeline.storage.parts import write_failure
 from tests.support.runs import begin, corpus, make, sections, write
 
 
@@ -144,7 +144,7 @@ def test_last_words_that_do_not_read_are_none(finished: Path, tmp_path: Path, wo
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "verdict" / "00001.parquet").unlink()
     folder = work_folder(run, "verdict", 1)
-    leave_word(folder, "out of paper")
+    write_failure(folder, "out of paper")
     assert survey(run)["filter"].failures == {"00001": "out of paper"}
     (folder / "failed.json").write_text(words)
     assert survey(run)["filter"].failures == {}
@@ -154,7 +154,7 @@ def test_forgetting_a_shard_does_not_take_longer_when_more_are_known(finished: P
     def seconds(num_known: int) -> float:
         ledger = RunState(config.load(finished)).states
         for shard in range(num_known):
-            ledger.stamp("image", shard)
+            ledger.footer("image", shard)
         start = time.thread_time()
         for shard in range(100):
             ledger.forget(shard)
@@ -168,7 +168,7 @@ def test_folders_are_listed_alike_here_and_elsewhere(finished: Path, tmp_path: P
     for name in ("x.tar", "7.tar.gz", ".8.tar"):
         (tmp_path / name).touch()
     patterns = [f"{finished}/image/*.parquet", f"{tmp_path}/*.tar", f"{tmp_path}/none/*.tar"]
-    here, elsewhere = (listings(patterns, num_procs=num) for num in (1, 2))
+    here, elsewhere = (list_folders(patterns, num_procs=num) for num in (1, 2))
     about = (tmp_path / "7.tar").stat()
     assert here == elsewhere
     assert sorted(here[0][::4]) == list(range(5))

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.errors import ConfigError, RefusedError, WorkerDiedError
 from pipeline.execution import runner as machine
-from pipeline.execution.workers import VISIBLE, Share, WorkerPool, named, shares
+from pipeline.execution.workers import VISIBLE, NodeShare, WorkerPool, divide_node, name_devices
 from tests.support import tiny
 from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
 
@@ -36,15 +36,15 @@ from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
     ],
 )
 def test_devices_keep_the_names_that_they_were_given(num: int, given: str | None, names: list[str]) -> None:
-    assert named(num, given) == names
+    assert name_devices(num, given) == names
 
 
 def test_a_node_is_divided_into_contiguous_parts() -> None:
-    found = shares(3, cores=range(8), devices=["4", "5", "6"])
+    found = divide_node(3, cores=range(8), devices=["4", "5", "6"])
     assert [share.devices for share in found] == [("4",), ("5",), ("6",)]
     assert [share.cores for share in found] == [(0, 1), (2, 3, 4), (5, 6, 7)]
-    assert [share.devices for share in shares(2, cores=[0], devices=list("0123"))] == [("0", "1"), ("2", "3")]
-    assert shares(2, cores=[0], devices=[]) == [Share(), Share()]
+    assert [share.devices for share in divide_node(2, cores=[0], devices=list("0123"))] == [("0", "1"), ("2", "3")]
+    assert divide_node(2, cores=[0], devices=[]) == [NodeShare(), NodeShare()]
 
 
 class Telling:
@@ -72,7 +72,10 @@ class Telling:
 
 def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     core = min(os.sched_getaffinity(0))
-    team, heard = WorkerPool(Telling, [Share(devices=("3",)), Share(devices=("0", "1"), cores=(core,))]), list[str]()
+    team, heard = (
+        WorkerPool(Telling, [NodeShare(devices=("3",)), NodeShare(devices=("0", "1"), cores=(core,))]),
+        list[str](),
+    )
     tasks = [team.submit(task, hear=heard.append) for task in ("wait", "wait")]
     team.stop()
     (first, cores, devices), (second, other_cores, other_devices) = (task.result(60) for task in tasks)
@@ -84,7 +87,7 @@ def test_each_worker_has_cores_and_devices_of_its_own() -> None:
 
 
 def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
-    team = WorkerPool(Telling, [Share()])
+    team = WorkerPool(Telling, [NodeShare()])
     with pytest.raises(ConfigError, match=r"a\.field: is wrong") as raised:
         team.submit("fail", hear=print).result(60)
     assert any('raise ConfigError("run.toml' in note for note in raised.value.__notes__)
@@ -93,7 +96,7 @@ def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
 
 
 def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
-    team = WorkerPool(Telling, [Share(), Share()])
+    team = WorkerPool(Telling, [NodeShare(), NodeShare()])
     tasks: list[Future[Any]] = [team.submit(task, hear=lambda _: None) for task in ("die", "work", "work")]
     with pytest.raises(WorkerDiedError, match="fewer --workers"):
         tasks[0].result(60)

@@ -13,7 +13,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.records import Piece, Planned
 from pipeline.storage import tables
-from pipeline.storage.plan import Plan, freeze
+from pipeline.storage.plan import Plan, write_plan
 from stages.training.dataset import TrainExample, lessons
 from stages.training.settings import Config
 from tests.support.runs import begin, make, picture, sections, write
@@ -76,10 +76,10 @@ def test_names_are_from_the_folder_that_is_meant(tmp_path: Path) -> None:
 def test_a_plan_with_whole_paths_is_not_doubled(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "c", "webdataset"), source={"kind": "webdataset"}))
     path = run / "plan.parquet"
-    short = [row.file for row in tables.read(path, Planned)]
+    short = [row.file for row in tables.read_rows(path, Planned)]
     assert short == ["00.tar", "deep/01.tar"]
     path.unlink()
-    freeze(path, [Piece(file=f"{tmp_path}/c/{name}") for name in short], shard_size=10)
+    write_plan(path, [Piece(file=f"{tmp_path}/c/{name}") for name in short], shard_size=10)
     assert init.extend_plan(config.load(run)) == (2, 2)
     assert make(run, "caption").exit_code == 1 and make(run, "ingest").exit_code == 0
     assert make(run, "caption").exit_code == 0

@@ -21,7 +21,7 @@ MODEL = {"kind": "transformers", "dtype": "float32", "max_pixels": 112 * 112, "b
 
 
 def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
-    return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read(path, record)]
+    return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read_rows(path, record)]
 
 
 def parts(photos: Path, model: Path) -> dict[str, dict[str, object]]:

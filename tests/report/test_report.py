@@ -60,8 +60,8 @@ def report(run: Path, **options: Any) -> Page:
 
 def funnel(run: Path) -> dict[str, int]:
     with database.connect(run) as connection:
-        sql = f"SELECT step, images FROM ({database.named_query('yield')})"
-        return dict(database.rows(connection, sql))
+        sql = f"SELECT step, images FROM ({database.read_query('yield')})"
+        return dict(database.query_rows(connection, sql))
 
 
 def check_self_contained(html: Page) -> None:
@@ -100,10 +100,12 @@ def test_funnel_agrees_with_sql(finished: Path) -> None:
 def test_tallies_agree_with_sql(finished: Path) -> None:
     found = read_numbers(config.load(finished))
     with database.connect(finished) as connection:
-        rows = dict(database.rows(connection, "SELECT status, count(*) FROM image GROUP BY status"))
-        scored = dict(database.rows(connection, "SELECT name || ' ' || caption, count(*) FROM score GROUP BY ALL"))
-        (refused,) = database.rows(connection, "SELECT count(*) FROM verdict WHERE NOT keep")
-        (num_answers,) = database.rows(connection, "SELECT sum(len(criteria)) FROM score")
+        rows = dict(database.query_rows(connection, "SELECT status, count(*) FROM image GROUP BY status"))
+        scored = dict(
+            database.query_rows(connection, "SELECT name || ' ' || caption, count(*) FROM score GROUP BY ALL")
+        )
+        (refused,) = database.query_rows(connection, "SELECT count(*) FROM verdict WHERE NOT keep")
+        (num_answers,) = database.query_rows(connection, "SELECT sum(len(criteria)) FROM score")
     assert {tally.label: tally.count for tally in found.images} == rows
     assert sum(tally.count for tally in found.refusals) == refused[0]
     assert {f"{one.score} {one.caption}": sum(one.bins) + one.num_unknown for one in found.scores} == scored

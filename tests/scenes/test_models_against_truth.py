@@ -31,9 +31,9 @@ def made(folder: Path, source: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
     begin(folder, sections(source))
     for stage in ("ingest", "caption", "score", "filter"):
         assert make(folder, stage).exit_code == 0
-    captions = tables.read(folder / "caption/main/00000.parquet", Caption)
-    scores = tables.read(folder / "score/judge/main/00000.parquet", Score)
-    verdicts = tables.read(folder / "verdict/00000.parquet", Verdict)
+    captions = tables.read_rows(folder / "caption/main/00000.parquet", Caption)
+    scores = tables.read_rows(folder / "score/judge/main/00000.parquet", Score)
+    verdicts = tables.read_rows(folder / "verdict/00000.parquet", Verdict)
     return [
         [(row.key, row.text, row.status) for row in captions],
         [(row.key, row.value, row.criteria) for row in scores],
@@ -54,6 +54,6 @@ def test_nothing_reads_the_truth(tmp_path: Path) -> None:
     known = {"kind": "scenes", "num_images": NUM_IMAGES, "seed": 3, "broken_share": 0.0, "duplicate_share": 0.0}
     with_truth = made(tmp_path / "known", known)
     assert made(tmp_path / "unknown", {"kind": "folder", "path": str(plain)}) == with_truth
-    rows = list(tables.read(tmp_path / "unknown/image/00000.parquet", Image))
+    rows = list(tables.read_rows(tmp_path / "unknown/image/00000.parquet", Image))
     assert [row.metadata for row in rows] == ["{}"] * NUM_IMAGES
     assert all(text for _, text, _ in with_truth[0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.errors import ConfigError, RefusedError
-from pipeline.execution.passes import all_passes
+from pipeline.execution.passes import list_passes
 from pipeline.slurm import scheduler
 from pipeline.slurm.jobs import JobMonitor
 from pipeline.slurm.options import parse_time_limit
@@ -48,7 +48,7 @@ def test_find_block_agrees_with_parse_spec(num_shards: int, data: st.DataObject)
 def test_documentation_shows_the_printed_script(tmp_path: Path) -> None:
     model = {"kind": "vllm", "model": "internlm/CapRL-3B"}
     slurm = slurm_run(tmp_path, 100_000, EXAMPLE, engines__captioner=model)
-    (job,) = [job for job in plan_jobs(all_passes(slurm.run)) if job.title == "caption"]
+    (job,) = [job for job in plan_jobs(list_passes(slurm.run)) if job.title == "caption"]
     text = slurm.render_array(JobArray(job=job, offset=0, blocks=tuple(range(1000))))
     text = text.replace(str(tmp_path / "run"), "/data/runs/photos").replace(slurm.prefix, "recap-1a2b3c4d-")
     assert text in (ROOT / "docs" / "clusters.md").read_text(), text
@@ -72,7 +72,7 @@ def submit_missing(slurm_run: SlurmRun, **changes: Any) -> tuple[int, list[tuple
         submitted.append((title, dependency))
         return str(100 + len(submitted))
 
-    jobs = plan_jobs(all_passes(slurm_run.run))
+    jobs = plan_jobs(list_passes(slurm_run.run))
     due: dict[str, Any] = {job.title: range(slurm_run.num_blocks) for job in jobs} | changes.pop("due", {})
     settings: dict[str, Any] = {"window": 1000, "queued": {}, "servers": {}} | changes
     submission = Submission(slurm_run=slurm_run, jobs=jobs, due=due, submit=submit, **settings)
@@ -123,7 +123,7 @@ def test_served_engine_has_a_job_released_after_its_last_user(tmp_path: Path) ->
     assert submitted[-1] == ("release-judge", "afterany:104")
     assert "scancel 103" in slurm.render_release("judge", "103")
     assert "--gres" in slurm.render_server("judge")
-    score = next(job for job in plan_jobs(all_passes(slurm.run)) if job.title == "score")
+    score = next(job for job in plan_jobs(list_passes(slurm.run)) if job.title == "score")
     text = slurm.render_array(JobArray(job=score, offset=0, blocks=(0, 1)))
     assert "--gres" not in text
     assert f"[ -e {slurm.endpoint('judge')} ] && break" in text
@@ -242,7 +242,7 @@ def test_gpus_must_match_the_processes(
 
 def test_num_workers_counts_the_workers_of_all_tasks(tmp_path: Path) -> None:
     slurm = slurm_run(tmp_path, 8, {"num_tasks": 2}, slurm__ingest={"workers": 3})
-    passes = all_passes(slurm.run)
+    passes = list_passes(slurm.run)
     fields = {"name": f"{slurm.prefix}ingest", "comment": "blocks=2,offset=0,shards=8", "node": "n", "reason": ""}
     tasks = tuple(scheduler.QueuedTask(array="7", index=index, state="RUNNING", **fields) for index in (0, 1))
     monitor = JobMonitor(slurm_run=slurm, jobs=tuple(plan_jobs(passes)), tasks=tasks, problem="")
@@ -267,7 +267,7 @@ def test_several_scripts_are_refused_by_sbatch_as_one_file(tmp_path: Path) -> No
 
 def test_job_ignores_a_pipeline_package_in_its_working_directory(tmp_path: Path) -> None:
     slurm = slurm_run(tmp_path, 1, {})
-    text = slurm.render_array(JobArray(job=plan_jobs(all_passes(slurm.run))[0], offset=0, blocks=(0,)))
+    text = slurm.render_array(JobArray(job=plan_jobs(list_passes(slurm.run))[0], offset=0, blocks=(0,)))
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise SystemExit(3)")
     (command,) = (line.partition(" run ingest")[0] for line in text.splitlines() if " run ingest" in line)
@@ -277,7 +277,7 @@ def test_job_ignores_a_pipeline_package_in_its_working_directory(tmp_path: Path)
 
 def test_window_adds_its_offset(tmp_path: Path) -> None:
     slurm = slurm_run(tmp_path, 12, {})
-    job = plan_jobs(all_passes(slurm.run))[0]
+    job = plan_jobs(list_passes(slurm.run))[0]
     text = slurm.render_array(JobArray(job=job, offset=5, blocks=(5, 6, 9)))
     assert "#SBATCH --array=0-1,4\n" in text
     assert "block=$((SLURM_ARRAY_TASK_ID + 5))" in text
@@ -286,9 +286,9 @@ def test_window_adds_its_offset(tmp_path: Path) -> None:
 def test_interrupted_stage_has_one_job_per_pass(tmp_path: Path) -> None:
     second = {"recipe": "short", "engine": "captioner", "of": "dense", "where": "judge < 0.5"}
     slurm = slurm_run(tmp_path, 3, {}, caption__again=second, score__judge={"captions": ["dense"]})
-    titles = [job.title for job in plan_jobs(all_passes(slurm.run))]
+    titles = [job.title for job in plan_jobs(list_passes(slurm.run))]
     assert titles.index("caption:dense") < titles.index("caption:again")
-    assert not {"caption", "score"} & {job.title for job in plan_jobs(all_passes(slurm.run)) if "again" in job.title}
+    assert not {"caption", "score"} & {job.title for job in plan_jobs(list_passes(slurm.run)) if "again" in job.title}
 
 
 @pytest.mark.parametrize(
@@ -337,5 +337,5 @@ def test_stale_tables_are_not_submitted_by_default(tmp_path: Path) -> None:
 
 
 def test_job_titles_are_arguments_of_recap_run(tmp_path: Path) -> None:
-    found: list[Job] = plan_jobs(all_passes(slurm_run(tmp_path, 1, {}).run))
+    found: list[Job] = plan_jobs(list_passes(slurm_run(tmp_path, 1, {}).run))
     assert [job.title for job in found] == ["ingest", "caption", "score", "filter", "export"]

@@ -157,10 +157,10 @@ class TestEverySource:
     def test_growth_moves_nothing(self, source: ModuleType, tmp_path: Path) -> None:
         """Nine samples, then fourteen: what was planned stays, and reads as it did; the rest comes after it."""
         config, file = SOURCES[source](tmp_path / "corpus", 9), tmp_path / "plan.parquet"
-        plan.freeze(file, source.pieces(config), shard_size=3)
+        plan.write_plan(file, source.pieces(config), shard_size=3)
         before = planned(source, file, config)
         assert len(before) == 9
-        plan.freeze(file, source.pieces(SOURCES[source](tmp_path / "corpus", 14)), shard_size=3)
+        plan.write_plan(file, source.pieces(SOURCES[source](tmp_path / "corpus", 14)), shard_size=3)
         after = planned(source, file, config)
         assert after[:9] == before
         assert sorted(raw.alt_text or "" for raw in after) == sorted(text for _, _, text in samples(14))

@@ -67,8 +67,8 @@ def pass_of(folder: Path, section: dict[str, Any] | None = None, **sections: Any
 @contextmanager
 def shard_of(folder: Path, images: list[Image], **sections: Any) -> Iterator[Shard]:
     """A run with one shard, whose image n is the eight bytes of its number."""
-    plan.freeze(folder / "plan.parquet", [Piece(file="f", start=0, stop=len(images) or 1)], shard_size=10_000)
-    tables.write(table_path(folder, "image", 0), Image, images, RECIPE)
+    plan.write_plan(folder / "plan.parquet", [Piece(file="f", start=0, stop=len(images) or 1)], shard_size=10_000)
+    tables.write_rows(table_path(folder, "image", 0), Image, images, RECIPE)
     (folder / "shards").mkdir(exist_ok=True)
     (folder / "shards" / "00000.tar").write_bytes(b"".join(f"{i:08d}".encode() for i in range(len(images))))
     frozen, _ = plan.Plan.load(folder / "plan.parquet")
@@ -168,8 +168,8 @@ def test_where_chooses_by_the_best_candidate_of_another_pass(tmp_path: Path) -> 
     ]
     for name in ("judge", "text"):
         rows = [row for row in scores if row.name == name]
-        tables.write(table_path(tmp_path, f"score/{name}/short", 0), Score, rows, RECIPE)
-    tables.write(table_path(tmp_path, "score/judge/dense", 0), Score, [score(2, 0, 0.1, caption="dense")], RECIPE)
+        tables.write_rows(table_path(tmp_path, f"score/{name}/short", 0), Score, rows, RECIPE)
+    tables.write_rows(table_path(tmp_path, "score/judge/dense", 0), Score, [score(2, 0, 0.1, caption="dense")], RECIPE)
     assert keys_where(tmp_path, "judge < 0.5", of="short") == [1, 5]
     assert keys_where(tmp_path, "judge < 0.5 AND alt_text IS NULL", of="short") == [1]
     assert keys_where(tmp_path, "judge IS NULL", of="short") == [2, 3]

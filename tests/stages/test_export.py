@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def index(run: Path) -> list[Exported]:
     paths = sorted((run / "export" / "index").glob("*.parquet"))
-    found = [row for path in paths for row in tables.read(path, Exported)]
+    found = [row for path in paths for row in tables.read_rows(path, Exported)]
     assert 10 < len(found) < 45
     return found
 

@@ -21,7 +21,7 @@ from pipeline import config
 from pipeline.engines import Reply, Request, echo
 from pipeline.errors import ConfigError
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass, all_passes, select
+from pipeline.execution.passes import Pass, list_passes, select_passes
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, RubricCriterion, Score, Step
 from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, draw_scene, is_related
@@ -635,15 +635,15 @@ def test_every_image_with_a_usable_caption_has_one_rubric(
     tmp_path_factory: pytest.TempPathFactory, found: list[tuple[list[str], ...]]
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
-    plan.freeze(folder / "plan.parquet", [Piece(file="f", start=0, stop=max(1, len(found)))], shard_size=100)
-    tables.write(table_path(folder, "image", 0), Image, [image_row(i, "ok") for i in range(len(found))], RECIPE)
+    plan.write_plan(folder / "plan.parquet", [Piece(file="f", start=0, stop=max(1, len(found)))], shard_size=100)
+    tables.write_rows(table_path(folder, "image", 0), Image, [image_row(i, "ok") for i in range(len(found))], RECIPE)
     for number, name in enumerate(("a", "b", "c", "student")):
         rows = [
             replace(caption_row(i, n, status), name=name, text="A red ring." if number < 3 else "A blue star.")
             for i, statuses in enumerate(found)
             for n, status in enumerate(statuses[number])
         ]
-        tables.write(table_path(folder, f"caption/{name}", 0), Caption, rows, RECIPE)
+        tables.write_rows(table_path(folder, f"caption/{name}", 0), Caption, rows, RECIPE)
     run = run_of(folder, agree=2)
     (p,) = rubric.passes(run)
     shard = Shard(run=run, plan=plan.Plan.load(folder / "plan.parquet")[0], number=0)
@@ -672,12 +672,14 @@ def test_a_run_writes_rubrics_and_marks_by_them(tmp_path: Path) -> None:
     )
     assert make(run).exit_code == 0  # `all` makes what it reads
     files = sorted((run / "rubric/committee").glob("*.parquet"))
-    rows = [row for file in files for row in tables.read(file, ImageRubric)]
-    images = [row for file in sorted((run / "image").glob("*.parquet")) for row in tables.read(file, Image)]
+    rows = [row for file in files for row in tables.read_rows(file, ImageRubric)]
+    images = [row for file in sorted((run / "image").glob("*.parquet")) for row in tables.read_rows(file, Image)]
     assert [row.key for row in rows] == [image.key for image in images if image.status == "ok"]
     assert {(row.name, row.writer, row.num_teachers, row.status) for row in rows} == {("committee", "claims", 5, "ok")}
     scores = [
-        row for name in ("student", "plain") for row in tables.read(run / f"score/rubric/{name}/00000.parquet", Score)
+        row
+        for name in ("student", "plain")
+        for row in tables.read_rows(run / f"score/rubric/{name}/00000.parquet", Score)
     ]
     assert scores and all(row.status == "ok" for row in scores)
     first = next(row for row in rows if row.key == scores[0].key)
@@ -714,7 +716,7 @@ def reworded(name: str, run: Path, changes: dict[str, str]) -> None:
 
 
 def rubrics_of(run: Path) -> list[ImageRubric]:
-    return list(tables.read(run / "rubric/mine/00000.parquet", ImageRubric))
+    return list(tables.read_rows(run / "rubric/mine/00000.parquet", ImageRubric))
 
 
 def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
@@ -723,7 +725,7 @@ def test_rubrics_that_failed_are_asked_for_again_alone(tmp_path: Path) -> None:
         assert make(run, stage).exit_code == 0
     before = rubrics_of(run)
     assert len(before) == 16 and {row.status for row in before} >= {"ok", "error"}
-    scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
+    scores = list(tables.read_rows(run / "score/mine/student/00000.parquet", Score))
     assert len(scores) == 32
     bad = {row.key for row in before if row.status == "error"}
     assert all(score.value is None and "no rubric" in (score.error or "") for score in scores if score.key in bad)
@@ -776,13 +778,15 @@ def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: d
     with serving(tiny.make_text(tmp_path / "text"), **served_flags) as judge:
         loaded = at(judge)
         assert make(run, "score").exit_code == 0
-        scores = list(tables.read(run / "score/mine/student/00000.parquet", Score))
+        scores = list(tables.read_rows(run / "score/mine/student/00000.parquet", Score))
         asked = judge.num_answered()
         model = train.make(loaded, EnginePool(loaded.engines))
         assert judge.num_answered() >= asked + 8
     assert len(scores) == 32 and any(score.status == "ok" for score in scores)
     assert all((score.value is None) == (score.status != "ok") for score in scores)
-    unscored = [step.value for step in tables.read(run / "step/00000.parquet", Step) if step.name == "unscored/mine"]
+    unscored = [
+        step.value for step in tables.read_rows(run / "step/00000.parquet", Step) if step.name == "unscored/mine"
+    ]
     assert len(unscored) == 2 and min(unscored) < 1, unscored
     assert (model / "model.safetensors").exists()
 
@@ -790,7 +794,7 @@ def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: d
 def test_the_recipe_for_gpus_is_a_valid_run(tmp_path: Path) -> None:
     shutil.copy(ROOT / "manifests/rubicap-qwen2.5-vl-3b/run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)
-    passes = {p.title: p for p in all_passes(run)}
+    passes = {p.title: p for p in list_passes(run)}
     written, scored = passes["rubric:committee"], passes["score:committee:student"]
     assert len(run.sections["rubric"]["committee"].teachers) == 5
     assert written.engines and scored.engines and "rubric/committee" in scored.reads
@@ -804,9 +808,9 @@ def passes_of(folder: Path, **section: Any) -> list[Pass]:
 
 
 def test_all_makes_no_rubric_that_nothing_of_it_reads(tmp_path: Path) -> None:
-    passes = all_passes(run_of(tmp_path))
-    assert "rubric:mine" not in {p.title for p in select(passes, "all")}
-    (p,) = select(passes, "rubric")
+    passes = list_passes(run_of(tmp_path))
+    assert "rubric:mine" not in {p.title for p in select_passes(passes, "all")}
+    (p,) = select_passes(passes, "rubric")
     assert p.reads == ("caption/student", "caption/a", "caption/b", "caption/c", "image")
     assert json.loads(json.dumps(p.slice)) == p.slice
 

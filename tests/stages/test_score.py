@@ -352,9 +352,9 @@ def test_every_usable_caption_leaves_a_score(
         for n, status in enumerate(statuses)
         if usable
     ]
-    plan.freeze(folder / "plan.parquet", [Piece(file="f", start=0, stop=max(1, len(images)))], shard_size=100)
-    tables.write(table_path(folder, "image", 0), Image, images, RECIPE)
-    tables.write(table_path(folder, "caption/dense", 0), Caption, captions, RECIPE)
+    plan.write_plan(folder / "plan.parquet", [Piece(file="f", start=0, stop=max(1, len(images)))], shard_size=100)
+    tables.write_rows(table_path(folder, "image", 0), Image, images, RECIPE)
+    tables.write_rows(table_path(folder, "caption/dense", 0), Caption, captions, RECIPE)
     (folder / "shards").mkdir()
     (folder / "shards" / "00000.tar").write_bytes(b"12345678")
     frozen, _ = plan.Plan.load(folder / "plan.parquet")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.errors import SpecError
 from pipeline.records import Piece, Planned, make_key
 from pipeline.storage import tables
-from pipeline.storage.plan import Plan, assign, count, format_spec, freeze, parse_spec
+from pipeline.storage.plan import Plan, assign_shards, count_shards, format_spec, parse_spec, write_plan
 
 sizes = st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=12)
 
@@ -33,7 +33,7 @@ def samples(rows: list[Planned], *, unknown: int = 3) -> list[tuple[str, str, in
 
 @given(sizes, st.integers(1, 10))
 def test_every_sample_is_planned_once_in_order(sizes: list[int | None], shard_size: int) -> None:
-    rows = list(assign(corpus(sizes), shard_size=shard_size))
+    rows = list(assign_shards(corpus(sizes), shard_size=shard_size))
     expected = [(f"file{i}", n) for i, size in enumerate(sizes) for n in range(3 if size is None else size)]
     assert [(file, position) for _, file, position in samples(rows)] == expected
     keys = [key for key, _, _ in samples(rows)]
@@ -42,7 +42,7 @@ def test_every_sample_is_planned_once_in_order(sizes: list[int | None], shard_si
 
 @given(sizes, st.integers(1, 10))
 def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[int | None], shard_size: int) -> None:
-    rows = list(assign(corpus(sizes), shard_size=shard_size))
+    rows = list(assign_shards(corpus(sizes), shard_size=shard_size))
     for shard in {row.shard for row in rows}:
         pieces = [row for row in rows if row.shard == shard]
         if any(row.stop is None for row in pieces):
@@ -55,7 +55,7 @@ def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[
 def test_the_digests_of_all_shards_are_those_of_each(sizes: list[int | None], shard_size: int) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.parquet"
-        _, num_shards = freeze(path, corpus(sizes), shard_size=shard_size)
+        _, num_shards = write_plan(path, corpus(sizes), shard_size=shard_size)
         plan, _ = Plan.load(path)
         assert list(plan.digests()) == [plan.digest(shard) for shard in range(num_shards)]
 
@@ -69,12 +69,12 @@ def test_no_key_moves_when_the_corpus_grows(
     ]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.parquet"
-        freeze(path, corpus(sizes), shard_size=shard_size)
-        before = list(tables.read(path, Planned))
-        freeze(path, corpus([*grown, *more]), shard_size=shard_size)
-        after = list(tables.read(path, Planned))
-        freeze(path, corpus([*grown, *more]), shard_size=shard_size)
-        assert list(tables.read(path, Planned)) == after
+        write_plan(path, corpus(sizes), shard_size=shard_size)
+        before = list(tables.read_rows(path, Planned))
+        write_plan(path, corpus([*grown, *more]), shard_size=shard_size)
+        after = list(tables.read_rows(path, Planned))
+        write_plan(path, corpus([*grown, *more]), shard_size=shard_size)
+        assert list(tables.read_rows(path, Planned)) == after
     assert after[: len(before)] == before
     assert all(row.shard > before[-1].shard for row in after[len(before) :] if before)
     everything = {(file, position) for _, file, position in samples(after)}
@@ -84,10 +84,10 @@ def test_no_key_moves_when_the_corpus_grows(
 
 def test_the_plan_of_some_shards_reads_like_the_plan_of_all(tmp_path: Path) -> None:
     path = tmp_path / "plan.parquet"
-    freeze(path, corpus([7] * 5000), shard_size=10)
+    write_plan(path, corpus([7] * 5000), shard_size=10)
     whole, every = Plan.load(path)
     some, wanted = Plan.load(path, "2990-2995")
-    assert (count(path), len(every), list(wanted)) == (3500, 3500, list(range(2990, 2996)))
+    assert (count_shards(path), len(every), list(wanted)) == (3500, 3500, list(range(2990, 2996)))
     for shard in wanted:
         assert some.pieces(shard) == whole.pieces(shard)
         assert some.digest(shard) == whole.digest(shard)

@@ -50,10 +50,10 @@ def test_rows_come_back_as_they_went_in(record: type[Record]) -> None:
     def round_trip(given_rows: list[Record]) -> None:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "t.parquet"
-            stamp = tables.write(path, record, given_rows, RECIPE)
-            assert list(tables.read(path, record)) == given_rows
-            assert tables.read_stamp(path) == stamp
-            assert (stamp.recipe, stamp.num_rows) == (RECIPE, len(given_rows))
+            stamp = tables.write_rows(path, record, given_rows, RECIPE)
+            assert list(tables.read_rows(path, record)) == given_rows
+            assert tables.read_footer(path) == stamp
+            assert (stamp.provenance, stamp.num_rows) == (RECIPE, len(given_rows))
             assert pq.read_schema(path).remove_metadata().equals(arrow_schema(record).remove_metadata())
 
     round_trip()
@@ -61,11 +61,11 @@ def test_rows_come_back_as_they_went_in(record: type[Record]) -> None:
 
 def test_equal_rows_are_equal_bytes_over_many_row_groups(tmp_path: Path) -> None:
     many = [score(f"{i:012d}") for i in range(2 * tables.ROWS_PER_GROUP + 7)]
-    stamps = [tables.write(tmp_path / name, Score, iter(many), RECIPE) for name in ("a", "b")]
+    stamps = [tables.write_rows(tmp_path / name, Score, iter(many), RECIPE) for name in ("a", "b")]
     assert stamps[0] == stamps[1]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert pq.read_metadata(tmp_path / "a").num_row_groups == 3
-    assert list(tables.read(tmp_path / "a", Score)) == many
+    assert list(tables.read_rows(tmp_path / "a", Score)) == many
 
 
 def score(key: str) -> Score:
@@ -74,16 +74,16 @@ def score(key: str) -> Score:
 
 
 def test_the_digest_tells_other_rows_apart(tmp_path: Path) -> None:
-    one = tables.write(tmp_path / "a", Score, [score("1")], RECIPE)
-    other = tables.write(tmp_path / "b", Score, [score("2")], RECIPE)
+    one = tables.write_rows(tmp_path / "a", Score, [score("1")], RECIPE)
+    other = tables.write_rows(tmp_path / "b", Score, [score("2")], RECIPE)
     assert one.digest != other.digest
     assert one.fingerprint == other.fingerprint
 
 
 def test_statuses_are_counted_in_the_footer(tmp_path: Path) -> None:
     bad = dataclasses.replace(score("2"), status="unknown", value=None)
-    tables.write(tmp_path / "a", Score, [score("1"), bad, score("3")], RECIPE)
-    stamp = tables.read_stamp(tmp_path / "a")
+    tables.write_rows(tmp_path / "a", Score, [score("1"), bad, score("3")], RECIPE)
+    stamp = tables.read_footer(tmp_path / "a")
     assert stamp is not None
     assert stamp.statuses == {"ok": 2, "unknown": 1}
 
@@ -94,58 +94,58 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        tables.write(tmp_path / "a", Score, broken(), RECIPE)
+        tables.write_rows(tmp_path / "a", Score, broken(), RECIPE)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, -1])
 def test_a_table_that_is_cut_is_named(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.parquet"
-    tables.write(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], RECIPE)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(BrokenTableError, match=r"a\.parquet"):
-        tables.read_stamp(path)
+        tables.read_footer(path)
 
 
 def test_a_table_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    tables.write(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], RECIPE)
     with pytest.raises(BrokenTableError, match=r"a\.parquet does not read as a image table"):
-        list(tables.read(path, Image))
+        list(tables.read_rows(path, Image))
 
 
 def test_no_table_is_no_stamp(tmp_path: Path) -> None:
-    assert tables.read_stamp(tmp_path / "none.parquet") is None
+    assert tables.read_footer(tmp_path / "none.parquet") is None
 
 
 @pytest.mark.slow
 def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [score(str(i)) for i in range(20)]
-    tables.write(path, Score, rows, RECIPE)
+    tables.write_rows(path, Score, rows, RECIPE)
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     for at in range(4, footer, 3):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         try:
-            assert list(tables.read(path, Score)) == rows  # a byte that says nothing, as in a page's statistics
+            assert list(tables.read_rows(path, Score)) == rows  # a byte that says nothing, as in a page's statistics
         except BrokenTableError as error:
             assert error.path == path
 
 
 def test_a_damaged_stamp_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    tables.write(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], RECIPE)
     whole = path.read_bytes()
     first = whole.rindex(b'{"check"')
     for at in range(first, whole.index(b"}}", first) + 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(BrokenTableError, match="damaged stamp"):
-            tables.read_stamp(path)
+        with pytest.raises(BrokenTableError, match="damaged footer"):
+            tables.read_footer(path)
 
 
 def test_a_stamp_longer_than_what_is_read_at_first(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     recipe = dataclasses.replace(RECIPE, slice={"words": "wörter " * 50_000})
-    stamp = tables.write(path, Score, [score("1")], recipe)
-    assert tables.read_stamp(path) == stamp
+    stamp = tables.write_rows(path, Score, [score("1")], recipe)
+    assert tables.read_footer(path) == stamp

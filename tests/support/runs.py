@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import cli, config
 from pipeline.commands import init
-from pipeline.execution.passes import select
+from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.runner import Outcome, Runner
 
@@ -90,7 +90,7 @@ def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> P
 def make(folder: Path, what: str = "all", *, shards: str = "all", stale: Stale = "stop", **options: Any) -> Outcome:
     """`recap run` in this process."""
     state = RunState(config.load(folder), shards=shards, stale=stale)
-    return Runner(state, **options).execute(select(state.passes, what))
+    return Runner(state, **options).execute(select_passes(state.passes, what))
 
 
 def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

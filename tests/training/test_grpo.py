@@ -73,8 +73,8 @@ def reward(run: Path, asked: Mapping[str, Any] | None = None) -> tuple[Reward, d
     """The reward of the run, and the columns that TRL hands it with the captions that the student had."""
     loaded = config.load(run)
     scorer = scorers.load_scorer(loaded.sections["score"]["committee"].scorer, run=run, field="score.committee")
-    rubrics = {row.key: row.criteria for row in tables.read(run / "rubric/committee/00000.parquet", ImageRubric)}
-    captions = list(tables.read(run / "caption/hasty/00000.parquet", Caption))
+    rubrics = {row.key: row.criteria for row in tables.read_rows(run / "rubric/committee/00000.parquet", ImageRubric)}
+    captions = list(tables.read_rows(run / "caption/hasty/00000.parquet", Caption))
     columns = {
         "completions": [[{"role": "assistant", "content": row.text}] for row in captions],
         "completion_ids": [[7, END]] * len(captions),
@@ -358,11 +358,11 @@ def curve(folder: Path, name: str) -> list[float]:
 
 
 def test_the_manifest_of_the_model_is_valid(tmp_path: Path) -> None:
-    from pipeline.execution.passes import all_passes
+    from pipeline.execution.passes import list_passes
 
     shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)
-    assert {p.title for p in all_passes(run)} >= {"rubric:committee", "score:committee:student"}
+    assert {p.title for p in list_passes(run)} >= {"rubric:committee", "score:committee:student"}
     assert set(run.sections["train"][""].rewards) <= set(run.sections["score"])
 
 

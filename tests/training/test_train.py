@@ -141,7 +141,7 @@ def write_rubrics(path: Path, asked: dict[str, tuple[RubricCriterion, ...]]) -> 
         ImageRubric(key=key, status="ok" if criteria else "empty", criteria=criteria, **about)
         for key, criteria in asked.items()
     )
-    tables_of.write(
+    tables_of.write_rows(
         path, ImageRubric, rows, tables_of.Provenance(stage="rubric", name="r", version=1, slice={}, inputs={})
     )
 
