@@ -39,13 +39,13 @@ from PIL import Image
 from benchmarks import held
 from pipeline import config
 from pipeline.commands import init
-from pipeline.decoding.images import target_size
+from pipeline.decoding.images import PixelRule
 from pipeline.engines import Request, Sampling, openai, vllm
 from pipeline.execution.passes import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from tests.support import tiny
-from tests.support.served import serving
+from tests.support.served import serve_model
 
 ROOT = Path(__file__).parent.parent
 PEER = ("datatrove==0.10.1", "httpx", "aiofiles", "aiosqlite", "orjson")
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    model = tiny.make(folder / "model", hidden=128, num_layers=4, edge=SIDE)
+    model = tiny.save_vision_model(folder / "model", hidden=128, num_layers=4, edge=SIDE)
     small = make_run(folder / "small", [picture(n, (SIDE, SIDE)) for n in range(args.images)], model, args)
     results: dict[str, list[float]] = {}
     with engine_in_process(model, args) as engine:
@@ -102,7 +102,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
             results["draft ms"] = [cpu_ms(drafted, photographs)]
             ways = {"a12": lambda: bare(engine, photographs, args), "b12": lambda: captioned(large, "inside")}
             results |= take_turns(ways, args.pairs)
-    with serving(model, **FLAGS) as server:
+    with serve_model(model, **FLAGS) as server:
         (small / "endpoints").mkdir()
         (small / "endpoints" / "served.json").write_text(server.endpoint.read_text())
         ways = {"c": lambda: captioned(small, "served")}
@@ -146,7 +146,7 @@ def inside(model: Path, args: argparse.Namespace) -> dict[str, Any]:
 def bare(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict[str, float]:
     """Images/s of the engine alone. Pictures that are still files are decoded in a pool of two threads."""
     core = engine._core._engine
-    text = engine._prompter.text(Request(id="", prompt=PROMPT, images=(b"",)))
+    text = engine._prompter.render_text(Request(id="", prompt=PROMPT, images=(b"",)))
     start, spent = time.perf_counter(), cpu_seconds()
     num_tokens = engine._loop.run(ask_all(core, text, images, args.in_flight))
     seconds = time.perf_counter() - start
@@ -183,7 +183,7 @@ def decoded(data: bytes) -> Image.Image:
 
 def drafted(data: bytes) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
-        size = target_size(*image.size, max_pixels=SIDE * SIDE)
+        size = PixelRule(max_pixels=SIDE * SIDE).target_size(*image.size)
         image.draft("RGB", size)
         return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
@@ -255,7 +255,7 @@ def make_payloads(run: Path, file: Path) -> Path:
     with file.open("w") as out:
         for n, image in enumerate(images_of(run)):
             request = Request(id=str(n), prompt=PROMPT, images=(image,), ladder=(GREEDY,))
-            rest = json.dumps(openai._sampled(GREEDY, 0, request, vllm=True))
+            rest = json.dumps(openai._build_attempt_fields(GREEDY, 0, request, vllm=True))
             out.write(f"{engine._prepare(request)}, {rest[1:]}\n")
     engine.close()
     return file

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
-    from tests.support.served import Served
+    from tests.support.served import ModelServer
 
 # Threads that wait for each other inside a tiny model's every layer are twenty times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,7 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained Qwen2.5-VL of a third of a million parameters."""
     from tests.support import tiny
 
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
+    return tiny.save_vision_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +68,9 @@ def served_flags(vllm_flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny_model: Path, served_flags: dict[str, Any]) -> Iterator[Served]:
+def tiny_server(tiny_model: Path, served_flags: dict[str, Any]) -> Iterator[ModelServer]:
     """A vLLM server of the tiny model; it takes long to start, and whoever asks it leaves nothing behind."""
-    from tests.support.served import serving
+    from tests.support.served import serve_model
 
-    with serving(tiny_model, **served_flags) as server:
+    with serve_model(tiny_model, **served_flags) as server:
         yield server

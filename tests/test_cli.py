@@ -21,7 +21,7 @@ from pipeline.commands import init
 from pipeline.errors import MachineError, QueryError
 from pipeline.storage import database, views
 from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
-from tests.support.wrapped import tar
+from tests.support.wrapped import make_tar
 
 COMMANDS = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
 GROUPS = [group.name for group in app.registered_groups]
@@ -370,7 +370,7 @@ def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
 
 def test_photographs_beside_tars_are_not_left_out_without_a_word(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png"])
-    (photos / "more.tar").write_bytes(tar({"a.jpg": picture(7)}))
+    (photos / "more.tar").write_bytes(make_tar({"a.jpg": picture(7)}))
     said = recap("init", tmp_path / "run", "--source", photos).stderr
     assert f'tars and tables in {photos} are left out (more.tar): kind = "folder" reads none' in said
     said = recap("init", tmp_path / "tars", "--source", photos, "--kind", "webdataset").stderr
@@ -383,7 +383,7 @@ def test_a_trial_looks_into_several_tars(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     for number in range(9):
         images = {f"{number}_{letter}.jpg": picture(10 * number + n) for n, letter in enumerate("abc")}
-        (tmp_path / "tars" / f"{number}.tar").write_bytes(tar(images))
+        (tmp_path / "tars" / f"{number}.tar").write_bytes(make_tar(images))
     run = begin(tmp_path / "run", sections(tmp_path / "tars", source={"kind": "webdataset"}))
     shown = recap("try", "caption:dense", "--images", 5, "--run", run).stdout
     assert re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE) == ["0_a", "0_b", "3_a", "3_b", "6_a"]

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.engines import openai, vllm
 from pipeline.engines._options import Model, Serving, require_api_key
-from pipeline.engines._reaper import Guard
+from pipeline.engines._reaper import Reaper
 from pipeline.errors import ConfigError, EngineDiedError
 from pipeline.plugins import explain_unknown
 from pipeline.progress import format_duration, say
@@ -47,7 +47,7 @@ class Server:
     key: str = field(repr=False)  # the API key; "" demands none
 
     def command(self, *, host: str, port: int) -> list[str]:
-        arguments = vllm.engine_arguments(self.engine, num_threads=1) | {
+        arguments = vllm.build_engine_arguments(self.engine, num_threads=1) | {
             "served_model_name": self.name,
             "host": host,
             "port": port,
@@ -99,7 +99,7 @@ def describe_server(run: Run, name: str) -> Server:
     found = run.engines[name].config
     if isinstance(found, vllm.Config):
         key = os.environ.get("VLLM_API_KEY", "")
-        return Server(name=found.given, engine=found, replicas=1, args=(), key=key)
+        return Server(name=found.model_name, engine=found, replicas=1, args=(), key=key)
     if isinstance(found, openai.Config):
         return _of_openai(found)
     kind = run.engines[name].kind
@@ -111,7 +111,7 @@ def _of_openai(found: openai.Config) -> Server:
     what = {field.name: getattr(found, field.name) for field in fields(Model)}
     engine = vllm.Config(**what, **how)
     key = os.environ.get(found.api_key_env, "") if found.api_key_env else ""
-    return Server(name=found.given, engine=engine, replicas=found.serve.replicas, args=found.serve.args, key=key)
+    return Server(name=found.model_name, engine=engine, replicas=found.serve.replicas, args=found.serve.args, key=key)
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -154,17 +154,17 @@ class _Child(subprocess.Popen[bytes]):
 @contextmanager
 def _child(command: list[str], *, key: str, kv_cache_gib: int) -> Iterator[_Child]:
     """Starts the server; on the way out it is gone. SIGTERM and SIGINT are passed on meanwhile."""
-    vllm.settle_environment(kv_cache_gib=kv_cache_gib)
+    vllm.set_default_environment(kv_cache_gib=kv_cache_gib)
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-    guard = Guard()
-    environment |= guard.environment | ({"VLLM_API_KEY": key} if key else {})
+    reaper = Reaper()
+    environment |= reaper.environment | ({"VLLM_API_KEY": key} if key else {})
     child = _Child(command, env=environment, stdout=sys.stderr, start_new_session=True)
     before = {number: signal.signal(number, child.ask_to_end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield child
     finally:
         _end(child)
-        guard.dismiss()
+        reaper.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
 

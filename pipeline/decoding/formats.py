@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @cache
-def readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
+def import_readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
     """The formats that are read. None of their readers starts a program or opens another file."""
     from PIL.AvifImagePlugin import AvifImageFile
     from PIL.BmpImagePlugin import BmpImageFile
@@ -88,12 +88,12 @@ _FOREIGN = {
 }
 
 
-def known(data: bytes) -> str | None:
+def detect_format(data: bytes) -> str | None:
     """The name in `readers` of the format in which `data` begins."""
     return next((name for name, magic in _MAGIC.items() if magic.match(data)), None)
 
 
-def foreign(data: bytes) -> str | None:
+def describe_foreign(data: bytes) -> str | None:
     """What `data` looks like, in words, if it is of a kind that is not read; None when nothing can be said."""
     name = next((name for name, magic in _FOREIGN.items() if magic.match(data)), None)
     return name or ("text" if _is_text(data[:1024]) else None)

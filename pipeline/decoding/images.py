@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import formats
 from pipeline.errors import UndecodableError
@@ -42,7 +43,8 @@ BROKEN = (
     zlib.error,
 )
 
-MIN_PIXELS = 56 * 56  # Qwen2-VL's own least
+MIN_PIXELS = 56 * 56  # Qwen2-VL's own minimum
+MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 MAX_ASPECT = 200  # Qwen2-VL's processor refuses longer strips
 
 
@@ -151,9 +153,9 @@ def _refuse_emptiness(size: tuple[int, int], num_bytes: int) -> None:
 def _format(data: bytes) -> str:
     if not data:
         raise _ProbeError("empty", "the file has no bytes")
-    if name := formats.known(data):
+    if name := formats.detect_format(data):
         return name
-    if name := formats.foreign(data):
+    if name := formats.describe_foreign(data):
         raise _ProbeError("unsupported", f"it looks like {name}, which is no image format that is read")
     raise _ProbeError("unreadable", f"no image format begins with the bytes {data[:8].hex(' ')}")
 
@@ -161,7 +163,7 @@ def _format(data: bytes) -> str:
 def _open(data: bytes, name: str) -> ImageFile:
     """The header only. The reader is called directly: `PIL.Image.open` guesses, and its bomb limit is a global."""
     with _bombs_refused():
-        return formats.readers()[name](io.BytesIO(data))
+        return formats.import_readers()[name](io.BytesIO(data))
 
 
 def _load(image: ImageFile) -> None:
@@ -210,41 +212,63 @@ def _num_frames(image: ImageFile) -> int | None:
         return None
 
 
-def target_size(
-    width: int, height: int, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS
-) -> tuple[int, int]:
-    """The width and height at which a Qwen2-VL shows an image of `width` x `height` to itself.
+@dataclass(frozen=True, kw_only=True)
+class PixelRule:
+    """The sizes at which a model sees images. The defaults are Qwen2-VL's."""
 
-    Multiples of `factor`, between `min_pixels` and `max_pixels` in all, the aspect kept as well as that allows. It is
-    `smart_resize` of transformers, repeated until it changes nothing, for the model's processor applies it to what we
-    send; once is enough but for strips at the edge of the budget.
+    max_pixels: int = MAX_PIXELS  # width x height
+    min_pixels: int = MIN_PIXELS
+    factor: int = 28  # both sides are multiples of it; 1: any size
 
-    Raises:
-        UndecodableError: one side is more than 200 times the other, which the model's processor refuses.
-    """
-    size = (width, height)
-    for _ in range(8):  # it need not end where the two bounds are close
-        if max(size) > MAX_ASPECT * min(size):
-            raise UndecodableError(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
-        rounded = _rounded(*size, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
-        if rounded == size:
-            break
-        size = rounded
-    return size
+    @classmethod
+    def from_processor(cls, processor: Any, *, max_pixels: int = MAX_PIXELS) -> PixelRule:
+        """Returns the rule of a transformers processor of the Qwen-VL family, with the smaller of the two maxima.
+
+        Any other processor resizes images itself: only `max_pixels` applies.
+        """
+        own = getattr(processor, "image_processor", None)
+        size = getattr(own, "size", None) or {}
+        get_size = size.get if isinstance(size, dict) else partial(getattr, size)
+        numbers: list[Any] = [get_size(edge, None) for edge in ("shortest_edge", "longest_edge")]  # Qwen counts pixels
+        numbers += [getattr(own, name, None) for name in ("patch_size", "merge_size")]
+        if not all(isinstance(number, int) and number > 0 for number in numbers):
+            return cls(max_pixels=max_pixels, min_pixels=1, factor=1)
+        least, most, patch, merge = numbers
+        return cls(max_pixels=min(max_pixels, most), min_pixels=least, factor=patch * merge)
+
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height at which the model sees an image of `width` x `height`.
+
+        Both are multiples of `factor`, their product is within the bounds, and the aspect ratio is kept as far as that
+        allows. This is `smart_resize` of transformers, repeated until it changes nothing, because the model's processor
+        applies it to what it is sent. Once is enough except for strips at the upper bound.
+
+        Raises:
+            UndecodableError: one side is more than 200 times the other, which the model's processor refuses.
+        """
+        size = (width, height)
+        for _ in range(8):  # it may alternate when the two bounds are close
+            if max(size) > MAX_ASPECT * min(size):
+                raise UndecodableError(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+            rounded = self._round_size(*size)
+            if rounded == size:
+                break
+            size = rounded
+        return size
+
+    def _round_size(self, width: int, height: int) -> tuple[int, int]:
+        factor = self.factor
+        w, h = (round(side / factor) * factor for side in (width, height))
+        if w * h > self.max_pixels:
+            shrink = math.sqrt((width * height) / self.max_pixels)
+            w, h = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
+        elif w * h < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height))
+            w, h = (math.ceil(side * grow / factor) * factor for side in (width, height))
+        return w, h
 
 
-def _rounded(width: int, height: int, *, max_pixels: int, factor: int, min_pixels: int) -> tuple[int, int]:
-    w, h = (round(side / factor) * factor for side in (width, height))
-    if w * h > max_pixels:
-        shrink = math.sqrt((width * height) / max_pixels)
-        w, h = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
-    elif w * h < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        w, h = (math.ceil(side * grow / factor) * factor for side in (width, height))
-    return w, h
-
-
-def pixels(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS) -> Picture:
+def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
     """The first frame of `data` in RGB, upright, on white, at its `target_size`: what the model sees, no more.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) that covers the target.
@@ -256,7 +280,7 @@ def pixels(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = 
     try:
         name = _format(data)
         image = _open(data, name)
-        return _shown(image, name, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+        return _shown(image, name, rule)
     except _ProbeError as refused:
         raise UndecodableError(str(refused)) from refused
     except UndecodableError:
@@ -265,7 +289,7 @@ def pixels(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = 
         raise UndecodableError(_sentence(name, error)) from error
 
 
-def _shown(image: ImageFile, name: str, *, max_pixels: int, factor: int, min_pixels: int) -> Picture:
+def _shown(image: ImageFile, name: str, rule: PixelRule) -> Picture:
     from PIL.Image import Resampling
 
     header = image.size
@@ -274,7 +298,7 @@ def _shown(image: ImageFile, name: str, *, max_pixels: int, factor: int, min_pix
         _load(image)
     orientation = _orientation(image)
     displayed = _displayed(header, orientation, name)
-    size = target_size(*displayed, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+    size = rule.target_size(*displayed)
     stored = _displayed(size, orientation, name)  # turning twice is not turning
     if name == "JPEG":
         image.draft(None, stored)
@@ -326,7 +350,7 @@ def _stretched(image: Picture) -> Picture:
     return image.convert("F").point(lambda value: value * scale + -low * scale).convert("L")
 
 
-def fits(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MIN_PIXELS) -> bool:
+def can_send_unchanged(data: bytes, rule: PixelRule) -> bool:
     """Whether the bytes can be sent as they are: any reader gets from them exactly what `pixels` gives.
 
     Only the header is read.
@@ -334,7 +358,7 @@ def fits(data: bytes, *, max_pixels: int, factor: int = 28, min_pixels: int = MI
     try:
         name = _format(data)
         image = _open(data, name)
-        size = target_size(*image.size, max_pixels=max_pixels, factor=factor, min_pixels=min_pixels)
+        size = rule.target_size(*image.size)
         return name in ("JPEG", "PNG") and image.size == size and _is_plain(image)
     except (*BROKEN, _ProbeError):
         return False

@@ -90,7 +90,7 @@ class ProbePool:
         Raises:
             DecoderStartError: the processes cannot be started.
         """
-        work = ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
+        work = map_ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
         with closing(work) as batches:
             for answers in batches:
                 if isinstance(answers, Exception):
@@ -134,7 +134,7 @@ class ProbePool:
         return Probe(status="unreadable", error=error, sha256=sha256(data).hexdigest(), **unknown)
 
 
-def ahead(
+def map_ahead(
     items: Iterable[T], work: Callable[[T], R], *, num_threads: int, depth: int
 ) -> Generator[R | Exception, None, None]:
     """`work` of each item, in order, up to `depth` items ahead of the consumer; an exception of `work` is its result.
@@ -279,7 +279,7 @@ def _load(name: str) -> Callable[..., Probe]:
 
     from pipeline.decoding import formats
 
-    formats.readers()  # imported now, so that they are not counted as a file's memory
+    formats.import_readers()  # imported now, so that they are not counted as a file's memory
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process per core already
     module, _, function = name.partition(":")
     return cast(Callable[..., Probe], getattr(import_module(module), function))

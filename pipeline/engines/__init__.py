@@ -2,7 +2,8 @@
 
 The folder is the registry: one engine per file, named by `engines.NAME.kind`. An engine is a module with two names:
 `Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.config.key`; and
-`open(config) -> Engine`, which loads the model.
+`open(config) -> Engine`, which loads the model. An engine passes every attempt through `finish_attempt`, so that
+sampling ladders have one meaning.
 
 An engine knows nothing of images' origins, captions or rubrics. A request that cannot be answered is a reply with an
 error; an engine that cannot answer any more raises `EngineDiedError`.
@@ -88,7 +89,7 @@ class Engine(Protocol):
         ...
 
 
-def settle(request: Request, reply: Reply, attempt: int) -> tuple[Reply, bool]:
+def finish_attempt(request: Request, reply: Reply, attempt: int) -> tuple[Reply, bool]:
     """One attempt's reply with what `accept` says of it, and whether it is final.
 
     Every engine calls this once per attempt (from 1), so that the ladder has one meaning: an answer is final when it

@@ -6,7 +6,6 @@ It takes chat template and rounding rule from the model's own processor. It know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,33 +18,7 @@ from pipeline.errors import BadRequestError, ConfigError, UndecodableError
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-NUM_KEPT = 16  # pictures: candidates and verdicts of one image are asked one after the other
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelRule:
-    """How a model sizes pictures."""
-
-    max_pixels: int
-    factor: int = 1  # sides are multiples of it
-    min_pixels: int = 1
-
-    @classmethod
-    def of(cls, processor: Any, *, max_pixels: int) -> PixelRule:
-        """The model's own rule, where it is the Qwen-VL family's, with the lesser of the two budgets."""
-        own = getattr(processor, "image_processor", None)
-        patch, merge = getattr(own, "patch_size", None), getattr(own, "merge_size", None)
-        least, most = (_edge(own, name) for name in ("shortest_edge", "longest_edge"))
-        if not (isinstance(patch, int) and isinstance(merge, int) and least and most):
-            return cls(max_pixels=max_pixels)
-        return cls(max_pixels=min(max_pixels, most), factor=patch * merge, min_pixels=least)
-
-
-def _edge(image_processor: Any, name: str) -> int | None:
-    """Qwen's `size` counts pixels under the names of edges."""
-    size = getattr(image_processor, "size", None) or {}
-    value = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
-    return value if isinstance(value, int) else None
+CACHED_IMAGES = 16  # pictures: candidates and verdicts of one image are asked one after the other
 
 
 class Prompter:
@@ -58,10 +31,10 @@ class Prompter:
     def __init__(self, config: Model) -> None:
         self.processor = _processor(config)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)  # a model without images has no more
-        self._rule = PixelRule.of(self.processor, max_pixels=config.max_pixels)
-        self._decoded: SingleFlightCache[Picture] = SingleFlightCache(NUM_KEPT)
+        self._rule = images.PixelRule.from_processor(self.processor, max_pixels=config.max_pixels)
+        self._decoded: SingleFlightCache[Picture] = SingleFlightCache(CACHED_IMAGES)
 
-    def text(self, request: Request) -> str:
+    def render_text(self, request: Request) -> str:
         """The request in the words of the model's chat template, with a place for each image.
 
         Raises:
@@ -70,35 +43,35 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            rendered = self.processor.apply_chat_template(messages(request), add_generation_prompt=True, tokenize=False)
+            rendered = self.processor.apply_chat_template(
+                build_messages(request), add_generation_prompt=True, tokenize=False
+            )
         except TemplateError as error:
             raise BadRequestError(f"the chat template refuses it: {error}") from error
         return str(rendered)
 
-    def pictures(self, request: Request) -> tuple[Picture, ...]:
+    def load_images(self, request: Request) -> tuple[Picture, ...]:
         """The images as the model sees them.
 
         Raises:
             BadRequestError: one cannot be decoded.
         """
         try:
-            return tuple(self._decoded(image, partial(self._decode, image)) for image in request.images)
+            return tuple(
+                self._decoded(image, partial(images.decode_pixels, image, self._rule)) for image in request.images
+            )
         except UndecodableError as error:
             raise BadRequestError(f"an image cannot be shown: {error}") from error
 
-    def _decode(self, image: bytes) -> Picture:
-        rule = self._rule
-        return images.pixels(image, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels)
 
-
-def answered(tokenizer: Any, tokens: Sequence[int], *, stopped: bool) -> str:
+def decode_answer(tokenizer: Any, tokens: Sequence[int], *, stopped: bool) -> str:
     """The words of an answer, without the token that ended it, or the part of a character at which it was cut."""
     said = tokens[:-1] if stopped else tokens
     text = str(tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text if stopped else text.rstrip("\ufffd")
 
 
-def messages(request: Request) -> list[dict[str, Any]]:
+def build_messages(request: Request) -> list[dict[str, Any]]:
     """The request as a chat, images before words, so that what is asked about one image shares a prefix."""
     system = [{"role": "system", "content": request.system}] if request.system else []
     parts = [*({"type": "image"} for _ in request.images), {"type": "text", "text": request.prompt}]
@@ -113,13 +86,13 @@ def _processor(config: Model) -> Any:
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise unloadable(config, error) from error
+        raise make_load_error(config, error) from error
     if not loaded.chat_template:
         raise ConfigError(f"model {config.model!r}", "has no chat template; take an instruction-tuned model")
     return loaded
 
 
-def unloadable(config: Model, error: Exception) -> ConfigError:
+def make_load_error(config: Model, error: Exception) -> ConfigError:
     return ConfigError(f"model {config.model!r}", f"cannot be loaded: {_first_line(error)}")
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
+from pipeline.decoding.images import MAX_PIXELS
 from pipeline.errors import ConfigError
 from pipeline.machine import num_cores
 from pipeline.sections import key
-
-MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Model:
     num_threads: int = key(0, "threads that make prompts and images ready; 0: one a core", stamp=False, least=0)
 
     @property
-    def given(self) -> str:
+    def model_name(self) -> str:
         """The model as the user wrote it, wherever it was found."""
         return str(getattr(self.model, "given", self.model))
 
@@ -56,7 +55,7 @@ class Serving(Weights):
     enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
 
 
-def require(module: str, *, kind: str, how: str) -> None:
+def require_module(module: str, *, kind: str, how: str) -> None:
     """
     Raises:
         ConfigError: what an engine of this kind needs is not installed; `how` says what to type.

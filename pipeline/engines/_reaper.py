@@ -22,7 +22,7 @@ DISMISSED = b"dismissed"
 PAUSE = 0.2  # seconds between two looks: who was being born at the first is there at the second
 
 
-class Guard:
+class Reaper:
     """Watches, until `dismiss`, over processes that are started with `environment`."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Guard:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     @contextmanager
-    def marking(self) -> Iterator[None]:
+    def tag_children(self) -> Iterator[None]:
         """What this process starts meanwhile is watched over."""
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
@@ -46,13 +46,13 @@ class Guard:
                 else:
                     os.environ[name] = value
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """Idempotent."""
         with suppress(ValueError, BrokenPipeError):
             self._process.communicate(DISMISSED)
 
 
-def marked(mark: str) -> Iterator[int]:
+def find_tagged(mark: str) -> Iterator[int]:
     """The processes that were started with this mark."""
     line = f"{NAME}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -64,7 +64,7 @@ def marked(mark: str) -> Iterator[int]:
 def main() -> None:
     if sys.stdin.buffer.read() == DISMISSED:
         return
-    while found := list(marked(sys.argv[1])):
+    while found := list(find_tagged(sys.argv[1])):
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.engines import Reply, Request, Sampling, settle
+from pipeline.engines import Reply, Request, Sampling, finish_attempt
 from pipeline.errors import BadRequestError, EngineDiedError
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class RequestScheduler(Generic[P]):
             self._calls.discard(call)
             self._room.notify_all()
             self._measure()
-        self._loop.soon(call.cancel)
+        self._loop.call_soon(call.cancel)
 
     # The feeder's thread.
 
@@ -154,7 +154,7 @@ class RequestScheduler(Generic[P]):
             call.spawn(self._answer(request, prepared), lambda task: self._finish(call, n, task))
 
         # The loop is woken once for a request, when it can be asked.
-        self._pool.submit(prepare).add_done_callback(lambda done: self._loop.soon(partial(answer, done)))
+        self._pool.submit(prepare).add_done_callback(lambda done: self._loop.call_soon(partial(answer, done)))
 
     # The loop's thread.
 
@@ -171,7 +171,7 @@ class RequestScheduler(Generic[P]):
         try:
             ready = prepared.result()
         except BadRequestError as error:
-            return settle(request, Reply(error=str(error)), 1)[0]
+            return finish_attempt(request, Reply(error=str(error)), 1)[0]
         async with self._in_flight:
             self._count(+1)
             try:
@@ -193,7 +193,7 @@ class RequestScheduler(Generic[P]):
                 reply = await self._ask(ready, request, request.ladder[attempt - 1], request.seed + attempt - 1)
             except BadRequestError as error:
                 reply = Reply(error=str(error))
-            reply, final = settle(request, reply, attempt)
+            reply, final = finish_attempt(request, reply, attempt)
         return reply
 
     def _measure(self) -> None:
@@ -318,7 +318,7 @@ class EventLoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    def soon(self, do: Callable[[], object]) -> None:
+    def call_soon(self, do: Callable[[], object]) -> None:
         """Has something done on the loop; nothing when that has been closed."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(do)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pipeline.engines import Reply, Request, Sampling, settle
+from pipeline.engines import Reply, Request, Sampling, finish_attempt
 from pipeline.errors import EngineDiedError
 from pipeline.sections import key
 
@@ -95,7 +95,7 @@ class Echo:
             attempt += 1
             self._count()
             draw = f"{subject}{request.seed + attempt - 1}"
-            reply, final = settle(request, self._attempt(request, request.ladder[attempt - 1], draw), attempt)
+            reply, final = finish_attempt(request, self._attempt(request, request.ladder[attempt - 1], draw), attempt)
         return reply
 
     def _count(self) -> None:

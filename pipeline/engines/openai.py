@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
 from pipeline.engines import Reply, Request, Sampling, _chat
-from pipeline.engines._options import Model, Serving, require
+from pipeline.engines._options import Model, Serving, require_module
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, ConfigError, EngineDiedError, ServerError, UndecodableError
 from pipeline.sections import key
@@ -81,7 +81,7 @@ def open(config: Config) -> OpenAI:  # noqa: A001
     Raises:
         ConfigError: the environment has no API key, or aiohttp is not installed.
     """
-    require("aiohttp", kind="openai", how="pip install 'recap-pipeline[openai]'")
+    require_module("aiohttp", kind="openai", how="pip install 'recap-pipeline[openai]'")
     if config.api_key_env and not os.environ.get(config.api_key_env):
         raise ConfigError("api_key_env", f"the environment has no {config.api_key_env}")
     return OpenAI(config)
@@ -91,10 +91,11 @@ class OpenAI(ScheduledEngine):
     """One or several servers of one model, asked evenly."""
 
     def __init__(self, config: Config) -> None:
-        self.model = config.given
+        self.model = config.model_name
         self.revision = config.revision or ""
         self._config = config
-        self._decoded: SingleFlightCache[str] = SingleFlightCache(_chat.NUM_KEPT)
+        self._rule = images.PixelRule(max_pixels=config.max_pixels, factor=config.factor)
+        self._decoded: SingleFlightCache[str] = SingleFlightCache(_chat.CACHED_IMAGES)
         self._loop = EventLoopThread("openai")
         self._servers = _Servers(config, model=self.model)
         bounds = Bounds(
@@ -123,14 +124,13 @@ class OpenAI(ScheduledEngine):
 
     def _data_url(self, image: bytes) -> str:
         """The original bytes where these are what the model would see; else the reduced picture, losslessly."""
-        size = {"max_pixels": self._config.max_pixels, "factor": self._config.factor}
-        if not images.fits(image, **size):
-            image = images.encode_lossless(images.pixels(image, **size))
+        if not images.can_send_unchanged(image, self._rule):
+            image = images.encode_lossless(images.decode_pixels(image, self._rule))
         kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
         return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
     async def _ask(self, prepared: str, request: Request, sampling: Sampling, seed: int) -> Reply:
-        rest = json.dumps(_sampled(sampling, seed, request, vllm=self._config.vllm))
+        rest = json.dumps(_build_attempt_fields(sampling, seed, request, vllm=self._config.vllm))
         return await self._servers.ask(f"{prepared}, {rest[1:]}".encode())
 
 
@@ -147,7 +147,7 @@ def _response_format(schema: str) -> dict[str, Any]:
         raise BadRequestError(f"the schema is not JSON: {error}") from error
 
 
-def _sampled(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> dict[str, Any]:
+def _build_attempt_fields(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import Reply, Request, Sampling, _chat
-from pipeline.engines._options import Model, Weights, require
+from pipeline.engines._options import Model, Weights, require_module
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
 from pipeline.errors import BadRequestError, EngineDiedError
@@ -45,7 +45,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
     Raises:
         ConfigError: there is no such model, it does not load, or it has no chat template.
     """
-    require("transformers", kind="transformers", how="pip install 'recap-pipeline[transformers]'")
+    require_module("transformers", kind="transformers", how="pip install 'recap-pipeline[transformers]'")
     import transformers
 
     if not sys.stderr.isatty():
@@ -60,7 +60,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
             use_safetensors=True,  # never a pickle
         )
     except (OSError, ValueError) as error:
-        raise _chat.unloadable(config, error) from error
+        raise _chat.make_load_error(config, error) from error
     device = _device(config.device)
     if config.dtype == "auto" and device == "cpu" and emulates_bfloat16():
         model = model.float()
@@ -94,7 +94,7 @@ class Transformers(ScheduledEngine):
     """A model in this process. One thread of its own runs it; all callers fill the same batches."""
 
     def __init__(self, config: Config, model: Any, prompter: _chat.Prompter) -> None:
-        self.model = config.given
+        self.model = config.model_name
         self.revision = str(config.revision or getattr(model.config, "_commit_hash", None) or "")
         self._asker = _Asker(model, prompter.processor)
         self._prompter = prompter
@@ -116,7 +116,7 @@ class Transformers(ScheduledEngine):
         self._asker.close()
 
     def _prepare(self, request: Request) -> Prepared:
-        return Prepared(text=self._prompter.text(request), pictures=self._prompter.pictures(request))
+        return Prepared(text=self._prompter.render_text(request), pictures=self._prompter.load_images(request))
 
     async def _ask(self, prepared: Prepared, request: Request, sampling: Sampling, seed: int) -> Reply:
         loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
@@ -284,7 +284,7 @@ class _Asker:
 
     def _reply(self, row: Row, num_prompt_tokens: int) -> Reply:
         return Reply(
-            text=_chat.answered(self._tokenizer, row.tokens, stopped=row.stopped),
+            text=_chat.decode_answer(self._tokenizer, row.tokens, stopped=row.stopped),
             finish_reason="stop" if row.stopped else "length",
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=len(row.tokens),

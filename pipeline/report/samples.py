@@ -20,7 +20,7 @@ from pipeline.sections import Run
 from pipeline.storage import database, views
 from pipeline.storage.plan import Plan
 
-THUMBNAIL = 256 * 256  # pixels
+THUMBNAIL = images.PixelRule(max_pixels=256 * 256, min_pixels=1, factor=1)
 MAX_CAPTIONS = 4  # shown per image
 SHARES = {"kept": 0.5, "refused": 0.34, "unusable": 0.16}  # of the samples
 
@@ -146,7 +146,7 @@ def _make_thumbnail(shard: Shard, image: Image) -> tuple[bytes | None, str | Non
     if image.status != "ok":
         return None, image.error
     try:
-        picture = images.pixels(shard.read_image(image), max_pixels=THUMBNAIL, factor=1, min_pixels=1)
+        picture = images.decode_pixels(shard.read_image(image), THUMBNAIL)
     except (UndecodableError, OSError) as error:
         return None, str(error)
     file = io.BytesIO()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
-from pipeline.engines import Reply, Request, settle
+from pipeline.engines import Reply, Request, finish_attempt
 from pipeline.sections import key
 from pipeline.sources.scenes import (
     BACKGROUNDS,
@@ -377,7 +377,7 @@ class TeacherEngine:
         attempt, final = 0, False
         while not final:
             attempt += 1
-            reply, final = settle(request, self._answer(request, request.seed + attempt - 1), attempt)
+            reply, final = finish_attempt(request, self._answer(request, request.seed + attempt - 1), attempt)
         return reply
 
     def _answer(self, request: Request, seed: int) -> Reply:

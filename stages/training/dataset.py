@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Digests = np.ndarray[Any, np.dtype[np.uint64]]  # the first 64 bits: enough to tell millions of pictures apart
 
 IGNORED = -100  # a label that is not learnt
-MAX_PIXELS = 1280 * 28 * 28  # of a picture, as the engines have it by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +59,12 @@ class TrainExample(Record):
     answers: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelRule:
-    """How the model sizes pictures: as the engines do it, by the processor's own numbers."""
-
-    max_pixels: int
-    factor: int
-    min_pixels: int
-
-    @classmethod
-    def of(cls, processor: Any) -> PixelRule:
-        own = processor.image_processor
-        return cls(
-            max_pixels=min(own.size["longest_edge"], MAX_PIXELS),
-            factor=own.patch_size * own.merge_size,
-            min_pixels=own.size["shortest_edge"],
-        )
-
-
 class Collator:
     """Turns lessons into a batch of tensors; only answers are labels."""
 
     def __init__(self, processor: Any, *, regions: bool = False) -> None:
         self._processor, self._regions = processor, regions
-        self._rule = PixelRule.of(processor)
+        self._rule = images.PixelRule.from_processor(processor)
 
     def __call__(self, lessons: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -113,10 +94,7 @@ class Collator:
 
     def picture(self, lesson: Mapping[str, Any]) -> Any:
         """As the engines show it."""
-        rule = self._rule
-        return images.pixels(
-            self.data(lesson), max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
-        )
+        return images.decode_pixels(self.data(lesson), self._rule)
 
     def data(self, lesson: Mapping[str, Any]) -> bytes:
         with open(lesson["file"], "rb") as file:
@@ -191,7 +169,11 @@ def in_order(
     """
     import numpy as np
 
-    sizes = _sizes(taught, PixelRule.of(processor))[numbers] if alike else np.zeros(len(numbers), np.int64)
+    sizes = (
+        _sizes(taught, images.PixelRule.from_processor(processor))[numbers]
+        if alike
+        else np.zeros(len(numbers), np.int64)
+    )
     if num_batches is None:
         order: Numbers = np.argsort(sizes, kind="stable")
     else:
@@ -199,15 +181,13 @@ def in_order(
     return numbers[order]
 
 
-def _sizes(taught: datasets.Dataset, rule: PixelRule) -> Numbers:
+def _sizes(taught: datasets.Dataset, rule: images.PixelRule) -> Numbers:
     """The pixels of each lesson's picture as the model sees it."""
     import numpy as np
 
     @lru_cache
     def size(width: int, height: int) -> int:
-        width, height = images.target_size(
-            width, height, max_pixels=rule.max_pixels, factor=rule.factor, min_pixels=rule.min_pixels
-        )
+        width, height = rule.target_size(width, height)
         return width * height
 
     columns = zip(*(_values(taught, name) for name in ("width", "height")), strict=True)

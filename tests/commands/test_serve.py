@@ -49,7 +49,7 @@ def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> Non
 def test_a_vllm_engine_is_served_as_it_is_described(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], imitates: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr(vllm, "on_cpu", lambda: True)
+    monkeypatch.setattr(vllm, "is_cpu_build", lambda: True)
     monkeypatch.setattr(vllm, "emulates_bfloat16", lambda: imitates)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))

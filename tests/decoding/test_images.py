@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.decoding import formats
-from pipeline.decoding.images import Limits, encode_lossless, fits, pixels, probe, target_size
+from pipeline.decoding.images import Limits, PixelRule, can_send_unchanged, decode_pixels, encode_lossless, probe
 from pipeline.errors import UndecodableError
 
 
@@ -48,7 +48,7 @@ def test_every_format_is_read(format: str) -> None:
     found = probe(data)
     assert (found.status, found.error, found.format) == ("ok", None, format.lower())
     assert (found.width, found.height, found.orientation, found.num_frames) == (112, 84, 1, 1)
-    assert near(pixels(data, max_pixels=10**6), corners())
+    assert near(decode_pixels(data, PixelRule(max_pixels=10**6)), corners())
 
 
 def test_an_icon_is_read_at_its_largest() -> None:
@@ -66,9 +66,11 @@ def test_pictures_are_upright(format: str, orientation: int) -> None:
     data = encoded(stored, format, exif=exif)
     found = probe(data)
     assert (found.width, found.height, found.orientation) == (112, 84, orientation)
-    assert near(pixels(data, max_pixels=10**6), corners())
-    small = pixels(data, max_pixels=56 * 56)
-    assert small.size == target_size(112, 84, max_pixels=56 * 56) and near(small, corners().resize(small.size), 12)
+    assert near(decode_pixels(data, PixelRule(max_pixels=10**6)), corners())
+    small = decode_pixels(data, PixelRule(max_pixels=56 * 56))
+    assert small.size == PixelRule(max_pixels=56 * 56).target_size(112, 84) and near(
+        small, corners().resize(small.size), 12
+    )
 
 
 def grey16() -> Image.Image:
@@ -111,7 +113,7 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
     ],
 )
 def test_every_mode_becomes_rgb_on_white(data: bytes, left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    picture = pixels(data, max_pixels=10**6)
+    picture = decode_pixels(data, PixelRule(max_pixels=10**6))
     assert probe(data).status == "ok" and picture.mode == "RGB"
     seen = [picture.getpixel((4, 28)), picture.getpixel((51, 28))]
     assert np.abs(np.array(seen) - np.array([left, right])).max() <= 2
@@ -125,7 +127,7 @@ def test_the_size_is_the_processors_own() -> None:
     sizes = rng.integers(28, 5000, (3000, 2)).tolist()
     for width, height in sizes:
         for factor, most in ((28, 256 * 28 * 28), (32, 64 * 32 * 32), (28, 1280 * 28 * 28)):
-            size = target_size(width, height, max_pixels=most, factor=factor)
+            size = PixelRule(max_pixels=most, factor=factor).target_size(width, height)
             once = smart_resize(height, width, factor, 56 * 56, most)[::-1]
             assert smart_resize(*size[::-1], factor, 56 * 56, most)[::-1] == size
             assert size == once or once[0] * once[1] > most
@@ -135,10 +137,10 @@ def test_the_size_is_the_processors_own() -> None:
 def test_a_target_size_is_its_own_target(width: int, height: int, tokens: int, factor: int) -> None:
     most = tokens * factor * factor
     try:
-        size = target_size(width, height, max_pixels=most, factor=factor)
+        size = PixelRule(max_pixels=most, factor=factor).target_size(width, height)
     except UndecodableError:
         return
-    assert size == target_size(*size, max_pixels=most, factor=factor)
+    assert size == PixelRule(max_pixels=most, factor=factor).target_size(*size)
     assert size[0] % factor == size[1] % factor == 0 and 56 * 56 <= size[0] * size[1] <= most
 
 
@@ -149,13 +151,16 @@ def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:
         return min(timeit.repeat(decode, number=1, repeat=3))
 
     whole = seconds(lambda: Image.open(io.BytesIO(data)).convert("RGB").resize((112, 84)))
-    assert seconds(lambda: pixels(data, max_pixels=112 * 112)) < 0.8 * whole
+    assert seconds(lambda: decode_pixels(data, PixelRule(max_pixels=112 * 112))) < 0.8 * whole
 
 
 def test_bytes_that_fit_give_the_same_pixels() -> None:
     plain = encoded(corners(112, 84), "JPEG")
-    assert fits(plain, max_pixels=112 * 84)
-    assert Image.open(io.BytesIO(plain)).convert("RGB").tobytes() == pixels(plain, max_pixels=112 * 84).tobytes()
+    assert can_send_unchanged(plain, PixelRule(max_pixels=112 * 84))
+    assert (
+        Image.open(io.BytesIO(plain)).convert("RGB").tobytes()
+        == decode_pixels(plain, PixelRule(max_pixels=112 * 84)).tobytes()
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
     for other in (
@@ -167,11 +172,11 @@ def test_bytes_that_fit_give_the_same_pixels() -> None:
         b"no image",
         b"",
     ):
-        assert not fits(other, max_pixels=112 * 84)
+        assert not can_send_unchanged(other, PixelRule(max_pixels=112 * 84))
 
 
 def test_lossless_is_lossless() -> None:
-    picture = pixels(encoded(corners(), "JPEG"), max_pixels=10**6)
+    picture = decode_pixels(encoded(corners(), "JPEG"), PixelRule(max_pixels=10**6))
     assert Image.open(io.BytesIO(encode_lossless(picture))).tobytes() == picture.tobytes()
 
 
@@ -194,7 +199,7 @@ def test_what_is_no_image_has_a_status_and_a_reason(data: bytes, status: str, wo
     found = probe(data)
     assert found.status == status and found.error is not None and words in found.error
     with pytest.raises(UndecodableError):
-        pixels(data, max_pixels=10**6)
+        decode_pixels(data, PixelRule(max_pixels=10**6))
 
 
 def test_limits() -> None:
@@ -208,11 +213,11 @@ def test_limits() -> None:
 
 def test_odd_files_say_nothing_to_people() -> None:
     """Pillow warns of broken EXIF; in a process of its own, for pytest collects warnings before they are printed."""
-    code = "import sys; from pipeline.decoding.images import pixels, probe; data = sys.stdin.buffer.read()"
+    code = "import sys; from pipeline.decoding.images import *; data = sys.stdin.buffer.read()"
     data = encoded(corners(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    formats.readers()
+    formats.import_readers()
     with pytest.warns(UserWarning, match="Corrupt EXIF"):
         probe(data)
-    command = [sys.executable, "-c", f"{code}; probe(data); pixels(data, max_pixels=10**6)"]
+    command = [sys.executable, "-c", f"{code}; probe(data); decode_pixels(data, PixelRule())"]
     done = subprocess.run(command, input=data, capture_output=True, check=True, env={**os.environ, "PYTHONPATH": "."})
     assert (done.stdout, done.stderr) == (b"", b"")

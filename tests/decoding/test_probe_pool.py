@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline.decoding.images import Limits, probe
-from pipeline.decoding.probe_pool import BATCH_ITEMS, ProbePool, ahead
+from pipeline.decoding.probe_pool import BATCH_ITEMS, ProbePool, map_ahead
 from pipeline.errors import DecoderStartError
 
 MISBEHAVING = "tests.support.misbehaving:probe"
@@ -238,7 +238,7 @@ def test_ahead_keeps_order_and_gives_errors_as_results() -> None:
             raise ValueError("five")
         return item * item
 
-    results = list(ahead(range(20), work, num_threads=4, depth=6))
+    results = list(map_ahead(range(20), work, num_threads=4, depth=6))
     assert [r for r in results if isinstance(r, int)] == [i * i for i in range(20) if i != 5]
     assert isinstance(results[5], ValueError)
 
@@ -251,7 +251,7 @@ def test_ahead_draws_no_further_than_its_depth_and_ends_its_threads() -> None:
             drawn.append(number)
             yield number
 
-    results = ahead(items(), lambda item: item, num_threads=2, depth=8)
+    results = map_ahead(items(), lambda item: item, num_threads=2, depth=8)
     assert drawn == []
     assert next(results) == 0 and len(drawn) == 8
     results.close()

@@ -21,7 +21,7 @@ from pipeline.engines import Engine, Reply, Request, Sampling, echo, openai, tra
 from pipeline.errors import EngineDiedError
 from tests.support import tiny
 from tests.support.faults import Faulty
-from tests.support.served import Served
+from tests.support.served import ModelServer
 
 HOT = Sampling(temperature=1.0, max_tokens=16)
 SCHEMA = json.dumps(
@@ -105,7 +105,7 @@ def engine(opened: Opened) -> Engine:
 
 @cache
 def picture(n: int) -> bytes:
-    return tiny.photograph(n)
+    return tiny.make_picture(n)
 
 
 def request(n: int, **changes: Any) -> Request:
@@ -289,13 +289,13 @@ def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
     order: list[str] = []
 
     def first() -> None:
-        with vllm.first_alone("a model", folder=tmp_path):
+        with vllm.serialize_first_start("a model", folder=tmp_path):
             inside.set()
             go.wait(30)
             order.append("first")
 
     def later() -> None:
-        with vllm.first_alone("a model", folder=tmp_path):
+        with vllm.serialize_first_start("a model", folder=tmp_path):
             order.append("later")
             together.wait(30)  # all three are inside at once
 
@@ -349,7 +349,7 @@ def core() -> BaseProcess:
 
 
 @pytest.mark.vllm
-def test_a_server_behind_faults_gives_the_same_answers(tiny_server: Served) -> None:
+def test_a_server_behind_faults_gives_the_same_answers(tiny_server: ModelServer) -> None:
     requests = [request(n % 50, ladder=(GREEDY,)) for n in range(200)]
     with Faulty(upstream=tiny_server.address) as proxy:
         config = openai.Config(model="tiny", base_url=proxy.url, timeout=20, max_pixels=tiny.PIXELS**2)

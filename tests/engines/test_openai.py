@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, EngineDiedError
 from tests.support import tiny
 from tests.support.faults import Faulty
 
-PICTURE = tiny.photograph(0, edge=224)
+PICTURE = tiny.make_picture(0, edge=224)
 
 
 def opened(*servers: Faulty, **changes: Any) -> closing[openai.OpenAI]:
@@ -161,7 +161,7 @@ def test_a_server_that_starts_again_on_another_port_is_found_by_its_file(tmp_pat
 
 
 def test_a_picture_that_fits_travels_as_it_is_and_one_that_does_not_losslessly_reduced() -> None:
-    large = tiny.photograph(1, edge=500)
+    large = tiny.make_picture(1, edge=500)
     with Faulty() as server, opened(server, max_pixels=224 * 224) as engine:
         list(engine.generate([request(0), request(1, images=(large,))]))
     first, second = (base64.b64decode(_url(body).partition(",")[2]) for body in server.bodies)

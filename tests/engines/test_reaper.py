@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engines._reaper import Guard
+from pipeline.engines._reaper import Reaper
 
 ROOT = Path(__file__).parent.parent.parent
 
 PARENT = """
 import os, subprocess, sys
-from pipeline.engines._orphans import Guard
-guard = Guard()
+from pipeline.engines._reaper import Reaper
+reaper = Reaper()
 if sys.argv[1] == "marking":
-    with guard.marking():
+    with reaper.tag_children():
         child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"])
 else:
-    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], env={**os.environ, **guard.environment})
+    child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], env={**os.environ, **reaper.environment})
 if sys.argv[2] == "dismissed":
-    guard.dismiss()
-    guard.dismiss()
+    reaper.stop()
+    reaper.stop()
 sys.stdin.read()
 """
 WAYS = pytest.mark.parametrize("way", ["marking", "environment"])
@@ -44,7 +44,7 @@ def test_a_child_ends_when_its_parent_is_killed_and_so_do_its_own_children(way: 
 
 
 @WAYS
-def test_a_guard_that_is_dismissed_lets_live(way: str) -> None:
+def test_a_reaper_that_is_dismissed_lets_live(way: str) -> None:
     parent = started(way, "dismissed")
     pids = told(parent)
     time.sleep(0.5)  # a guard that does not know would see the pipe break
@@ -57,11 +57,11 @@ def test_a_guard_that_is_dismissed_lets_live(way: str) -> None:
 
 
 def test_what_is_started_later_is_not_marked() -> None:
-    guard, before = Guard(), dict(os.environ)
-    with guard.marking():
-        assert {**before, **guard.environment} == dict(os.environ)
+    reaper, before = Reaper(), dict(os.environ)
+    with reaper.tag_children():
+        assert {**before, **reaper.environment} == dict(os.environ)
     assert dict(os.environ) == before
-    guard.dismiss()
+    reaper.stop()
 
 
 def started(*how: str) -> subprocess.Popen[bytes]:

@@ -111,7 +111,7 @@ def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, ti
     photos = tmp_path / "photos"
     photos.mkdir()
     for n in range(12):
-        (photos / f"{n:02d}.png").write_bytes(tiny.photograph(n))
+        (photos / f"{n:02d}.png").write_bytes(tiny.make_picture(n))
     # One question at a time, for a batch's neighbours move the last bits.
     model = {"kind": "transformers", "model": str(tiny_model), "dtype": "float32", "batch_size": 1}
     parts = sections(photos, source={"shard_size": 3}, engines__captioner=model, caption__dense={"recipe": "tiny"})

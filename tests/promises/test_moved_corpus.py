@@ -17,7 +17,7 @@ from pipeline.storage.plan import Plan, write_plan
 from stages.training.dataset import TrainExample, lessons
 from stages.training.settings import Config
 from tests.support.runs import begin, make, picture, sections, write
-from tests.support.wrapped import tar
+from tests.support.wrapped import make_tar
 
 
 def corpus(folder: Path, kind: str) -> Path:
@@ -29,7 +29,7 @@ def corpus(folder: Path, kind: str) -> Path:
         if kind == "parquet":
             pq.write_table(pa.table({"image": list(images.values()), "key": list(images)}), f"{path}.parquet")
         else:
-            path.with_suffix(".tar").write_bytes(tar(images))
+            path.with_suffix(".tar").write_bytes(make_tar(images))
     return folder
 
 

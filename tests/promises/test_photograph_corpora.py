@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decoding.images import Probe, pixels, probe
+from pipeline.decoding.images import PixelRule, Probe, decode_pixels, probe
 from pipeline.decoding.probe_pool import ProbePool
 from pipeline.errors import UndecodableError
 from pipeline.sources import folder
-from tests.support.corpora import hostile, mutated, photographs
+from tests.support.corpora import make_mutants, write_hostile_files, write_photographs
 
 BUDGET = 64 * 28 * 28
 
@@ -21,7 +21,7 @@ BUDGET = 64 * 28 * 28
 def shown(data: bytes, found: Probe) -> bool:
     """Whether a model can be shown what `probe` found, at the size and in the mode that it takes."""
     try:
-        picture = pixels(data, max_pixels=BUDGET)
+        picture = decode_pixels(data, PixelRule(max_pixels=BUDGET))
     except UndecodableError:
         return False
     assert picture.mode == "RGB" and picture.width % 28 == picture.height % 28 == 0
@@ -31,7 +31,7 @@ def shown(data: bytes, found: Probe) -> bool:
 
 
 def test_photographs_have_the_right_status_and_are_shown(tmp_path: Path) -> None:
-    expected = photographs(tmp_path)
+    expected = write_photographs(tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in expected}
     found = {name: probe(data) for name, data in files.items()}
     assert {name: one.status for name, one in found.items()} == expected
@@ -49,7 +49,7 @@ def test_photographs_have_the_right_status_and_are_shown(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
-    expected = hostile(tmp_path, seed=1)
+    expected = write_hostile_files(tmp_path, seed=1)
     config = folder.Config(path=str(tmp_path))
     raws = [raw for piece in folder.pieces(config) for raw in folder.read(piece, config)]
     with ProbePool(num_procs=2, timeout=20, max_memory=2 << 30) as pool:
@@ -64,7 +64,7 @@ def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
 
 def test_a_hostile_corpus_is_the_same_for_a_seed(tmp_path: Path) -> None:
     def contents(name: str, seed: int) -> dict[str, bytes]:
-        hostile(tmp_path / name, seed)
+        write_hostile_files(tmp_path / name, seed)
         return {
             os.path.relpath(Path(place) / file, tmp_path / name): (Path(place) / file).read_bytes()
             for place, _, files in os.walk(tmp_path / name)
@@ -77,7 +77,7 @@ def test_a_hostile_corpus_is_the_same_for_a_seed(tmp_path: Path) -> None:
 
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
-    expected = {row.source_key: row.status for row in hostile(tmp_path, seed=2)}
+    expected = {row.source_key: row.status for row in write_hostile_files(tmp_path, seed=2)}
     bombs = [name for name in expected if name.startswith(("bomb", "lying")) and name != "lying_size.png"]
     with ProbePool(num_procs=1, max_memory=128 << 20) as pool:
         rows = list(pool.map((tmp_path / name).read_bytes() for name in bombs))
@@ -88,7 +88,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
 
 def check_mutants(seed: int, num: int, pool: ProbePool) -> Counter[str]:
     """Each mutant has a row that says the same every time, and what is ok can be shown."""
-    files = list(mutated(seed, num))
+    files = list(make_mutants(seed, num))
     rows = list(pool.map(files))
     assert len(rows) == len(files) == num
     for data, row in zip(files, rows, strict=True):

@@ -37,7 +37,7 @@ def parts(photos: Path, model: Path) -> dict[str, dict[str, object]]:
 
 @pytest.mark.slow
 def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny_model: Path) -> None:
-    expected = corpora.photographs(tmp_path / "photos")
+    expected = corpora.write_photographs(tmp_path / "photos")
     run = begin(tmp_path / "run", parts(tmp_path / "photos", tiny_model), max_error_share=1.0)
     done = recap_alone("run", "all", "--run", run, check=False)
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny
 def test_a_kill_costs_a_real_model_no_row_and_few_words(tmp_path: Path, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for number, data in enumerate(list(corpora.samples().values())[:12] * 5):
+    for number, data in enumerate(list(corpora.load_photographs().values())[:12] * 5):
         (photos / f"{number:03d}.jpg").write_bytes(data)
     undisturbed = begin(tmp_path / "whole", parts(photos, tiny_model), max_error_share=1.0)
     make(undisturbed, "ingest")

@@ -50,7 +50,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_told_to() -> None:
         openai.Config(**given, base_url="http://127.0.0.1/v1"),
     ]
     assert [engine.trust_remote_code for engine in engines] == [False] * 3
-    arguments = vllm.engine_arguments(vllm.Config(**given, dtype="float32"), num_threads=1)
+    arguments = vllm.build_engine_arguments(vllm.Config(**given, dtype="float32"), num_threads=1)
     assert (arguments["trust_remote_code"], arguments["load_format"]) == (False, "safetensors")
 
 

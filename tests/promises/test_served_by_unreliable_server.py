@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import runs
 from tests.support.faults import Faulty
-from tests.support.served import Served, started
+from tests.support.served import ModelServer, start_server
 
 NUM_PHOTOS = 24
 
@@ -130,10 +130,10 @@ def test_vllm_captions_scenes_in_process_and_judges_them_as_a_server_that_is_kil
         while (num_answered := first.num_answered()) < 8:
             time.sleep(0.02)
         first.kill()
-        servers.append(stack.enter_context(started(run, "judge")))
+        servers.append(stack.enter_context(start_server(run, "judge")))
 
     with ExitStack() as stack:
-        first, servers = stack.enter_context(started(run, "judge")), list[Served]()
+        first, servers = stack.enter_context(start_server(run, "judge")), list[ModelServer]()
         fate = threading.Thread(target=kill_and_start_again)
         fate.start()
         assert runs.make(run, "score").exit_code == 0

@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.records import Raw
 from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
 from pipeline.storage import plan
-from tests.support.serving import served
+from tests.support.serving import serve_folder
 
 
 def photo(package: str, path: str) -> bytes:
@@ -624,7 +624,7 @@ class TestImg2dataset:
     @pytest.mark.slow
     def test_a_real_download_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
         write(tmp_path / "served", {name: data for name, data, _ in samples(8)})
-        with served(tmp_path / "served") as address:
+        with serve_folder(tmp_path / "served") as address:
             rows = [(f"{address}/{name}", text) for name, _, text in samples(8)]
             rows[3:3] = [(f"{address}/gone.jpg", "nobody has it"), ("http://127.0.0.1:9/x.jpg", "nobody answers")]
             download(tmp_path, rows)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sources import _tar_format, webdataset
-from tests.support.serving import served
+from tests.support.serving import serve_folder
 
 LONG = "folder/" * 30 + "name" * 40  # fits in no plain header
 
@@ -266,7 +266,7 @@ class TestStaging:
     def test_fetches_what_is_remote(self, tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(make_tar(PLAIN))
         (tmp_path / "b.tar.gz").write_bytes(gzip.compress(make_tar({"b.jpg": b"b"})))
-        with served(tmp_path) as address:
+        with serve_folder(tmp_path) as address:
             config = webdataset.Config(path=(f"{address}/a.tar", f"{address}/{{b,b}}.tar.gz"))
             pieces = list(webdataset.pieces(config))
             assert pieces == [Piece(file=f"{address}/a.tar"), Piece(file=f"{address}/b.tar.gz")]
@@ -274,7 +274,7 @@ class TestStaging:
         assert [(raw.data, raw.file) for raw in raws] == [(data, None) for data in [*PLAIN.values(), b"b"]]
 
     def test_a_remote_tar_that_is_not_there_is_the_machines_error(self, tmp_path: Path) -> None:
-        with served(tmp_path) as address:
+        with serve_folder(tmp_path) as address:
             config = webdataset.Config(path=f"{address}/gone.tar")
             (piece,) = webdataset.pieces(config)
             with pytest.raises(FileNotFoundError):

@@ -46,7 +46,7 @@ from stages.scorers import rubric as scorer
 from tests.stages.test_score import RECIPE, Scripted, caption_row, image_row
 from tests.support import tiny
 from tests.support.runs import ROOT, begin, make
-from tests.support.served import Served, serving
+from tests.support.served import ModelServer, serve_model
 
 PRAISE = (
     "This caption is complete and accurate.",
@@ -753,7 +753,9 @@ log_steps = 1
 
 
 @pytest.mark.vllm
-def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: dict[str, Any], tmp_path: Path) -> None:
+def test_writer_and_judge_are_served_models(
+    tiny_server: ModelServer, served_flags: dict[str, Any], tmp_path: Path
+) -> None:
     """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges and rewards."""
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = written_by_a_model(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
@@ -764,7 +766,7 @@ def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: d
     reworded("rubrics/text_only.toml", run, {**hot, "max_tokens = 2048": "max_tokens = 128"})
     toml = (run / "run.toml").read_text() + TRAIN
 
-    def at(server: Served) -> config.Run:
+    def at(server: ModelServer) -> config.Run:
         (run / "run.toml").write_text(toml.replace("http://127.0.0.1:1/v1", f"{server.address}/v1"))
         return config.load(run)
 
@@ -775,7 +777,7 @@ def test_writer_and_judge_are_served_models(tiny_server: Served, served_flags: d
     assert len(rows) == 16 and sum(row.status == "ok" for row in rows) >= 8, [row.error for row in rows]
     assert all(row.model == "tiny" and row.engine == "model" for row in rows)
     assert all(d.agreed >= 2 and 0 < d.missed <= 1 for row in rows for d in row.criteria)
-    with serving(tiny.make_text(tmp_path / "text"), **served_flags) as judge:
+    with serve_model(tiny.save_text_model(tmp_path / "text"), **served_flags) as judge:
         loaded = at(judge)
         assert make(run, "score").exit_code == 0
         scores = list(tables.read_rows(run / "score/mine/student/00000.parquet", Score))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config
-from pipeline.engines import Reply, Request, echo, settle
+from pipeline.engines import Reply, Request, echo, finish_attempt
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
@@ -62,7 +62,7 @@ class Scripted:
                 attempt += 1
                 given = self.answer(request, attempt)
                 reply = given if isinstance(given, Reply) else Reply(text=given, finish_reason="stop")
-                reply, final = settle(request, reply, attempt)
+                reply, final = finish_attempt(request, reply, attempt)
             yield reply
 
     def waiting(self) -> float | None:

@@ -32,29 +32,31 @@ class Expected:
     error: str = ""  # a part of it
 
 
-def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+def encode(picture: Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, format, **options)
     return file.getvalue()
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
+def make_chunk(name: bytes, data: bytes) -> bytes:
     """A PNG chunk."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, *, depth: int = 8, colour: int = 2, extra: bytes = b"", pixels: bytes = b"") -> bytes:
+def make_png(
+    width: int, height: int, *, depth: int = 8, colour: int = 2, extra: bytes = b"", pixels: bytes = b""
+) -> bytes:
     """A PNG that claims `width` x `height` and holds `pixels`, already compressed."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    header = make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + make_chunk(b"IDAT", pixels) + make_chunk(b"IEND", b"")
 
 
 @cache
-def bomb() -> bytes:
+def make_bomb() -> bytes:
     """A true PNG of 40000 x 40000 black pixels: 1.6 gigapixels in 200 kB."""
     packer = zlib.compressobj(9)
     rows = [packer.compress(bytes(5001 * 400)) for _ in range(100)]
-    return png(40000, 40000, depth=1, colour=0, pixels=b"".join(rows) + packer.flush())
+    return make_png(40000, 40000, depth=1, colour=0, pixels=b"".join(rows) + packer.flush())
 
 
 def rgb48(picture: Image.Image) -> bytes:
@@ -62,11 +64,11 @@ def rgb48(picture: Image.Image) -> bytes:
     wide = b"".join(bytes((value, 0)) for value in picture.tobytes())
     stride = picture.width * 6
     rows = b"".join(b"\0" + wide[start : start + stride] for start in range(0, len(wide), stride))
-    return png(*picture.size, depth=16, pixels=zlib.compress(rows))
+    return make_png(*picture.size, depth=16, pixels=zlib.compress(rows))
 
 
 @cache
-def samples() -> dict[str, bytes]:
+def load_photographs() -> dict[str, bytes]:
     """The photographs that come inside scikit-image and scikit-learn, by name."""
     found = {}
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
@@ -86,45 +88,45 @@ UNUSUAL: dict[str, ImageStatus] = {
 }
 
 
-def photographs(folder: Path) -> dict[str, ImageStatus]:
+def write_photographs(folder: Path) -> dict[str, ImageStatus]:
     """Writes the sample photographs and copies of them in every dress; says the status of each file."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: (data, UNUSUAL.get(name, "ok")) for name, data in samples().items()} | dict(_dressed())
+    files = {name: (data, UNUSUAL.get(name, "ok")) for name, data in load_photographs().items()} | dict(_dressed())
     for name, (data, _) in files.items():
         (folder / name).write_bytes(data)
     return {name: status for name, (_, status) in sorted(files.items())}
 
 
 def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
-    rocket, cat = samples()["rocket.jpg"], samples()["chelsea.png"]
+    rocket, cat = load_photographs()["rocket.jpg"], load_photographs()["chelsea.png"]
     photo = Image.open(io.BytesIO(rocket))
     small = photo.resize((160, 106))
     turned = [small.rotate(angle, expand=True) for angle in (0, 120, 240)]
     good = {
         "misnamed_png.jpg": cat,
         "misnamed_jpeg.webp": rocket,
-        "progressive.jpg": encoded(photo, "JPEG", progressive=True),
-        "grey.jpg": encoded(photo.convert("L"), "JPEG"),
-        "cmyk.jpg": encoded(photo.convert("CMYK"), "JPEG"),
-        "cmyk.tif": encoded(photo.convert("CMYK"), "TIFF"),
-        "grey16.png": encoded(small.convert("I").point(lambda value: value * 256).convert("I;16"), "PNG"),
-        "grey16.tif": encoded(small.convert("I").point(lambda value: value * 256).convert("I;16"), "TIFF"),
+        "progressive.jpg": encode(photo, "JPEG", progressive=True),
+        "grey.jpg": encode(photo.convert("L"), "JPEG"),
+        "cmyk.jpg": encode(photo.convert("CMYK"), "JPEG"),
+        "cmyk.tif": encode(photo.convert("CMYK"), "TIFF"),
+        "grey16.png": encode(small.convert("I").point(lambda value: value * 256).convert("I;16"), "PNG"),
+        "grey16.tif": encode(small.convert("I").point(lambda value: value * 256).convert("I;16"), "TIFF"),
         "rgb48.png": rgb48(small),
-        "float.tif": encoded(small.convert("F"), "TIFF"),
-        "one_bit.png": encoded(small.convert("1"), "PNG"),
-        "alpha.png": encoded(_faded(small), "PNG"),
-        "grey_alpha.png": encoded(_faded(small).convert("LA"), "PNG"),
-        "palette.png": encoded(small.quantize(64), "PNG"),
-        "palette_alpha.png": encoded(_faded(small).quantize(64), "PNG"),
-        "animated.gif": encoded(turned[0], "GIF", save_all=True, append_images=turned[1:]),
-        "animated.webp": encoded(small, "WEBP", save_all=True, append_images=[small.transpose(1)]),
-        "animated.png": encoded(small, "PNG", save_all=True, append_images=[small.transpose(1)]),
-        "lossless.webp": encoded(_faded(small), "WEBP", lossless=True),
-        "photo.avif": encoded(small, "AVIF"),
-        "packed.tif": encoded(small, "TIFF", compression="tiff_lzw"),
-        "photo.bmp": encoded(small, "BMP"),
-        "photo.jp2": encoded(small, "JPEG2000"),
-        "photo.ppm": encoded(small, "PPM"),
+        "float.tif": encode(small.convert("F"), "TIFF"),
+        "one_bit.png": encode(small.convert("1"), "PNG"),
+        "alpha.png": encode(_faded(small), "PNG"),
+        "grey_alpha.png": encode(_faded(small).convert("LA"), "PNG"),
+        "palette.png": encode(small.quantize(64), "PNG"),
+        "palette_alpha.png": encode(_faded(small).quantize(64), "PNG"),
+        "animated.gif": encode(turned[0], "GIF", save_all=True, append_images=turned[1:]),
+        "animated.webp": encode(small, "WEBP", save_all=True, append_images=[small.transpose(1)]),
+        "animated.png": encode(small, "PNG", save_all=True, append_images=[small.transpose(1)]),
+        "lossless.webp": encode(_faded(small), "WEBP", lossless=True),
+        "photo.avif": encode(small, "AVIF"),
+        "packed.tif": encode(small, "TIFF", compression="tiff_lzw"),
+        "photo.bmp": encode(small, "BMP"),
+        "photo.jp2": encode(small, "JPEG2000"),
+        "photo.ppm": encode(small, "PPM"),
         "no_extension": rocket,
         **{f"turned_{number}.jpg": _oriented(small, number) for number in range(1, 9)},
     }
@@ -134,16 +136,16 @@ def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
         "cut_progressive.jpg": (good["progressive.jpg"][:-2000], "unreadable"),
         "cut.png": (cat[: len(cat) // 2], "unreadable"),
         "cut.webp": (good["lossless.webp"][:-500], "unreadable"),
-        "cut.gif": (encoded(turned[0], "GIF")[:2000], "unreadable"),
+        "cut.gif": (encode(turned[0], "GIF")[:2000], "unreadable"),
         "cut.avif": (good["photo.avif"][: len(good["photo.avif"]) // 2], "unreadable"),
-        "cut.tif": (encoded(small, "TIFF")[:5000], "unreadable"),
+        "cut.tif": (encode(small, "TIFF")[:5000], "unreadable"),
         "zero_bytes.jpg": (b"", "empty"),
         "zeros.jpg": (bytes(5000), "unreadable"),
         "notes.txt": (b"Words, not pixels.\n", "unsupported"),
         "page.jpg": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "unsupported"),
         "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unsupported"),
-        "bomb.png": (bomb(), "too_large"),
-        "pixel.gif": (encoded(Image.new("P", (1, 1)), "GIF"), "too_small"),
+        "bomb.png": (make_bomb(), "too_large"),
+        "pixel.gif": (encode(Image.new("P", (1, 1)), "GIF"), "too_small"),
     }
     yield from ((name, (data, "ok")) for name, data in good.items())
     yield from bad.items()
@@ -158,10 +160,10 @@ def _faded(picture: Image.Image) -> Image.Image:
 def _oriented(picture: Image.Image, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(picture, "JPEG", exif=exif)
+    return encode(picture, "JPEG", exif=exif)
 
 
-def hostile(folder: Path, seed: int) -> list[Expected]:
+def write_hostile_files(folder: Path, seed: int) -> list[Expected]:
     """Writes files made to break a reader: bombs, lies, foreign formats, names, alt text; says the row of each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -170,30 +172,30 @@ def hostile(folder: Path, seed: int) -> list[Expected]:
 
 
 def _hostile_images(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    for name, (data, status) in traps(rng).items():
+    for name, (data, status) in make_trap_images(rng).items():
         (folder / name).write_bytes(data)
         yield Expected(source_key=name, status=status)
 
 
-def traps(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
+def make_trap_images(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
     """Files that are no good picture, or only look as if they were none."""
     photo = _noise(rng, (96, 64))
-    jpeg, gif = encoded(photo, "JPEG"), encoded(photo.quantize(32), "GIF")
-    webp, bmp = encoded(photo, "WEBP", lossless=True), encoded(photo, "BMP")
+    jpeg, gif = encode(photo, "JPEG"), encode(photo.quantize(32), "GIF")
+    webp, bmp = encode(photo, "WEBP", lossless=True), encode(photo, "BMP")
     row = zlib.compress(bytes(64 * 193))
     zeros = _packed_zeros()
     size = jpeg.index(b"\xff\xc0") + 5
     entities = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">]><svg>&b;</svg>'
     return {
-        "bomb_40000.png": (bomb(), "too_large"),
-        "bomb_idat.png": (png(64, 64, pixels=zeros), "ok"),  # only as much is inflated as 64 x 64 pixels need
-        "bomb_profile.png": (png(64, 64, extra=chunk(b"iCCP", b"x\0\0" + zeros), pixels=row), "unreadable"),
-        "bomb_text.png": (png(64, 64, extra=chunk(b"zTXt", b"x\0\0" + zeros), pixels=row), "unreadable"),
+        "bomb_40000.png": (make_bomb(), "too_large"),
+        "bomb_idat.png": (make_png(64, 64, pixels=zeros), "ok"),  # only as much is inflated as 64 x 64 pixels need
+        "bomb_profile.png": (make_png(64, 64, extra=make_chunk(b"iCCP", b"x\0\0" + zeros), pixels=row), "unreadable"),
+        "bomb_text.png": (make_png(64, 64, extra=make_chunk(b"zTXt", b"x\0\0" + zeros), pixels=row), "unreadable"),
         "bomb_texts.png": (_many_texts(photo), "unreadable"),
-        "lying_size.png": (png(16000, 16000, pixels=row), "unreadable"),
-        "lying_more.png": (png(2**31 - 1, 2**31 - 1, pixels=row), "too_large"),
-        "lying_none.png": (png(0, 64, pixels=row), "unreadable"),
-        "lying_chunk.png": (encoded(photo, "PNG").replace(struct.pack(">I", 13), b"\x7f\xff\xff\xff", 1), "unreadable"),
+        "lying_size.png": (make_png(16000, 16000, pixels=row), "unreadable"),
+        "lying_more.png": (make_png(2**31 - 1, 2**31 - 1, pixels=row), "too_large"),
+        "lying_none.png": (make_png(0, 64, pixels=row), "unreadable"),
+        "lying_chunk.png": (encode(photo, "PNG").replace(struct.pack(">I", 13), b"\x7f\xff\xff\xff", 1), "unreadable"),
         "lying.jpg": (jpeg[:size] + b"\xff\xdc\xff\xdc" + jpeg[size + 4 :], "too_large"),
         "lying_less.jpg": (jpeg[:size] + b"\x20\0\x20\0" + jpeg[size + 4 :], "unreadable"),
         "lying.gif": (gif[:6] + b"\xff\xff\xff\xff" + gif[10:], "too_large"),
@@ -202,11 +204,11 @@ def traps(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
         "lying.tif": (_lying_tiff(), "too_large"),
         "loop.tif": (_looping_tiff(), "ok"),
         "ten_thousand_frames.gif": (_many_frames(10_000), "ok"),
-        "tracking_pixel.gif": (encoded(Image.new("P", (1, 1)), "GIF"), "too_small"),
-        "strip.png": (encoded(Image.new("L", (20000, 16)), "PNG"), "ok"),
+        "tracking_pixel.gif": (encode(Image.new("P", (1, 1)), "GIF"), "too_small"),
+        "strip.png": (encode(Image.new("L", (20000, 16)), "PNG"), "ok"),
         "polyglot.jpg": (jpeg + b"PK\3\4 a ZIP archive hides behind the picture", "ok"),
-        "script.jpg": (encoded(photo, "JPEG", comment=b"<script>alert(1)</script><?php system('id') ?>"), "ok"),
-        "broken_exif.jpg": (encoded(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f"), "ok"),
+        "script.jpg": (encode(photo, "JPEG", comment=b"<script>alert(1)</script><?php system('id') ?>"), "ok"),
+        "broken_exif.jpg": (encode(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f"), "ok"),
         "entities.svg": (entities, "unsupported"),
         "ghostscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(%pipe%id) (r) file\n", "unsupported"),
         "metafile.png": (b"\xd7\xcd\xc6\x9a" + bytes(100), "unsupported"),
@@ -240,8 +242,8 @@ def _noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 
 def _many_texts(picture: Image.Image) -> bytes:
     """A PNG with a hundred texts of a megabyte each, none of which is too long for itself."""
-    text = chunk(b"zTXt", b"x\0\0" + zlib.compress(b"x" * 1_000_000))
-    whole = encoded(picture, "PNG")
+    text = make_chunk(b"zTXt", b"x\0\0" + zlib.compress(b"x" * 1_000_000))
+    whole = encode(picture, "PNG")
     return whole[:33] + text * 100 + whole[33:]  # after the header
 
 
@@ -271,7 +273,7 @@ def _looping_tiff() -> bytes:
 
 
 def _many_frames(num: int) -> bytes:
-    frame = encoded(Image.new("P", (32, 32)), "GIF")
+    frame = encode(Image.new("P", (32, 32)), "GIF")
     start = frame.index(b",")
     return frame[:start] + frame[start:-1] * num + b";"
 
@@ -291,20 +293,20 @@ def _hostile_names(folder: Path, rng: random.Random) -> Iterator[Expected]:
     for name in [*names, "x" * 251 + ".jpg", f"{deep}/down.jpg", "folder.jpg/inside.jpg"]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(_noise(rng, (32, 32)), "JPEG"))
+        path.write_bytes(encode(_noise(rng, (32, 32)), "JPEG"))
         yield Expected(source_key=name, status="ok")
-    (folder / os.fsdecode(b"latin_\xe9.jpg")).write_bytes(encoded(_noise(rng, (32, 32)), "JPEG"))
+    (folder / os.fsdecode(b"latin_\xe9.jpg")).write_bytes(encode(_noise(rng, (32, 32)), "JPEG"))
     yield Expected(source_key="latin_\\xe9.jpg", status="ok")
 
 
 def _hostile_texts(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    for name, (data, alt_text) in alt_texts(rng).items():
-        (folder / f"text_{name}.jpg").write_bytes(encoded(_noise(rng, (32, 32)), "JPEG"))
+    for name, (data, alt_text) in make_alt_texts(rng).items():
+        (folder / f"text_{name}.jpg").write_bytes(encode(_noise(rng, (32, 32)), "JPEG"))
         (folder / f"text_{name}.txt").write_bytes(data)
         yield Expected(source_key=f"text_{name}.jpg", status="ok", alt_text=alt_text)
 
 
-def alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
+def make_alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
     """By name: the bytes of a .txt file, and the alt text that they are."""
     plain = {
         "controls": "a\0b\x1b[31mred\x07\x08\x7f\u0085\u2028end",
@@ -332,7 +334,7 @@ def alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
     return {name: (text.encode(), text) for name, text in plain.items()} | odd
 
 
-def mutated(seed: int, n: int) -> Iterator[bytes]:
+def make_mutants(seed: int, n: int) -> Iterator[bytes]:
     """`n` files that were real JPEG, PNG and WebP before 1 to 4 wounds each: bits, cuts, splices, lying lengths."""
     rng = random.Random(seed)
     whole = _healthy()
@@ -352,26 +354,26 @@ def mutated(seed: int, n: int) -> Iterator[bytes]:
 @cache
 def _healthy() -> list[bytes]:
     """Small crops of real photographs, in the forms that the three formats have."""
-    rocket, cat = (Image.open(io.BytesIO(samples()[name])) for name in ("rocket.jpg", "chelsea.png"))
+    rocket, cat = (Image.open(io.BytesIO(load_photographs()[name])) for name in ("rocket.jpg", "chelsea.png"))
     crop, face = rocket.crop((250, 100, 410, 220)), cat.crop((100, 50, 228, 178)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = {"save_all": True, "append_images": [crop.transpose(1), crop.transpose(3)]}
     return [
-        encoded(crop, "JPEG", exif=exif, icc_profile=bytes(500)),
-        encoded(face, "JPEG", progressive=True),
-        encoded(crop, "JPEG", subsampling=0, restart_marker_rows=1),
-        encoded(face.convert("CMYK"), "JPEG"),
-        encoded(face.convert("L"), "JPEG"),
-        encoded(face, "PNG", exif=exif),
-        encoded(_faded(face), "PNG"),
-        encoded(_faded(face).quantize(64), "PNG"),
-        encoded(crop, "PNG", **frames),
+        encode(crop, "JPEG", exif=exif, icc_profile=bytes(500)),
+        encode(face, "JPEG", progressive=True),
+        encode(crop, "JPEG", subsampling=0, restart_marker_rows=1),
+        encode(face.convert("CMYK"), "JPEG"),
+        encode(face.convert("L"), "JPEG"),
+        encode(face, "PNG", exif=exif),
+        encode(_faded(face), "PNG"),
+        encode(_faded(face).quantize(64), "PNG"),
+        encode(crop, "PNG", **frames),
         rgb48(face.resize((48, 48))),
-        encoded(crop, "WEBP", exif=exif),
-        encoded(_faded(face), "WEBP"),
-        encoded(face, "WEBP", lossless=True),
-        encoded(crop, "WEBP", **frames),
+        encode(crop, "WEBP", exif=exif),
+        encode(_faded(face), "WEBP"),
+        encode(face, "WEBP", lossless=True),
+        encode(crop, "WEBP", **frames),
     ]
 
 

@@ -101,7 +101,7 @@ def engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
     else:
         from tests.support import tiny
 
-        asked = {"kind": kind, "model": str(tiny.make(folder / "model"))}
+        asked = {"kind": kind, "model": str(tiny.save_vision_model(folder / "model"))}
         asked |= {"enforce_eager": True, "kv_cache_gib": 1, "max_model_len": 2048} if kind == "vllm" else {}
         yield {"engines__captioner": asked, "engines__judge": {"kind": "echo"}}
 

@@ -89,7 +89,7 @@ def counted(folder: Path, *, seed: int, num_mutants: int) -> Iterator[Counts]:
     """Makes the corpora in `folder`, one after the other, and counts."""
     packed = {"max_tar_bytes": wrapped.MOST}
     yield count(folder / "mutants", mutants(folder / "mutants" / "corpus", seed, num_mutants), kind="folder")
-    yield count(folder / "files", corpora.hostile(folder / "files" / "corpus", seed), kind="folder")
+    yield count(folder / "files", corpora.write_hostile_files(folder / "files" / "corpus", seed), kind="folder")
     yield count(folder / "tars", wrapped.tars(folder / "tars" / "corpus", seed), kind="webdataset", **packed)
     yield count(folder / "tables", wrapped.tables(folder / "tables" / "corpus", seed), kind="parquet")
     downloads = wrapped.downloads(folder / "downloads" / "corpus", seed)
@@ -100,7 +100,7 @@ def mutants(folder: Path, seed: int, num: int) -> list[Expected]:
     """Writes mutated images; what each has become, this process finds out for itself."""
     folder.mkdir(parents=True)
     rows = []
-    for number, data in enumerate(corpora.mutated(seed, num)):
+    for number, data in enumerate(corpora.make_mutants(seed, num)):
         name = f"{number:06d}.bin"
         (folder / name).write_bytes(data)
         rows.append(Expected(source_key=name, status=images.probe(data).status))

@@ -19,7 +19,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ModelServer:
     endpoint: Path  # the file that says where the server is
     process: subprocess.Popen[bytes]
 
@@ -40,19 +40,19 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, **keys: Any) -> Iterator[Served]:
+def serve_model(model: Path, **keys: Any) -> Iterator[ModelServer]:
     """The model, served under the name "tiny" until the block ends. `keys` are those of `[engines.NAME.serve]`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         (run / "models").mkdir()
         (run / "models" / "tiny").symlink_to(model)
         (run / "run.toml").write_text(_run_toml(keys))
-        with started(run, "tiny") as served:
+        with start_server(run, "tiny") as served:
             yield served
 
 
 @contextmanager
-def started(run: Path, engine: str) -> Iterator[Served]:
+def start_server(run: Path, engine: str) -> Iterator[ModelServer]:
     """The server of an engine of a run, until the block ends."""
     endpoint = run / "endpoints" / f"{engine}.json"
     endpoint.unlink(missing_ok=True)  # of one that was killed
@@ -61,7 +61,7 @@ def started(run: Path, engine: str) -> Iterator[Served]:
         while not endpoint.exists():
             assert process.poll() is None, "the server ended before it was ready"
             time.sleep(0.2)
-        yield Served(endpoint=endpoint, process=process)
+        yield ModelServer(endpoint=endpoint, process=process)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -25,7 +25,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, edge: int = PIXELS) -> Path:
+def save_vision_model(
+    folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, edge: int = PIXELS
+) -> Path:
     """Writes the model, which sees pictures of up to `edge` x `edge` pixels, into `folder`, which is returned."""
     tokenizer = _tokenizer()
     _processor(tokenizer, edge).save_pretrained(folder)
@@ -33,7 +35,7 @@ def make(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, 
     return folder
 
 
-def make_text(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
+def save_text_model(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
     """Writes an untrained Qwen2, which sees no pictures, into `folder`, which is returned."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -64,7 +66,7 @@ def make_text(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int 
     return folder
 
 
-def photograph(n: int, *, edge: int = PIXELS) -> bytes:
+def make_picture(n: int, *, edge: int = PIXELS) -> bytes:
     """Picture `n`, as the bytes of a PNG file: rectangles of random colours."""
     from PIL import Image, ImageDraw
 
@@ -171,4 +173,4 @@ def _head(tokenizer: Any, weight: Any, end: int) -> Any:
 if __name__ == "__main__":
     import sys
 
-    print(json.dumps({"model": str(make(Path(sys.argv[1])))}))
+    print(json.dumps({"model": str(save_vision_model(Path(sys.argv[1])))}))

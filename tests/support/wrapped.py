@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.records import ImageStatus
-from tests.support.corpora import NAMES, Expected, alt_texts, encoded, traps
+from tests.support.corpora import NAMES, Expected, encode, make_alt_texts, make_trap_images
 
 Maker = Callable[[Path, int], list[Expected]]  # of a folder and a seed
 MOST = 32 << 20  # bytes that a compressed tar of these corpora may unpack to: give it as `max_tar_bytes`
@@ -45,7 +45,7 @@ LENGTHS = {  # what a header claims of a member of 1024 bytes, and what becomes 
 def photo(rng: random.Random) -> bytes:
     """A small good JPEG that no other call gives."""
     picture = Image.frombytes("RGB", (8, 8), rng.randbytes(192)).resize((32, 32), Image.Resampling.BICUBIC)
-    return encoded(picture, "JPEG")
+    return encode(picture, "JPEG")
 
 
 def ok(key: str, alt_text: str | None = None) -> Expected:
@@ -75,7 +75,7 @@ def tars(folder: Path, seed: int) -> list[Expected]:
     return rows
 
 
-def tar(members: Mapping[str, bytes], *, format: int = tarfile.PAX_FORMAT) -> bytes:
+def make_tar(members: Mapping[str, bytes], *, format: int = tarfile.PAX_FORMAT) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=format) as writer:
         for name, data in members.items():
@@ -130,7 +130,7 @@ def _names(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     members |= {".hidden.jpg": b"hidden", "no_extension": b"no extension", "note.txt": b"alone"}
     rows += [lost("no_extension", NO_IMAGE), lost("note", NO_IMAGE, alt_text="alone")]
     rows += [lost("latin_\\xe9", "", status="empty")]
-    return {"names.tar": header + tar(members)}, rows
+    return {"names.tar": header + make_tar(members)}, rows
 
 
 def _stem(name: str) -> str:
@@ -146,7 +146,7 @@ def _lengths(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         lie.size = size
         data = b"\xfe" * 1024
         good = {f"{what}_{letter}.jpg": photo(rng) for letter in "ab"}
-        files[f"length_{what}.tar"] = lie.tobuf(tarfile.GNU_FORMAT) + data + tar(good)
+        files[f"length_{what}.tar"] = lie.tobuf(tarfile.GNU_FORMAT) + data + make_tar(good)
         rows += [ok(name.removesuffix(".jpg")) for name in good]
         if size == 0:
             rows += [lost(f"lie_{what}", "", status="empty"), lost(f"length_{what}.tar@512", DAMAGED)]
@@ -163,7 +163,7 @@ def _lengths(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
 def _texts(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     members: dict[str, bytes] = {}
     rows = []
-    for name, (data, alt_text) in alt_texts(rng).items():
+    for name, (data, alt_text) in make_alt_texts(rng).items():
         members |= {f"text_{name}.jpg": photo(rng), f"text_{name}.txt": data}
         rows.append(ok(f"text_{name}", alt_text))
         if alt_text is not None:
@@ -186,21 +186,21 @@ def _texts(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     for name, data in odd.items():
         members |= {f"odd_{name}.jpg": photo(rng), f"odd_{name}.json": data}
         rows.append(ok(f"odd_{name}", said.get(name)))
-    return {"texts.tar": tar(members)}, rows
+    return {"texts.tar": make_tar(members)}, rows
 
 
 def _images(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
-    found = traps(rng)
+    found = make_trap_images(rng)
     members = {f"trap/{name.replace('.', '_')}.jpg": data for name, (data, _) in found.items()}
     statuses = [status for _, status in found.values()]
     rows = [Expected(source_key=_stem(name), status=one) for name, one in zip(members, statuses, strict=True)]
-    return {"images.tar": tar(members)}, rows
+    return {"images.tar": make_tar(members)}, rows
 
 
 def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     good = {f"part_{number}.jpg": photo(rng) for number in range(4)}
-    whole = tar(good, format=tarfile.USTAR_FORMAT)
-    other = tar({name.replace("part", "gone"): data for name, data in good.items()}, format=tarfile.USTAR_FORMAT)
+    whole = make_tar(good, format=tarfile.USTAR_FORMAT)
+    other = make_tar({name.replace("part", "gone"): data for name, data in good.items()}, format=tarfile.USTAR_FORMAT)
     starts = [whole.index(name.encode()) for name in good]
     wrong = bytearray(whole)
     wrong[starts[1] + 150] ^= 1  # in a checksum
@@ -211,7 +211,7 @@ def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         "archive.tar": b"PK\3\4" + bytes(600),
         "cut.tar": other[: starts[3] + 700],
         "checksum.tar": bytes(wrong),
-        "twice.tar": tar({"one.jpg": photo(rng)}) + tar({"two.jpg": photo(rng)}),
+        "twice.tar": make_tar({"one.jpg": photo(rng)}) + make_tar({"two.jpg": photo(rng)}),
     }
     rows = [ok(f"part_{number}") for number in (0, 2, 3)] + [ok(f"gone_{number}") for number in range(3)]
     rows += [lost("none.tar@0", CUT), lost("words.tar@0", "is no tar"), lost("archive.tar@0", "is no tar")]
@@ -228,13 +228,13 @@ def _packed(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     pack["zst"] = lambda data: bytes(pa.compress(data, "zstd", asbytes=True))
     files, rows = {}, []
     for ending, packer in pack.items():
-        bomb = tar({f"fuse_{ending}.jpg": photo(rng), f"bomb_{ending}.jpg": bytes(4 * MOST)})
+        bomb = make_tar({f"fuse_{ending}.jpg": photo(rng), f"bomb_{ending}.jpg": bytes(4 * MOST)})
         files[f"bomb.tar.{ending}"] = packer(bomb)
         rows += [ok(f"fuse_{ending}"), lost(f"bomb_{ending}", "the tar has")]
         rows.append(lost(f"bomb.tar.{ending}@{MOST}", "unpacks to more than"))
-    inner = gzip.compress(tar({"inner.jpg": photo(rng)}), mtime=0)
+    inner = gzip.compress(make_tar({"inner.jpg": photo(rng)}), mtime=0)
     files["shell.tar.gz"] = gzip.compress(inner, mtime=0)
-    files["lying_name.tar.gz"] = tar({"plain.jpg": photo(rng)})
+    files["lying_name.tar.gz"] = make_tar({"plain.jpg": photo(rng)})
     files["lying_magic.tar.gz"] = b"\x1f\x8b" + rng.randbytes(500)
     rows += [lost("shell.tar.gz@0", "is "), ok("plain"), lost("lying_magic.tar.gz@0", "it cannot be unpacked")]
     return files, rows
@@ -284,10 +284,10 @@ def _images_column(folder: Path, rng: random.Random) -> Iterator[Expected]:
         ({"image": {"bytes": good}, "key": "k" * 1_000_000}, ok("k" * 1_000_000)),
         ({"image": {"bytes": rng.randbytes(3 << 20)}, "key": "noise"}, lost("noise", "")),
     ]
-    for name, (data, status) in traps(rng).items():
+    for name, (data, status) in make_trap_images(rng).items():
         row = {"image": {"bytes": data}, "key": f"trap/{name}"}
         cases.append((row, Expected(source_key=f"trap/{name}", status=status)))
-    for name, (data, alt_text) in alt_texts(rng).items():
+    for name, (data, alt_text) in make_alt_texts(rng).items():
         text = data.decode("utf-8", "replace")
         kept = text if alt_text is not None else None
         cases.append(({"image": {"bytes": photo(rng)}, "key": f"t/{name}", "caption": text}, ok(f"t/{name}", kept)))
@@ -375,11 +375,11 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
     def row(key: str | None, status: str | None = "success", error: str | None = None, caption: str = "") -> None:
         rows.append({"key": key, "status": status, "error_message": error, "caption": caption or None})
 
-    for name, (data, alt_text) in alt_texts(rng).items():
+    for name, (data, alt_text) in make_alt_texts(rng).items():
         row(name, caption=data.decode("utf-8", "replace"))
         files |= {f"{name}.jpg": photo(rng), f"{name}.txt": b"another", f"{name}.json": b"{"}
         expected.append(ok(name, data.decode("utf-8", "replace") if alt_text is not None else None))
-    for name, (data, status) in traps(rng).items():
+    for name, (data, status) in make_trap_images(rng).items():
         stem = name.replace(".", "_")
         row(stem)
         files[f"{stem}.jpg"] = data
@@ -399,12 +399,12 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
     expected += [lost("None", "failed_to_resize: a null key"), ok("said_failed"), ok("twice")]
     expected.append(lost("twice", "img2dataset says success, but the tar has no such sample"))
     names = {"key": pa.string(), "status": pa.string(), "error_message": pa.string(), "caption": pa.string()}
-    _shard(folder / "00000", tar(files), pa.Table.from_pylist(rows, pa.schema(names)))
-    _shard(folder / "00001", tar({"a.jpg": photo(rng)}), pa.table({"key": [0], "status": [1], "caption": [2.5]}))
-    _shard(folder / "00002", tar({"b.jpg": photo(rng)}), pa.table({"url": ["x"]}))
+    _shard(folder / "00000", make_tar(files), pa.Table.from_pylist(rows, pa.schema(names)))
+    _shard(folder / "00001", make_tar({"a.jpg": photo(rng)}), pa.table({"key": [0], "status": [1], "caption": [2.5]}))
+    _shard(folder / "00002", make_tar({"b.jpg": photo(rng)}), pa.table({"url": ["x"]}))
     _shard(folder / "00003", b"no tar" * 200, pa.table({"key": ["c"], "status": ["success"]}))
     for number, damage in enumerate((b"PAR1", b"", b"words" * 100), 4):
-        _shard(folder / f"{number:05d}", tar({f"{number}.jpg": photo(rng)}), pa.table({"key": ["x"]}))
+        _shard(folder / f"{number:05d}", make_tar({f"{number}.jpg": photo(rng)}), pa.table({"key": ["x"]}))
         (folder / f"{number:05d}.parquet").write_bytes(damage)
         expected += [ok(str(number)), lost(f"{number:05d}.parquet", "which downloads failed is not known")]
     expected += [lost("0", "1: None"), ok("a"), lost("None", "None: None"), ok("b")]
