@@ -1,19 +1,19 @@
-"""Decides what a scorer is: one module of this folder, from samples to as many marks, in order, lazily.
+"""Scorers: modules that rate captions, one per file, named by `kind` in `[score.NAME]`.
 
-A scorer has
+The folder is the registry. A kind with a dot is a module of your own. A scorer module has
 
-- `Config`: its keys in `[score.NAME]`;
-- `score(samples, config, engines) -> Iterator[Mark]`;
+- `Config`: a frozen dataclass of its keys in `[score.NAME]`, declared with `pipeline.sections.key`;
+- `score(samples, settings, engines) -> Iterator[ScoreResult]`: one result per sample, in order, lazily;
 
-and where it needs them
+and where needed
 
-- `prepare(config, *, run, field) -> config`: reads the words that its keys name; what it returns goes to `score`, and
-  `pipeline.config.stamped` of it into the fingerprint;
-- `engines(config) -> Mapping[str, str]`: of the keys that name engines, the names in `[engines]` that it asks;
-- `rubric(config) -> str`: the name in `[rubric]` whose criteria its samples are to carry;
-- `VERSION`: an integer, raised when equal samples get other marks.
+- `prepare(config, *, run, field) -> settings`: loads the files that the keys name and checks the keys. Its result is
+  passed to `score` in place of the config, and `pipeline.sections.stamped` of it goes into the fingerprint;
+- `engines(settings) -> Mapping[str, str]`: for each key that names an engine, the name in `[engines]`;
+- `rubric(settings) -> str`: the `[rubric]` pass whose criteria the samples carry;
+- `VERSION`: an integer, raised when equal samples get different results.
 
-It knows no tables, for a filter and a reward call it alike: what we filter on is what we train on.
+A scorer knows no tables: the score stage and the training reward call the same function.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from stages.text.prompts import engine_slice
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One caption to be marked."""
+    """One caption to score."""
 
     key: str
     candidate: int
     text: str
     alt_text: str | None = None
-    source_key: str = ""  # what the corpus calls the image
-    data: Callable[[], bytes]  # the image file, read when it is called; called only by scorers that look at it
+    source_key: str = ""  # the image's name in the corpus
+    data: Callable[[], bytes]  # reads the image file; only scorers that look at the image call it
     seed: int = 0
-    rubric_criteria: tuple[RubricCriterion, ...] | None = None  # of its image's own rubric; None where there is none
+    rubric_criteria: tuple[RubricCriterion, ...] | None = None  # of the image's own rubric; None: it has none
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -51,15 +51,15 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
-    """What a scorer says of one sample: a value exactly when its status is "ok"."""
+    """The score of one sample. It has a value exactly when its status is "ok"."""
 
-    value: float | None  # [0, 1]; None is "cannot say", never 0
+    value: float | None  # [0, 1]; None when the scorer cannot decide, never 0
     criteria: tuple[Criterion, ...] = ()
     status: ScoreStatus = "ok"
     error: str | None = None
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
-    attempt: int = 0  # the highest of its answers; 0 where nobody was asked
+    attempt: int = 0  # the highest attempt of its answers; 0 when no model was used
     model: str | None = None
     revision: str | None = None
     engine: str | None = None
@@ -70,12 +70,12 @@ class ScoreResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A scorer and its config, ready."""
+    """A loaded scorer with its settings."""
 
     kind: str
     module: ModuleType
-    config: Any
-    engine_names: Mapping[str, str]  # key -> the engine that it names
+    settings: Any
+    engine_names: Mapping[str, str]  # key of run.toml -> name in [engines]
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
 
     @property
@@ -83,43 +83,47 @@ class Scorer:
         return tuple(self.engine_names.values())
 
     def slice(self, run: Run, *, field: str) -> dict[str, Any]:
-        """All that decides its marks. The seed does only where a model is asked.
+        """The part of the fingerprint that decides its results; the seed belongs to it only if a model is used.
+
+        Args:
+            run: the run.
+            field: the section, for messages.
 
         Raises:
-            ConfigError: an engine that it asks is not there; `field` is the section that names it.
+            ConfigError: run.toml has no engine of that name.
         """
-        found = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.config)}
+        own = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.settings)}
         if not self.engine_names:
-            return found
-        asked = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.engine_names.items()]
-        return {**found, "seed": run.seed, "engines": asked}
+            return own
+        engines = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.engine_names.items()]
+        return {**own, "seed": run.seed, "engines": engines}
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
-        marks: Iterator[ScoreResult] = self.module.score(samples, self.config, engines)
-        return marks
+        results: Iterator[ScoreResult] = self.module.score(samples, self.settings, engines)
+        return results
 
 
 def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
-    """The scorer of a section.
+    """Loads the scorer of a section.
 
     Args:
         plugin: its kind and config.
-        run: the folder whose own rubrics come before those that ship.
-        field: the section's place, for messages.
+        run: the folder whose rubrics and flags override those that ship.
+        field: the section, for messages.
 
     Raises:
         ConfigError: something that the section names is missing or wrong.
     """
-    module, config = plugin.module, plugin.config
+    module, settings = plugin.module, plugin.config
     if hasattr(module, "prepare"):
-        config = module.prepare(config, run=run, field=field)
-    asks = module.engines(config) if hasattr(module, "engines") else {}
-    rubric = module.rubric(config) if hasattr(module, "rubric") else ""
-    return Scorer(kind=plugin.kind, module=module, config=config, engine_names=asks, rubric=rubric)
+        settings = module.prepare(settings, run=run, field=field)
+    engine_names = module.engines(settings) if hasattr(module, "engines") else {}
+    rubric = module.rubric(settings) if hasattr(module, "rubric") else ""
+    return Scorer(kind=plugin.kind, module=module, settings=settings, engine_names=engine_names, rubric=rubric)
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:
-    """sum(w * v) / sum(w) over the criteria that have a value; None when none has. Their order does not matter."""
+    """sum(w * v) / sum(w) over the criteria that have a value; None if none has. Independent of their order."""
     decided = [(c.weight, c.value) for c in criteria if c.value is not None]
     total = math.fsum(weight for weight, _ in decided)
     return math.fsum(weight * value for weight, value in decided) / total if total else None

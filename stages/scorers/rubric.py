@@ -1,8 +1,8 @@
-"""Decides what a caption is worth by its image's own rubric: the weighted share of the criteria that it meets.
+"""Scorer `rubric`: the weighted share of the criteria of an image's own rubric that a caption meets.
 
-The value sum(w * y) / sum(w), and the weights, are RubiCap's (arXiv 2603.09160). Whether a criterion is met is decided
-by the claims that the caption makes, or by a judge who sees the caption alone. An image without a rubric, or with an
-empty one, gives no value, and a judge that fails gives none either.
+The value sum(w * y) / sum(w) and the weights are RubiCap's (arXiv 2603.09160). A criterion is decided by the claims of
+the caption, or by a judge that sees the caption alone. There is no value for an image whose rubric is missing or empty,
+or when the judge fails.
 """
 
 from __future__ import annotations
@@ -24,90 +24,83 @@ from stages.scorers import Sample, ScoreResult, judge, weighted_mean
 from stages.text.prompts import map_where
 
 VERSION = 4
-WORDS = "text_only"  # what a judge is asked where the section does not say
+DEFAULT_SPEC = "text_only"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    rubric: str = key(help="where the criteria come from: a name in [rubric]")
-    judge: str = key("", "who decides them: a name in [engines]; empty: nobody, the claims that a caption makes do")
-    words: str = key("", "what the judge is asked: a file of rubrics/ without criteria, your own or one that ships")
+    rubric: str = key(help="the pass that wrote the criteria: a name in [rubric]")
+    judge: str = key("", "the model that decides them: a name in [engines]; empty: the claims of the caption do")
+    words: str = key("", "the judge's prompt: a file of rubrics/ without criteria, your own or one that ships")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where the criteria come from, and who decides them."""
-
     rubric: str
     judge: str = key("", "a name in [engines]", stamp=False)
-    words: RubricSpec | None = None  # None: nobody is asked
+    spec: RubricSpec | None = key(None, "the judge's prompt; None without a judge", stamp="words")
 
 
 def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
     """
     Raises:
-        ConfigError: there are no such words, they are wrong, or there is nobody whom they could ask.
+        ConfigError: the judge's prompt does not exist, is wrong, or there is no judge to use it.
     """
     if not config.judge:
         if config.words:
-            raise ConfigError(f"{field}.words", "asks nobody: name a judge too")
+            raise ConfigError(f"{field}.words", "is used by a judge only; set judge too")
         return Settings(rubric=config.rubric)
     try:
-        words = rubrics.load_judge_spec(config.words or WORDS, run=run)
+        spec = rubrics.load_judge_spec(config.words or DEFAULT_SPEC, run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
-    return Settings(rubric=config.rubric, judge=config.judge, words=words)
+    return Settings(rubric=config.rubric, judge=config.judge, spec=spec)
 
 
-def engines(config: Settings) -> Mapping[str, str]:
-    return {"judge": config.judge} if config.judge else {}
+def engines(settings: Settings) -> Mapping[str, str]:
+    return {"judge": settings.judge} if settings.judge else {}
 
 
-def rubric(config: Settings) -> str:
-    return config.rubric
+def rubric(settings: Settings) -> str:
+    return settings.rubric
 
 
-def score(samples: Iterable[Sample], config: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
-    mark = partial(_judged, config=config, engines=engines) if config.judge else _matched_all
-    for sample, made in map_where(mark, samples, lambda sample: bool(sample.rubric_criteria)):
-        yield made or _without(sample)
+def score(samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
+    score_samples = partial(_judge_samples, settings=settings, engines=engines) if settings.spec else _check_samples
+    for sample, result in map_where(score_samples, samples, lambda sample: bool(sample.rubric_criteria)):
+        if result is None:
+            missing = "has no rubric" if sample.rubric_criteria is None else "has an empty rubric"
+            result = ScoreResult(value=None, status="unknown", error=f"this image {missing}")
+        yield result
 
 
-def _without(sample: Sample) -> ScoreResult:
-    why = "has no rubric" if sample.rubric_criteria is None else "has an empty rubric"
-    return ScoreResult(value=None, status="unknown", error=f"this image {why}")
+def _judge_samples(
+    samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]
+) -> Iterator[ScoreResult]:
+    assert settings.spec is not None
+    spec = settings.spec
+    pairs = ((sample, rubrics.build_image_rubric(spec, sample.rubric_criteria or ())) for sample in samples)
+    return judge.score_by_rubrics(pairs, engine=settings.judge, engines=engines)
 
 
-def _judged(samples: Iterable[Sample], config: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
-    assert config.words is not None
-    words = config.words
-    own = ((sample, rubrics.build_image_rubric(words, sample.rubric_criteria or ())) for sample in samples)
-    return judge.score_by_rubrics(own, engine=config.judge, engines=engines)
-
-
-def _matched_all(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
+def _check_samples(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
-        yield _matched(sample.text, sample.rubric_criteria or ())
+        claims = claim_checks.collect_rewarded_claims(sample.text)
+        criteria = tuple(_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ())
+        value = weighted_mean(criteria)
+        if value is None:
+            error = "only a judge can decide these criteria"
+            yield ScoreResult(value=None, criteria=criteria, status="unknown", error=error)
+        else:
+            yield ScoreResult(value=value, criteria=criteria)
 
 
-def _matched(text: str, demands: Iterable[RubricCriterion]) -> ScoreResult:
-    """By the claims that the caption makes."""
-    caption = claim_checks.collect_rewarded_claims(text)
-    criteria = tuple(_criterion(demand, caption) for demand in demands)
-    value = weighted_mean(criteria)
-    if value is None:
-        return ScoreResult(
-            value=None, criteria=criteria, status="unknown", error="only a judge can decide these criteria"
-        )
-    return ScoreResult(value=value, criteria=criteria)
-
-
-def _criterion(demand: RubricCriterion, caption: CaptionClaims) -> Criterion:
-    is_met = None if demand.claim is None else claim_checks.parse_check(demand.claim).is_met(caption)
+def _check_criterion(criterion: RubricCriterion, claims: CaptionClaims) -> Criterion:
+    is_met = None if criterion.claim is None else claim_checks.parse_check(criterion.claim).is_met(claims)
     return Criterion(
-        id=demand.id,
+        id=criterion.id,
         verdict=None if is_met is None else "yes" if is_met else "no",
         value=None if is_met is None else float(is_met),
-        weight=demand.weight,
-        reason=demand.text,
+        weight=criterion.weight,
+        reason=criterion.text,
     )

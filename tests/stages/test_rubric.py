@@ -597,7 +597,7 @@ def test_the_order_of_criteria_changes_no_judge(shuffled: list[RubricCriterion])
 @pytest.mark.parametrize(
     ("keys", "words", "message"),
     [
-        ({"words": "text_only"}, None, "score.mine.words: asks nobody"),
+        ({"words": "text_only"}, None, "score.mine.words: is used by a judge only"),
         ({"judge": "m", "words": "text"}, None, "score.mine.words: 'text' is none of .*did you mean 'text_only'"),
         ({"judge": "m", "words": "dense"}, None, "rubrics/dense.toml: criteria: these are a rubric of its own"),
         ({"judge": "m", "words": "mine"}, "prompt = '{caption}'", "rubrics/mine.toml: prompt: must have {criteria}"),

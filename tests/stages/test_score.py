@@ -115,7 +115,7 @@ def test_a_value_is_the_weighted_mean_of_what_was_decided(dense: Rubric) -> None
 
 def test_a_judge_that_cannot_say_gives_no_value(dense: Rubric) -> None:
     (mark,) = judged(dense, lambda *_: verdicts(dense, **dict.fromkeys(dense.criteria, "cannot say")))
-    assert (mark.value, mark.status, mark.error) == (None, "unknown", "the judge could not say enough")
+    assert (mark.value, mark.status, mark.error) == (None, "unknown", "the judge decided too few criteria")
 
 
 ILLEGAL = {
