@@ -1,11 +1,12 @@
 """run.toml, read strictly into a `Run`.
 
-The keys of a stage's section are known by its module.
+The module of a stage knows the keys of its section.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 from pipeline import plugins
 from pipeline.errors import ConfigError
 from pipeline.machine import num_cores
-from pipeline.sections import Corpus, Plugin, Run, TopLevel, key, stamped
-from pipeline.slurm import options
+from pipeline.sections import STAGES, Corpus, Plugin, Resources, Run, SlurmConfig, SlurmSettings, TopLevel, key, stamped
 from pipeline.validation import Section
 
 __all__ = ["Corpus", "Plugin", "Run", "Section", "TopLevel", "key", "load", "parse", "stamped"]
+
+JOB_KINDS = (*STAGES, "server")  # each may have a table of its own
 
 
 def load(folder: Path) -> Run:
@@ -58,7 +60,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         corpus=source.select_keys(common).parse(Corpus),
         engines={name: engine.plugin("pipeline.engines") for name, engine in engines.items()},
         sections={name: _sections(top, name) for name in sections},
-        slurm=options.read_section(top.subsection("slurm")),
+        slurm=read_slurm(top.subsection("slurm")),
     )
 
 
@@ -68,3 +70,43 @@ def _sections(top: Section, stage: str) -> dict[str, Any]:
     if getattr(module, "NAMED", False):
         return {name: read(section) for name, section in top.subsection(stage).subsections().items()}
     return {"": read(top.subsection(stage))}
+
+
+def read_slurm(section: Section) -> SlurmConfig:
+    """
+    Raises:
+        ConfigError: a key or a stage is unknown, or a time limit is not longer than the notice.
+    """
+    section.check_keys([*JOB_KINDS, *(f.name for cls in (SlurmSettings, Resources) for f in dataclasses.fields(cls))])
+    settings = section.select_keys(frozenset(f.name for f in dataclasses.fields(SlurmSettings))).parse(SlurmSettings)
+    common = section.select_keys(frozenset(f.name for f in dataclasses.fields(Resources)))
+    resources = {}
+    for stage in JOB_KINDS:
+        own = section.subsection(stage)
+        if stage == "server" and "workers" in own.values:
+            raise own.error("workers", "a server has none; set replicas in [engines.NAME.serve]")
+        merged = Section({**common.values, **own.values}, file=own.file, field=own.field)
+        resources[stage] = merged.parse(Resources)
+        limit = parse_time_limit(resources[stage].time)
+        if resources[stage].time and limit is None:
+            raise merged.error(
+                "time", f"{resources[stage].time!r} is not a time limit; write 90, 04:00:00 or 1-12:00:00"
+            )
+        if limit is not None and limit <= settings.notice:
+            raise merged.error("time", f"{resources[stage].time!r} must be longer than notice = {settings.notice} s")
+    return SlurmConfig(settings=settings, resources=resources)
+
+
+def parse_time_limit(limit: str) -> int | None:
+    """Seconds of a time limit in Slurm's notation; None when it is not one.
+
+    >>> parse_time_limit("90"), parse_time_limit("04:00:00"), parse_time_limit("1-12")
+    (5400, 14400, 129600)
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not match:
+        return None
+    days, a, b, c = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        return ((days * 24 + a) * 60 + b) * 60 + c
+    return a * 60 + b

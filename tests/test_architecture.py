@@ -24,7 +24,6 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "pipeline.sections",
     "pipeline.plugins",
     "pipeline.validation",
-    "pipeline.slurm.options",
     "pipeline.config",
     "pipeline.progress",
     "pipeline.storage",
@@ -119,13 +118,21 @@ def stages_that_import_stages(texts: Sources) -> list[str]:
 
 
 def floors(texts: Sources) -> dict[str, int]:
-    """The longest chain of imports below each module, itself included."""
-    graph = import_graph(texts)
-    order = TopologicalSorter(graph).static_order()
+    """The longest chain of imports from each room down, itself included; a room is a file or directory of a package."""
+    rooms: dict[str, set[str]] = {}
+    for module, targets in import_graph(texts).items():
+        room = directory_entry(module)
+        rooms.setdefault(room, set()).update({directory_entry(target) for target in targets} - {room})
     height: dict[str, int] = {}
-    for module in order:
-        height[module] = 1 + max((height[target] for target in graph[module]), default=0)
+    for room in TopologicalSorter(rooms).static_order():
+        height[room] = 1 + max((height[target] for target in rooms[room]), default=0)
     return height
+
+
+def directory_entry(module: str) -> str:
+    """`pipeline.slurm` for `pipeline.slurm.script`; the stages are one room, above what they share."""
+    package, _, rest = module.partition(".")
+    return package if package == "stages" else f"{package}.{rest.partition('.')[0]}"
 
 
 def test_every_import_points_down() -> None:

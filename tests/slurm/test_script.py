@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import config
+from pipeline.config import parse_time_limit
 from pipeline.errors import ConfigError, RefusedError
 from pipeline.execution.passes import list_passes
 from pipeline.slurm import scheduler
 from pipeline.slurm.jobs import JobMonitor
-from pipeline.slurm.options import parse_time_limit
 from pipeline.slurm.script import JobArray, SlurmRun
 from pipeline.slurm.submit import Job, Submission, find_block, find_queued_blocks, plan_jobs
 from pipeline.storage.plan import parse_spec
