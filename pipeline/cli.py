@@ -198,6 +198,14 @@ def query(
         database.print_query(connection, database.read_query(name), format, sys.stdout.buffer)
 
 
+@app.command(epilog="Example: recap schema > run.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of run.toml, for editors."""
+    from pipeline.commands.schema import build_schema
+
+    print(json.dumps(build_schema(), indent=2, ensure_ascii=False))
+
+
 @app.command(epilog="Example: recap report --run runs/photos --images 60")
 def report(
     run: RunOption = Path(),

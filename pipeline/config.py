@@ -15,7 +15,20 @@ from typing import Any
 from pipeline import plugins
 from pipeline.errors import ConfigError
 from pipeline.machine import num_cores
-from pipeline.sections import STAGES, Corpus, Plugin, Resources, Run, SlurmConfig, SlurmSettings, TopLevel, key, stamped
+from pipeline.sections import (
+    ENGINES,
+    SOURCES,
+    STAGES,
+    Corpus,
+    Plugin,
+    Resources,
+    Run,
+    SlurmConfig,
+    SlurmSettings,
+    TopLevel,
+    key,
+    stamped,
+)
 from pipeline.validation import Section
 
 __all__ = ["Corpus", "Plugin", "Run", "Section", "TopLevel", "key", "load", "parse", "stamped"]
@@ -56,9 +69,9 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         folder=file.parent,
         num_cores=num_cores(),
         **dataclasses.asdict(top.select_keys(frozenset({"seed", "max_error_share"})).parse(TopLevel)),
-        source=source.plugin("pipeline.sources", common=common),
+        source=source.plugin(SOURCES, common=common),
         corpus=source.select_keys(common).parse(Corpus),
-        engines={name: engine.plugin("pipeline.engines") for name, engine in engines.items()},
+        engines={name: engine.plugin(ENGINES) for name, engine in engines.items()},
         sections={name: _sections(top, name) for name in sections},
         slurm=read_slurm(top.subsection("slurm")),
     )

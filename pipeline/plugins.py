@@ -1,4 +1,4 @@
-"""Decides how a name becomes code or words: the folder is the registry, the file name is the name.
+"""Plugins and TOML files by name: the folder is the registry, the file name is the name.
 
 A name with a dot is a module of the user's own.
 """
@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ SHIPPED_IN = {"writers": "rubric_writers"}  # folder of a run -> folder of stage
 
 
 def list_names(package: str) -> list[str]:
-    """The plugin names in a package: its modules, without importing them."""
+    """The names of a package's plugins: its modules, none of them imported."""
     return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
 
 
@@ -39,17 +40,17 @@ def load(package: str, name: str) -> ModuleType:
     return _import(f"{package}.{name}", f"{package}.{name} has gone")
 
 
-def words(name: str, *, folder: str, run: Path | None) -> str:
-    """The text of a recipe or rubric: `<run>/<folder>/NAME.toml`, else the one that ships in stages/.
+def find_toml(name: str, *, folder: str, run: Path | None) -> Traversable:
+    """`<run>/<folder>/NAME.toml`, else the file of that name that ships in stages/.
 
     Raises:
-        UnknownNameError: neither has it; the message lists those there are.
+        UnknownNameError: neither exists; the message lists the names that do.
     """
     shipped = resources.files("stages") / SHIPPED_IN.get(folder, folder)
-    places = [shipped] if run is None else [run / folder, shipped]
+    places: list[Traversable] = [shipped] if run is None else [run / folder, shipped]
     for place in places:
         if (file := place / f"{name}.toml").is_file():
-            return file.read_text(encoding="utf-8")
+            return file
     names = {
         f.name.removesuffix(".toml") for p in places if p.is_dir() for f in p.iterdir() if f.name.endswith(".toml")
     }
@@ -57,7 +58,7 @@ def words(name: str, *, folder: str, run: Path | None) -> str:
 
 
 def explain_unknown(name: str, choices: list[str]) -> str:
-    """What to say of a name that is none of the choices."""
+    """The message for a name that is none of the choices."""
     close = get_close_matches(name, choices, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{name!r} is none of {', '.join(choices) or '(there are none)'}{hint}"

@@ -82,6 +82,19 @@ def plain_value(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginChoice:
+    """The plugins that a section chooses from, and the key that names one."""
+
+    package: str
+    selector: str = "kind"
+    default: str | None = None  # the plugin of a section without that key; None: the key is required
+
+
+SOURCES = PluginChoice(package="pipeline.sources")
+ENGINES = PluginChoice(package="pipeline.engines")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plugin:
     """A section that names a plugin: the plugin's module, and its own part of the section."""
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import operator
 import re
+import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast,
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.sections import Plugin, ResolvedPath, endpoint_file, plain_value
+from pipeline.sections import Plugin, PluginChoice, ResolvedPath, endpoint_file, plain_value
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -93,20 +94,14 @@ class Section:
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise self.error(name, f"unknown key; {hint}allowed: {', '.join(sorted(known))}")
 
-    def plugin(
-        self, package: str, *, common: frozenset[str] = frozenset(), selector: str = "kind", default: str | None = None
-    ) -> Plugin:
+    def plugin(self, choice: PluginChoice, *, common: frozenset[str] = frozenset()) -> Plugin:
         """The section as the `Config` of the plugin that it names; keys in `common` are left to the caller.
-
-        Args:
-            package: the plugins to choose from.
-            selector: the key that names the plugin.
-            default: the plugin of a section without that key; None: the key is required.
 
         Raises:
             ConfigError: the plugin is missing or unknown, or the rest does not fit it.
         """
-        name = self.values.get(selector, default)
+        selector, package = choice.selector, choice.package
+        name = self.values.get(selector, choice.default)
         if not isinstance(name, str):
             choices = ", ".join(plugins.list_names(package))
             raise self.error(selector, f"is missing; it is one of {choices}, or a module of your own with a dot")
@@ -179,6 +174,20 @@ def find_secret(url: str) -> str:
     if re.search(r"https?://[^/@\s]+@|://[^/@\s]*:[^/@\s]*@", url):
         return "a password"
     return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNED.fullmatch(name)), "")
+
+
+def read_toml(name: str, *, folder: str, run: Path | None) -> Section:
+    """`<run>/<folder>/NAME.toml`, else the file of that name that ships in stages/.
+
+    Raises:
+        UnknownNameError: neither exists; the message lists the names that do.
+        ConfigError: the file is not TOML.
+    """
+    file, found = Path(folder, f"{name}.toml"), plugins.find_toml(name, folder=folder, run=run)
+    try:
+        return Section(tomllib.loads(found.read_text(encoding="utf-8")), file=file, field="")
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(file), f"is not TOML: {error}") from error
 
 
 @cache

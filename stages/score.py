@@ -16,13 +16,14 @@ from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, column_names
-from pipeline.sections import Plugin, Run, key
+from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
 from stages import scorers
 from stages.scorers import Sample, Scorer, ScoreResult
 from stages.text.prompts import derive_seed, map_with_context
 
 NAMED = True
+PLUGINS = PluginChoice(package="stages.scorers")
 VERSION = 1
 
 
@@ -47,7 +48,7 @@ def read_section(section: Section) -> Scored:
         ConfigError: the kind is unknown, or a key fits neither the stage nor the scorer.
     """
     common = frozenset(column_names(Config))
-    plugin = section.plugin("stages.scorers", common=common)
+    plugin = section.plugin(PLUGINS, common=common)
     return Scored(**vars(section.select_keys(common).parse(Config)), scorer=plugin)
 
 

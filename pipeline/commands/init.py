@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from pipeline import plugins
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
-from pipeline.sections import Corpus, Resources, Run, SlurmSettings, TopLevel
+from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _survey
 from pipeline.storage import tables
 from pipeline.storage.plan import write_plan
@@ -168,11 +168,12 @@ def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
     if top == "slurm":
         yield from (SlurmSettings, Resources)
         return
-    packages = {"source": "pipeline.sources", "engines": "pipeline.engines", "score": "stages.scorers"}
-    if top != "engines" and top != "source":
-        yield plugins.load("stages", top).Config
-    if top in packages:
-        yield plugins.load(packages[top], values["kind"]).Config
+    stage = None if top in ("source", "engines") else plugins.load("stages", top)
+    if stage is not None:
+        yield stage.Config
+    choice = {"source": SOURCES, "engines": ENGINES}.get(top) or getattr(stage, "PLUGINS", None)
+    if choice is not None:
+        yield plugins.load(choice.package, values.get(choice.selector, choice.default)).Config
     if top == "source":
         yield Corpus
 

@@ -6,14 +6,11 @@ The words are data: NAME.toml in this folder or in `<run>/flags` gives each flag
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
-from pipeline import plugins
-from pipeline.errors import ConfigError
+from pipeline.validation import Section, read_toml
 from stages.text.repetition import split_words
 
 LEAK = 8  # words in a row that an answer shares with what was asked
@@ -29,12 +26,8 @@ def load(name: str, *, run: Path | None) -> Patterns:
         UnknownNameError: there are none of that name.
         ConfigError: they are not TOML, or something in them is no regular expression.
     """
-    file = f"flags/{name}.toml"
-    try:
-        values = tomllib.loads(plugins.words(name, folder="flags", run=run))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(file, f"is not TOML: {error}") from error
-    return {flag: _expressions(f"{file}: {flag}", given) for flag, given in values.items()}
+    section = read_toml(name, folder="flags", run=run)
+    return {flag: _expressions(section, flag) for flag in section.values}
 
 
 def find_flags(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str, ...]:
@@ -52,15 +45,16 @@ def find_flags(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str,
     return tuple(found)
 
 
-def _expressions(where: str, given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
-        raise ConfigError(where, f"{given!r} is not a list of regular expressions")
-    for one in given:
+def _expressions(section: Section, flag: str) -> tuple[str, ...]:
+    expressions = section.values[flag]
+    if not isinstance(expressions, list) or not all(isinstance(one, str) for one in expressions):
+        raise section.error(flag, f"{expressions!r} is not a list of regular expressions")
+    for expression in expressions:
         try:
-            re.compile(one)
+            re.compile(expression)
         except re.error as error:
-            raise ConfigError(where, f"{one!r} is no regular expression: {error}") from error
-    return tuple(given)
+            raise section.error(flag, f"{expression!r} is not a regular expression: {error}") from error
+    return tuple(expressions)
 
 
 @cache

@@ -7,17 +7,15 @@ text that came with one.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import plugins
-from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.errors import UnknownNameError
 from pipeline.sections import key
-from pipeline.validation import Section
+from pipeline.validation import read_toml
 from stages import flags
 from stages.text import json_schema
 from stages.text.answers import AnswerFormat
@@ -116,16 +114,12 @@ def load(name: str, *, run: Path | None) -> Recipe:
         UnknownNameError: there is no such recipe.
         ConfigError: something in it is wrong.
     """
-    file = Path(f"recipes/{name}.toml")
-    try:
-        values = tomllib.loads(plugins.words(name, folder="recipes", run=run))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(str(file), f"is not TOML: {error}") from error
-    spec = Section(values, file=file, field="").parse(RecipeSpec)
+    section = read_toml(name, folder="recipes", run=run)
+    spec = section.parse(RecipeSpec)
     try:
         return Recipe(spec=spec, flags=flags.load(spec.flags, run=run))
     except UnknownNameError as error:
-        raise ConfigError(f"{file}: flags", str(error)) from error
+        raise section.error("flags", str(error)) from error
 
 
 def _said(value: Any) -> str:

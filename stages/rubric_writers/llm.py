@@ -7,18 +7,16 @@ An answer that does not is asked for again, and then it is an error, never an em
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
-from pipeline.validation import Section
+from pipeline.validation import read_toml
 from stages.rubric_writers import Evidence, WrittenRubric
 from stages.text.answers import read_value
 from stages.text.json_schema import object_schema
@@ -78,14 +76,10 @@ def prepare(config: Config, *, run: Path, field: str) -> Settings:
         raise ConfigError(f"{field}.engine", "is missing: the writer llm asks a model, a name in [engines]")
     name = config.words or WORDS
     try:
-        values = tomllib.loads(plugins.words(name, folder="writers", run=run))
+        section = read_toml(name, folder="writers", run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"writers/{name}.toml", f"is not TOML: {error}") from error
-    return Settings(
-        engine=config.engine, spec=Section(values, file=Path(f"writers/{name}.toml"), field="").parse(WriterSpec)
-    )
+    return Settings(engine=config.engine, spec=section.parse(WriterSpec))
 
 
 def engines(settings: Settings) -> tuple[str, ...]:

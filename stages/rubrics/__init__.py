@@ -8,18 +8,15 @@ Weights by severity, and the value sum(w * v) / sum(w), are RubiCap's (arXiv 260
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import plugins
-from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
-from pipeline.validation import Section
+from pipeline.validation import Section, read_toml
 from stages.text.json_schema import object_schema
 from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, join_lines, list_fields
 
@@ -134,7 +131,7 @@ def load(name: str, *, run: Path | None) -> Rubric:
         UnknownNameError: there is no such rubric.
         ConfigError: something in it is wrong.
     """
-    section = _section(name, run)
+    section = read_toml(name, folder="rubrics", run=run)
     spec = section.parse(RubricSpec, ignore=frozenset({"criteria"}))
     return Rubric(spec=spec, criteria=_criteria(section, spec))
 
@@ -146,7 +143,7 @@ def load_judge_spec(name: str, *, run: Path | None) -> RubricSpec:
         UnknownNameError: there is no such file.
         ConfigError: something in it is wrong.
     """
-    section = _section(name, run)
+    section = read_toml(name, folder="rubrics", run=run)
     if "criteria" in section.values:
         raise section.error("criteria", "these are a rubric of its own; wanted are words that leave the criteria open")
     spec = section.parse(RubricSpec)
@@ -164,15 +161,6 @@ def build_image_rubric(spec: RubricSpec, demands: Iterable[RubricCriterion]) -> 
         for demand in demands
     ]
     return Rubric(spec=spec, criteria=_in_order(questions))
-
-
-def _section(name: str, run: Path | None) -> Section:
-    file = Path(f"rubrics/{name}.toml")
-    try:
-        values = tomllib.loads(plugins.words(name, folder="rubrics", run=run))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(str(file), f"is not TOML: {error}") from error
-    return Section(values, file=file, field="")
 
 
 def _criteria(section: Section, spec: RubricSpec) -> Mapping[str, Question]:
