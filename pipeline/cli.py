@@ -1,11 +1,11 @@
-"""Decides what the commands are called and how they end: stdout is data, all else is stderr, and the exit code tells.
+"""The command line: stdout is data, everything else goes to stderr, and the exit code is the result.
 
-0: all asked for is done. 1: the machine failed on some shard. 2: the user's input is wrong. 75: stopped, resumable.
+0: everything requested is done. 1: the machine failed on some shard. 2: the user's input is wrong. 75: stopped by a
+signal, resumable.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -25,63 +25,103 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="From an image corpus to a better-captioned training set: shard, caption, score, filter, export.",
+    help="Turn an image corpus into a better-captioned training set: shard, caption, score, filter, export.",
 )
+slurm = typer.Typer(help="Run the stages as chained Slurm array jobs.", no_args_is_help=True)
 
-RunOption = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default="the one you stand in")]
+RunOption = Annotated[Path, typer.Option("--run", help="The run's directory.", show_default="current directory")]
+StaleOption = Annotated[
+    Literal["stop", "redo", "keep"],
+    typer.Option(help="For stale tables: stop with an error, redo them, or keep using them."),
+]
+Format = Annotated[
+    Literal["table", "csv", "json", "parquet"], typer.Option(help="The output format; parquet is binary.")
+]
+Stages = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STAGE[:NAME]]...", help="Stages or passes, as for `recap run`.", show_default="all"),
+]
 
 
-@app.command(epilog="Example: recap demo runs/demo --images 1000 --engine vllm")
-def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the run is made.")] = Path("runs/demo"),
-    images: Annotated[int | None, typer.Option(help="How many images.", min=1, show_default="400")] = None,
+def print_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        print(f"recap {version('recap-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def parse_common_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None: ...
+
+
+@app.command("demo", epilog="Example: recap demo runs/demo --images 1000 --engine vllm")
+def run_demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory; created if missing.")] = Path(
+        "runs/demo"
+    ),
+    images: Annotated[int | None, typer.Option(help="Number of images.", min=1, show_default="400")] = None,
     engine: Annotated[
         Literal["transformers", "vllm"] | None,
-        typer.Option(help="What runs the models; `make vllm` installs vLLM.", show_default="transformers"),
+        typer.Option(help="The engine of both models; `make vllm` installs vLLM.", show_default="transformers"),
     ] = None,
 ) -> None:
-    """The whole pipeline on the embedded default."""
+    """Run every stage on generated images with the built-in models.
+
+    Prints a summary, with the captions' precision and recall against the known truth of the images.
+    """
     from pipeline.commands import demo
 
     outcome, summary = demo.run_demo(folder, num_images=images, engine=engine)
-    _tell(outcome)
+    report_outcome(outcome)
     if outcome.exit_code == 0:
         print("\n".join(summary))
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command(epilog="Example: recap init runs/photos --source ~/photos --engine vllm --model internlm/CapRL-3B")
-def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder; it is made.")],
-    source: Annotated[str, typer.Option(help="A folder, tars, Parquet, a URL, hf:NAME, or scenes.")],
-    kind: Annotated[str | None, typer.Option(help="The kind of source, when the guess would be wrong.")] = None,
+@app.command("init", epilog="Example: recap init runs/photos --source ~/photos --engine vllm --model internlm/CapRL-3B")
+def init_run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory; created if missing.")],
+    source: Annotated[str, typer.Option(help="A directory, tars, Parquet files, a URL, hf:NAME, or scenes.")],
+    kind: Annotated[str | None, typer.Option(help="The kind of source, if it should not be guessed.")] = None,
     engine: Annotated[
-        str, typer.Option(help="What captions: vllm, transformers, openai; echo needs no model and makes words up.")
+        str,
+        typer.Option(help="The captioner's engine: vllm, transformers, openai, or echo, which invents text."),
     ] = "echo",
-    model: Annotated[str | None, typer.Option(help="The captioner: a Hugging Face name or a folder.")] = None,
-    shard_size: Annotated[int, typer.Option(help="Images in a shard.", min=1)] = 1000,
+    model: Annotated[str | None, typer.Option(help="The captioner: a Hugging Face name or a directory.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Number of images in a shard.", min=1)] = 1000,
 ) -> None:
-    """Write DIR/run.toml, each line explained, and freeze DIR/plan.parquet."""
+    """Create a run: DIR/run.toml with comments, and its plan.
+
+    run.toml explains each key and shows its default. The plan assigns every image of the corpus to a shard.
+    """
     from pipeline.commands import init
     from pipeline.progress import say
 
     guessed = init.guess_source(source, kind=kind)
     sections = init.default_sections({**guessed, "shard_size": shard_size}, engine=engine, model=model)
     run, num_shards = init.create_run(folder, sections)
-    if beside := init.describe_ignored_files(sections["source"]):
-        say(f"recap: {beside}")
-    say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; all can be changed there")
+    if warning := init.describe_ignored_files(sections["source"]):
+        say(f"recap: {warning}")
+    say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; edit the file to change anything")
     if engine == "echo":
-        say("its engine is `echo`, which makes words up: good for a first look. Name your model in [engines.captioner]")
+        say("its engine is `echo`, which invents text; to caption images, set a model in [engines.captioner]")
     if engine == "openai":
-        say("its server is to be started by `recap serve captioner`; for another, write its URL in [engines.captioner]")
-    there = shlex.quote(str(folder))
-    say(f"next: recap try caption:dense --run {there}, then recap run all --run {there}")
+        say("start its server with `recap serve captioner`, or set the URL of another in [engines.captioner]")
+    quoted = shlex.quote(str(folder))
+    say(f"next: recap try caption:dense --run {quoted}, then recap run all --run {quoted}")
 
 
-@app.command(epilog="Example: recap plan --run runs/photos")
-def plan(run: RunOption = Path()) -> None:
-    """Extend the plan after the corpus grew: new shards at the end, no key moves."""
+@app.command("plan", epilog="Example: recap plan --run runs/photos")
+def extend_plan(run: RunOption = Path()) -> None:
+    """Add the new images of a grown corpus to the plan.
+
+    They form new shards at the end; no image moves to another shard.
+    """
     from pipeline import config
     from pipeline.commands import init
     from pipeline.progress import say
@@ -91,16 +131,19 @@ def plan(run: RunOption = Path()) -> None:
 
 
 @app.command("try", epilog="Example: recap try caption:dense --images 5")
-def attempt(
-    what: Annotated[str, typer.Argument(metavar="STAGE:NAME", help="A caption or score pass.")],
-    images: Annotated[int, typer.Option(help="How many images.", min=1)] = 20,
+def try_pass(
+    name: Annotated[str, typer.Argument(metavar="STAGE:NAME", help="A caption, rubric or score pass.")],
+    images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 20,
     run: RunOption = Path(),
 ) -> None:
-    """A pass on a few images, shown side by side; nothing is written into the run."""
+    """Run a pass on a few images and print the results.
+
+    Nothing is written into the run.
+    """
     from pipeline import config
     from pipeline.commands import preview
 
-    for line in preview.preview_passes(config.load(run), what, num_images=images):
+    for line in preview.preview_passes(config.load(run), name, num_images=images):
         print(line)
 
 
@@ -111,15 +154,17 @@ def run_stage(
         typer.Argument(metavar="STAGE[:NAME]", help="ingest, caption, rubric, score, filter, export, train or all."),
     ],
     run: RunOption = Path(),
-    shard: Annotated[str, typer.Option(help="7, 0-9, 0-99:10, 3,5,8-11, i/n (the i-th of n blocks) or all.")] = "all",
-    workers: Annotated[int, typer.Option(help="Processes; each has an engine and GPUs of its own.", min=1)] = 1,
-    stale: Annotated[
-        Literal["stop", "redo", "keep"],
-        typer.Option(help="What to do with tables that other words or inputs made."),
-    ] = "stop",
-    retry: Annotated[str, typer.Option(help="Ask again for the rows with these statuses, e.g. error,truncated.")] = "",
+    shard: Annotated[
+        str, typer.Option(help="The shards: 7, 0-9, 0-99:10, 3,5,8-11, i/n (block i of n, from 0) or all.")
+    ] = "all",
+    workers: Annotated[int, typer.Option(help="Processes, each with its own engine and GPUs.", min=1)] = 1,
+    stale: StaleOption = "stop",
+    retry: Annotated[str, typer.Option(help="Retry the rows with these statuses, e.g. error,truncated.")] = "",
 ) -> None:
-    """Make what is missing of a stage. Finished work is skipped; interrupted runs resume."""
+    """Make the missing shards of a stage, or of one of its passes.
+
+    Finished work is skipped; interrupted runs resume.
+    """
     from pipeline import config
     from pipeline.execution import whole_run
     from pipeline.execution.passes import select_passes
@@ -129,51 +174,52 @@ def run_stage(
     state = RunState(config.load(run), shards=shard, stale=stale)
     if module := whole_run.load_stage(stage):
         if (shard, workers, retry) != ("all", 1, ""):
-            raise UserError(f"{stage}: it is made from all shards; --shard, --workers and --retry are not for it")
+            raise UserError(f"{stage} works on all shards at once; --shard, --workers and --retry do not apply to it")
         print(whole_run.make_product(module, state))
         return
     runner = Runner(state, workers=workers, retry=frozenset(filter(None, retry.split(","))))
     outcome = runner.execute(select_passes(state.passes, stage))
-    _tell(outcome)
+    report_outcome(outcome)
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command(epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")
-def status(
+@app.command("status", epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")
+def print_status(
     run: RunOption = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Per pass: done, missing, stale, failed rows, rate, time left; missing shards as a Slurm --array expression."""
+    """Show for each pass what is done, missing, stale and failed.
+
+    Also shows rates, the estimated time left, missing shards as a Slurm --array expression, and Slurm jobs.
+    """
     from pipeline import config
-    from pipeline.commands import status as report
+    from pipeline.commands import status
     from pipeline.execution.run_state import RunState
     from pipeline.progress import say
     from pipeline.slurm.jobs import JobMonitor
     from pipeline.storage.views import find_leftovers
 
     state = RunState(config.load(run))
-    watch = JobMonitor.query(state)
-    passes = report.summarise_passes(state, watch)
-    print(json.dumps(report.as_json(passes), indent=2) if as_json else report.format_table(passes, watch))
+    monitor = JobMonitor.query(state)
+    passes = status.summarise_passes(state, monitor)
+    print(status.format_json(passes) if as_json else status.format_table(passes, monitor))
     if folders := find_leftovers(state.run):
-        say(f"recap: left over, of passes that run.toml does not have (nothing reads them): {', '.join(folders)}")
+        say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
 
 
-Format = Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print; parquet is binary.")]
-
-
-@app.command(epilog="""Example: recap sql "SELECT status, count(*) FROM caption GROUP BY ALL" --run runs/photos""")
-def sql(
+@app.command("sql", epilog='Example: recap sql "SELECT status, count(*) FROM caption GROUP BY ALL" --run runs/photos')
+def run_sql(
     query: Annotated[
         str,
         typer.Argument(
-            metavar="SELECT", help="Over plan, image, caption, rubric, score, verdict, export, step, stats."
+            metavar="SELECT",
+            help="A query over plan, image, caption, rubric, score, verdict, export, step and stats.",
         ),
     ],
     run: RunOption = Path(),
     format: Format = "table",
 ) -> None:
-    """Ask the run's tables in SQL, read-only."""
+    """Query the run's tables with read-only SQL."""
     from pipeline import config
     from pipeline.storage import database, views
 
@@ -181,13 +227,13 @@ def sql(
         database.print_query(connection, query, format, sys.stdout.buffer)
 
 
-@app.command(epilog="Example: recap query yield --run runs/photos")
-def query(
-    name: Annotated[str, typer.Argument(help="One of the named queries; without it they are listed.")] = "",
+@app.command("query", epilog="Example: recap query yield --run runs/photos")
+def run_query(
+    name: Annotated[str, typer.Argument(help="The name of a query; without it, all are listed.")] = "",
     run: RunOption = Path(),
     format: Format = "table",
 ) -> None:
-    """A named query of manifests/queries."""
+    """Run a named query, or list the named queries."""
     from pipeline import config
     from pipeline.storage import database, views
 
@@ -198,69 +244,77 @@ def query(
         database.print_query(connection, database.read_query(name), format, sys.stdout.buffer)
 
 
-@app.command(epilog="Example: recap schema > run.schema.json")
-def schema() -> None:
+@app.command("schema", epilog="Example: recap schema > run.schema.json")
+def print_schema() -> None:
     """Print the JSON Schema of run.toml, for editors."""
-    from pipeline.commands.schema import build_schema
+    import json
 
-    print(json.dumps(build_schema(), indent=2, ensure_ascii=False))
+    from pipeline.commands import schema
+
+    print(json.dumps(schema.build_schema(), indent=2, ensure_ascii=False))
 
 
-@app.command(epilog="Example: recap report --run runs/photos --images 60")
-def report(
+@app.command("report", epilog="Example: recap report --run runs/photos --images 60")
+def write_report(
     run: RunOption = Path(),
-    images: Annotated[int, typer.Option(help="How many samples are shown.", min=1, max=1000)] = 36,
+    images: Annotated[int, typer.Option(help="Maximum number of samples to show.", min=1, max=1000)] = 36,
 ) -> None:
-    """Write report.html into the run: what came of it in numbers and pictures, in one file; prints its path."""
+    """Write the run's numbers and samples to report.html.
+
+    Prints its path. The file is self-contained and has no scripts.
+    """
     from pipeline import config
     from pipeline.report import render
 
     print(render.write_report(config.load(run), num_images=images))
 
 
-@app.command(epilog="Example: recap serve judge --run runs/photos")
-def serve(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="A name in [engines].")],
+@app.command("serve", epilog="Example: recap serve judge --run runs/photos")
+def serve_engine(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="The name of a section [engines.ENGINE].")],
     run: RunOption = Path(),
     host: Annotated[
-        str, typer.Option(help="Where to listen; on any but loopback an API key is demanded.")
+        str, typer.Option(help="The address to listen on; any but loopback requires an API key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
-    ready_timeout: Annotated[float, typer.Option(help="Seconds until a server that is not ready is given up.")] = 1800,
+    port: Annotated[int, typer.Option(help="The port; 0 selects a free one.", min=0, max=65535)] = 0,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds to wait for the server to be ready.")] = 1800,
 ) -> None:
-    """Start the vLLM server that an engine of run.toml describes; base_url = "endpoint" finds it."""
+    """Start the vLLM server of an engine of run.toml.
+
+    Engines with base_url = "endpoint" find it by themselves. It runs until it is interrupted.
+    """
     from pipeline import config
-    from pipeline.commands import serve as server
+    from pipeline.commands import serve
 
-    server.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
+    serve.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
 
 
-slurm = typer.Typer(help="The run as chained Slurm array jobs.", no_args_is_help=True)
 app.add_typer(slurm, name="slurm")
-Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE[:NAME]]...", show_default="all")]
-StaleOption = Annotated[Literal["stop", "redo", "keep"], typer.Option(help="What to do with stale tables.")]
 
 
-@slurm.command(epilog="Example: recap slurm script caption --run runs/photos")
-def script(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
-    """Print the scripts of what is missing, as `submit` would submit them."""
+@slurm.command("script", epilog="Example: recap slurm script caption --run runs/photos")
+def print_scripts(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
+    """Print the job scripts of everything that is missing."""
     from pipeline import config
     from pipeline.slurm import submit
 
-    state, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
-    print("\n".join(submit.render_scripts(state, chosen)), end="")
+    state, jobs = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    print("\n".join(submit.render_scripts(state, jobs)), end="")
 
 
 @slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
 def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
-    """Submit what is missing and not in the queue yet; safe to repeat."""
+    """Submit everything that is missing and not queued.
+
+    Repeating the command is safe.
+    """
     from pipeline import config
     from pipeline.progress import say
     from pipeline.slurm import submit
 
-    state, chosen = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
-    num = submit.submit_jobs(state, chosen)
-    say(f"{num} tasks submitted" if num else "nothing to submit: all is done, or on its way")
+    state, jobs = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
+    num_tasks = submit.submit_jobs(state, jobs)
+    say(f"{num_tasks} tasks submitted" if num_tasks else "nothing to submit: everything is done or queued")
 
 
 def main() -> None:
@@ -279,9 +333,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def _tell(outcome: Outcome) -> None:
+def report_outcome(outcome: Outcome) -> None:
     from pipeline.progress import say
 
-    made = f"{outcome.done} shard tables made, {outcome.skipped} done before"
     failed = f", {len(outcome.failures)} failed" if outcome.failures else ""
-    say(f"{made}{failed}" + ("; stopped, the same command goes on" if outcome.stopped else ""))
+    stopped = "; stopped, the same command resumes" if outcome.stopped else ""
+    say(f"{outcome.done} shard tables made, {outcome.skipped} already done{failed}{stopped}")

@@ -1,4 +1,4 @@
-"""The command line: every command helps, stdout is data, exit codes tell, and nothing reads outside the run."""
+"""The command line: help texts, stdout as data, exit codes, and SQL that cannot leave the run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,15 +37,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_helps_with_an_example_and_stands_in_the_readme(name: str) -> None:
+def test_every_command_has_help_an_example_and_a_mention_in_the_readme(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    assert command.help
+    assert command.help and command.help.split("\n")[0].endswith(".")
     assert f"Example: recap {name}" in command.epilog
     assert all(param.help for param in command.params if param.name not in ("help",))
     assert f"recap {name}" in (ROOT / "README.md").read_text()
 
 
-def test_an_unknown_option_is_the_users_error() -> None:
+def test_help_shows_whole_sentences() -> None:
+    shown = recap("--help", COLUMNS="80").stdout
+    sentences = re.findall(r"^  [a-z]+ {2,}(.+)$", shown.partition("Commands:")[2], re.MULTILINE)
+    assert len(sentences) == len(COMMANDS) + len(GROUPS)
+    assert all(re.fullmatch(r"[A-Z].*[^.]\.", sentence) for sentence in sentences), sentences
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert recap("--version").stdout == f"recap {version('recap-pipeline')}\n"
+
+
+def test_unknown_option_is_a_user_error() -> None:
     assert recap("status", "--jsn", check=False).returncode == 2
 
 
@@ -59,19 +71,19 @@ def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "export" / "README.md").exists()
 
 
-def test_init_says_what_comes_next_as_a_shell_takes_it(tmp_path: Path) -> None:
+def test_init_quotes_the_next_command_for_a_shell(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"])
     assert f"--run '{tmp_path}/my run'" in recap("init", tmp_path / "my run", "--source", photos).stderr
 
 
-def test_init_asks_the_server_that_recap_serve_starts(tmp_path: Path) -> None:
+def test_init_uses_the_server_that_recap_serve_starts(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"])
     done = recap("init", tmp_path / "run", "--source", photos, "--engine", "openai", "--model", "m")
     assert "recap serve captioner" in done.stderr
     assert 'base_url = "endpoint"' in (tmp_path / "run" / "run.toml").read_text()
 
 
-def test_an_init_that_fails_leaves_nothing_and_names_no_file_of_its_own(tmp_path: Path) -> None:
+def test_failed_init_leaves_nothing_and_does_not_name_its_removed_file(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"])
     done = recap("init", tmp_path / "new" / "run", "--source", photos, "--engine", "vllm", check=False)
     assert (done.returncode, "run.toml" in done.stderr) == (2, False)
@@ -95,7 +107,7 @@ def test_an_init_that_fails_leaves_nothing_and_names_no_file_of_its_own(tmp_path
         (["README.md"], "folder"),
     ],
 )
-def test_what_lies_deeper_is_guessed_too(tmp_path: Path, files: list[str], kind: str) -> None:
+def test_source_is_guessed_from_nested_directories(tmp_path: Path, files: list[str], kind: str) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -111,11 +123,11 @@ def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> No
     empty = recap("init", tmp_path / "run", "--source", tmp_path / "empty", check=False)
     assert (empty.returncode, "no images" in empty.stderr) == (2, True)
     inside = recap("init", tmp_path / "empty" / "run", "--source", tmp_path / "empty", check=False)
-    assert (inside.returncode, "lies in the corpus" in inside.stderr) == (2, True)
+    assert (inside.returncode, "is inside the corpus" in inside.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["b--c", "d;e", "o'q", 'p"q', "x y", "ä{}"])
-def test_a_run_may_have_any_name_that_sql_can_be_told(tmp_path: Path, name: str) -> None:
+def test_run_may_have_any_name_that_sql_can_quote(tmp_path: Path, name: str) -> None:
     run = begin(tmp_path / name, sections(corpus(tmp_path / "photos", ["jpg"] * 3), filter={"rules": {}}))
     assert make(run).exit_code == 0
     with database.connect(run) as connection:
@@ -123,13 +135,13 @@ def test_a_run_may_have_any_name_that_sql_can_be_told(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "f*g", "x?"])
-def test_a_run_that_sql_would_read_with_others_is_refused(tmp_path: Path, name: str) -> None:
+def test_run_with_a_glob_in_its_name_is_refused(tmp_path: Path, name: str) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 3)
     done = recap("init", tmp_path / name, "--source", photos, check=False)
     assert (done.returncode, "can hold no run" in done.stderr) == (2, True)
 
 
-def test_what_is_added_at_the_end_of_a_fresh_run_toml_is_read(tmp_path: Path) -> None:
+def test_section_appended_to_a_fresh_run_toml_is_read(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 3)
     recap("init", tmp_path / "run", "--source", photos)
     with open(tmp_path / "run" / "run.toml", "a") as file:
@@ -137,7 +149,7 @@ def test_what_is_added_at_the_end_of_a_fresh_run_toml_is_read(tmp_path: Path) ->
     assert "caption:second" in recap("status", "--run", tmp_path / "run").stdout
 
 
-def test_the_plan_grows_at_its_end(tmp_path: Path) -> None:
+def test_plan_grows_at_its_end(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 12)
     run = begin(tmp_path / "run", sections(photos))
     make(run)
@@ -150,7 +162,7 @@ def test_the_plan_grows_at_its_end(tmp_path: Path) -> None:
     assert len(json.loads(recap("sql", "SELECT key FROM image", "--run", run, "--format", "json").stdout)) == 17
 
 
-def test_shards_are_made_as_they_are_asked_for(tmp_path: Path) -> None:
+def test_only_the_requested_shards_are_made(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 45)))
     recap("run", "all", "--run", run, "--shard", "1-3:2")
     assert sorted(path.name for path in (run / "image").iterdir()) == ["00001.parquet", "00003.parquet"]
@@ -160,7 +172,7 @@ def test_shards_are_made_as_they_are_asked_for(tmp_path: Path) -> None:
     assert (wrong.returncode, "0-4" in wrong.stderr) == (2, True)
 
 
-def test_sql_speaks_every_format(run: Path) -> None:
+def test_sql_prints_every_format(run: Path) -> None:
     query = "SELECT key, status FROM image ORDER BY key"
     rows = [{"key": k, "status": s} for k, s in database.query_rows(database.connect(run), query)]
     assert json.loads(recap("sql", query, "--run", run, "--format", "json").stdout) == rows
@@ -179,7 +191,7 @@ def test_json_has_no_infinity(run: Path) -> None:
     assert out.getvalue().decode() == f"{json.dumps([first, second], indent=2)}\n[]\n"
 
 
-def test_json_has_strings_as_they_are(run: Path) -> None:
+def test_json_keeps_strings_unchanged(run: Path) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
         database.print_query(
@@ -190,7 +202,7 @@ def test_json_has_strings_as_they_are(run: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["csv", "json"])
-def test_rows_are_printed_as_they_come(run: Path, format: str) -> None:
+def test_rows_are_printed_as_they_arrive(run: Path, format: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
         query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
@@ -241,7 +253,7 @@ COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
         "FROM repeat('a', 3)",
     ],
 )
-def test_what_only_reads_is_allowed(run: Path, query: str) -> None:
+def test_explain_and_from_are_allowed(run: Path, query: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
         database.print_query(connection, query, "json", out)
@@ -266,7 +278,7 @@ def test_what_only_reads_is_allowed(run: Path, query: str) -> None:
         "CALL enable_logging()",
     ],
 )
-def test_nothing_that_reads_writes_on_the_way(run: Path, query: str) -> None:
+def test_queries_that_write_are_refused(run: Path, query: str) -> None:
     before = times(run)
     with (
         database.connect(run) as connection,
@@ -288,12 +300,12 @@ def test_nothing_that_reads_writes_on_the_way(run: Path, query: str) -> None:
         "SELECT unnest(flags) FROM caption UNION SELECT key FROM read_parquet('{run}/image/*.parquet')",
     ],
 )
-def test_what_reads_is_allowed(run: Path, query: str) -> None:
+def test_reading_statements_are_allowed(run: Path, query: str) -> None:
     with database.connect(run) as connection:
         assert database.run_query(connection, query.format(run=run)).fetchall()
 
 
-def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path, tmp_path: Path) -> None:
+def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run, tmp_path / "run")
     damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
     os.truncate(damaged, 50)
@@ -305,13 +317,13 @@ def test_a_damaged_file_is_in_the_way_of_nothing_that_does_not_read_it(run: Path
         assert list(database.query_rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]
         with pytest.raises(MachineError, match=f"{damaged.name}.*may be removed"):
             database.run_query(connection, "SELECT (SELECT count(*) FROM Stats)")
-    told = recap("query", "cost", "--run", run, check=False)
-    assert (told.returncode, told.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
+    done = recap("query", "cost", "--run", run, check=False)
+    assert (done.returncode, done.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
     status = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--json").stdout)}
     assert status["caption:dense"]["rows_per_second"] > 0
 
 
-def test_every_named_query_answers_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
+def test_every_named_query_runs_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
     bare = begin(tmp_path / "bare", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
     names = [name for name, sentence in database.list_queries() if sentence.endswith(".")]
     assert names == [line.split()[0] for line in recap("query").stdout.splitlines()]
@@ -330,7 +342,7 @@ def test_every_named_query_answers_on_a_full_and_on_an_empty_run(run: Path, tmp_
     assert (wrong.returncode, "did you mean 'yield'" in wrong.stderr) == (2, True)
 
 
-def test_a_trial_shows_captions_and_scores_and_leaves_nothing(run: Path) -> None:
+def test_try_shows_captions_and_scores_and_writes_nothing(run: Path) -> None:
     before = times(run)
     shown = recap("try", "score:judge:dense", "--images", 3, "--run", run).stdout
     assert times(run) == before
@@ -343,19 +355,19 @@ def test_a_trial_shows_captions_and_scores_and_leaves_nothing(run: Path) -> None
 
 
 @pytest.mark.parametrize("stage", ["ingest", "filter"])
-def test_a_trial_of_what_it_cannot_show_is_refused_at_once(tmp_path: Path, stage: str) -> None:
+def test_try_refuses_passes_that_it_cannot_show(tmp_path: Path, stage: str) -> None:
     run = write(tmp_path / "run", sections(tmp_path / "nowhere"))
     done = recap("try", stage, "--run", run, check=False)
     assert (done.returncode, f"{stage} makes none of them" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("option", [("--shard", "0"), ("--retry", "error"), ("--workers", "2")])
-def test_a_training_refuses_what_is_for_shards(run: Path, option: tuple[str, str]) -> None:
+def test_training_refuses_options_for_shards(run: Path, option: tuple[str, str]) -> None:
     done = recap("run", "train", *option, "--run", run, check=False)
-    assert (done.returncode, "are not for it" in done.stderr) == (2, True)
+    assert (done.returncode, "do not apply to it" in done.stderr) == (2, True)
 
 
-def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
+def test_plain_duckdb_reads_a_run(run: Path) -> None:
     import duckdb
 
     with duckdb.connect() as connection:
@@ -368,18 +380,19 @@ def test_plain_duckdb_reads_a_run_without_our_code(run: Path) -> None:
         assert connection.execute(globbed).fetchone() == (18,)
 
 
-def test_photographs_beside_tars_are_not_left_out_without_a_word(tmp_path: Path) -> None:
+def test_init_warns_about_ignored_files(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png"])
     (photos / "more.tar").write_bytes(make_tar({"a.jpg": picture(7)}))
-    said = recap("init", tmp_path / "run", "--source", photos).stderr
-    assert f'tars and tables in {photos} are left out (more.tar): kind = "folder" reads none' in said
-    said = recap("init", tmp_path / "tars", "--source", photos, "--kind", "webdataset").stderr
-    assert f'image files in {photos} are left out (00000.jpg, 00001.png): kind = "webdataset" reads none' in said
+    stderr = recap("init", tmp_path / "run", "--source", photos).stderr
+    assert f'tars and tables in {photos} are ignored (more.tar): kind = "folder" does not read them' in stderr
+    stderr = recap("init", tmp_path / "tars", "--source", photos, "--kind", "webdataset").stderr
+    ignored = "(00000.jpg, 00001.png)"
+    assert f'image files in {photos} are ignored {ignored}: kind = "webdataset" does not read them' in stderr
     (photos / "more.tar").rename(tmp_path / "more.tar")
-    assert "left out" not in recap("init", tmp_path / "other", "--source", photos).stderr
+    assert "are ignored" not in recap("init", tmp_path / "other", "--source", photos).stderr
 
 
-def test_a_trial_looks_into_several_tars(tmp_path: Path) -> None:
+def test_try_reads_several_tars(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     for number in range(9):
         images = {f"{number}_{letter}.jpg": picture(10 * number + n) for n, letter in enumerate("abc")}
@@ -389,55 +402,55 @@ def test_a_trial_looks_into_several_tars(tmp_path: Path) -> None:
     assert re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE) == ["0_a", "0_b", "3_a", "3_b", "6_a"]
 
 
-def test_what_is_left_of_a_removed_pass_is_not_shown(tmp_path: Path) -> None:
+def test_tables_of_a_removed_pass_are_not_shown(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
     )
     run = begin(tmp_path / "run", parts)
     assert make(run).exit_code == 0
-    asked = (
+    query = (
         "SELECT name, '' FROM caption UNION SELECT name, caption FROM score"
         " UNION SELECT name, caption FROM stats WHERE name <> '' ORDER BY ALL"
     )
 
     def shown() -> list[list[str]]:
-        return list(csv.reader(io.StringIO(recap("sql", asked, "--format", "csv", "--run", run).stdout)))[1:]
+        return list(csv.reader(io.StringIO(recap("sql", query, "--format", "csv", "--run", run).stdout)))[1:]
 
     every = [["dense", ""], ["form", "dense"], ["form", "old"], ["judge", "dense"], ["judge", "old"], ["old", ""]]
     assert shown() == every
     parts["caption.new"] = parts.pop("caption.old")
     write(run, parts)
     assert shown() == [row for row in every if "old" not in row]
-    left = recap("status", "--json", "--run", run).stderr
-    assert left.endswith("(nothing reads them): caption/old, score/form/old, score/judge/old\n")
-    with database.connect(run) as connection:  # plain DuckDB shows what lies there
-        assert sorted(map(list, database.query_rows(connection, asked))) == every
+    stderr = recap("status", "--json", "--run", run).stderr
+    assert stderr.endswith("that run.toml no longer has: caption/old, score/form/old, score/judge/old\n")
+    with database.connect(run) as connection:  # plain DuckDB reads every file
+        assert sorted(map(list, database.query_rows(connection, query))) == every
 
 
-def test_a_score_that_is_no_longer_given_decides_nothing(tmp_path: Path) -> None:
+def test_score_removed_from_run_toml_decides_nothing(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
     )
     run = begin(tmp_path / "run", parts)
     assert make(run).exit_code == 0
-    asked = "SELECT DISTINCT reason = 'unscored:judge' IS TRUE FROM verdict WHERE caption = 'old'"
+    query = "SELECT DISTINCT reason = 'unscored:judge' IS TRUE FROM verdict WHERE caption = 'old'"
     with database.connect(run) as connection:
-        assert list(database.query_rows(connection, asked)) == [(False,)]
+        assert list(database.query_rows(connection, query)) == [(False,)]
     parts["score.judge"]["captions"] = ["dense"]
     write(run, parts)
     assert make(run).exit_code == 0
     assert (run / "score" / "judge" / "old").is_dir()
     with database.connect(run) as connection:
-        assert list(database.query_rows(connection, asked)) == [(True,)]
+        assert list(database.query_rows(connection, query)) == [(True,)]
 
 
-def test_a_slow_question_has_no_progress_bar_in_its_answer(run: Path) -> None:
+def test_slow_query_prints_no_progress_bar(run: Path) -> None:
     with database.connect(run) as connection:
         (shown,) = next(database.query_rows(connection, "SELECT current_setting('enable_progress_bar')"))
     assert not shown
 
 
-def test_what_a_stage_lacks_is_said_once(tmp_path: Path) -> None:
+def test_missing_input_is_reported_once(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"shard_size": 1}))
     done = recap("run", "caption", "--run", run, check=False)
     assert done.returncode == 1
@@ -445,7 +458,7 @@ def test_what_a_stage_lacks_is_said_once(tmp_path: Path) -> None:
     assert "caption:dense 00000" in done.stderr and "(and 3 shards more like it)" in done.stderr
 
 
-def test_every_shard_that_lacks_something_is_named(tmp_path: Path) -> None:
+def test_every_pass_with_missing_input_is_named(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg"] * 2), source={"shard_size": 1}, filter={"rules": {}, "choose": "form DESC"}
     )
@@ -455,14 +468,14 @@ def test_every_shard_that_lacks_something_is_named(tmp_path: Path) -> None:
         assert make(run, stage).exit_code == 0
     for name in ("dense", "other"):
         (run / "caption" / name / "00001.parquet").unlink()
-    said = recap("run", "score", "--run", run, check=False).stderr
-    assert "score:form:dense 00001 failed" in said and "score:form:other 00001 failed" in said
+    stderr = recap("run", "score", "--run", run, check=False).stderr
+    assert "score:form:dense 00001 failed" in stderr and "score:form:other 00001 failed" in stderr
 
 
-def test_a_key_that_the_environment_lacks_is_named_with_its_engine(tmp_path: Path) -> None:
+def test_missing_api_key_is_named_with_its_engine(tmp_path: Path) -> None:
     engine = {"kind": "openai", "model": "m", "base_url": "endpoint", "api_key_env": "NO_SUCH_KEY"}
     parts = sections(corpus(tmp_path / "photos", ["jpg"])) | {"engines.captioner": engine}
     run = begin(tmp_path / "run", parts)
     done = recap("run", "all", "--run", run, check=False)
-    said = f"{run}/run.toml: engines.captioner: api_key_env: the environment has no NO_SUCH_KEY"
-    assert (done.returncode, said in done.stderr) == (2, True)
+    message = f"{run}/run.toml: engines.captioner: api_key_env: the environment has no NO_SUCH_KEY"
+    assert (done.returncode, message in done.stderr) == (2, True)

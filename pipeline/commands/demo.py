@@ -1,9 +1,13 @@
-"""Decides what a newcomer sees first: the whole pipeline on the embedded default, and a summary in plain words."""
+"""The demo: every stage on generated images with the built-in models, and a summary.
+
+The module that knows the truth of the images is named by manifests/demo/demo.toml.
+"""
 
 from __future__ import annotations
 
 import re
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,21 +26,22 @@ from pipeline.storage import database, tables
 
 EngineKind = Literal["transformers", "vllm"]
 
+MANIFEST = resources.files("manifests") / "demo"
 STEPS = {
     "images": "in the corpus",
-    "usable": "decoded; the others are broken, empty or no images",
-    "captioned": "have a caption that finished and does not loop",
+    "usable": "decoded; the others are broken, empty or not images",
+    "captioned": "have a complete caption without repetition",
     "kept": "passed every rule of the filter",
-    "exported": "samples of the training set",
+    "exported": "samples in the training set",
 }
 
 
 def create_demo(folder: Path, *, num_images: int | None = None, engine: EngineKind | None = None) -> config.Run:
-    """Writes the demo's run.toml and plan into `folder`, unless they are there.
+    """Writes the demo's run.toml and plan into `folder`, unless they exist.
 
     Raises:
-        ConfigError: the engine is not installed; the message says what to type.
-        RefusedError: the run that is there has another engine.
+        ConfigError: the engine is not installed.
+        RefusedError: the existing run has another engine.
     """
     file = folder / "run.toml"
     if engine == "vllm":
@@ -46,14 +51,14 @@ def create_demo(folder: Path, *, num_images: int | None = None, engine: EngineKi
             out.write(render_manifest(num_images=num_images, engine=engine).encode())
     run = config.load(folder)
     if engine and engine not in {plugin.kind for plugin in run.engines.values()}:
-        raise RefusedError(f"{file} has another engine; `recap demo DIR --engine {engine}` wants a folder of its own")
+        raise RefusedError(f"{file} has another engine; use another directory for `recap demo DIR --engine {engine}`")
     init.extend_plan(run)
     return run
 
 
 def render_manifest(*, num_images: int | None, engine: EngineKind | None) -> str:
-    """The demo's run.toml, as it ships or changed so."""
-    text = (resources.files("manifests") / "demo" / "run.toml").read_text(encoding="utf-8")
+    """The demo's run.toml with another number of images, or for another engine."""
+    text = (MANIFEST / "run.toml").read_text(encoding="utf-8")
     if num_images is not None:
         text = re.sub(r"num_images = \d+", f"num_images = {num_images}", text)
     if engine == "vllm":
@@ -63,7 +68,7 @@ def render_manifest(*, num_images: int | None, engine: EngineKind | None) -> str
 
 
 def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None) -> tuple[Outcome, Iterator[str]]:
-    """Runs every stage; returns what it did, and the summary line by line."""
+    """Runs every stage; returns the outcome and the lines of the summary."""
     start = time.monotonic()
     state = RunState(create_demo(folder, num_images=num_images, engine=engine))
     outcome = Runner(state).execute(state.passes)
@@ -74,7 +79,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     with database.connect(folder) as connection:
         steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({database.read_query('yield')})"))
         reasons = list(database.query_rows(connection, REFUSALS))
-        said = list(database.query_rows(connection, SAID))
+        captions = list(database.query_rows(connection, CAPTIONS))
     yield ""
     for step, meaning in STEPS.items():
         yield f"  {step:10}{format_count(steps[step]):>7}   {meaning}"
@@ -84,9 +89,9 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     rate = steps["images"] / max(seconds, 1e-9)
     yield f"  {format_count(rate)} images/s over all stages, {format_duration(seconds)} in all"
     yield ""
-    yield "  how right it is, by the known truth of the scenes, which nothing above has looked at:"
-    yield f"  {'':14}{'claims that are true':>22}{'of what could be said':>24}{'claims that are false':>24}"
-    yield from _rightness(said)
+    yield "  accuracy against the known truth of the images, which no stage has seen:"
+    yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"
+    yield from _measure_accuracy(captions)
     yield ""
     render.write_report(config.load(folder))
     for place, meaning in FILES.items():
@@ -97,35 +102,39 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
         yield f"    {command.format(run=folder):58} # {meaning}"
 
 
-def _rightness(said: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
-    """Of the alt text, of all captions and of those that were kept: precision, recall and hallucinations a caption."""
-    measure = plugins.load("stages.scenes", "claims").count_claims
+def _measure_accuracy(captions: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
+    """A line each for the alt text, for all captions and for the kept ones: means over texts.
+
+    Args:
+        captions: (source key, alt text, caption, kept).
+    """
+    truth = plugins.load("manifests", tomllib.loads((MANIFEST / "demo.toml").read_text(encoding="utf-8"))["truth"])
     groups = {
-        "the alt text": [(key, alt or "") for key, alt, _, _ in said],
-        "all captions": [(key, text) for key, _, text, _ in said],
-        "kept captions": [(key, text) for key, _, text, keep in said if keep],
+        "the alt text": [(key, alt or "") for key, alt, _, _ in captions],
+        "all captions": [(key, text) for key, _, text, _ in captions],
+        "kept captions": [(key, text) for key, _, text, kept in captions if kept],
     }
     for name, group in groups.items():
-        found = [measure(text, scenes.find_scene(key)) for key, text in group]
-        if found:
-            true, told = fmean(one.precision for one in found), fmean(one.recall for one in found)
-            false = fmean(one.num_hallucinations for one in found)
-            yield f"  {name:14}{true:>22.1%}{told:>24.1%}{false:>16.2f} each"
+        counts = [truth.count_claims(text, scenes.find_scene(key)) for key, text in group]
+        if counts:
+            precision, recall = fmean(one.precision for one in counts), fmean(one.recall for one in counts)
+            num_false = fmean(one.num_hallucinations for one in counts)
+            yield f"  {name:14}{precision:>12.1%}{recall:>12.1%}{num_false:>11.2f} each"
 
 
 FILES = {
-    "report.html": "open it in a browser: all of this, and samples with their captions",
-    "export/webdataset": "for webdataset: wds.WebDataset(...)",
-    "export/parquet": "for Hugging Face: load_dataset('parquet', data_files=...)",
+    "report.html": "open in a browser: these numbers, and samples with their captions",
+    "export/webdataset": "load with webdataset: wds.WebDataset(...)",
+    "export/parquet": "load with Hugging Face: load_dataset('parquet', data_files=...)",
 }
 REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
-SAID = """
+CAPTIONS = """
 SELECT image.source_key, image.alt_text, caption.text, verdict.keep
 FROM caption JOIN image USING (key) JOIN verdict ON verdict.key = caption.key AND verdict.caption = caption.name
 AND verdict.candidate = caption.candidate WHERE caption.status = 'ok' ORDER BY ALL"""
 NEXT = (
-    ("recap status --run {run}", "where every pass stands"),
+    ("recap status --run {run}", "the progress of every pass"),
     ("recap query worst --run {run}", "the captions with the lowest scores"),
-    ('recap sql "FROM verdict LIMIT 5" --run {run}', "ask anything"),
-    ("recap init runs/mine --source ~/photos", "begin with your own images"),
+    ('recap sql "FROM verdict LIMIT 5" --run {run}', "query the tables"),
+    ("recap init runs/mine --source ~/photos", "start with your own images"),
 )

@@ -1,6 +1,6 @@
-"""Decides how a run begins: which source a folder is, and the run.toml that explains itself line by line.
+"""Creation of a run: the kind of its source, a run.toml with comments, and the plan.
 
-The explanations are the help lines of the sections' own `Config` classes, so they cannot drift from the code.
+The comments are the help texts of the sections' own `Config` classes, so they cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -24,52 +24,57 @@ from pipeline.storage.plan import write_plan
 from pipeline.validation import describe_type
 
 WIDTH = 110
-LEAST_SPECIFIC = ("parquet", "webdataset", "folder")  # sources that `init` asks last, in this order
+HEADER = (
+    "# A run of recap; `recap run all` makes all of it. Keys behind a # show their defaults.",
+    "# Changing a key that decides rows makes the tables below it stale; time-outs and URLs decide no rows.",
+    "",
+)
+LEAST_SPECIFIC = ("parquet", "webdataset", "folder")  # sources whose `claims` is called last, in this order
 
 
 def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple[Run, int]:
     """Writes `<folder>/run.toml` and freezes the plan; returns the run and its number of shards.
 
     Raises:
-        RefusedError: there is a run already.
-        UserError: the source cannot be read as what it is said to be; then there is nothing of a run either.
+        RefusedError: the directory holds a run already, or is part of the corpus.
+        UserError: the source is empty or cannot be read as its kind; everything that was created is removed.
     """
     file = folder / "run.toml"
     if file.exists():
-        raise RefusedError(f"{file} exists; edit it, or `recap plan --run {folder}` to take in what the corpus grew by")
+        raise RefusedError(f"{file} exists; edit it, or add new images of the corpus with `recap plan --run {folder}`")
     if (folder / "plan.parquet").exists():
         raise RefusedError(f"{folder / 'plan.parquet'} belongs to another run; choose another folder or remove it")
     source = Path(sections["source"].get("path", "/nowhere"))
     if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
-        raise RefusedError(f"{folder} lies in the corpus, {source}: the run's own files would be taken for images")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+        raise RefusedError(f"{folder} is inside the corpus {source}: the run's own files would be read as images")
+    created = [directory for directory in (folder, *folder.parents) if not directory.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tables.open_atomic(file) as out:
         out.write(render_manifest(sections).encode())
     try:
         run = load(folder.absolute())
         return run, extend_plan(run)[1]
-    except BaseException as error:  # a Ctrl-C too; raised again
-        file.unlink()  # a run that cannot be planned is none: the next `init` starts anew
-        for place in made:
-            with suppress(OSError):  # somebody else has put something there
-                place.rmdir()
-        if isinstance(error, UserError):  # of a run.toml that nobody will find
+    except BaseException as error:  # including Ctrl-C; raised again
+        file.unlink()
+        for directory in created:
+            with suppress(OSError):  # another process has written into it
+                directory.rmdir()
+        if isinstance(error, UserError):  # without the name of the run.toml just removed
             raise UserError(str(error).removeprefix(f"{file.absolute()}: ")) from error
         raise
 
 
 def extend_plan(run: Run) -> tuple[int, int]:
-    """Freezes the plan, or extends it; returns how many shards there were, and are.
+    """Creates or extends the plan; returns its number of shards before and after.
 
     Raises:
-        UserError: the source cannot be read, or there is nothing in it.
+        UserError: the source cannot be read or is empty.
     """
     path = run.folder / "plan.parquet"
     try:
         pieces = run.source.module.pieces(run.source.config)
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
-    except ConfigError as error:  # it names its field
+    except ConfigError as error:  # its message names the field
         raise UserError(f"{run.file}: {error}") from error
     except ValueError as error:
         raise UserError(f"{run.file}: source: {error}") from error
@@ -97,61 +102,56 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
     if kind == "hf" and not path.exists():
         return {"kind": kind, "path": source.removeprefix("hf:")}
     if not (is_url or any(c in source for c in "*?{") or path.exists()):
-        raise UserError(f"--source {source}: there is no such file or folder (hf:NAME is a Hugging Face dataset)")
+        raise UserError(f"--source {source}: there is no such file or directory (hf:NAME is a Hugging Face dataset)")
     if kind is None:
-        raise UserError(f"--source {source}: is of no known kind; choose one of {', '.join(kinds)} with --kind")
+        raise UserError(f"--source {source}: is of no known kind; set --kind to one of {', '.join(kinds)}")
     return {"kind": kind, "path": source if is_url else str(path.absolute())}
 
 
 def describe_ignored_files(source: Mapping[str, Any]) -> str:
-    """What looks like images too, and is not of the kind that the corpus has; "" where nothing does."""
+    """A warning about files that may hold images but that this kind of source does not read; "" if there are none."""
     path, kind = Path(source.get("path", "")), source["kind"]
     if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
     survey = _survey.sample_tree(path)
-    what, names = "image files", survey.images
+    ignored, names = "image files", survey.images
     if kind == "folder":
-        what, names = "tars and tables", (*survey.tars, *survey.tables)
+        ignored, names = "tars and tables", (*survey.tars, *survey.tables)
     elif kind == "parquet" and survey.tars:
-        what, names = "tars and image files", (*survey.tars, *survey.images)
+        ignored, names = "tars and image files", (*survey.tars, *survey.images)
     if not names:
         return ""
     few = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-    return f'{what} in {path} are left out ({few}): kind = "{kind}" reads none'
+    return f'{ignored} in {path} are ignored ({few}): kind = "{kind}" does not read them'
 
 
 def render_manifest(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """A run.toml with these values, all other keys of each section as comments with their defaults."""
-    return "\n".join([*_head(), *(line for name, values in sections.items() for line in _section(name, values)), ""])
+    """A run.toml with these values; all other keys of each section are comments with their defaults."""
+    lines = [*HEADER, *_render_keys(TopLevel, {})]
+    lines += [line for name, values in sections.items() for line in _render_section(name, values)]
+    return "\n".join([*lines, ""])
 
 
-def _head() -> Iterator[str]:
-    yield "# A run of recap. `recap run all` makes all of it; a line with # in front of a key shows its default."
-    yield "# Changing a key that decides rows makes the tables below it stale; time-outs, URLs and windows decide none."
-    yield ""
-    yield from _keys(TopLevel, {})
-
-
-def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+def _render_section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"[{name}]"
-    about = list(_classes(name, values))
+    classes = list(_find_classes(name, values))
     if "kind" in values:
         yield f"kind = {format_toml(values['kind'])}"
-    known = {field.name for cls in about for field in dataclasses.fields(cls)}
+    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
     assert known >= set(values) - {"kind"}, f"{name}: {set(values) - known}"
-    for cls in about:
-        yield from _keys(cls, values)
+    for cls in classes:
+        yield from _render_keys(cls, values)
 
 
-def _keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
+def _render_keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in values or field.metadata.get("shown", True):
-            yield from _key(field, hints[field.name], values)
+            yield from _render_key(field, hints[field.name], values)
 
 
-def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
+def _render_key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(
         f"{field.metadata.get('help', '')} ({describe_type(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
     )
@@ -162,8 +162,8 @@ def _key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {field.name} =" + ("" if default is MISSING or default is None else f" {format_toml(default)}")
 
 
-def _classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
-    """The dataclasses that a section's keys come from."""
+def _find_classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:
+    """The dataclasses with a section's keys."""
     top = name.split(".")[0]
     if top == "slurm":
         yield from (SlurmSettings, Resources)
@@ -189,7 +189,7 @@ def format_toml(value: Any) -> str:
             f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) is not None
         }
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{_toml_key(key)} = {format_toml(one)}" for key, one in value.items())
+        inner = ", ".join(f"{_format_key(key)} = {format_toml(one)}" for key, one in value.items())
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(format_toml(one) for one in value)}]"
@@ -198,18 +198,18 @@ def format_toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def _toml_key(key: str) -> str:
+def _format_key(key: str) -> str:
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
 
 
 def default_sections(source: Mapping[str, Any], *, engine: str, model: str | None) -> dict[str, dict[str, Any]]:
     """The sections of a first run: dense captions, checked as text and judged with the image."""
-    asked = {"kind": engine, **({"model": model} if model else {})}
+    captioner = {"kind": engine, **({"model": model} if model else {})}
     if engine == "openai":
-        asked["base_url"] = "endpoint"
+        captioner["base_url"] = "endpoint"
     return {
         "source": dict(source),
-        "engines.captioner": asked,
+        "engines.captioner": captioner,
         "caption.dense": {"recipe": "dense", "engine": "captioner"},
         "score.form": {"kind": "text"},
         "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},

@@ -1,4 +1,4 @@
-"""Decides what a trial is: a few images through one pass and all that it reads, shown, and nothing left behind."""
+"""A preview: a few images go through one pass and its inputs, in a temporary directory, and the results are printed."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from pipeline.storage.plan import assign_shards
 from pipeline.storage.tables import Provenance, write_rows
 
 INDENT = "    "
-NUM_FILES = 4  # that a trial opens where a file holds many images
-MAX_LISTED = 1000  # files of the corpus that it looks up for them
+NUM_FILES = 4  # opened when each file holds many images
+MAX_LISTED = 1000  # files of the corpus from which those are chosen
 
 
-def preview_passes(run: Run, what: str, *, num_images: int) -> Iterator[str]:
-    """Runs the passes that `what` names on the first images of the corpus; yields what came, image by image.
+def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
+    """Runs the passes called `name` (STAGE or STAGE:NAME) on the first images of the corpus; yields lines by image.
 
     Raises:
-        UserError: `what` names no pass that writes captions, rubrics or scores, or something failed.
+        UserError: there is no such pass, or it writes neither captions nor rubrics nor scores.
+        MachineError: a shard failed.
     """
-    for p in select_passes(list_passes(run), what):
+    for p in select_passes(list_passes(run), name):
         if p.record not in (Caption, ImageRubric, Score):
             raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
     with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
-        here = dataclasses.replace(run, folder=Path(folder))
-        _plan(here, num_images)
-        state = RunState(here)
-        wanted = select_passes(state.passes, what)
-        outcome = Runner(state, limit=num_images).execute(with_inputs(state.passes, wanted))
+        copy = dataclasses.replace(run, folder=Path(folder))
+        _write_plan(copy, num_images)
+        state = RunState(copy)
+        passes = select_passes(state.passes, name)
+        outcome = Runner(state, limit=num_images).execute(with_inputs(state.passes, passes))
         if outcome.failures:
             raise MachineError("; ".join(outcome.failures.values()))
         if outcome.stopped:
             return
-        yield from _show(Shard(run=here, plan=state.plan, number=0), wanted)
+        yield from _format_images(Shard(run=copy, plan=state.plan, number=0), passes)
 
 
-def _plan(run: Run, num_images: int) -> None:
+def _write_plan(run: Run, num_images: int) -> None:
     pieces = run.source.module.pieces(run.source.config)
-    rows = [row for row in assign_shards(_sample(pieces, num_images), shard_size=num_images) if row.shard == 0]
+    rows = [row for row in assign_shards(_select_pieces(pieces, num_images), shard_size=num_images) if row.shard == 0]
     write_rows(
         run.folder / "plan.parquet",
         type(rows[0]),
@@ -58,12 +59,12 @@ def _plan(run: Run, num_images: int) -> None:
     )
 
 
-def _sample(pieces: Iterator[Piece], num_images: int) -> Iterator[Piece]:
-    """The first images of the corpus; of tars, which only reading tells the length of, the first of a few."""
+def _select_pieces(pieces: Iterator[Piece], num_images: int) -> Iterator[Piece]:
+    """The first images of the corpus; if only reading tells the length of a file, the first images of a few files."""
     num = 0
     for piece in pieces:
         if piece.num_samples is None:
-            yield from _spread([piece, *islice(pieces, MAX_LISTED)], num_images - num)
+            yield from _spread_pieces([piece, *islice(pieces, MAX_LISTED)], num_images - num)
             return
         yield piece
         num += piece.num_samples
@@ -71,46 +72,48 @@ def _sample(pieces: Iterator[Piece], num_images: int) -> Iterator[Piece]:
             return
 
 
-def _spread(pieces: list[Piece], num_images: int) -> Iterator[Piece]:
-    near = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # what is far is fetched whole
-    some = near[:: -(-len(near) // NUM_FILES)]
-    each = -(-num_images // len(some))
-    for piece in some:
-        yield dataclasses.replace(piece, stop=piece.start + min(each, piece.num_samples or each))
+def _spread_pieces(pieces: list[Piece], num_images: int) -> Iterator[Piece]:
+    local = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # remote files are downloaded whole
+    chosen = local[:: -(-len(local) // NUM_FILES)]
+    share = -(-num_images // len(chosen))
+    for piece in chosen:
+        yield dataclasses.replace(piece, stop=piece.start + min(share, piece.num_samples or share))
 
 
-def _show(shard: Shard, wanted: list[Pass]) -> Iterator[str]:
-    captions: dict[str, list[str]] = {}
-    for p in wanted:
-        for key, lines in _lines(shard, p):
-            captions.setdefault(key, []).append(lines)
+def _format_images(shard: Shard, passes: list[Pass]) -> Iterator[str]:
+    results: dict[str, list[str]] = {}
+    for p in passes:
+        for key, text in _format_rows(shard, p):
+            results.setdefault(key, []).append(text)
     for image in shard.read_table("image", Image):
         size = f"{image.width} x {image.height}" if image.width else image.error
         yield f"{image.key}  {image.source_key}  ({image.status}, {size})"
         yield _wrap("alt text", image.alt_text or "(none)")
-        yield from captions.get(image.key, [])
+        yield from results.get(image.key, [])
         yield ""
 
 
-def _lines(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
+def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
+    """(key of an image, lines of text) for each row of a pass."""
     if p.record is Caption:
-        for row in shard.read_table(p.folder, Caption):
-            status = "" if row.status == "ok" else f" [{row.status}: {row.error}]"
-            yield (
-                row.key,
-                _wrap(f"{p.name} {row.candidate}{status}{' ' + ','.join(row.flags) if row.flags else ''}", row.text),
-            )
+        for caption in shard.read_table(p.folder, Caption):
+            status = "" if caption.status == "ok" else f" [{caption.status}: {caption.error}]"
+            flags = f" {','.join(caption.flags)}" if caption.flags else ""
+            yield caption.key, _wrap(f"{p.name} {caption.candidate}{status}{flags}", caption.text)
     elif p.record is Score:
-        for mark in shard.read_table(p.folder, Score):
-            value = mark.status if mark.value is None else f"{mark.value:.2f}"
-            yield mark.key, _wrap(f"{p.title} {mark.candidate}", value)
-            for c in mark.criteria:
-                yield mark.key, _wrap(f"  {c.id}", f"{c.verdict or 'cannot say'}: {c.reason or ''}")
+        for score in shard.read_table(p.folder, Score):
+            value = score.status if score.value is None else f"{score.value:.2f}"
+            yield score.key, _wrap(f"{p.title} {score.candidate}", value)
+            for answer in score.criteria:
+                yield score.key, _wrap(f"  {answer.id}", f"{answer.verdict or 'cannot say'}: {answer.reason or ''}")
     else:
         for rubric in shard.read_table(p.folder, ImageRubric):
             yield rubric.key, _wrap(p.title, rubric.error or f"{len(rubric.criteria)} criteria")
-            for demand in rubric.criteria:
-                yield rubric.key, _wrap(f"  {demand.id} ({demand.severity}, missed {demand.missed:.0%})", demand.text)
+            for criterion in rubric.criteria:
+                yield (
+                    rubric.key,
+                    _wrap(f"  {criterion.id} ({criterion.severity}, missed {criterion.missed:.0%})", criterion.text),
+                )
 
 
 def _wrap(title: str, text: str) -> str:

@@ -1,12 +1,12 @@
-"""Decides what is said of a run's progress: per pass done, missing, stale, failed rows, rate and time left."""
+"""The progress of a run by pass: shards done, missing and stale, failed rows, rate and time left."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
@@ -20,44 +20,44 @@ from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import read_failure
 from pipeline.storage.plan import format_spec
 
-SAMPLE = 100  # shards whose statistics are read for a rate
-MAX_LINES = 5  # of a kind, for people; the JSON has all
+SAMPLE_SIZE = 100  # shards whose statistics are read to estimate a rate
+MAX_LINES = 5  # of one kind in the table; the JSON has all
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassStatus:
-    """Where one pass of a run stands."""
+    """The progress of one pass."""
 
     title: str
     num_shards: int
     done: int
     stale: int
-    missing: str  # shards to make, as a Slurm --array expression
+    missing: str  # shards as a Slurm --array expression
     num_missing: int
     num_rows: int
-    statuses: dict[str, int]  # status -> rows, of the shards that are there
+    statuses: dict[str, int]  # status -> rows of the finished shards
     num_failed_rows: int
-    rows_per_second: float | None  # of one process, over the shards made
-    seconds_left: float | None  # for the tasks that run now, or one process
-    reasons: tuple[str, ...]  # why what is stale is stale
-    failures: dict[str, str]  # shard -> why it failed when it was last tried
-    running: tuple[RunningTask, ...]  # tasks of Slurm's that make shards of it now
-    waiting: dict[str, int]  # why tasks wait, in Slurm's words -> tasks
+    rows_per_second: float | None  # of one process, measured on finished shards
+    seconds_left: float | None  # estimated for the tasks running now, or for one process
+    reasons: tuple[str, ...]  # why shards are stale
+    failures: dict[str, str]  # shard -> the error of its last attempt
+    running: tuple[RunningTask, ...]  # Slurm tasks that are making its shards
+    waiting: dict[str, int]  # Slurm's reason for waiting -> number of tasks
 
 
-def summarise_passes(state: RunState, watch: JobMonitor) -> list[PassStatus]:
+def summarise_passes(state: RunState, monitor: JobMonitor) -> list[PassStatus]:
     """Every pass of the run, in order."""
-    return [_survey(state, p, watch) for p in state.passes]
+    return [_summarise_pass(state, p, monitor) for p in state.passes]
 
 
-def _survey(state: RunState, p: Pass, watch: JobMonitor) -> PassStatus:
-    run, missing = state.run.folder, state.index.shards(p, *DUE, "blocked")
-    stale, done = state.index.shards(p, "stale"), state.index.shards(p, "done")
-    rate, running, statuses = _rate(run, p, done), watch.running_tasks(p), state.index.statuses(p)
-    silent = watch.find_ended_early(p, state.index.shards(p, "missing", "behind"))
-    damaged = (*state.index.broken(p), *state.index.shards(p, "incomplete"))
-    broken = {shard: state.states.state(p, shard).why for shard in damaged}
-    failures = {**dict(silent), **broken, **dict(_failures(run, p, missing))}
+def _summarise_pass(state: RunState, p: Pass, monitor: JobMonitor) -> PassStatus:
+    run, index = state.run.folder, state.index
+    missing, stale, done = index.shards(p, *DUE, "blocked"), index.shards(p, "stale"), index.shards(p, "done")
+    rate, statuses = _estimate_rate(run, p, done), index.statuses(p)
+    damaged = (*index.broken(p), *index.shards(p, "incomplete"))
+    failures = dict(monitor.find_ended_early(p, index.shards(p, "missing", "behind")))
+    failures |= {shard: state.states.state(p, shard).why for shard in damaged}
+    failures |= dict(_read_errors(run, p, missing))
     return PassStatus(
         title=p.title,
         num_shards=state.plan.num_shards,
@@ -65,60 +65,57 @@ def _survey(state: RunState, p: Pass, watch: JobMonitor) -> PassStatus:
         stale=len(stale),
         missing=format_spec(missing),
         num_missing=len(missing),
-        num_rows=state.index.num_rows(p),
+        num_rows=index.num_rows(p),
         statuses=statuses,
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
-        seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, watch.num_workers(p)) if rate else None,
-        reasons=tuple(state.index.reasons(p, "stale")),
+        seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, monitor.num_workers(p)) if rate else None,
+        reasons=tuple(index.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
-        running=tuple(running),
-        waiting=watch.pending_reasons(p),
+        running=tuple(monitor.running_tasks(p)),
+        waiting=monitor.pending_reasons(p),
     )
 
 
-def _failures(run: Path, p: Pass, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Why shards that are missing failed when they were last tried."""
+def _read_errors(run: Path, p: Pass, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Missing shards whose last attempt failed, with its error."""
     work = run / ".work" / p.folder
-    tried = {int(name.name) for name in work.iterdir() if name.name.isdigit()} if work.is_dir() else set()
-    for shard in sorted(tried.intersection(shards)):
+    attempted = {int(name.name) for name in work.iterdir() if name.name.isdigit()} if work.is_dir() else set()
+    for shard in sorted(attempted.intersection(shards)):
         if (message := read_failure(work_folder(run, p.folder, shard))) is not None:
             yield shard, message
 
 
-def _rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None:
-    """Rows per second and seconds per shard, as measured, over shards drawn evenly from those done."""
-    step = max(1, len(done) // SAMPLE)
+def _estimate_rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None:
+    """Rows per second and seconds per shard, measured on an even sample of the finished shards."""
+    step = max(1, len(done) // SAMPLE_SIZE)
     paths = [table_path(run / "stats", p.folder, shard) for shard in done[::step]]
-    stats = [stat for path in paths for stat in _read(path) if stat.num_new_rows]
+    stats = [stat for path in paths for stat in _read_stats(path) if stat.num_new_rows]
     if not stats:
         return None
     seconds = sum(stat.seconds for stat in stats)
     return sum(stat.num_new_rows for stat in stats) / max(seconds, 1e-9), seconds / len(stats)
 
 
-def _read(path: Path) -> Iterator[Stat]:
-    """None where there is no such file, or none that reads: nothing depends on it."""
-    with suppress(FileNotFoundError, BrokenTableError):
+def _read_stats(path: Path) -> Iterator[Stat]:
+    with suppress(FileNotFoundError, BrokenTableError):  # nothing but the estimate depends on them
         yield from tables.read_rows(path, Stat)
 
 
-def format_table(passes: Sequence[PassStatus], watch: JobMonitor) -> str:
-    """For people."""
+def format_table(passes: Sequence[PassStatus], monitor: JobMonitor) -> str:
+    """The progress as a text table, with a line for everything notable."""
     head = ("pass", "done", "stale", "missing", "rows", "failed", "rows/s", "left")
-    rows = [head, *(_row(p) for p in passes)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    asked = [f"slurm: {watch.problem}"] if watch.problem else []
-    return "\n".join([*lines, *_notes(passes), *watch.server_lines(), *asked])
+    rows = [head, *(_format_row(p) for p in passes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for title, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([title.ljust(widths[0]), *aligned]))
+    problem = [f"slurm: {monitor.problem}"] if monitor.problem else []
+    return "\n".join([*lines, *_list_notes(passes), *monitor.server_lines(), *problem])
 
 
-def _row(p: PassStatus) -> tuple[str, ...]:
+def _format_row(p: PassStatus) -> tuple[str, ...]:
     return (
         p.title,
         f"{format_count(p.done)}/{format_count(p.num_shards)}",
@@ -131,7 +128,7 @@ def _row(p: PassStatus) -> tuple[str, ...]:
     )
 
 
-def _notes(passes: Sequence[PassStatus]) -> Iterator[str]:
+def _list_notes(passes: Sequence[PassStatus]) -> Iterator[str]:
     for p in passes:
         if p.missing:
             yield f"missing {p.title}: --array={p.missing}"
@@ -147,5 +144,5 @@ def _notes(passes: Sequence[PassStatus]) -> Iterator[str]:
             yield f"failed {p.title} {shard}: {why}"
 
 
-def as_json(passes: Sequence[PassStatus]) -> list[dict[str, Any]]:
-    return [asdict(p) for p in passes]
+def format_json(passes: Sequence[PassStatus]) -> str:
+    return json.dumps([asdict(p) for p in passes], indent=2)

@@ -1,4 +1,4 @@
-"""What `recap serve` starts; that it starts, and ends, the tests marked vllm see."""
+"""The server that `recap serve` describes; tests marked vllm start and stop it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def run(tmp_path: Path, **engines: dict[str, Any]) -> config.Run:
 JUDGE: dict[str, Any] = {"kind": "openai", "model": "some/judge", "base_url": "endpoint", "api_key_env": "JUDGE_KEY"}
 
 
-def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> None:
+def test_server_has_the_flags_for_image_batches(tmp_path: Path) -> None:
     how = {"max_num_seqs": 32, "replicas": 2, "dtype": "bfloat16", "args": ["--quantization=fp8"]}
     server = serve.describe_server(run(tmp_path, judge={**JUDGE, "serve": how}), "judge")
     command = server.command(host="127.0.0.1", port=8123)
     flags = dict(flag.partition("=")[::2] for flag in command if flag.startswith("--"))
     assert flags["--model"] == flags["--served-model-name"] == "some/judge"
     assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": 1, "video": 0}
-    assert json.loads(flags["--structured-outputs-config"]) == {"backend": "xgrammar"}  # no style of JSON is forced
-    asked = ("--host", "--port", "--mm-processor-cache-gb", "--max-model-len", "--max-num-seqs", "--data-parallel-size")
-    assert [flags[name] for name in asked] == ["127.0.0.1", "8123", "0", "auto", "32", "2"]
+    assert json.loads(flags["--structured-outputs-config"]) == {"backend": "xgrammar"}
+    names = ("--host", "--port", "--mm-processor-cache-gb", "--max-model-len", "--max-num-seqs", "--data-parallel-size")
+    assert [flags[name] for name in names] == ["127.0.0.1", "8123", "0", "auto", "32", "2"]
     assert flags["--dtype"] == "bfloat16" and command[-1] == "--quantization=fp8"
 
 
@@ -46,7 +46,7 @@ def test_the_server_has_the_flags_that_image_batches_need(tmp_path: Path) -> Non
         ({"dtype": "bfloat16"}, True, "float32"),
     ],
 )
-def test_a_vllm_engine_is_served_as_it_is_described(
+def test_vllm_engine_is_served_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], imitates: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(vllm, "is_cpu_build", lambda: True)
@@ -60,7 +60,7 @@ def test_a_vllm_engine_is_served_as_it_is_described(
     assert f"--dtype={dtype}" in command
 
 
-def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_is_not_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sesame-1234")
     server = serve.describe_server(run(tmp_path, judge={**JUDGE, "serve": {"dtype": "float32"}}), "judge")
     assert server.key == "sesame-1234"
@@ -68,32 +68,32 @@ def test_the_key_is_never_in_the_command_line(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
-def test_a_server_that_others_can_reach_demands_a_key(tmp_path: Path, host: str) -> None:
+def test_server_that_others_can_reach_requires_a_key(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match=r"engines\.judge.*api_key_env"):
         serve.serve_engine(run(tmp_path, judge=JUDGE), "judge", host=host)
 
 
-def test_an_engine_that_cannot_be_served_is_the_users_error(tmp_path: Path) -> None:
-    described = run(tmp_path, judge=JUDGE, echo={"kind": "echo"})
+def test_engine_without_a_server_is_a_user_error(tmp_path: Path) -> None:
+    engines = run(tmp_path, judge=JUDGE, echo={"kind": "echo"})
     with pytest.raises(ConfigError, match="'echo' has no server"):
-        serve.describe_server(described, "echo")
+        serve.describe_server(engines, "echo")
     with pytest.raises(ConfigError, match="did you mean 'judge'"):
-        serve.describe_server(described, "jugde")
+        serve.describe_server(engines, "jugde")
 
 
-def test_whether_it_is_ready_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_check_bypasses_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with Faulty() as server:
-        assert serve._is_well(server.url.removesuffix("/v1") + "/health")
+        assert serve._is_healthy(server.url.removesuffix("/v1") + "/health")
 
 
 @pytest.mark.parametrize("host", ["::", "::1"])
-def test_an_address_of_ipv6_has_ports_and_urls(host: str) -> None:
+def test_ipv6_addresses_have_ports_and_urls(host: str) -> None:
     try:
-        assert serve._free_port(host) > 0
-    except OSError as error:  # the machine has no IPv6, which it says of itself; no address is misread
+        assert serve._find_free_port(host) > 0
+    except OSError as error:  # this machine has no IPv6
         assert error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-    assert serve._bracketed(host) == f"[{host}]" and serve._bracketed("0.0.0.0") == "0.0.0.0"
+    assert serve._format_host(host) == f"[{host}]" and serve._format_host("0.0.0.0") == "0.0.0.0"

@@ -30,7 +30,7 @@ from pipeline.storage.plan import Plan
 from tests.support.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap_alone, sections, times, write
 
 # The command line with parts ten times a second, so that a short shard has some to adopt.
-HASTY = "from pipeline import cli, parts; parts.MAX_AGE = 0.1; cli.main()"
+HASTY = "from pipeline import cli; from pipeline.storage import parts; parts.MAX_AGE = 0.1; cli.main()"
 MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD, *GOOD, *GOOD]
 
 

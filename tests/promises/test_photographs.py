@@ -64,7 +64,7 @@ def test_a_kill_costs_a_real_model_no_row_and_few_words(tmp_path: Path, tiny_mod
     make(undisturbed, "caption")
     killed = begin(tmp_path / "killed", parts(photos, tiny_model), max_error_share=1.0)
     make(killed, "ingest")
-    code = "from pipeline import cli, parts; parts.MAX_AGE = 0.05; cli.main()"
+    code = "from pipeline import cli; from pipeline.storage import parts; parts.MAX_AGE = 0.05; cli.main()"
     child = subprocess.Popen(
         [sys.executable, "-c", code, "run", "caption", "--run", str(killed)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

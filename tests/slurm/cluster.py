@@ -1,8 +1,8 @@
-"""Starts a real Slurm on this machine: munge, one controller and one node, all in a scratch folder on 127.0.0.1.
+"""A real Slurm on 127.0.0.1: munge, one controller and one node, with all files in a scratch directory.
 
-It needs root and Debian's slurm-wlm and munge. Only the processes that it started are ever ended.
+It needs root and Debian's slurm-wlm and munge. It ends only the processes that it started.
 
-    python -m tests.slurm.cluster FOLDER        # until Ctrl-C or SIGTERM; SLURM_CONF=FOLDER/slurm.conf is what to set
+    python -m tests.slurm.cluster FOLDER        # until Ctrl-C or SIGTERM; set SLURM_CONF=FOLDER/slurm.conf
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @contextmanager
-def cluster(folder: Path, *, max_array_size: int = 1001, cpus: int = 4) -> Iterator[dict[str, str]]:
+def start_cluster(folder: Path, *, max_array_size: int = 1001, cpus: int = 4) -> Iterator[dict[str, str]]:
     """A running cluster; yields the environment that Slurm's commands need."""
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir(parents=True)
-    ports = free_ports(2)
+    ports = find_free_ports(2)
     conf = folder / "slurm.conf"
     conf.write_text(
         CONF.format(
@@ -81,7 +81,7 @@ def cluster(folder: Path, *, max_array_size: int = 1001, cpus: int = 4) -> Itera
     munged += [f"--{name}-file={munge}/{name}" for name in ("log", "pid", "seed")]
     with ExitStack() as stack:
         for command in (munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D"]):
-            stack.enter_context(daemon(command, env, folder / f"{command[0]}.out"))
+            stack.enter_context(start_daemon(command, env, folder / f"{command[0]}.out"))
             time.sleep(0.5)
         wait_for_node(env, folder)
         try:
@@ -92,7 +92,7 @@ def cluster(folder: Path, *, max_array_size: int = 1001, cpus: int = 4) -> Itera
 
 
 @contextmanager
-def daemon(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[None]:
+def start_daemon(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[None]:
     program = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         raise RuntimeError(f"{command[0]} is not installed: apt-get install slurm-wlm munge")
@@ -109,7 +109,7 @@ def daemon(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[N
             process.wait()
 
 
-def free_ports(num: int) -> list[int]:
+def find_free_ports(num: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
         for one in sockets:
@@ -138,6 +138,6 @@ def wait_until_empty(env: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    with cluster(Path(sys.argv[1]).absolute()) as environment, suppress(KeyboardInterrupt):
+    with start_cluster(Path(sys.argv[1]).absolute()) as environment, suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={environment['SLURM_CONF']}", flush=True)
         signal.pause()

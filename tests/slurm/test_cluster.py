@@ -1,4 +1,4 @@
-"""On a real Slurm: what a cluster does to a run, it ends at the tables of one undisturbed process."""
+"""On a real Slurm: whatever a cluster does to a run, its tables are those of one undisturbed process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import cluster
+from tests.slurm.cluster import start_cluster
 from tests.support.faults import Faulty
 from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
 
@@ -29,7 +29,7 @@ PATIENCE = 150.0  # seconds
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A cluster whose arrays hold five tasks at most."""
-    with cluster(tmp_path_factory.mktemp("slurm"), max_array_size=5) as found:
+    with start_cluster(tmp_path_factory.mktemp("slurm"), max_array_size=5) as found:
         yield {**found, "PYTHONPATH": str(ROOT)}
 
 
@@ -44,7 +44,7 @@ class Submitted:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
 
     def submit(self) -> list[str]:
-        """Submits; returns what was said, the last line apart."""
+        """Submits; returns the lines on stderr."""
         done = self.recap("slurm", "submit")
         assert done.returncode == 0, done.stderr
         return done.stderr.splitlines()
@@ -56,7 +56,7 @@ class Submitted:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
 
     def queue(self) -> list[tuple[str, str, str]]:
-        """Job name, task, state of all that waits or runs."""
+        """Job name, task and state of every queued or running task."""
         lines = self.ask("squeue", "--noheader", "--array", "--format=%j|%F_%K|%T").splitlines()
         return [(name.split("-", 2)[2], task, state) for name, task, state in (line.split("|") for line in lines)]
 
@@ -66,7 +66,9 @@ class Submitted:
             if found := happens():
                 return found
             time.sleep(0.3)
-        raise AssertionError(f"{what} did not happen within {PATIENCE} s; the queue: {self.queue()}\n{self.words()}")
+        raise AssertionError(
+            f"{what} did not happen within {PATIENCE} s; the queue: {self.queue()}\n{self.read_logs()}"
+        )
 
     def wait_until_empty(self) -> None:
         self.wait_for("an empty queue", lambda: not self.queue())
@@ -75,12 +77,12 @@ class Submitted:
         """The id of a task in the first window of a stage."""
         return next(task for name, task, _ in self.queue() if name == stage and task.endswith(f"_{index}"))
 
-    def words(self) -> str:
+    def read_logs(self) -> str:
         logs = sorted((self.folder / "slurm" / "logs").glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text()}" for log in logs)
 
     def process(self, what: str, listens_to: int = signal.SIGUSR1) -> int | None:
-        """The process that a task of ours has started, by its command line, when it listens to a signal."""
+        """The process of a task of this run, by its command line, once it handles a signal."""
         for place in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = place.read_bytes().split(b"\0")
@@ -105,7 +107,7 @@ def processes() -> Iterator[tuple[int, str]]:
 
 
 def expected(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
-    """What a plain `recap run all` makes."""
+    """The tables of a plain `recap run all`."""
     run = begin(folder / "run", parts)
     assert make(run).exit_code == 0
     return tables(run)
@@ -121,13 +123,13 @@ def settings(folder: Path, num_shards: int, **slurm: Any) -> dict[str, dict[str,
     return parts | {"slurm": {"gpus": 0, "cpus": 1, **slurm}}
 
 
-def test_twelve_shards_in_windows_with_a_throttle_submitted_twice(tmp_path: Path, env: dict[str, str]) -> None:
+def test_throttled_windows_submitted_twice(tmp_path: Path, env: dict[str, str]) -> None:
     parts = settings(tmp_path, 12, max_running=3)
     run = Submitted(tmp_path / "run", env, parts)
     assert run.submit()[-1] == "60 tasks submitted"
     windows = Counter(re.split(r"[.-]", path.name)[0] for path in (run.folder / "slurm").glob("*-[0-9]*.sh"))
     assert windows == {"ingest": 3, "caption": 3, "score": 3, "filter": 3, "export": 4}  # 5 + 5 + 2 tasks, and the card
-    assert run.submit() == ["nothing to submit: all is done, or on its way"]
+    assert run.submit() == ["nothing to submit: everything is done or queued"]
     most: Counter[str] = Counter()
 
     def watched() -> bool:
@@ -140,14 +142,12 @@ def test_twelve_shards_in_windows_with_a_throttle_submitted_twice(tmp_path: Path
 
     run.wait_for("an empty queue", watched)
     assert max(most.values()) == 3
-    assert tables(run.folder) == expected(tmp_path / "plain", parts), run.words()
-    assert run.submit() == ["nothing to submit: all is done, or on its way"]
+    assert tables(run.folder) == expected(tmp_path / "plain", parts), run.read_logs()
+    assert run.submit() == ["nothing to submit: everything is done or queued"]
     assert all(p["done"] == 12 and not p["missing"] for p in run.status().values())
 
 
-def test_requeued_and_killed_in_mid_shard_and_just_the_missing_submitted_again(
-    tmp_path: Path, env: dict[str, str]
-) -> None:
+def test_requeued_and_killed_tasks_leave_only_missing_shards_to_submit(tmp_path: Path, env: dict[str, str]) -> None:
     parts = settings(tmp_path, 4)
     parts["engines.captioner"] = {"kind": "echo", "delay": 0.4}
     run = Submitted(tmp_path / "run", env, parts)
@@ -171,16 +171,16 @@ def test_requeued_and_killed_in_mid_shard_and_just_the_missing_submitted_again(
         *("caption", "score", "filter", "export")
     }
     assert "ended early" in status["caption:dense"]["failures"]["00001"]
-    said = run.submit()
-    assert said[-1] == "4 tasks submitted"
-    assert [line.split(", ")[0].split(": ")[1] for line in said[:-1]] == [
+    lines = run.submit()
+    assert lines[-1] == "4 tasks submitted"
+    assert [line.split(", ")[0].split(": ")[1] for line in lines[:-1]] == [
         *("caption", "score", "filter", "export", "export-whole")
     ]
     run.wait_until_empty()
     assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
 
 
-def test_a_task_that_gets_notice_stops_and_comes_back_alone(tmp_path: Path, env: dict[str, str]) -> None:
+def test_signalled_task_stops_and_is_requeued_alone(tmp_path: Path, env: dict[str, str]) -> None:
     parts = settings(tmp_path, 2, time="00:10:00", notice=60)
     parts["source"]["shard_size"] = 5
     parts["engines.captioner"] = {"kind": "echo", "delay": 0.6}
@@ -188,23 +188,23 @@ def test_a_task_that_gets_notice_stops_and_comes_back_alone(tmp_path: Path, env:
     run.submit()
     run.wait_for("task 0", lambda: run.process("run caption --shard 0/4"))
     time.sleep(1.5)
-    told = run.task("caption", 0)
-    before = {task for name, task, state in run.queue() if name == "caption" and state == "RUNNING"} - {told}
-    run.ask("scancel", "--batch", "--signal=USR1", told)  # what --signal=B:USR1@60 does a minute before the end
-    log = run.folder / "slurm" / "logs" / f"caption-{told}.log"
-    run.wait_for("leaving", lambda: "stopped, the same command goes on" in log.read_text())
+    signalled = run.task("caption", 0)
+    before = {task for name, task, state in run.queue() if name == "caption" and state == "RUNNING"} - {signalled}
+    run.ask("scancel", "--batch", "--signal=USR1", signalled)  # what --signal=B:USR1@60 does a minute before the end
+    log = run.folder / "slurm" / "logs" / f"caption-{signalled}.log"
+    run.wait_for("leaving", lambda: "stopped, the same command resumes" in log.read_text())
 
     def states() -> dict[str, str]:
         return {task: state for name, task, state in run.queue() if name == "caption"}
 
-    run.wait_for("coming back", lambda: states().get(told) in ("PENDING", "COMPLETING"))
+    run.wait_for("coming back", lambda: states().get(signalled) in ("PENDING", "COMPLETING"))
     assert all(states().get(other, "done") in ("RUNNING", "COMPLETING", "done") for other in before)
     run.wait_until_empty()
-    assert re.search(r"SIGUSR1.*stopped, the same command goes on.*1 shard tables made", log.read_text(), re.DOTALL)
+    assert re.search(r"SIGUSR1.*stopped, the same command resumes.*1 shard tables made", log.read_text(), re.DOTALL)
     assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
 
 
-def test_what_is_cancelled_stays_cancelled_and_requeues_are_bounded(tmp_path: Path, env: dict[str, str]) -> None:
+def test_cancelled_tasks_stay_cancelled_and_requeues_are_bounded(tmp_path: Path, env: dict[str, str]) -> None:
     parts = settings(tmp_path, 2, max_requeues=0)
     parts["engines.captioner"] = {"kind": "echo", "delay": 0.5}
     run = Submitted(tmp_path / "run", env, parts)
@@ -213,19 +213,17 @@ def test_what_is_cancelled_stays_cancelled_and_requeues_are_bounded(tmp_path: Pa
     run.wait_for("task 1", lambda: run.process("run caption --shard 1/2"))
     time.sleep(1.5)
     run.ask("scancel", run.task("caption", 0))
-    told = run.task("caption", 1)
-    run.ask("scancel", "--batch", "--signal=USR1", told)
-    run.wait_until_empty()  # what waited for them is gone too
-    assert "not queued again" in (run.folder / "slurm" / "logs" / f"caption-{told}.log").read_text()
-    assert run.status()["filter"]["missing"] == "0-1", run.words()
+    signalled = run.task("caption", 1)
+    run.ask("scancel", "--batch", "--signal=USR1", signalled)
+    run.wait_until_empty()  # dependent jobs are gone too
+    assert "not queued again" in (run.folder / "slurm" / "logs" / f"caption-{signalled}.log").read_text()
+    assert run.status()["filter"]["missing"] == "0-1", run.read_logs()
     assert run.submit()[-1] in ("8 tasks submitted", "7 tasks submitted")  # its last rows may have been in flight
     run.wait_until_empty()
     assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
 
 
-def test_a_served_judge_starts_before_the_array_that_asks_it_and_ends_after_it(
-    tmp_path: Path, env: dict[str, str]
-) -> None:
+def test_served_judge_starts_before_its_array_and_ends_after_it(tmp_path: Path, env: dict[str, str]) -> None:
     name = f"judge-of-{tmp_path.name}-{os.getpid()}"
     judge = {"kind": "openai", "model": name, "base_url": "endpoint", "api_key_env": "JUDGE_KEY", "give_up_after": 60.0}
     parts = settings(tmp_path, 2, serve=["judge"], serve_host="127.0.0.1")
@@ -234,11 +232,11 @@ def test_a_served_judge_starts_before_the_array_that_asks_it_and_ends_after_it(
     run = Submitted(tmp_path / "run", {**env, **standin}, parts)
     endpoint = run.folder / "endpoints" / "judge.json"
     endpoint.parent.mkdir()
-    endpoint.write_text('{"base_url": "http://127.0.0.1:9/v1"}')  # of a server that is long dead
+    endpoint.write_text('{"base_url": "http://127.0.0.1:9/v1"}')  # of a server that has ended
 
     run.submit()
-    run.wait_until_empty()  # what waited for the scores is gone too
-    assert "there is no such model" in run.words()
+    run.wait_until_empty()  # dependent jobs are gone too
+    assert "there is no such model" in run.read_logs()
     status = run.status()
     assert {title: p["missing"] for title, p in status.items() if p["missing"]}.keys() == {
         *("score:form:dense", "score:judge:dense", "filter", "export")
@@ -252,7 +250,7 @@ def test_a_served_judge_starts_before_the_array_that_asks_it_and_ends_after_it(
     run.wait_until_empty()
     assert not endpoint.exists()
     assert {serving, model}.isdisjoint(pid for pid, _ in processes())
-    assert "sesame" not in run.words() + "".join(path.read_text() for path in run.folder.glob("slurm/*.sh"))
+    assert "sesame" not in run.read_logs() + "".join(path.read_text() for path in run.folder.glob("slurm/*.sh"))
     with Faulty() as server:
         plain = {"engines.judge": {**judge, "base_url": server.url, "api_key_env": ""}}
-        assert tables(run.folder) == expected(tmp_path / "plain", parts | plain), run.words()
+        assert tables(run.folder) == expected(tmp_path / "plain", parts | plain), run.read_logs()

@@ -1,4 +1,4 @@
-"""What the kernel is asked, in order: a file is on disk before it has its name, and the name before anyone is told."""
+"""System calls in order: a file is on disk before it gets its name, and its directory is synced after that."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from tests.support.runs import ROOT
 pytestmark = pytest.mark.slurm  # strace comes with the same packages
 
 WRITE = """
+import sys
 from pathlib import Path
-from pipeline import tables
-from tests.test_tables import RECIPE, score
 from pipeline.records import Score
-tables.write(Path(sys.argv[1]) / "a.parquet", Score, [score("1")], RECIPE)
+from pipeline.storage import tables
+
+values = {"value": 0.5, "criteria": (), "status": "ok", "error": None}
+score = Score(key="000000000000", caption="dense", candidate=0, name="judge", **values)
+provenance = tables.Provenance(stage="score", name="judge", version=1, slice={}, inputs={})
+tables.write_rows(Path(sys.argv[1]) / "a.parquet", Score, [score], provenance)
 """
 
 
@@ -27,7 +31,7 @@ def test_write_fsync_rename_fsync_of_the_folder(tmp_path: Path) -> None:
     calls = "trace=openat,write,fsync,rename,renameat,renameat2"
     folder = tmp_path / "run"
     subprocess.run(
-        ["strace", "-f", "-y", "-e", calls, "-o", log, sys.executable, "-c", f"import sys\n{WRITE}", folder],
+        ["strace", "-f", "-y", "-e", calls, "-o", log, sys.executable, "-c", WRITE, folder],
         check=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
