@@ -2,7 +2,7 @@
 
 A source is a module with four names:
 
-- `Config`: a frozen dataclass of its keys in `[source]`, declared with `pipeline.config.key`;
+- `Config`: a frozen dataclass of its keys in `[source]`, declared with `pipeline.sections.key`;
 - `claims(path: str) -> bool`: True when a path or URL given to `recap init --source` is of this kind. It looks at
   names, not into files. `init` asks `folder`, `webdataset` and `parquet` after all others, and takes the first;
 - `pieces(config) -> Iterator[Piece]`: the corpus in an order that growth does not change, listed without opening

@@ -64,7 +64,7 @@ def has_ending(path: str, endings: tuple[str, ...]) -> bool:
     if PurePosixPath(plain).suffix not in ("", ".*") or not (_files.is_url(path) or _files.is_pattern(path)):
         return False
     with suppress(ConfigError):  # it matches no file
-        return any(piece.file.endswith(endings) for piece in islice(_files.find(path, endings), MAX_NAMES))
+        return any(piece.file.endswith(endings) for piece in islice(_files.find_files(path, endings), MAX_NAMES))
     return False
 
 

@@ -1,8 +1,7 @@
-"""Decides how a tar becomes samples: fetched and unpacked where it must be, grouped by name, its image found.
+"""Tars as samples: fetched and unpacked where needed, grouped by name, each with its image.
 
-A sample is what lies side by side under one path up to the first dot of the file name, as webdataset has it. It
-refuses to know what images, alt text and metadata are (`_common`), and how a tar is laid out
-(`_tar_format`).
+A sample is the adjacent members that share a path up to the first dot of the file name, as in webdataset. It refuses
+to know what images, alt text and metadata are (`_common`), and how a tar is laid out (`_tar_format`).
 """
 
 from __future__ import annotations
@@ -24,158 +23,154 @@ from pipeline.sources import _common, _files, _tar_format
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY_BYTES = 1 << 20  # moved at a time when a tar is staged
 NO_FILE = _tar_format.Member(name="", offset=0, size=0, error="there is no image in the sample")
-SCRATCH_HELP = "the folder in which remote and compressed tars wait while they are read; empty: the system's"
+SCRATCH_HELP = "the folder for copies of remote and compressed tars while they are read; empty: the system's"
 MAX_TAR_HELP = "a compressed tar that unpacks to more bytes than this is cut off there"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Members side by side that share a key."""
+    """Adjacent members that share a key."""
 
     key: str  # the path up to the first dot of the file name
     members: dict[str, _tar_format.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
-    error: str | None = None  # this is no sample, but a stretch of the tar that cannot be read
+    error: str | None = None  # this is no sample, but a range of the tar that cannot be read
 
-    def twice(self) -> Sample:
-        """The same, beside another with a member of the same name: which of them is meant, nobody knows."""
-        twice = {name: replace(member, error="another member has its name") for name, member in self.members.items()}
-        return replace(self, members=twice)
+    def mark_ambiguous(self) -> Sample:
+        """The sample without usable members, since the one before it has a member of the same name."""
+        members = {name: replace(member, error="another member has its name") for name, member in self.members.items()}
+        return replace(self, members=members)
 
-    def image(self, wanted: str) -> _tar_format.Member:
-        """The member that is the image: the one named, or the first that is called an image."""
-        if wanted:
-            return self.members.get(wanted, replace(NO_FILE, error=f"there is no {wanted} in the sample"))
-        plain = (member for extension, member in self.members.items() if extension in _common.IMAGES)
-        named = (member for extension, member in self.members.items() if _common.is_image(f".{extension}"))
-        return next(plain, next(named, NO_FILE))
+    def find_image(self, extension: str) -> _tar_format.Member:
+        """The member with the extension or, for "", the first that has an image's."""
+        if extension:
+            return self.members.get(extension, replace(NO_FILE, error=f"there is no {extension} in the sample"))
+        exact = (member for name, member in self.members.items() if name in _common.IMAGES)
+        last = (member for name, member in self.members.items() if _common.is_image(f".{name}"))
+        return next(exact, next(last, NO_FILE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tar:
-    """A tar that is open and can be read anywhere."""
+    """A tar that is open for random reads."""
 
     name: str  # the last part of its path
     stream: BinaryIO
-    file: str | None  # where the same bytes lie on disk, when they do
-    error: str | None = None  # why there is no more of it than this
+    file: str | None  # path of the same bytes on disk; None for a scratch copy
+    error: str | None = None  # why it ends early
 
-    def samples(self) -> Iterator[Sample]:
-        """All samples in order, read from the headers alone; damaged stretches stand between them."""
+    def list_samples(self) -> Iterator[Sample]:
+        """All samples in order, from the headers alone, with damaged ranges between them."""
         sample: Sample | None = None
-        for one in filter(None, map(self._alone, _tar_format.members(self.stream))):
+        for one in filter(None, map(self._make_sample, _tar_format.read_members(self.stream))):
             if sample is not None and one.key == sample.key and not one.members.keys() & sample.members.keys():
                 sample.members.update(one.members)
                 continue
             if sample is not None:
                 yield sample
-                one = one.twice() if one.key == sample.key else one
+                one = one.mark_ambiguous() if one.key == sample.key else one
             sample = one
         if sample is not None:
             yield sample
 
-    def _alone(self, member: _tar_format.Member) -> Sample | None:
-        """The member as a sample of its own; None when it is hidden."""
+    def _make_sample(self, member: _tar_format.Member) -> Sample | None:
+        """A sample of one member; None when the member is hidden."""
         if not member.name:
-            because = "; ".join(error for error in (member.error, self.error) if error)
-            return Sample(key=f"{self.name}@{member.offset}", error=because)
+            error = "; ".join(error for error in (member.error, self.error) if error)
+            return Sample(key=f"{self.name}@{member.offset}", error=error)
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         return Sample(key=folder + slash + stem, members={extension.lower(): member}) if stem else None
 
-    def image(self, sample: Sample, wanted: str = "") -> Raw:
-        """The sample's image: its bytes and where they lie, or why there are none."""
-        member = sample.image(wanted)
-        error = sample.error or member.error
-        if error is None and member.size > _common.MAX_IMAGE_BYTES:
-            error = f"its {member.size} bytes are more than the {_common.MAX_IMAGE_BYTES} that one may have"
+    def read_image(self, sample: Sample, extension: str = "") -> Raw:
+        """The sample's image, with its place in the tar, or the error why there is none."""
+        member = sample.find_image(extension)
+        error = sample.error or member.error or _common.explain_size(member.size, _common.MAX_IMAGE_BYTES)
         if error is not None:
             return Raw(source_key=sample.key, data=None, error=error)
         offset = member.offset if self.file else None
-        return Raw(source_key=sample.key, data=self.data(member), file=self.file, offset=offset)
+        return Raw(source_key=sample.key, data=self._read_data(member), file=self.file, offset=offset)
 
-    def raw(self, sample: Sample, *, wanted: str = "", column: str = "") -> Raw:
-        """The sample: its image, `wanted` or the first, and its words, alt text from `column` or its usual place."""
+    def read_sample(self, sample: Sample, *, extension: str = "", column: str = "") -> Raw:
+        """The sample: its image as in `read_image`, alt text from `column` or the usual names, and metadata."""
         texts = {}
         for name in dict.fromkeys((*_common.TEXTS, column)):
             if (member := sample.members.get(name)) and member.error is None and name != "json":
-                texts[name] = _common.text(self.data(member, _common.MAX_TEXT_BYTES))
-        about = sample.members.get("json", NO_FILE)
-        fields = _common.from_json(self.data(about, _common.MAX_TEXT_BYTES)) if about.error is None else {}
-        return _common.describe(self.image(sample, wanted), fields, texts=texts, column=column)
+                texts[name] = _common.decode_text(self._read_data(member, _common.MAX_TEXT_BYTES))
+        json = sample.members.get("json", NO_FILE)
+        fields = _common.parse_json(self._read_data(json, _common.MAX_TEXT_BYTES)) if json.error is None else {}
+        return _common.add_text(self.read_image(sample, extension), fields, texts=texts, column=column)
 
-    def data(self, member: _tar_format.Member, most: int = _common.MAX_IMAGE_BYTES) -> bytes:
+    def _read_data(self, member: _tar_format.Member, limit: int = _common.MAX_IMAGE_BYTES) -> bytes:
         self.stream.seek(member.offset)
-        return self.stream.read(min(member.size, most))
+        return self.stream.read(min(member.size, limit))
 
 
 @contextmanager
-def opened(file: str, *, scratch: str, max_bytes: int) -> Iterator[Tar]:
-    """A tar as it lies on disk when it is local and plain, otherwise a scratch copy that goes when it is closed.
+def open_tar(file: str, *, scratch: str, max_bytes: int) -> Iterator[Tar]:
+    """Opens a plain local tar where it is, and any other as a scratch copy.
 
-    The copy has no name, so that nothing stays behind, however the process ends.
+    The copy has no name, so it vanishes however the process ends.
 
     Args:
         file: an absolute path or a URL.
-        scratch: the folder for the copy; "" is the system's.
-        max_bytes: a compressed tar is unpacked up to here.
+        scratch: the directory for the copy; "" is the system's.
+        max_bytes: limit of a compressed tar's unpacked size.
 
     Raises:
-        OSError: the tar cannot be opened or fetched, or the scratch folder is full.
+        OSError: the tar cannot be opened or fetched, or the scratch directory is full.
     """
     with ExitStack() as stack:
-        stream = stack.enter_context(_files.opened(file))
-        local = not _files.is_url(file)
-        if not local:
-            stream = stack.enter_context(_copied(stream, scratch))
-        unpack = _unpacker(stream)
-        tar = Tar(name=file.rpartition("/")[2], stream=stream, file=file if local and unpack is None else None)
-        if unpack is not None:
-            copy = stack.enter_context(_temporary(scratch))
-            tar = replace(tar, stream=copy, error=_unpack(unpack(stream), copy, max_bytes))
-        yield tar
+        stream = stack.enter_context(_files.open_file(file))
+        is_local = not _files.is_url(file)
+        if not is_local:
+            copy = stack.enter_context(_open_scratch(scratch))
+            shutil.copyfileobj(stream, copy, COPY_BYTES)
+            copy.seek(0)
+            stream = copy
+        open_unpacked = _choose_decoder(stream)
+        name = file.rpartition("/")[2]
+        if open_unpacked is None:
+            yield Tar(name=name, stream=stream, file=file if is_local else None)
+        else:
+            copy = stack.enter_context(_open_scratch(scratch))
+            error = _unpack_stream(open_unpacked(stream), copy, max_bytes)
+            yield Tar(name=name, stream=copy, file=None, error=error)
 
 
-def _temporary(scratch: str) -> BinaryIO:
+def _open_scratch(scratch: str) -> BinaryIO:
     return cast(BinaryIO, tempfile.TemporaryFile(dir=scratch or None))
 
 
-def _copied(stream: BinaryIO, scratch: str) -> BinaryIO:
-    copy = _temporary(scratch)
-    shutil.copyfileobj(stream, copy, COPY_BYTES)
-    copy.seek(0)
-    return copy
-
-
-def _unpacker(stream: BinaryIO) -> Callable[[BinaryIO], Any] | None:
-    """What reads the stream unpacked, by its first bytes: names lie. None when it is not compressed."""
-    magics: dict[bytes, Callable[[BinaryIO], Any]] = {
+def _choose_decoder(stream: BinaryIO) -> Callable[[BinaryIO], Any] | None:
+    """Opens the unpacked stream, by the first bytes, since names may be wrong; None when it is not compressed."""
+    decoders: dict[bytes, Callable[[BinaryIO], Any]] = {
         b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
         b"BZh": bz2.BZ2File,
         b"\xfd7zXZ\0": lzma.LZMAFile,
-        b"\x28\xb5\x2f\xfd": _zstd,
+        b"\x28\xb5\x2f\xfd": _open_zstd,
     }
     first = stream.read(6)
     stream.seek(0)
-    return next((unpack for magic, unpack in magics.items() if first.startswith(magic)), None)
+    return next((decoder for magic, decoder in decoders.items() if first.startswith(magic)), None)
 
 
-def _zstd(stream: BinaryIO) -> Any:
+def _open_zstd(stream: BinaryIO) -> Any:
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
 
 
-def _unpack(packed: Any, to: BinaryIO, max_bytes: int) -> str | None:
-    """Writes what the stream unpacks to; returns what was wrong with it."""
+def _unpack_stream(packed: Any, output: BinaryIO, max_bytes: int) -> str | None:
+    """Writes the unpacked bytes; returns the error that ended them early."""
     while True:
         try:
             data = packed.read(COPY_BYTES)
         except (EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
             if getattr(error, "errno", None) is not None:
-                raise  # the disk's word; decoders give no number
+                raise  # from the disk: decoders set no number
             return f"it cannot be unpacked: {error}"
         if not data:
             return None
-        if to.tell() + len(data) > max_bytes:
+        if output.tell() + len(data) > max_bytes:
             return f"it unpacks to more than {max_bytes} bytes"
-        to.write(data)
+        output.write(data)

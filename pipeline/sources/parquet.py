@@ -1,6 +1,6 @@
-"""Decides how Parquet files with images in them are a corpus: a file is a piece, its rows are the samples.
+"""Parquet files with images in them: a file is a piece, its rows are the samples, and its footer says how many.
 
-Their footers say how many rows there are. What the columns mean is `_columns`' decision.
+`_columns` decides the meaning of the columns.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    path: str | tuple[str, ...] = key(
-        help="Parquet: files, folders, globs, ranges as in {00000..00099}.parquet, URLs that fsspec opens, or a list",
-        stamp=False,
-        locate="path",
-    )
+    path: str | tuple[str, ...] = _files.declare_paths(".parquet")
     image: str = key("", _columns.IMAGE_HELP)
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     source_key: str = key("", _columns.KEY_HELP)
@@ -38,72 +34,73 @@ def claims(path: str) -> bool:
 
 
 def pieces(config: Config) -> Iterator[Piece]:
-    """The files with their numbers of rows; one that is broken is a piece of unknown length.
+    """The files with their numbers of rows; a broken one is a piece of unknown length.
 
     Raises:
-        ConfigError: a path means no file, or the columns of the first whole file are not what the config says.
+        ConfigError: a path matches no file, or the columns of the first whole file do not match the config.
     """
-    checked = False
-    for piece in _files.find(config.path, _survey.TABLES):
+    is_checked = False
+    for piece in _files.find_files(config.path, _survey.TABLES):
         try:
-            with _files.opened(place(piece.file, config)) as stream:
-                table = _parquet.table(stream)
+            with _files.open_file(place(piece.file, config)) as stream:
+                table = _parquet.open_table(stream)
                 stop, schema = table.metadata.num_rows, table.schema_arrow
         except BrokenParquetError:
             yield piece
             continue
-        if not checked:
-            _choose(schema, config)
-            checked = True
+        if not is_checked:
+            _choose_columns(schema, config)
+            is_checked = True
         yield replace(piece, stop=stop)
 
 
 def place(file: str, config: Config) -> str:
-    """Where a planned file lies now."""
-    return _files.place(file, config.path)
+    """The present path of a planned file."""
+    return _files.locate_file(file, config.path)
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The rows of the piece; each that cannot be read is a row with an error."""
     name = piece.file.rpartition("/")[2]
-    with _files.opened(place(piece.file, config)) as stream:
+    with _files.open_file(place(piece.file, config)) as stream:
         try:
-            table = _parquet.table(stream)
-            columns = _choose(table.schema_arrow, config)
+            table = _parquet.open_table(stream)
+            columns = _choose_columns(table.schema_arrow, config)
         except (BrokenParquetError, ConfigError) as error:
             stop = piece.start + 1 if piece.stop is None else piece.stop
-            yield from _lost(range(piece.start, stop), name, str(error))
+            yield from _make_lost_rows(range(piece.start, stop), name, str(error))
             return
         num_rows = table.metadata.num_rows
-        wanted = range(piece.start, num_rows if piece.stop is None else piece.stop)
-        for group, rows in _parquet.groups(table):
-            if part := range(max(rows.start, wanted.start), min(rows.stop, wanted.stop)):
-                batches = _parquet.batches(table, columns.all, group=group)
+        selected = range(piece.start, num_rows if piece.stop is None else piece.stop)
+        for group, rows in _parquet.list_groups(table):
+            if part := range(max(rows.start, selected.start), min(rows.stop, selected.stop)):
+                batches = _parquet.read_batches(table, columns.names, group=group)
                 yield from _read_group(batches, rows.start, part, columns, config, name)
-        yield from _lost(range(max(num_rows, wanted.start), wanted.stop), name, f"the file now has {num_rows} rows")
+        lost = range(max(num_rows, selected.start), selected.stop)
+        yield from _make_lost_rows(lost, name, f"the file now has {num_rows} rows")
 
 
 def _read_group(
-    batches: Iterator[pa.RecordBatch], row: int, wanted: range, columns: _columns.Columns, config: Config, name: str
+    batches: Iterator[pa.RecordBatch], row: int, selected: range, columns: _columns.Columns, config: Config, name: str
 ) -> Iterator[Raw]:
-    """The wanted rows of a row group of which `row` is the first."""
-    roots, why = (config.image_root,) if config.image_root else (), "its row group ends before it"
+    """The selected rows of a row group of which `row` is the first."""
+    roots, reason = (config.image_root,) if config.image_root else (), "its row group ends before it"
     try:
         for batch in batches:
-            if part := range(max(row, wanted.start), min(row + batch.num_rows, wanted.stop)):
+            if part := range(max(row, selected.start), min(row + batch.num_rows, selected.stop)):
                 rows = batch.slice(part.start - row, len(part))
-                yield from _columns.raws(rows, columns, first=part.start, name=name, roots=roots)
+                yield from _columns.read_samples(rows, columns, first=part.start, name=name, roots=roots)
             row += batch.num_rows
-            if row >= wanted.stop:
+            if row >= selected.stop:
                 return
     except BrokenParquetError as error:
-        why = str(error)
-    yield from _lost(range(max(row, wanted.start), wanted.stop), name, why)
+        reason = str(error)
+    yield from _make_lost_rows(range(max(row, selected.start), selected.stop), name, reason)
 
 
-def _lost(rows: range, name: str, error: str) -> Iterator[Raw]:
-    return (_columns.lost(row, name=name, error=error) for row in rows)
+def _make_lost_rows(rows: range, name: str, error: str) -> Iterator[Raw]:
+    return (_columns.make_lost_row(row, name=name, error=error) for row in rows)
 
 
-def _choose(schema: pa.Schema, config: Config) -> _columns.Columns:
-    return _columns.choose(schema, image=config.image, source_key=config.source_key, alt_text=config.alt_text)
+def _choose_columns(schema: pa.Schema, config: Config) -> _columns.Columns:
+    return _columns.choose_columns(schema, image=config.image, source_key=config.source_key, alt_text=config.alt_text)

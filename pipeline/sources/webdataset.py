@@ -1,6 +1,6 @@
-"""Decides how tars that webdataset wrote are a corpus: one tar is one piece, and a plain local one stays in its place.
+"""Tars in webdataset's format: one tar is one piece, and a plain local one is read where it is.
 
-It refuses to know what is in a tar: `_tars` does. How many samples it has is not known before it is read.
+It refuses to know what is in a tar (`_tars`). The number of its samples is unknown until it is read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from pipeline.sources import _common, _files, _survey, _tars
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    path: str | tuple[str, ...] = key(
-        help="tars: files, folders, globs, ranges as in {00000..00099}.tar, URLs that fsspec opens, or a list of those",
-        stamp=False,
-        locate="path",
-    )
+    path: str | tuple[str, ...] = _files.declare_paths(".tar")
     image: str = key("", "the extension of the image where a sample has several; empty: the first that is an image's")
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
@@ -37,18 +33,18 @@ def pieces(config: Config) -> Iterator[Piece]:
     """The tars, none of them opened.
 
     Raises:
-        ConfigError: a path means no tar.
+        ConfigError: a path matches no tar.
     """
-    return _files.find(config.path, _tars.ENDINGS)
+    return _files.find_files(config.path, _tars.ENDINGS)
 
 
 def place(file: str, config: Config) -> str:
-    """Where a planned tar lies now."""
-    return _files.place(file, config.path)
+    """The present path of a planned tar."""
+    return _files.locate_file(file, config.path)
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The samples of a tar, in its order."""
-    with _tars.opened(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
-        for sample in islice(tar.samples(), piece.start, piece.stop):
-            yield tar.raw(sample, column=config.alt_text, wanted=config.image)
+    with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
+        for sample in islice(tar.list_samples(), piece.start, piece.stop):
+            yield tar.read_sample(sample, column=config.alt_text, extension=config.image)

@@ -1,4 +1,4 @@
-"""The promises that every source keeps, and what is particular to each."""
+"""The contract of every source, and the particulars of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipeline.storage import plan
 from tests.support.serving import serve_folder
 
 
-def photo(package: str, path: str) -> bytes:
+def read_photo(package: str, path: str) -> bytes:
     """The bytes of a picture that ships with a package, found without importing it."""
     spec = find_spec(package)
     assert spec is not None
@@ -40,15 +40,15 @@ def photo(package: str, path: str) -> bytes:
     return (Path(spec.origin).parent / path).read_bytes()
 
 
-PHOTOS = {name: photo("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")} | {
-    name: photo("skimage", f"data/{name}")
+PHOTOS = {name: read_photo("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")} | {
+    name: read_photo("skimage", f"data/{name}")
     for name in ("rocket.jpg", "cell.png", "chelsea.png", "text.png", "multipage.tif", "no_time_for_that_tiny.gif")
 }
 Maker = Callable[[Path, int], Any]
 
 
-def samples(num: int) -> list[tuple[str, bytes, str]]:
-    """Numbered photographs with something to say about each: name, bytes, alt text."""
+def list_samples(num: int) -> list[tuple[str, bytes, str]]:
+    """Numbered photographs with a text about each: name, bytes, alt text."""
     names = sorted(PHOTOS)
     chosen = [names[index % len(names)] for index in range(num)]
     return [
@@ -58,7 +58,7 @@ def samples(num: int) -> list[tuple[str, bytes, str]]:
 
 def make_folder(root: Path, num: int) -> folder.Config:
     root.mkdir(exist_ok=True)
-    for name, data, alt_text in samples(num):
+    for name, data, alt_text in list_samples(num):
         (root / name).write_bytes(data)
         (root / f"{name[:4]}.txt").write_text(alt_text)
     return folder.Config(path=str(root))
@@ -70,7 +70,7 @@ def make_webdataset(root: Path, num: int) -> webdataset.Config:
     root.mkdir(exist_ok=True)
     for shard in range(-(-num // 3)):
         with wds.TarWriter(str(root / f"{shard:05d}.tar"), mtime=0) as writer:
-            for name, data, alt_text in samples(num)[3 * shard : 3 * shard + 3]:
+            for name, data, alt_text in list_samples(num)[3 * shard : 3 * shard + 3]:
                 writer.write({"__key__": name[:4], name[5:]: data, "txt": alt_text, "json": {"number": int(name[:4])}})
     return webdataset.Config(path=str(root))
 
@@ -79,7 +79,7 @@ def make_parquet(root: Path, num: int) -> parquet.Config:
     """In the layout that `datasets` writes, two rows in a group."""
     root.mkdir(exist_ok=True)
     for first in range(0, num, 5):
-        rows = samples(num)[first : first + 5]
+        rows = list_samples(num)[first : first + 5]
         images = [{"bytes": data, "path": name} for name, data, _ in rows]
         table = pa.table({"image": images, "text": [text for *_, text in rows], "n": range(len(rows))})
         pq.write_table(table, root / f"{first:05d}.parquet", row_group_size=2)
@@ -90,8 +90,8 @@ def make_hf(root: Path, num: int) -> hf.Config:
     import datasets
 
     rows = {
-        "image": [{"bytes": data, "path": name} for name, data, _ in samples(num)],
-        "text": [text for *_, text in samples(num)],
+        "image": [{"bytes": data, "path": name} for name, data, _ in list_samples(num)],
+        "text": [text for *_, text in list_samples(num)],
     }
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(root)
@@ -99,11 +99,11 @@ def make_hf(root: Path, num: int) -> hf.Config:
 
 
 def make_img2dataset(root: Path, num: int) -> img2dataset.Config:
-    """The files that img2dataset leaves; `TestImg2dataset` has it make them itself."""
+    """The files that img2dataset writes; `TestImg2dataset` runs it for real."""
     make_webdataset(root, num)
     for first in range(0, num, 3):
         columns = ("key", "caption", "status", "error_message")
-        rows = [(name[:4], text, "success", None) for name, _, text in samples(num)[first : first + 3]]
+        rows = [(name[:4], text, "success", None) for name, _, text in list_samples(num)[first : first + 3]]
         table = pa.table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)))
         pq.write_table(table, root / f"{first // 3:05d}.parquet")
         (root / f"{first // 3:05d}_stats.json").write_text("{}")
@@ -130,22 +130,24 @@ def read_all(source: ModuleType, config: Any) -> list[Raw]:
 
 
 class TestEverySource:
-    def test_gives_every_image_once_in_order_with_its_bytes_and_words(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_yields_every_image_once_in_order_with_its_bytes_and_text(self, source: ModuleType, tmp_path: Path) -> None:
         raws = read_all(source, SOURCES[source](tmp_path / "corpus", 8))
-        assert [(raw.data, raw.alt_text, raw.error) for raw in raws] == [(b, text, None) for _, b, text in samples(8)]
+        assert [(raw.data, raw.alt_text, raw.error) for raw in raws] == [
+            (b, text, None) for _, b, text in list_samples(8)
+        ]
         assert len({raw.source_key for raw in raws}) == 8
 
-    def test_knows_the_length_of_a_piece_or_says_that_it_does_not(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_a_piece_has_its_length_or_none(self, source: ModuleType, tmp_path: Path) -> None:
         config = SOURCES[source](tmp_path / "corpus", 8)
         for piece in source.pieces(config):
             assert piece.num_samples in (None, len(list(source.read(piece, config))))
 
-    def test_reads_the_same_twice(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_reads_the_same_samples_twice(self, source: ModuleType, tmp_path: Path) -> None:
         config = SOURCES[source](tmp_path / "corpus", 8)
         assert list(source.pieces(config)) == list(source.pieces(config))
         assert read_all(source, config) == read_all(source, config)
 
-    def test_a_part_of_a_piece_is_that_slice_of_it(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_a_range_of_a_piece_is_a_slice_of_its_samples(self, source: ModuleType, tmp_path: Path) -> None:
         config = SOURCES[source](tmp_path / "corpus", 6)
         for piece in source.pieces(config):
             whole = list(source.read(piece, config))
@@ -154,32 +156,32 @@ class TestEverySource:
                     part = replace(piece, start=piece.start + start, stop=piece.start + stop)
                     assert list(source.read(part, config)) == whole[start:stop]
 
-    def test_growth_moves_nothing(self, source: ModuleType, tmp_path: Path) -> None:
-        """Nine samples, then fourteen: what was planned stays, and reads as it did; the rest comes after it."""
+    def test_growth_moves_no_planned_sample(self, source: ModuleType, tmp_path: Path) -> None:
+        """A plan of nine samples is extended to fourteen: the nine keep their places and contents."""
         config, file = SOURCES[source](tmp_path / "corpus", 9), tmp_path / "plan.parquet"
         plan.write_plan(file, source.pieces(config), shard_size=3)
-        before = planned(source, file, config)
+        before = read_planned(source, file, config)
         assert len(before) == 9
         plan.write_plan(file, source.pieces(SOURCES[source](tmp_path / "corpus", 14)), shard_size=3)
-        after = planned(source, file, config)
+        after = read_planned(source, file, config)
         assert after[:9] == before
-        assert sorted(raw.alt_text or "" for raw in after) == sorted(text for _, _, text in samples(14))
+        assert sorted(raw.alt_text or "" for raw in after) == sorted(text for _, _, text in list_samples(14))
 
-    def test_bytes_that_are_referenced_lie_there(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_referenced_bytes_are_in_the_file_at_the_offset(self, source: ModuleType, tmp_path: Path) -> None:
         for raw in read_all(source, SOURCES[source](tmp_path / "corpus", 8)):
             assert (raw.file is None) == (raw.offset is None)
             if raw.file is not None and raw.offset is not None and raw.data is not None:
                 assert Path(raw.file).read_bytes()[raw.offset :].startswith(raw.data)
 
-    def test_metadata_is_an_object_in_json(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_metadata_is_a_json_object(self, source: ModuleType, tmp_path: Path) -> None:
         for raw in read_all(source, SOURCES[source](tmp_path / "corpus", 8)):
             assert isinstance(json.loads(raw.metadata), dict)
 
-    def test_a_path_that_is_not_there_is_named(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_a_missing_path_is_named(self, source: ModuleType, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"source\.path: .*nowhere"):
             list(source.pieces(source.Config(path=str(tmp_path / "nowhere"))))
 
-    def test_claims_its_own_corpus_before_the_less_specific_ones_do(self, source: ModuleType, tmp_path: Path) -> None:
+    def test_claims_its_own_corpus_before_less_specific_sources(self, source: ModuleType, tmp_path: Path) -> None:
         config, name = SOURCES[source](tmp_path / "corpus", 4), source.__name__.rpartition(".")[2]
         assert source.claims(config.path)
         assert guess_source(config.path) == {"kind": name, "path": config.path}
@@ -205,11 +207,11 @@ class TestClaims:
             ("file:///photos/a.jpg", None),
         ],
     )
-    def test_of_names_need_no_look(self, path: str, kind: str | None) -> None:
+    def test_a_name_is_claimed_by_its_ending(self, path: str, kind: str | None) -> None:
         names = plugins.list_names("pipeline.sources")
         assert [n for n in names if plugins.load("pipeline.sources", n).claims(path)] == [kind] * (kind is not None)
 
-    def test_of_globs_and_of_remote_folders_look_at_names(self, tmp_path: Path) -> None:
+    def test_a_glob_or_remote_folder_is_claimed_by_its_files(self, tmp_path: Path) -> None:
         import fsspec
 
         write(tmp_path, {"tars/README": "", "tars/a.tar": "", "tables/a.pq": "", "texts/a.txt": ""})
@@ -219,14 +221,14 @@ class TestClaims:
         assert guess_source("memory://claimed") == {"kind": "webdataset", "path": "memory://claimed"}
 
     @pytest.mark.parametrize("name", ["photo.jpg", "photos.zip", "*"])
-    def test_of_no_kind_are_an_error_unless_one_is_given(self, tmp_path: Path, name: str) -> None:
+    def test_an_unclaimed_path_needs_a_kind(self, tmp_path: Path, name: str) -> None:
         write(tmp_path, {"photo.jpg": "", "photos.zip": ""})
         with pytest.raises(UserError, match=r"--source .*: is of no known kind; choose one of folder, hf, .* --kind"):
             guess_source(str(tmp_path / name))
         assert guess_source(str(tmp_path / name), kind="webdataset")["kind"] == "webdataset"
 
 
-def planned(source: ModuleType, file: Path, config: Any) -> list[Raw]:
+def read_planned(source: ModuleType, file: Path, config: Any) -> list[Raw]:
     frozen, shards = plan.Plan.load(file)
     return [raw for shard in shards for piece in frozen.pieces(shard) for raw in source.read(piece, config)]
 
@@ -254,7 +256,7 @@ class TestFolder:
         assert len({raw.source_key for raw in raws}) == len(raws)
         return {raw.source_key: raw for raw in raws}
 
-    def test_every_file_is_an_input_but_side_cars_metadata_and_hidden_ones(self, tmp_path: Path) -> None:
+    def test_every_file_is_an_input_except_sidecars_metadata_and_hidden_ones(self, tmp_path: Path) -> None:
         inputs = ["a.jpg", "alone.txt", "b/c.PNG", "b/c.d/e.webp", "misnamed.dat", "no_extension", "notes.json"]
         others = ["a.txt", "a.json", "b/c.txt", "b/c.PNG.json", ".x.jpg", ".git/x.jpg", "b/metadata.csv", "b/.x/y.jpg"]
         write(tmp_path, dict.fromkeys(inputs + others, "file_name") | {"empty.jpg": b""})
@@ -263,7 +265,7 @@ class TestFolder:
         assert raws["empty.jpg"].data == b""
         assert all(raw.error is None for raw in raws.values())
 
-    def test_a_side_car_says_the_alt_text_and_its_json_the_rest(self, tmp_path: Path) -> None:
+    def test_alt_text_and_metadata_come_from_sidecars(self, tmp_path: Path) -> None:
         write(tmp_path, {"a.jpg": "", "a.txt": "\ufeffa cat\n", "a.json": '{"text": "a cat", "n": NaN, "by": "é"}'})
         write(tmp_path, {"b.jpg": "", "b.json": '{"TEXT": "a dog", "caption": ["a", "b"]}'})
         write(tmp_path, {"c.jpg": "", "c.json": "[1"})
@@ -289,19 +291,19 @@ class TestFolder:
         assert raws["train/deep/two.jpg"].alt_text == "二"
         assert raws["one.jpg"].alt_text is raws["train/three.jpg"].alt_text is None
 
-    def test_the_nearest_metadata_file_that_knows_an_image_counts(self, tmp_path: Path) -> None:
+    def test_the_nearest_metadata_file_with_an_images_row_is_used(self, tmp_path: Path) -> None:
         write(tmp_path, {"a/x.jpg": "", "a/y.jpg": ""})
         write_metadata(tmp_path / "metadata.csv", [{"file_name": f"a/{name}.jpg", "text": "far"} for name in "xy"])
         write_metadata(tmp_path / "a/metadata.csv", [{"file_name": "x.jpg", "text": "near"}])
         raws = self.read(tmp_path)
         assert (raws["a/x.jpg"].alt_text, raws["a/y.jpg"].alt_text) == ("near", "far")
 
-    def test_a_changed_metadata_file_is_read_again(self, tmp_path: Path) -> None:
+    def test_a_changed_metadata_file_is_reread(self, tmp_path: Path) -> None:
         for text in ("before", "and after"):
             write(tmp_path, {"a.jpg": "", "metadata.csv": f"file_name,text\na.jpg,{text}\n"})
             assert self.read(tmp_path)["a.jpg"].alt_text == text
 
-    def test_names_in_any_script_and_in_none(self, tmp_path: Path) -> None:
+    def test_file_names_may_be_in_any_script_or_not_utf8(self, tmp_path: Path) -> None:
         names = ["קיץ/חתול 🐈.jpg", "дом.jpg", "a\nb.jpg", r"real\xff.jpg", r"back\slash.jpg"]
         write(tmp_path, {name: name for name in names})
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw\xff.jpg")).write_bytes(b"bytes")
@@ -311,7 +313,7 @@ class TestFolder:
         assert raws[r"real\x5cxff.jpg"].data == rb"real\xff.jpg"
         assert all(raw.source_key.encode() for raw in raws.values())
 
-    def test_links_lead_nowhere_outside(self, tmp_path: Path) -> None:
+    def test_links_out_of_the_folder_are_not_followed(self, tmp_path: Path) -> None:
         root = tmp_path / "corpus"
         write(tmp_path, {"corpus/a.jpg": b"a", "secret/b.jpg": b"b", "secret.txt": "secret"})
         links = {"in.jpg": "a.jpg", "out.jpg": "../secret/b.jpg", "far.jpg": str(tmp_path / "secret/b.jpg")}
@@ -325,9 +327,9 @@ class TestFolder:
         assert raws["a.jpg"].alt_text is None
         assert raws["out.jpg"].error == raws["far.jpg"].error == "it leads out of the folder"
         assert raws["round"].error == "it is a folder"
-        assert raws["pipe.jpg"].error == "it is no plain file"
+        assert raws["pipe.jpg"].error == "it is not a regular file"
 
-    def test_a_file_that_has_gone_is_a_row_but_a_folder_that_has_gone_is_not(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_a_row_but_a_missing_folder_raises(self, tmp_path: Path) -> None:
         config = make_folder(tmp_path / "corpus", 1)
         (piece,) = folder.pieces(config)
         (tmp_path / "corpus" / piece.file).unlink()
@@ -338,9 +340,9 @@ class TestFolder:
         with pytest.raises(FileNotFoundError):
             list(folder.read(piece, config))
 
-    def test_the_user_is_told_of_metadata_without_names_and_of_alt_text_that_no_file_has(self, tmp_path: Path) -> None:
+    def test_metadata_without_file_names_or_the_alt_text_column_is_refused(self, tmp_path: Path) -> None:
         write(tmp_path, {"metadata.csv": "image,text\na.jpg,words\n", "a.jpg": ""})
-        with pytest.raises(ConfigError, match=r"metadata\.csv: has no column 'file_name', only image, text"):
+        with pytest.raises(ConfigError, match=r"metadata\.csv: has no column 'file_name'; it has image, text"):
             self.read(tmp_path)
         write(tmp_path, {"metadata.csv": "file_name,text\na.jpg,words\n"})
         with pytest.raises(ConfigError, match=r"source\.alt_text: .* column 'txet'; they have file_name, text"):
@@ -348,11 +350,11 @@ class TestFolder:
         assert self.read(tmp_path, alt_text="text")["a.jpg"].alt_text == "words"
 
     @pytest.mark.slow
-    def test_what_datasets_reads_from_an_imagefolder_is_what_we_read(self, tmp_path: Path) -> None:
+    def test_reads_an_imagefolder_as_datasets_does(self, tmp_path: Path) -> None:
         import datasets
 
-        write(tmp_path / "corpus", {name: data for name, data, _ in samples(5)})
-        rows = [{"file_name": name, "caption": text} for name, _, text in samples(5)]
+        write(tmp_path / "corpus", {name: data for name, data, _ in list_samples(5)})
+        rows = [{"file_name": name, "caption": text} for name, _, text in list_samples(5)]
         write_metadata(tmp_path / "corpus/metadata.jsonl", rows)
         theirs = datasets.load_dataset("imagefolder", data_dir=tmp_path / "corpus", cache_dir=str(tmp_path / "cache"))
         theirs = theirs["train"].cast_column("image", datasets.Image(decode=False))
@@ -368,7 +370,7 @@ class TestParquet:
         pq.write_table(pa.table(columns), path, **options)
         return path
 
-    def test_reads_images_as_bytes_or_as_datasets_has_them(self, tmp_path: Path) -> None:
+    def test_reads_images_as_bytes_or_in_the_layout_of_datasets(self, tmp_path: Path) -> None:
         for kind in (pa.binary(), pa.large_binary()):
             self.write(tmp_path / f"{kind}.parquet", {"jpg": pa.array([b"1", b"2"], kind), "TEXT": ["one", "two"]})
         self.write(tmp_path / "struct.parquet", {"x": [{"bytes": b"1"}, {"bytes": b"2"}], "caption": ["one", "two"]})
@@ -385,12 +387,12 @@ class TestParquet:
             ({}, ["p/1.jpg", "name.jpg"]),
         ],
     )
-    def test_keeps_the_name_that_the_corpus_gave(self, tmp_path: Path, columns: Any, keys: list[str]) -> None:
+    def test_source_keys_come_from_the_corpus(self, tmp_path: Path, columns: Any, keys: list[str]) -> None:
         images = [{"bytes": b"1", "path": "p/1.jpg"}, {"bytes": b"2", "path": "name.jpg"}]
         file = self.write(tmp_path / "a.parquet", {"image": images, **columns})
         assert [raw.source_key for raw in self.read(file)] == keys
 
-    def test_keeps_what_json_can_hold_of_the_other_columns(self, tmp_path: Path) -> None:
+    def test_other_columns_become_metadata_where_json_can_hold_them(self, tmp_path: Path) -> None:
         columns = {
             "image": pa.array([b"1"]),
             "thumbnail": pa.array([b"2" * 100_000]),
@@ -411,7 +413,7 @@ class TestParquet:
             "price": "1.10",
         }
 
-    def test_nulls_and_wrong_types_are_errors_of_their_rows(self, tmp_path: Path) -> None:
+    def test_nulls_and_wrong_types_are_row_errors(self, tmp_path: Path) -> None:
         images = [{"bytes": b"1", "path": None}, None, {"bytes": None, "path": None}, {"bytes": b"", "path": "a"}]
         self.write(tmp_path / "a.parquet", {"image": images, "text": ["a", "b", None, "d"]})
         self.write(tmp_path / "b.parquet", {"image": ["a string", "another"], "text": [1, 2]})
@@ -430,7 +432,7 @@ class TestParquet:
         ]
         assert [raw.alt_text for raw in raws] == ["a", "b", None, "d", *[None] * 5]
 
-    def test_text_that_is_no_utf8_costs_no_row(self, tmp_path: Path) -> None:
+    def test_text_that_is_not_utf8_loses_no_row(self, tmp_path: Path) -> None:
         bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff"]).buffers())
         raws = self.read(self.write(tmp_path / "a.parquet", {"image": [b"1", b"2"], "text": bad}))
         assert [raw.data for raw in raws] == [b"1", b"2"]
@@ -460,7 +462,7 @@ class TestParquet:
             "URLs are not fetched",
         ]
 
-    def test_a_broken_file_loses_what_is_broken_of_it(self, tmp_path: Path) -> None:
+    def test_a_broken_file_loses_only_its_broken_rows(self, tmp_path: Path) -> None:
         images = [bytes([number]) * 5000 for number in range(8)]
         file = tmp_path / "a.parquet"
         self.write(file, {"image": images}, row_group_size=2, compression="none", write_page_checksum=True)
@@ -474,7 +476,7 @@ class TestParquet:
         assert all((raw.error is None) != (raw.data is None) for raw in raws)
         assert "cannot be read" in (raws[-1].error or "")
 
-    def test_a_file_that_became_shorter_still_has_all_its_rows(self, tmp_path: Path) -> None:
+    def test_a_file_that_became_shorter_keeps_its_planned_rows(self, tmp_path: Path) -> None:
         config = make_parquet(tmp_path / "corpus", 5)
         (piece,) = parquet.pieces(config)
         make_parquet(tmp_path / "corpus", 3)
@@ -486,35 +488,35 @@ class TestParquet:
         [
             ({"image": "img"}, r"source\.image: there is no column 'img'; there are a, b, text$"),
             ({"image": "text"}, r"source\.image: column 'text' holds string, not image files"),
-            ({}, r"source\.image: which column holds the images\? image = \.\.\. is one of a, b$"),
+            ({}, r"source\.image: several columns may hold the images; choose one of a, b$"),
             ({"image": "a", "alt_text": "alt"}, r"source\.alt_text: there is no column 'alt'; there are a, b, text$"),
             ({"image": "a", "source_key": "k"}, r"source\.source_key: there is no column 'k'; there are a, b, text$"),
         ],
     )
-    def test_the_user_is_told_of_columns_that_are_not_there(self, tmp_path: Path, keys: Any, message: str) -> None:
+    def test_missing_columns_are_named(self, tmp_path: Path, keys: Any, message: str) -> None:
         file = self.write(tmp_path / "a.parquet", {"a": [b"1"], "b": [b"2"], "text": ["words"]})
         with pytest.raises(ConfigError, match=message):
             self.read(file, **keys)
 
-    def test_what_stands_beside_the_schema_is_not_trusted(self, tmp_path: Path) -> None:
-        for name, about in (("a", b'{"info": [1]}'), ("b", b"{"), ("c", b'{"info": {"features": {"text": 1}}}')):
-            table = pa.table({"jpg": [b"1"], "text": ["words"]}).replace_schema_metadata({b"huggingface": about})
+    def test_malformed_schema_metadata_is_ignored(self, tmp_path: Path) -> None:
+        for name, metadata in (("a", b'{"info": [1]}'), ("b", b"{"), ("c", b'{"info": {"features": {"text": 1}}}')):
+            table = pa.table({"jpg": [b"1"], "text": ["words"]}).replace_schema_metadata({b"huggingface": metadata})
             pq.write_table(table, tmp_path / f"{name}.parquet")
         assert [(raw.data, raw.alt_text) for raw in self.read(tmp_path)] == [(b"1", "words")] * 3
 
     @pytest.mark.parametrize(
         ("size", "most"), [(1 << 22, 100 << 20), pytest.param(1 << 26, 250 << 20, marks=pytest.mark.slow)]
     )
-    def test_a_value_that_many_rows_have_is_not_unpacked_for_all(self, tmp_path: Path, size: int, most: int) -> None:
+    def test_a_repeated_value_is_not_unpacked_for_all_rows_at_once(self, tmp_path: Path, size: int, most: int) -> None:
         file = self.write(tmp_path / "a.parquet", {"image": [bytes(size)] * 40}, dictionary_pagesize_limit=1 << 30)
         before, num_rows = pa.total_allocated_bytes(), 0
         with file.open("rb") as stream:
-            for batch in _parquet.batches(_parquet.table(stream), ["image"], group=0):
+            for batch in _parquet.read_batches(_parquet.open_table(stream), ["image"], group=0):
                 assert pa.total_allocated_bytes() - before < most
                 num_rows += len(batch)
         assert num_rows == 40
 
-    def test_reads_over_fsspec(self, tmp_path: Path) -> None:
+    def test_reads_through_fsspec(self, tmp_path: Path) -> None:
         import fsspec
 
         make_parquet(tmp_path / "corpus", 8)
@@ -523,18 +525,18 @@ class TestParquet:
         assert here == there
 
     @pytest.mark.slow
-    def test_what_datasets_writes_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
+    def test_reads_everything_that_datasets_writes(self, tmp_path: Path) -> None:
         import datasets
 
         rows = make_hf(tmp_path / "saved", 8)
         datasets.load_from_disk(rows.path).to_parquet(str(tmp_path / "a.parquet"))
         raws = self.read(tmp_path / "a.parquet")
-        expected = [(name, data, text) for name, data, text in samples(8)]
+        expected = [(name, data, text) for name, data, text in list_samples(8)]
         assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == expected
 
 
 class TestHf:
-    def test_large_rows_are_in_memory_one_by_one(self, tmp_path: Path) -> None:
+    def test_large_rows_are_in_memory_one_at_a_time(self, tmp_path: Path) -> None:
         import datasets
 
         rows = {"image": [bytes([number]) * (8 << 20) for number in range(10)]}
@@ -549,7 +551,7 @@ class TestHf:
         assert first == list(range(10))
         assert most < 32 << 20
 
-    def test_reads_all_splits_or_the_one_named(self, tmp_path: Path) -> None:
+    def test_reads_all_splits_or_the_configured_one(self, tmp_path: Path) -> None:
         import datasets
 
         for name, text in (("train", "t"), ("test", "e")):
@@ -566,24 +568,24 @@ class TestHf:
             ("test:0", b"1", "e"),
         ]
         assert read_all(hf, replace(config, split="test")) == raws[1:]
-        with pytest.raises(ConfigError, match=r"source\.split: 'dev' is not there; the splits are train, test"):
+        with pytest.raises(ConfigError, match=r"source\.split: there is no split 'dev'; there are train, test"):
             read_all(hf, replace(config, split="dev"))
 
     @pytest.mark.slow
-    def test_reads_what_load_dataset_finds_in_a_folder(self, tmp_path: Path) -> None:
-        write(tmp_path / "corpus", {name: data for name, data, _ in samples(5)})
-        rows = [{"file_name": name, "caption": text} for name, _, text in samples(5)]
+    def test_reads_a_folder_that_load_dataset_reads(self, tmp_path: Path) -> None:
+        write(tmp_path / "corpus", {name: data for name, data, _ in list_samples(5)})
+        rows = [{"file_name": name, "caption": text} for name, _, text in list_samples(5)]
         write_metadata(tmp_path / "corpus/metadata.jsonl", rows)
         config = hf.Config(path=str(tmp_path / "corpus"), cache=str(tmp_path / "cache"), revision="v1")
         raws = read_all(hf, config)
-        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == samples(5)
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == list_samples(5)
         assert {raw.metadata for raw in raws} == {'{"revision": "v1"}'}
         with pytest.raises(ConfigError, match=r"source\.path: .* cannot be loaded"):
             read_all(hf, replace(config, split="dev"))
 
 
 class TestImg2dataset:
-    def test_failed_downloads_are_rows_and_unfinished_shards_wait(self, tmp_path: Path) -> None:
+    def test_failed_downloads_are_rows_and_unfinished_shards_are_skipped(self, tmp_path: Path) -> None:
         config = make_img2dataset(tmp_path / "corpus", 7)
         (tmp_path / "corpus/00002_stats.json").unlink()
         rows = {"key": ["x", "0003", "y", "0004"], "status": ["failed_to_download", "success", "success", "success"]}
@@ -593,11 +595,11 @@ class TestImg2dataset:
         assert [raw.source_key for raw in raws] == ["0000", "0001", "0002", "x", "0003", "y", "0004", "0005"]
         assert {raw.source_key: raw.error for raw in raws if raw.error} == {
             "x": "failed_to_download: HTTP Error 404: Not Found",
-            "y": "img2dataset says success, but the tar has no such sample",
+            "y": "img2dataset reports success, but the tar has no such sample",
         }
-        assert raws[-1].alt_text == samples(7)[5][2]
+        assert raws[-1].alt_text == list_samples(7)[5][2]
 
-    def test_samples_of_one_name_are_both_rows(self, tmp_path: Path) -> None:
+    def test_two_samples_of_one_name_are_two_rows(self, tmp_path: Path) -> None:
         config = make_img2dataset(tmp_path / "corpus", 3)
         with tarfile.open(tmp_path / "corpus/00000.tar", "a") as tar:
             tar.add(tmp_path / "corpus/00000_stats.json", "0000.jpg")
@@ -606,14 +608,14 @@ class TestImg2dataset:
         assert len(raws) == 4
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
-    def test_without_its_parquet_the_tar_is_read_and_the_loss_is_told(self, tmp_path: Path, damage: Any) -> None:
+    def test_without_its_parquet_the_tar_is_read_and_the_loss_is_a_row(self, tmp_path: Path, damage: Any) -> None:
         config = make_img2dataset(tmp_path / "corpus", 3)
         damage(tmp_path / "corpus/00000.parquet")
         *raws, last = read_all(img2dataset, config)
-        assert [(raw.data, raw.alt_text) for raw in raws] == [(data, text) for _, data, text in samples(3)]
-        assert (last.error or "").startswith("which downloads failed is not known: ")
+        assert [(raw.data, raw.alt_text) for raw in raws] == [(data, text) for _, data, text in list_samples(3)]
+        assert (last.error or "").startswith("the failed downloads are unknown: ")
 
-    def test_the_user_is_told_what_is_no_output_of_img2dataset(self, tmp_path: Path) -> None:
+    def test_a_folder_that_img2dataset_did_not_write_is_refused(self, tmp_path: Path) -> None:
         make_webdataset(tmp_path / "corpus", 3)
         with pytest.raises(ConfigError, match=r"has no tar with its _stats\.json beside it; .* kind = \"webdataset\""):
             read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
@@ -622,30 +624,30 @@ class TestImg2dataset:
             read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus"), alt_text="alt"))
 
     @pytest.mark.slow
-    def test_a_real_download_is_read_with_nothing_lost(self, tmp_path: Path) -> None:
-        write(tmp_path / "served", {name: data for name, data, _ in samples(8)})
+    def test_reads_everything_of_a_real_download(self, tmp_path: Path) -> None:
+        write(tmp_path / "served", {name: data for name, data, _ in list_samples(8)})
         with serve_folder(tmp_path / "served") as address:
-            rows = [(f"{address}/{name}", text) for name, _, text in samples(8)]
-            rows[3:3] = [(f"{address}/gone.jpg", "nobody has it"), ("http://127.0.0.1:9/x.jpg", "nobody answers")]
-            download(tmp_path, rows)
+            rows = [(f"{address}/{name}", text) for name, _, text in list_samples(8)]
+            rows[3:3] = [(f"{address}/gone.jpg", "not found"), ("http://127.0.0.1:9/x.jpg", "no server")]
+            run_img2dataset(tmp_path, rows)
         raws = read_all(img2dataset, img2dataset.Config(path=str(tmp_path / "corpus")))
         by_text = {raw.alt_text: raw for raw in raws}
         assert len(raws) == len(by_text) == 10
-        for _, data, text in samples(8):
+        for _, data, text in list_samples(8):
             raw, known = by_text[text], json.loads(by_text[text].metadata)
             assert raw.data == data
             assert known["status"] == "success"
             assert known["sha256"] == sha256(data).hexdigest()
             assert raw.file is not None and raw.offset is not None
             assert Path(raw.file).read_bytes()[raw.offset :].startswith(data)
-        assert by_text["nobody has it"].error == "failed_to_download: HTTP Error 404: File not found"
-        assert "refused" in (by_text["nobody answers"].error or "")
-        assert json.loads(by_text["nobody has it"].metadata)["url"].endswith("/gone.jpg")
+        assert by_text["not found"].error == "failed_to_download: HTTP Error 404: File not found"
+        assert "refused" in (by_text["no server"].error or "")
+        assert json.loads(by_text["not found"].metadata)["url"].endswith("/gone.jpg")
         assert len({raw.source_key for raw in raws}) == 10
 
 
-def download(root: Path, rows: list[tuple[str, str]]) -> None:
-    """Runs img2dataset in a process of its own: it starts others, and is chatty."""
+def run_img2dataset(root: Path, rows: list[tuple[str, str]]) -> None:
+    """Runs img2dataset in a child process, since it starts others and prints much."""
     with (root / "urls.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("url", "caption"), *rows])
     options = {

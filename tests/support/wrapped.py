@@ -214,7 +214,7 @@ def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         "twice.tar": make_tar({"one.jpg": photo(rng)}) + make_tar({"two.jpg": photo(rng)}),
     }
     rows = [ok(f"part_{number}") for number in (0, 2, 3)] + [ok(f"gone_{number}") for number in range(3)]
-    rows += [lost("none.tar@0", CUT), lost("words.tar@0", "is no tar"), lost("archive.tar@0", "is no tar")]
+    rows += [lost("none.tar@0", CUT), lost("words.tar@0", "is not a tar"), lost("archive.tar@0", "is not a tar")]
     rows += [lost(f"checksum.tar@{starts[1]}", DAMAGED), lost("gone_3", "the tar has"), ok("one"), ok("two")]
     return files, [*rows, lost(f"cut.tar@{starts[3] + 700}", CUT)]
 
@@ -386,7 +386,7 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
         expected.append(Expected(source_key=stem, status=status))
     for key in ("gone", "../up", "写真"):
         row(key)
-        expected.append(lost(key, "img2dataset says success, but the tar has no such sample"))
+        expected.append(lost(key, "img2dataset reports success, but the tar has no such sample"))
     row("refused", "failed_to_download", "HTTP Error 404\x00\x1b[31m")
     row("nothing", None, None)
     row(None, "failed_to_resize", "a null key")
@@ -397,7 +397,7 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
     files["twice.jpg"] = photo(rng)
     expected += [lost("refused", "failed_to_download: HTTP Error 404"), lost("nothing", "None: None"), ok("unknown")]
     expected += [lost("None", "failed_to_resize: a null key"), ok("said_failed"), ok("twice")]
-    expected.append(lost("twice", "img2dataset says success, but the tar has no such sample"))
+    expected.append(lost("twice", "img2dataset reports success, but the tar has no such sample"))
     names = {"key": pa.string(), "status": pa.string(), "error_message": pa.string(), "caption": pa.string()}
     _shard(folder / "00000", make_tar(files), pa.Table.from_pylist(rows, pa.schema(names)))
     _shard(folder / "00001", make_tar({"a.jpg": photo(rng)}), pa.table({"key": [0], "status": [1], "caption": [2.5]}))
@@ -406,9 +406,9 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
     for number, damage in enumerate((b"PAR1", b"", b"words" * 100), 4):
         _shard(folder / f"{number:05d}", make_tar({f"{number}.jpg": photo(rng)}), pa.table({"key": ["x"]}))
         (folder / f"{number:05d}.parquet").write_bytes(damage)
-        expected += [ok(str(number)), lost(f"{number:05d}.parquet", "which downloads failed is not known")]
+        expected += [ok(str(number)), lost(f"{number:05d}.parquet", "the failed downloads are unknown")]
     expected += [lost("0", "1: None"), ok("a"), lost("None", "None: None"), ok("b")]
-    expected += [lost("c", "the tar has no such sample"), lost("00003.tar@0", "is no tar")]
+    expected += [lost("c", "the tar has no such sample"), lost("00003.tar@0", "is not a tar")]
     return expected
 
 
