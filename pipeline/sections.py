@@ -194,6 +194,10 @@ class Run:
     sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
     slurm: SlurmConfig
 
+    def resolve_error_share(self, override: float | None) -> float:
+        """The `max_error_share` of a section, or else the run's."""
+        return self.max_error_share if override is None else override
+
 
 def endpoint_file(run: Path, engine: str) -> Path:
     """The file in which `recap serve` notes the server of an engine, while it runs: {"base_url": ...}."""

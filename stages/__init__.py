@@ -1,1 +1,1 @@
-"""The work: what to ask, how to judge, what to keep, how to train. One stage a file."""
+"""Captioning, scoring, filtering, export and training: one stage per file at the top of this package."""

@@ -1,6 +1,6 @@
-"""Decides what is asked about an image, and what becomes of the answer: one row for each candidate.
+"""Caption stage: prompts an engine about each selected image, and turns its replies into one row per candidate.
 
-It knows recipes and where they are asked; it does not know who answers, nor what makes a caption good.
+Knows recipes and which images to caption; knows neither the model nor what makes a caption good.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.storage import database
 from stages import recipes
 from stages.recipes import Recipe
 from stages.sql import check_query, find_scores
-from stages.text import answers
+from stages.text.answers import read_answer
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
 
 NAMED = True
@@ -31,32 +31,32 @@ VERSION = 1
 class Config:
     """`[caption.NAME]`."""
 
-    recipe: str = key("dense", "what is asked: a file of recipes/, your own or one that ships")
-    engine: str = key(help="who is asked: a name in [engines]")
-    num_candidates: int = key(1, "captions of each image", least=1)
+    recipe: str = key("dense", "prompt, answer format and sampling: a file of recipes/, your own or one that ships")
+    engine: str = key(help="the captioner: a name in [engines]")
+    num_candidates: int = key(1, "captions per image", least=1)
     where: str | None = key(
-        None, "only these images: an SQL condition over image columns and, with `of`, the names of scores"
+        None, "caption only these images: an SQL condition over image columns and, with `of`, names of scores"
     )
     of: str | None = key(
-        None, "the caption pass whose scores `where` means; a score is that of an image's best candidate there"
+        None, "the caption pass whose scores `where` uses; the score of an image is that of its best candidate"
     )
-    temperature: float | None = key(None, "in the place of the recipe's", least=0, most=2)
-    top_p: float | None = key(None, "in the place of the recipe's", least=0, most=1)
-    top_k: int | None = key(None, "in the place of the recipe's", least=0)
-    repetition_penalty: float | None = key(None, "in the place of the recipe's", least=0.1, most=10)
-    max_tokens: int | None = key(None, "in the place of the recipe's", least=1)
-    ladder: tuple[float, ...] | None = key(None, "temperatures of the attempts after the first, like the recipe's")
-    max_error_share: float | None = key(None, "in the place of the run's", stamp=False, least=0, most=1)
+    temperature: float | None = key(None, "overrides the recipe's temperature", least=0, most=2)
+    top_p: float | None = key(None, "overrides the recipe's top_p", least=0, most=1)
+    top_k: int | None = key(None, "overrides the recipe's top_k", least=0)
+    repetition_penalty: float | None = key(None, "overrides the recipe's repetition_penalty", least=0.1, most=10)
+    max_tokens: int | None = key(None, "overrides the recipe's max_tokens", least=1)
+    ladder: tuple[float, ...] | None = key(None, "overrides the recipe's temperatures of the second and later attempts")
+    max_error_share: float | None = key(None, "overrides the run's max_error_share", stamp=False, least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionInput:
-    """One candidate to be made."""
+    """One candidate to generate."""
 
     image: Image
     candidate: int  # from 0
-    data: Callable[[], bytes]  # the image file, read when it is called
-    again: tuple[str, ...] = ()  # see Shard
+    data: Callable[[], bytes]  # reads the image file
+    retry_of: tuple[str, ...] = ()  # see Shard
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -65,48 +65,49 @@ class CaptionInput:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionWork:
-    """A pass of the caption stage, with all that its questions and rows need."""
+    """The work of one caption pass."""
 
     name: str
     engine: str
     seed: int  # the run's
     recipe: Recipe
-    drawing: SamplingConfig
+    sampling: SamplingConfig
 
-    def work(self, inputs: Iterator[CaptionInput], engines: Mapping[str, Engine]) -> Iterator[Caption]:
-        engine = engines[self.engine]
-        for wanted, reply in map_with_context(engine.generate, ((wanted, self.request(wanted)) for wanted in inputs)):
-            yield self.row(wanted, reply, engine)
-
-    def request(self, wanted: CaptionInput) -> Request:
+    def run(self, inputs: Iterator[CaptionInput], engines: Mapping[str, Engine]) -> Iterator[Caption]:
         """
         Raises:
-            OSError: the image's bytes have gone.
+            OSError: an image file has gone.
         """
+        engine = engines[self.engine]
+        requests = ((item, self._build_request(item)) for item in inputs)
+        for item, reply in map_with_context(engine.generate, requests):
+            yield self._build_row(item, reply, engine)
+
+    def _build_request(self, item: CaptionInput) -> Request:
         return Request(
-            id=f"{wanted.image.key}/{wanted.candidate}",
+            id=f"{item.image.key}/{item.candidate}",
             system=self.recipe.spec.system,
-            prompt=self.recipe.build_prompt(wanted.image.alt_text).prompt,
-            images=(wanted.data(),),
-            source_key=wanted.image.source_key,
+            prompt=self.recipe.build_prompt(item.image.alt_text).prompt,
+            images=(item.data(),),
+            source_key=item.image.source_key,
             schema=self.recipe.schema,
-            ladder=self.drawing.rungs,
-            accept=lambda reply: answers.read_answer(reply, self.recipe.answer_format).error or "",
-            seed=derive_seed(self.seed, wanted.image.key, self.name, wanted.candidate, *wanted.again),
+            ladder=self.sampling.rungs,
+            accept=lambda reply: read_answer(reply, self.recipe.answer_format).error or "",
+            seed=derive_seed(self.seed, item.image.key, self.name, item.candidate, *item.retry_of),
         )
 
-    def row(self, wanted: CaptionInput, reply: Reply, engine: Engine) -> Caption:
-        answer = answers.read_answer(reply, self.recipe.answer_format)
-        asked = self.recipe.build_prompt(wanted.image.alt_text)
+    def _build_row(self, item: CaptionInput, reply: Reply, engine: Engine) -> Caption:
+        answer = read_answer(reply, self.recipe.answer_format)
+        prompt = self.recipe.build_prompt(item.image.alt_text)
         return Caption(
-            key=wanted.image.key,
+            key=item.image.key,
             name=self.name,
-            candidate=wanted.candidate,
+            candidate=item.candidate,
             text=answer.text,
             fields=answer.fields,
             status=answer.status,
             error=answer.error,
-            flags=self.recipe.find_flags(answer.text, asked),
+            flags=self.recipe.find_flags(answer.text, prompt),
             finish_reason=reply.finish_reason,
             attempt=reply.attempt,
             seed=reply.seed,
@@ -114,30 +115,30 @@ class CaptionWork:
             num_output_tokens=reply.num_output_tokens,
             model=engine.model,
             revision=engine.revision,
-            prompt_hash=asked.hash,
+            prompt_hash=prompt.hash,
             sampling=encode_sampling(reply.sampling),
             engine=self.engine,
         )
 
 
 def passes(run: Run) -> Iterable[Pass]:
-    """One for each `[caption.NAME]`.
+    """One pass for each `[caption.NAME]`.
 
     Raises:
-        ConfigError: a section names what is not there, or its `where` is no condition.
+        ConfigError: a section names something that does not exist, or its `where` is not a valid condition.
     """
-    return [_pass(run, name, config) for name, config in run.sections["caption"].items()]
+    return [_build_pass(run, name, config) for name, config in run.sections["caption"].items()]
 
 
-def _pass(run: Run, name: str, config: Config) -> Pass:
-    where = f"{run.file}: caption.{name}"
+def _build_pass(run: Run, name: str, config: Config) -> Pass:
+    section = f"{run.file}: caption.{name}"
     try:
         recipe = recipes.load(config.recipe, run=run.file.parent)
     except UnknownNameError as error:
-        raise ConfigError(f"{where}.recipe", str(error)) from error
-    drawing = _drawing(config, recipe, where)
+        raise ConfigError(f"{section}.recipe", str(error)) from error
+    sampling = _resolve_sampling(config, recipe, section)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
-    scores = _scores(run, name, config)
+    scores = _find_scores(run, name, config)
     return Pass(
         stage="caption",
         name=name,
@@ -147,7 +148,7 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
         version=VERSION,
         slice={
             "recipe": recipe.slice,
-            "sampling": [asdict(rung) for rung in drawing.rungs],
+            "sampling": [asdict(rung) for rung in sampling.rungs],
             "num_candidates": config.num_candidates,
             "where": config.where,
             "of": config.of,
@@ -155,77 +156,75 @@ def _pass(run: Run, name: str, config: Config) -> Pass:
             "engine": engine,
         },
         record=Caption,
-        max_error_share=run.max_error_share if config.max_error_share is None else config.max_error_share,
-        inputs=partial(inputs, num_candidates=config.num_candidates, query=_query(config, scores)),
-        work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, drawing=drawing).work,
+        max_error_share=run.resolve_error_share(config.max_error_share),
+        inputs=partial(inputs, num_candidates=config.num_candidates, query=_build_query(config, scores)),
+        work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, sampling=sampling).run,
     )
 
 
 def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[CaptionInput]:
-    """The candidates to be made, those of one image adjacent, images in key order.
+    """The candidates to generate, in order of key and candidate.
 
     Args:
         shard: the shard.
-        num_candidates: of each image.
-        query: SQL that gives the keys wanted, in order; None: those of all images that are ok.
+        num_candidates: per image.
+        query: SQL that gives the keys of the images in order; None: all images that are ok.
     """
-    images = shard.read_table("image", Image)
-    wanted = (image for image in images if image.status == "ok") if query is None else _chosen(shard, images, query)
-    for image in wanted:
+    rows = shard.read_table("image", Image)
+    if query is None:
+        images = (row for row in rows if row.status == "ok")
+    else:
+        images = (next(row for row in rows if row.key == image_key) for (image_key,) in shard.query(query))
+    for image in images:
         for candidate in range(num_candidates):
             yield CaptionInput(
-                image=image, candidate=candidate, data=partial(shard.read_image, image), again=shard.retry_of
+                image=image, candidate=candidate, data=partial(shard.read_image, image), retry_of=shard.retry_of
             )
 
 
-def _chosen(shard: Shard, images: Iterator[Image], query: str) -> Iterator[Image]:
-    for (wanted,) in shard.query(query):
-        yield next(image for image in images if image.key == wanted)
-
-
-def _drawing(config: Config, recipe: Recipe, where: str) -> SamplingConfig:
-    """The recipe's sampling with what the section says instead."""
-    instead = {name: value for name in column_names(SamplingConfig) if (value := getattr(config, name)) is not None}
+def _resolve_sampling(config: Config, recipe: Recipe, section: str) -> SamplingConfig:
+    """The recipe's sampling with the overrides of the section."""
+    overrides = {name: value for name in column_names(SamplingConfig) if (value := getattr(config, name)) is not None}
     try:
-        drawing = replace(recipe.spec.sampling, **instead)
+        sampling = replace(recipe.spec.sampling, **overrides)
     except ValueError as error:
-        raise ConfigError(where, str(error)) from error
-    if config.num_candidates > 1 and drawing.temperature == 0:
+        raise ConfigError(section, str(error)) from error
+    if config.num_candidates > 1 and sampling.temperature == 0:
         raise ConfigError(
-            f"{where}.num_candidates", f"{config.num_candidates} candidates would be equal: the temperature is 0"
+            f"{section}.num_candidates", f"{config.num_candidates} candidates would be equal: the temperature is 0"
         )
-    return drawing
+    return sampling
 
 
-def _scores(run: Run, name: str, config: Config) -> list[str]:
-    """The scores that `where` names.
+def _find_scores(run: Run, name: str, config: Config) -> list[str]:
+    """The scores that `where` uses.
 
     Raises:
-        ConfigError: it is no condition, names something else, or `of` does not fit.
+        ConfigError: `where` is not a valid condition, or `of` does not fit it.
     """
     if config.where is None and config.of is None:
         return []
-    field, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
-    named = sorted(find_scores(run, f"caption.{name}.where", config.where or "true"))
-    if named and config.of is None:
-        raise ConfigError(f"{field}.of", f"is missing: {named[0]} of which captions? {', '.join(others)}")
+    section, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
+    scores = sorted(find_scores(run, f"caption.{name}.where", config.where or "true"))
+    if scores and config.of is None:
+        raise ConfigError(f"{section}.of", f"is missing: {scores[0]} of which captions? {', '.join(others)}")
     if config.of is not None and config.of not in others:
-        raise ConfigError(f"{field}.of", plugins.explain_unknown(config.of, others))
-    if config.of is not None and not named:
-        raise ConfigError(f"{field}.of", "says whose scores `where` means, but `where` names no score")
-    check_query(run, f"caption.{name}.where", _query(config, named) or "SELECT 1")
-    return named
+        raise ConfigError(f"{section}.of", plugins.explain_unknown(config.of, others))
+    if config.of is not None and not scores:
+        raise ConfigError(f"{section}.of", "is used only when `where` names a score, and it names none")
+    check_query(run, f"caption.{name}.where", _build_query(config, scores) or "SELECT 1")
+    return scores
 
 
-def _query(config: Config, scores: list[str]) -> str | None:
-    """The keys of the images that are wanted, in order."""
+def _build_query(config: Config, scores: list[str]) -> str | None:
+    """SQL for the keys of the images that `where` selects, in order; None: all."""
     if config.where is None:
         return None
-    joined = ""
+    join = ""
     if scores:
         best = ", ".join(
             f"max(value) FILTER (name = {database.quote_literal(s)}) AS {database.quote_identifier(s)}" for s in scores
         )
         of = database.quote_literal(config.of or "")
-        joined = f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {of} GROUP BY key) AS scores USING (key)"
-    return f"SELECT key FROM image{joined} WHERE status = 'ok' AND ({config.where}) ORDER BY key"
+        join = f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {of} GROUP BY key) AS scores USING (key)"
+    return f"SELECT key FROM image{join} WHERE status = 'ok' AND ({config.where}) ORDER BY key"

@@ -1,6 +1,6 @@
-"""Decides what a trainer gets: one sample for each image whose caption was chosen, with where it came from.
+"""Export stage: the training set, with one sample for each image that has a chosen caption.
 
-The whole-run summary (stats.json, the dataset card) is made from the index that this stage writes.
+The summary of the whole run (stats.json, the dataset card) is computed from the index table that this stage writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline import plugins
 from pipeline.engines import Engine
@@ -22,11 +22,12 @@ from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.views import list_score_folders
 from stages.exporters import ExportPayload, ExportSample
+from stages.exporters._card import build_card
 from stages.sql import find_scores
 
 VERSION = 1
 
-# A row for each chosen caption; its list has the scores that the filter uses, where they could say something.
+# One row per chosen caption, with the scores that the filter uses, without those that have no value.
 CHOSEN = """
     SELECT i.key, c.name, c.candidate, c.text, c.model, c.revision,
         coalesce((SELECT list({{'name': s.name, 'value': s.value}} ORDER BY s.name) FROM score AS s
@@ -41,31 +42,31 @@ CHOSEN = """
 @dataclass(frozen=True, kw_only=True)
 class Config:
     formats: tuple[str, ...] = key(
-        ("webdataset", "parquet"), "forms to write, of stages/exporters/: webdataset, parquet, or a module with a dot"
+        ("webdataset", "parquet"), "forms to write: files of stages/exporters/, or modules of your own with a dot"
     )
     image_extension: Literal["jpg", "original"] = key(
         "jpg",
-        "of the image in a WebDataset sample; the bytes are the original's either way. Loaders that infer columns from "
-        "the first samples need one name for all",
+        "of all images, whose bytes are the original's either way. Loaders that infer columns from the first samples "
+        "need the same extension for all",
     )
-    license: str = key("", "of the corpus, for the dataset card, e.g. cc-by-4.0", stamp=False)
+    license: str = key("", "of the corpus, for the dataset card, such as cc-by-4.0", stamp=False)
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
-            raise ValueError(f"formats is {list(self.formats)}; it names one or more of {choices}, each once")
+            raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
         try:
             for name in self.formats:
                 plugins.load("stages.exporters", name)
         except UnknownNameError as error:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
         if not re.fullmatch(r"[\w.-]*", self.license):
-            raise ValueError(f"license is {self.license!r}; the Hub knows names such as cc-by-4.0")
+            raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportInput:
-    """A chosen caption, its image row, and the shard that has the bytes."""
+    """A chosen caption, its image row, and the shard that reads the image file."""
 
     image: Image
     caption: str
@@ -98,13 +99,15 @@ def passes(run: Run) -> Iterable[Pass]:
         max_error_share=1.0,
         inputs=partial(inputs, scores=scores),
         work=work,
-        payload=partial(_payload, settings),
+        payload=lambda shard: ExportPayload(
+            run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
+        ),
         finish=finish,
     )
 
 
 def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
-    """Joins the chosen captions with their image rows; both come sorted by key."""
+    """Joins the chosen captions with their image rows; both are sorted by key."""
     images = shard.read_table("image", Image)
     for name, caption, candidate, text, model, revision, values in shard.query(
         CHOSEN.format(scores=", ".join(map(database.quote_literal, sorted(scores))) or "NULL")
@@ -121,36 +124,30 @@ def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
         )
 
 
-def work(chosen: Iterator[ExportInput], _engines: Mapping[str, Engine]) -> Iterator[ExportSample]:
-    for one in chosen:
-        yield ExportSample(row=exported(one), data=one.shard.read_image(one.image))
+def work(inputs: Iterator[ExportInput], _: Mapping[str, Engine]) -> Iterator[ExportSample]:
+    for item in inputs:
+        yield ExportSample(row=_build_row(item), data=item.shard.read_image(item.image))
 
 
-def exported(chosen: ExportInput) -> Exported:
-    image = chosen.image
+def _build_row(item: ExportInput) -> Exported:
+    image = item.image
     assert image.sha256 and image.format and image.width and image.height and image.num_bytes
     return Exported(
         key=image.key,
         source_key=image.source_key,
         sha256=image.sha256,
-        caption=chosen.text,
+        caption=item.text,
         alt_text=image.alt_text or "",
-        caption_pass=chosen.caption,
-        candidate=chosen.candidate,
-        model=chosen.model,
-        revision=chosen.revision,
-        scores=chosen.scores,
+        caption_pass=item.caption,
+        candidate=item.candidate,
+        model=item.model,
+        revision=item.revision,
+        scores=item.scores,
         format=image.format,
         width=image.width,
         height=image.height,
         num_bytes=image.num_bytes,
         metadata=image.metadata,
-    )
-
-
-def _payload(settings: Config, shard: Shard) -> ExportPayload:
-    return ExportPayload(
-        shard.run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
     )
 
 
@@ -163,8 +160,8 @@ SUMMARY = """
 
 
 def finish(run: Run, is_new: bool) -> None:
-    """Writes export/stats.json and the dataset card over all that is exported, unless nothing is new."""
-    folder = run.folder / "export"
+    """Writes export/stats.json and the dataset card, unless they exist and no shard is new."""
+    folder, settings = run.folder / "export", run.sections["export"][""]
     if not is_new and (folder / "stats.json").exists() and (folder / "README.md").exists():
         return
     with database.connect(run.folder) as connection:
@@ -174,63 +171,15 @@ def finish(run: Run, is_new: bool) -> None:
             connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
         ).fetchall()
     stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
-    for name, text in {"stats.json": json.dumps(stats, indent=2) + "\n", "README.md": card(run, stats)}.items():
+    card = build_card(
+        stats,
+        title=run.folder.name,
+        source=run.source.kind,
+        license=settings.license,
+        formats=settings.formats,
+        rules=run.sections["filter"][""].rules,
+    )
+    for name, text in {"stats.json": json.dumps(stats, indent=2) + "\n", "README.md": card}.items():
         if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
             with tables.open_atomic(folder / name) as file:
                 file.write(text.encode())
-
-
-def card(run: Run, stats: Mapping[str, Any]) -> str:
-    """The dataset card, with the header that the Hugging Face Hub reads."""
-    settings: Config = run.sections["export"][""]
-    num = stats["num_samples"]
-    size = next((name for top, name in SIZES if num < top), SIZES[-1][1])
-    licence = f"license: {settings.license}\n" if settings.license else ""
-    data = (
-        ""
-        if "parquet" not in settings.formats
-        else ("configs:\n- config_name: default\n  data_files: parquet/*.parquet\n")
-    )
-    models = "\n".join(f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`" for c in stats["captions"])
-    rules = "\n".join(f"- `{name}`: `{sql}`" for name, sql in run.sections["filter"][""].rules.items())
-    return f"""---
-{licence}task_categories:
-- image-to-text
-- text-to-image
-size_categories:
-- {size}
-{data}---
-
-# {run.folder.name}
-
-{num:,} images with captions, {stats["mean_words"]:.1f} words on average (the corpus's own alt text: \
-{stats["mean_alt_text_words"]:.1f}). Made by recap from a `{run.source.kind}` source; image bytes are the originals'.
-
-{models}
-
-A caption was kept when it met these conditions, in this order:
-
-{rules or "- (none)"}
-
-| column | what it is |
-| --- | --- |
-| `image` / `jpg` | the original file |
-| `caption` / `txt` | the caption |
-| `alt_text` | what the corpus had; empty when it had nothing |
-| `key`, `source_key`, `sha256` | the sample in this run, in the corpus, and its content: join on the last two |
-| `caption_pass`, `candidate`, `model`, `revision` | who wrote the caption |
-| `scores` | what the scorers said, in [0, 1] |
-| `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
-"""
-
-
-SIZES = (
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"),
-    (10**9, "100M<n<1B"),
-    (10**12, "n>1B"),
-)

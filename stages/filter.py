@@ -1,7 +1,7 @@
-"""Decides what is kept: named SQL conditions over the columns of image and caption and over the scores.
+"""Filter stage: named SQL conditions over image and caption columns and scores decide which captions are kept.
 
-A condition that is false refuses; the first that does names the reason. A condition that cannot be decided because a
-score is missing refuses too, as unscored:NAME, for an unjudged caption is not a good one.
+The first condition that is false names the reason of a rejection. If a condition is NULL because a score is missing,
+the caption is rejected as unscored:NAME.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column
 @dataclass(frozen=True, kw_only=True)
 class Config:
     rules: Mapping[str, str] = key(
-        factory=dict, help='NAME = "SQL condition" that a kept caption meets, tried in this order; a score is a column'
+        factory=dict, help='NAME = "SQL condition" that kept captions meet, checked in this order; a score is a column'
     )
     choose: str = key(
         "candidate", 'SQL order among the kept captions of an image, e.g. "judge DESC": the first is exported'
@@ -37,12 +37,12 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterInput:
-    """A caption row with what the rules say of it."""
+    """A caption row with the verdict of the rules."""
 
     key: str
     caption: str
     candidate: int
-    reason: str | None
+    reason: str | None  # None: kept
     rank: int  # among the rows of its key, kept ones first
 
     @property
@@ -56,17 +56,15 @@ def passes(run: Run) -> Iterable[Pass]:
     if not captions:
         return
     if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
-        raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is a caption's status too; choose another name")
-    used = {rule: find_scores(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
-    named = {score for names in used.values() for score in names} | find_scores(
-        run, "filter.choose", settings.choose, clause=ORDER_BY
-    )
-    sql = query(settings, used, sorted(named), captions)
+        raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is the name of a caption status too; choose another")
+    scores_by_rule = {rule: find_scores(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
+    scores = find_scores(run, "filter.choose", settings.choose, clause=ORDER_BY).union(*scores_by_rule.values())
+    sql = build_query(settings, scores_by_rule, sorted(scores), captions)
     check_query(run, "filter", sql)
     yield Pass(
         stage="filter",
         folder="verdict",
-        reads=("image", *list_score_folders(run, named), *(f"caption/{caption}" for caption in captions)),
+        reads=("image", *list_score_folders(run, scores), *(f"caption/{caption}" for caption in captions)),
         version=VERSION,
         slice={"rules": [[name, sql] for name, sql in settings.rules.items()], "choose": settings.choose},
         record=Verdict,
@@ -81,8 +79,8 @@ def inputs(shard: Shard, *, sql: str) -> Iterator[FilterInput]:
         yield FilterInput(key=name, caption=caption, candidate=candidate, reason=reason, rank=rank)
 
 
-def work(judged: Iterator[FilterInput], _engines: Mapping[str, Engine]) -> Iterator[Record]:
-    for row in judged:
+def work(inputs: Iterator[FilterInput], _: Mapping[str, Engine]) -> Iterator[Record]:
+    for row in inputs:
         keep = row.reason is None
         yield Verdict(
             key=row.key,
@@ -94,8 +92,10 @@ def work(judged: Iterator[FilterInput], _engines: Mapping[str, Engine]) -> Itera
         )
 
 
-def query(settings: Config, used: Mapping[str, set[str]], scores: list[str], captions: list[str]) -> str:
-    """One SELECT over a shard's views: key, caption, candidate, reason, rank of every caption row, sorted by those."""
+def build_query(
+    settings: Config, scores_by_rule: Mapping[str, set[str]], scores: list[str], captions: list[str]
+) -> str:
+    """A SELECT over a shard's views for key, caption, candidate, reason and rank of every caption row, in order."""
     quoted = [database.quote_identifier(score) for score in scores]
     values = "".join(f", {name}.value AS {name}" for name in quoted)
     joins = "\n".join(
@@ -112,17 +112,17 @@ def query(settings: Config, used: Mapping[str, set[str]], scores: list[str], cap
             {joins}
             WHERE c.name IN ({passes})
         ), judged AS (
-            SELECT *, {_reason(settings.rules, used)} AS reason FROM wide
+            SELECT *, {_build_reason(settings.rules, scores_by_rule)} AS reason FROM wide
         )
         SELECT key, caption, candidate, reason,
             row_number() OVER (PARTITION BY key ORDER BY reason IS NOT NULL, {settings.choose}, caption, candidate)
         FROM judged ORDER BY key, caption, candidate"""
 
 
-def _reason(rules: Mapping[str, str], used: Mapping[str, set[str]]) -> str:
+def _build_reason(rules: Mapping[str, str], scores_by_rule: Mapping[str, set[str]]) -> str:
     cases = ["WHEN status <> 'ok' THEN status"]
     for name, sql in rules.items():
-        for score in sorted(used[name]):
+        for score in sorted(scores_by_rule[name]):
             missing = f"({sql}) IS NULL AND {database.quote_identifier(score)} IS NULL"
             cases.append(f"WHEN {missing} THEN {database.quote_literal(f'unscored:{score}')}")
         cases.append(f"WHEN ({sql}) IS NOT TRUE THEN {database.quote_literal(name)}")

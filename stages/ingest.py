@@ -1,6 +1,6 @@
-"""Decides what an input of the corpus is: usable, or why not. One row for each, whatever it is.
+"""Ingest stage: one image row for each input of the corpus, usable or not.
 
-It knows neither where the bytes came from nor where they will lie.
+Knows neither where the bytes came from nor where they will be stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class IngestInput:
-    """One input of the plan, with its place."""
+    """One input of the plan and its position."""
 
     shard: int
     index: int
@@ -43,14 +43,14 @@ class IngestInput:
 def passes(run: Run) -> Iterable[Pass]:
     corpus = run.corpus
     limits = Limits(min_side=corpus.min_side, max_pixels=corpus.max_pixels)
-    decoders = ProbePool(limits=limits, num_procs=run.num_cores)  # its processes start with the first file
+    decoders = ProbePool(limits=limits, num_procs=run.num_cores)  # starts its processes with the first file
     yield Pass(
         stage="ingest",
         folder="image",
         version=VERSION,
         slice={"source": run.source.stamp, **stamped(corpus)},
         record=Image,
-        max_error_share=run.max_error_share if corpus.max_error_share is None else corpus.max_error_share,
+        max_error_share=run.resolve_error_share(corpus.max_error_share),
         inputs=inputs,
         work=partial(work, decoders=decoders),
         close=decoders.close,
@@ -63,32 +63,33 @@ def inputs(shard: Shard) -> Iterator[IngestInput]:
         yield IngestInput(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 
-def work(found: Iterator[IngestInput], _engines: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[PackedImage]:
-    for one, seen in map_with_context(decoders.map, ((one, one.raw.data or b"") for one in found)):
-        yield packed(one, None if one.raw.data is None else seen)
+def work(inputs: Iterator[IngestInput], _: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[PackedImage]:
+    files = ((item, item.raw.data or b"") for item in inputs)
+    for item, probe in map_with_context(decoders.map, files):
+        yield _build_row(item, None if item.raw.data is None else probe)
 
 
-def packed(found: IngestInput, seen: Probe | None) -> PackedImage:
-    """The row of an input: what the source says of it, and what the decoder saw (None: there were no bytes)."""
-    raw, usable = found.raw, seen is not None and seen.status == "ok"
+def _build_row(item: IngestInput, probe: Probe | None) -> PackedImage:
+    """Combines the source's description of an input with the decoder's probe (None: there were no bytes)."""
+    raw, usable = item.raw, probe is not None and probe.status == "ok"
     in_place = raw.offset is not None
     row = Image(
-        key=found.key,
-        shard=found.shard,
-        index=found.index,
-        status=seen.status if seen else "unreadable",
-        error=seen.error if seen else raw.error,
-        source=found.source,
+        key=item.key,
+        shard=item.shard,
+        index=item.index,
+        status=probe.status if probe else "unreadable",
+        error=probe.error if probe else raw.error,
+        source=item.source,
         source_key=raw.source_key,
         file=raw.file if usable and in_place else None,
         offset=raw.offset if usable else None,
         num_bytes=None if raw.data is None else len(raw.data),
-        format=seen.format if seen else None,
-        width=seen.width if seen else None,
-        height=seen.height if seen else None,
-        orientation=seen.orientation if seen else None,
-        num_frames=seen.num_frames if seen else None,
-        sha256=seen.sha256 if seen else None,
+        format=probe.format if probe else None,
+        width=probe.width if probe else None,
+        height=probe.height if probe else None,
+        orientation=probe.orientation if probe else None,
+        num_frames=probe.num_frames if probe else None,
+        sha256=probe.sha256 if probe else None,
         alt_text=raw.alt_text,
         metadata=raw.metadata,
     )

@@ -1,6 +1,6 @@
-"""Decides what SQL in run.toml may mention: columns of captions and images, and scores, each by its section's name.
+"""The SQL of run.toml: it may use columns of captions and images, and scores by the names of their sections.
 
-It does not know what follows from a condition.
+Does not know what a condition is used for.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
 from pipeline.storage import database
 
-CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # where a user's SQL stands
+CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
 def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
-    """The score passes that an SQL condition of run.toml mentions, beside columns of image and caption.
+    """The score passes that a piece of SQL of run.toml uses.
 
     Raises:
-        ConfigError: it is no SQL, or mentions a column that there is not.
+        ConfigError: it is not valid SQL, or uses a column that does not exist.
     """
     try:
         names = database.find_columns(sql, clause=clause)
@@ -26,19 +26,19 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
     for score in run.sections["score"]:
         if score in taken:
-            raise ConfigError(f"{run.file}: score.{score}", f"{score} is a column in SQL already; choose another name")
+            raise ConfigError(f"{run.file}: score.{score}", f"{score} is the name of a column already; choose another")
     known = {*run.sections["score"], *taken}
     if unknown := sorted(names - known):
-        message = f"{sql!r} mentions {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
+        message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
         raise ConfigError(f"{run.file}: {field}", message)
     return set(names & set(run.sections["score"]))
 
 
 def check_query(run: Run, field: str, query: str) -> None:
-    """Finds wrong types and functions before any shard is begun: the query is planned over empty tables.
+    """Plans a query over empty tables, to find wrong types and functions before the first shard.
 
     Raises:
-        ConfigError: it cannot be planned.
+        ConfigError: the query cannot be planned.
     """
     with database.connect(run.folder, files="none.parquet") as connection:
         try:

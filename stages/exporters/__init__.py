@@ -1,9 +1,15 @@
-"""Export forms: the layouts in which a training set is written.
+"""Export forms: the file layouts of a training set, one per file, named in `formats` of `[export]`.
 
-The folder is the registry: one form per file, named in `export.formats`. A form is a module with one function,
-`open(run, shard, work) -> Writer`, which creates nothing on disk until the first sample arrives.
+The folder is the registry. A name with a dot is a module of your own. A form is a module with
 
-A form knows nothing of how samples are chosen.
+- `open(run, shard, work) -> FormWriter`: the writer of one shard, where `run` is the run's folder, `shard` its number,
+  and `work` the folder for unfinished files. Nothing is created before the first sample;
+
+and, if the dataset card is to describe it,
+
+- `CARD`: a `CardEntry`.
+
+Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from pipeline.storage.payloads import file_extension
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSample:
-    """A sample of the training set with the bytes of its image file."""
+    """A sample of the training set, with its image file."""
 
     row: Exported
     data: bytes
@@ -31,21 +37,30 @@ class ExportSample:
         return self.row.id
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardEntry:
+    """What the dataset card says about a form."""
+
+    image: str  # the name of the image in a sample: a column, or the extension of a member
+    caption: str  # the same of the caption
+    data_files: str = ""  # glob below export/ that the Hub's viewer loads; "": none
+
+
 class FormWriter(Protocol):
     """Writes the samples of one shard in one form."""
 
-    def add(self, example: ExportSample, suffix: str) -> None:
-        """Appends a sample; `suffix` is the extension of its image's file name."""
+    def add(self, sample: ExportSample, suffix: str) -> None:
+        """Appends a sample; `suffix` is the file extension of its image, without a dot."""
 
     def commit(self) -> Mapping[str, int]:
-        """Renames the finished files into place; returns path within the run -> bytes."""
+        """Moves the finished files into place; returns path within the run -> size in bytes."""
 
     def abandon(self) -> None:
         """Removes unfinished files."""
 
 
 class ExportPayload:
-    """The payload of an export shard: its samples in each of the forms named in `export.formats`."""
+    """The files of an export shard: its samples in each of the forms."""
 
     def __init__(self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str) -> None:
         work = work_folder(run, "export/index", shard)

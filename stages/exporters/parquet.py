@@ -1,6 +1,6 @@
-"""Parquet: `export/parquet/00000.parquet` with images as Hugging Face `datasets` stores them.
+"""Export form `parquet`: `export/parquet/00000.parquet` with images as Hugging Face `datasets` stores them.
 
-`load_dataset("parquet", ...)` yields decoded pictures.
+`load_dataset("parquet", ...)` yields decoded images.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.records import Exported, arrow_schema
 from pipeline.storage.payloads import UnfinishedFile, commit_files
-from stages.exporters import ExportSample
+from stages.exporters import CardEntry, ExportSample
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CARD = CardEntry(image="image", caption="caption", data_files="parquet/*.parquet")
 ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
 
 
@@ -29,13 +30,13 @@ class ImageParquet:
     """A Parquet file with an HF `Image` column and the columns of `Exported`."""
 
     def __init__(self, run: Path, file: UnfinishedFile) -> None:
-        self._run, self.file = run, file
+        self._run, self._file = run, file
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
 
-    def add(self, example: ExportSample, suffix: str) -> None:
-        image = {"bytes": example.data, "path": f"{example.row.key}.{suffix}"}
-        self._rows.append({"image": image, **asdict(example.row)})
+    def add(self, sample: ExportSample, suffix: str) -> None:
+        image = {"bytes": sample.data, "path": f"{sample.row.key}.{suffix}"}
+        self._rows.append({"image": image, **asdict(sample.row)})
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
 
@@ -44,22 +45,23 @@ class ImageParquet:
             self._flush()
         if self._writer is not None:
             self._writer.close()
-        return commit_files(self._run, self.file)
+        return commit_files(self._run, self._file)
 
     def abandon(self) -> None:
-        self.file.abandon()
+        self._file.abandon()
 
     def _flush(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        schema = build_hub_schema()
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self.file.open(), hub_schema(), compression="zstd", write_page_index=True)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=hub_schema()), row_group_size=ROWS_PER_GROUP)
+            self._writer = pq.ParquetWriter(self._file.open(), schema, compression="zstd", write_page_index=True)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema), row_group_size=ROWS_PER_GROUP)
         self._rows = []
 
 
-def hub_schema() -> pa.Schema:
+def build_hub_schema() -> pa.Schema:
     """An HF `Image` column, then the columns of `Exported`, with the feature types that the Hub reads."""
     import pyarrow as pa
 
@@ -67,15 +69,15 @@ def hub_schema() -> pa.Schema:
     fields = [pa.field("image", image), *arrow_schema(Exported)]
     features = {"image": {"_type": "Image"}}
     for field in arrow_schema(Exported):
-        features[field.name] = _feature(field.type)
+        features[field.name] = _describe_feature(field.type)
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _feature(type: pa.DataType) -> Any:
+def _describe_feature(type: pa.DataType) -> Any:
     import pyarrow as pa
 
     if pa.types.is_list(type):
-        return {"feature": _feature(type.value_type), "_type": "List"}
+        return {"feature": _describe_feature(type.value_type), "_type": "List"}
     if pa.types.is_struct(type):
-        return {field.name: _feature(field.type) for field in type}
+        return {field.name: _describe_feature(field.type) for field in type}
     return {"dtype": {"double": "float64"}.get(str(type), str(type)), "_type": "Value"}

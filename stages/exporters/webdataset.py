@@ -1,4 +1,4 @@
-"""WebDataset: `export/webdataset/00000.tar` with KEY.jpg, KEY.json and KEY.txt for each sample."""
+"""Export form `webdataset`: `export/webdataset/00000.tar` with KEY.jpg, KEY.json and KEY.txt for each sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.storage.payloads import TarWriter, UnfinishedFile, commit_files
-from stages.exporters import ExportSample
+from stages.exporters import CardEntry, ExportSample
+
+CARD = CardEntry(image="jpg", caption="txt")
 
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
@@ -16,14 +18,14 @@ def open(run: Path, shard: int, work: Path) -> WebDataset:
 
 
 class WebDataset:
-    """Tars in which the members of a sample are adjacent."""
+    """A tar in which the members of a sample are adjacent."""
 
     def __init__(self, run: Path, file: UnfinishedFile) -> None:
         self._run, self._tar = run, TarWriter(file)
 
-    def add(self, example: ExportSample, suffix: str) -> None:
-        row = example.row
-        self._tar.add(f"{row.key}.{suffix}", example.data)
+    def add(self, sample: ExportSample, suffix: str) -> None:
+        row = sample.row
+        self._tar.add(f"{row.key}.{suffix}", sample.data)
         self._tar.add(f"{row.key}.json", json.dumps(asdict(row), ensure_ascii=False).encode())
         self._tar.add(f"{row.key}.txt", row.caption.encode())
 

@@ -142,7 +142,7 @@ def test_where_chooses_by_image_columns(tmp_path: Path) -> None:
         ({"engine": "modell"}, "caption.dense.engine: 'modell' is none of model; did you mean 'model'"),
         ({"recipe": "dens"}, "caption.dense.recipe: 'dens' is none of .*did you mean 'dense'"),
         ({"where": "width >"}, "caption.dense.where: .*syntax"),
-        ({"where": "widht > 3"}, "caption.dense.where: .*mentions widht"),
+        ({"where": "widht > 3"}, "caption.dense.where: .*uses widht"),
         ({"where": "width LIKE 3 + '{}'::BLOB"}, "caption.dense.where"),
         ({"where": "finish_reason = 'stop'"}, "caption.dense.where: .*finish_reason"),
         ({"of": "dens"}, "caption.dense.of"),
@@ -182,7 +182,7 @@ def test_where_makes_the_scores_an_input(tmp_path: Path) -> None:
     for section, message in [
         ({"where": "judge < 0.5"}, "caption.dense.of: is missing: judge of which captions"),
         ({"where": "judge < 0.5", "of": "dense"}, "caption.dense.of: 'dense' is none of short"),
-        ({"where": "width > 9", "of": "short"}, "caption.dense.of: .* names no score"),
+        ({"where": "width > 9", "of": "short"}, "caption.dense.of: is used only when `where` names a score"),
     ]:
         with pytest.raises(ConfigError, match=message):
             pass_of_two(tmp_path, captions, section)

@@ -822,9 +822,9 @@ def test_all_makes_no_rubric_that_nothing_of_it_reads(tmp_path: Path) -> None:
     [
         ({"teachers": ["a", "d"]}, "rubric.mine.teachers: 'd' is none of a, b, c, student"),
         ({"student": "pupil"}, "rubric.mine.student: 'pupil' is none of a, b, c, student"),
-        ({"teachers": []}, "rubric.mine: teachers are \\[\\]; there is at least one"),
-        ({"teachers": ["a", "a"]}, "none twice"),
-        ({"teachers": ["a", "student"]}, "student is 'student', one of its own teachers"),
+        ({"teachers": []}, "rubric.mine: teachers is \\[\\]; it must name at least one"),
+        ({"teachers": ["a", "a"]}, "each once"),
+        ({"teachers": ["a", "student"]}, "student is 'student', which is one of the teachers too"),
         ({"agree": 4}, "agree = 4 is more than the 3 teachers"),
         ({"writer": "claim"}, "rubric.mine.writer: 'claim' is none of claims, llm; did you mean 'claims'"),
         ({"engine": "model"}, "rubric.mine.engine: is nobody's"),

@@ -1,0 +1,75 @@
+"""The dataset card of an export, with the header that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline import plugins
+from stages.exporters import CardEntry
+
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**12, "n>1B"),
+)
+
+
+def build_card(
+    stats: Mapping[str, Any], *, title: str, source: str, license: str, formats: Iterable[str], rules: Mapping[str, str]
+) -> str:
+    """The text of README.md.
+
+    Args:
+        stats: the content of stats.json.
+        title: the name of the dataset.
+        source: the kind of the corpus's source.
+        license: an identifier of the Hub; "": not stated.
+        formats: names of export forms.
+        rules: name -> SQL condition of the filter.
+    """
+    num_samples = stats["num_samples"]
+    size = next((name for limit, name in SIZES if num_samples < limit), SIZES[-1][1])
+    licence = f"license: {license}\n" if license else ""
+    modules = [plugins.load("stages.exporters", name) for name in sorted(formats)]
+    entries: list[CardEntry] = [module.CARD for module in modules if hasattr(module, "CARD")]
+    data_files = next((entry.data_files for entry in entries if entry.data_files), "")
+    configs = f"configs:\n- config_name: default\n  data_files: {data_files}\n" if data_files else ""
+    images = " / ".join(f"`{entry.image}`" for entry in entries) or "image"
+    texts = " / ".join(f"`{entry.caption}`" for entry in entries) or "caption"
+    captions = "\n".join(f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`" for c in stats["captions"])
+    conditions = "\n".join(f"- `{name}`: `{sql}`" for name, sql in rules.items())
+    return f"""---
+{licence}task_categories:
+- image-to-text
+- text-to-image
+size_categories:
+- {size}
+{configs}---
+
+# {title}
+
+{num_samples:,} images with captions, {stats["mean_words"]:.1f} words on average (the corpus's own alt text: \
+{stats["mean_alt_text_words"]:.1f}). Made by recap from a `{source}` source; image bytes are the originals'.
+
+{captions}
+
+A caption was kept when it met these conditions, in this order:
+
+{conditions or "- (none)"}
+
+| column | what it is |
+| --- | --- |
+| {images} | the original file |
+| {texts} | the caption |
+| `alt_text` | what the corpus had; empty when it had nothing |
+| `key`, `source_key`, `sha256` | the sample in this run, in the corpus, and its content: join on the last two |
+| `caption_pass`, `candidate`, `model`, `revision` | who wrote the caption |
+| `scores` | what the scorers said, in [0, 1] |
+| `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
+"""
