@@ -1,6 +1,6 @@
-"""Decides which image formats are read, and how a file's kind is told: by its first bytes, never by its name.
+"""Image formats: the readers of those that are supported, and detection by a file's first bytes, never by its name.
 
-It opens nothing and knows nothing of pixels.
+It opens no files and knows nothing of pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def import_readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
-    """The formats that are read. None of their readers starts a program or opens another file."""
+    """Imports the readers of the supported formats. None of them starts a program or opens another file."""
     from PIL.AvifImagePlugin import AvifImageFile
     from PIL.BmpImagePlugin import BmpImageFile
     from PIL.GifImagePlugin import GifImageFile
@@ -32,7 +32,7 @@ def import_readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
     from PIL.TiffImagePlugin import TiffImageFile
     from PIL.WebPImagePlugin import WebPImageFile
 
-    # What is odd in a file is that file's row's matter: standard error is for people.
+    # An odd file is reported in its row, not on standard error.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     return {
         "JPEG": JpegImageFile,
@@ -49,18 +49,18 @@ def import_readers() -> dict[str, Callable[[io.BytesIO], ImageFile]]:
     }
 
 
-def _patterns(**patterns: bytes) -> dict[str, re.Pattern[bytes]]:
+def _compile_patterns(**patterns: bytes) -> dict[str, re.Pattern[bytes]]:
     return {name: re.compile(pattern, re.DOTALL) for name, pattern in patterns.items()}
 
 
-_MAGIC = _patterns(
+_MAGIC = _compile_patterns(
     JPEG=rb"\xff\xd8\xff",
     PNG=rb"\x89PNG\r\n\x1a\n",
     WEBP=rb"RIFF.{4}WEBP",
     GIF=rb"GIF8[79]a",
     AVIF=rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,9}avi[fs])",
     TIFF=rb"II[*+]\0|MM\0[*+]",
-    BMP=rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0",  # two letters alone would be many a text's beginning
+    BMP=rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0",  # two letters alone would match many texts
     ICO=rb"\0\0\x01\0[\x01-\xff]",
     JPEG2000=rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
     PPM=rb"P[1-6]\s+(#[^\n]*\n\s*)*[0-9]",
@@ -68,7 +68,7 @@ _MAGIC = _patterns(
 )
 _FOREIGN = {
     name.replace("_", " "): pattern
-    for name, pattern in _patterns(
+    for name, pattern in _compile_patterns(
         SVG=rb"(?i)(\xef\xbb\xbf)?\s*(<(\?xml|!--|!doctype svg)[^\0]{0,4000}?)?<svg",
         HTML=rb"(?i)(\xef\xbb\xbf)?\s*(<!--[^\0]{0,4000}?-->\s*)?<(!doctype html|html|head|body|script|title|meta)",
         XML=rb"(\xef\xbb\xbf)?\s*<\?xml",
@@ -89,12 +89,12 @@ _FOREIGN = {
 
 
 def detect_format(data: bytes) -> str | None:
-    """The name in `readers` of the format in which `data` begins."""
+    """Returns the format of `data`, as named by `import_readers`; None if it is not a supported one."""
     return next((name for name, magic in _MAGIC.items() if magic.match(data)), None)
 
 
 def describe_foreign(data: bytes) -> str | None:
-    """What `data` looks like, in words, if it is of a kind that is not read; None when nothing can be said."""
+    """Describes data of a known but unsupported kind, such as "HTML"; None if the kind is unknown."""
     name = next((name for name, magic in _FOREIGN.items() if magic.match(data)), None)
     return name or ("text" if _is_text(data[:1024]) else None)
 

@@ -1,7 +1,7 @@
-"""Decides what counts as an image, and which of its pixels a model sees.
+"""Image probing and decoding: what counts as an image, and the pixels of it that a model sees.
 
-It is the only module that touches pixels. It refuses to know where the bytes came from, who asks and why, and it
-believes no file: the size that a header claims is checked before anything of that size is made.
+This is the only module that touches pixels. It refuses to know where the bytes came from and what they are for. It
+trusts no file: the size in a header is checked before anything of that size is allocated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from pipeline.records import ImageStatus
 
-# What Pillow's readers raise on corrupt files: they parse with struct and plain indexing and promise no one type.
-# RuntimeError covers NotImplementedError; a MemoryError is a size that the header claimed and nobody can give.
+# Raised by Pillow's readers on corrupt files: they parse with struct and plain indexing and document no type.
+# RuntimeError covers NotImplementedError. A MemoryError is handled apart: the header claims too large a size.
 BROKEN = (
     OSError,
     SyntaxError,
@@ -45,25 +45,25 @@ BROKEN = (
 
 MIN_PIXELS = 56 * 56  # Qwen2-VL's own minimum
 MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
-MAX_ASPECT = 200  # Qwen2-VL's processor refuses longer strips
+MAX_ASPECT = 200  # Qwen2-VL's processor rejects longer strips
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is decoded at all. The largest photographs of today's cameras have 200 million pixels."""
+    """The sizes that are decoded. The largest photographs of today's cameras have 200 million pixels."""
 
-    min_side: int = 16  # pixels; below it are tracking pixels and bullets
+    min_side: int = 16  # pixels; smaller images are tracking pixels and bullets
     max_pixels: int = 2**28  # width x height, checked in the header before anything is decoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What ingest says of one file. Sizes are as displayed: after the EXIF orientation."""
+    """The properties of one file. Sizes are as displayed: after the EXIF orientation."""
 
     status: ImageStatus
     error: str | None  # a sentence; None when ok
-    format: str | None  # Pillow's name in lower case; None when no image format was recognised
-    width: int | None  # pixels; as the header has it when the rest could not be read
+    format: str | None  # Pillow's name in lower case; None when no format was recognised
+    width: int | None  # pixels; from the header when the rest could not be read
     height: int | None
     orientation: int | None  # EXIF, 1 to 8
     num_frames: int | None
@@ -71,21 +71,21 @@ class Probe:
 
 
 def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
-    """Decodes the whole first frame of `data` once. Never raises on what is in it.
+    """Decodes the whole first frame of `data` once. Never raises, whatever the data is.
 
-    A JPEG is decoded at 1/8 of its size: that reads every bit of it, so notices a cut or a wrong code as a full
-    decode does, and leaves out the arithmetic on pixels.
+    A JPEG is decoded at 1/8 of its size. That reads every bit, so it detects truncated and corrupt data like a full
+    decode, but skips most arithmetic on pixels.
     """
-    found = _Found(data)
+    state = _ProbeState(data)
     try:
-        _check(found, limits or Limits())
-    except _ProbeError as refused:
-        return found.probe(refused.status, str(refused))
+        _inspect_image(state, limits or Limits())
+    except _ProbeError as error:
+        return state.make_probe(error.status, str(error))
     except MemoryError:
-        return found.probe("unreadable", f"a {found.format} file that needs more memory than decoding may take")
+        return state.make_probe("unreadable", f"a {state.format} file that needs more memory than decoding may use")
     except BROKEN as error:
-        return found.probe("unreadable", _sentence(found.format, error))
-    return found.probe("ok", None)
+        return state.make_probe("unreadable", _describe_error(state.format, error))
+    return state.make_probe("ok", None)
 
 
 class _ProbeError(Exception):
@@ -94,8 +94,8 @@ class _ProbeError(Exception):
         self.status = status
 
 
-class _Found:
-    """What is known of a file so far, so that a refusal at any point tells as much as was read."""
+class _ProbeState:
+    """The properties read so far, so that an error at any point reports all of them."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -104,7 +104,7 @@ class _Found:
         self.orientation: int | None = None
         self.num_frames: int | None = None
 
-    def probe(self, status: ImageStatus, error: str | None) -> Probe:
+    def make_probe(self, status: ImageStatus, error: str | None) -> Probe:
         width, height = self.size or (None, None)
         return Probe(
             status=status,
@@ -118,62 +118,60 @@ class _Found:
         )
 
 
-def _check(found: _Found, limits: Limits) -> None:
-    found.format = _format(found.data)
-    image = _open(found.data, found.format)
+def _inspect_image(state: _ProbeState, limits: Limits) -> None:
+    state.format = _require_format(state.data)
+    image = _open_image(state.data, state.format)
     header = image.size
-    found.orientation = _orientation(image)
-    found.size = _displayed(header, found.orientation, found.format)
-    _refuse_size(found.size, limits)
-    if found.format == "JPEG":
-        _refuse_emptiness(found.size, len(found.data))
+    state.orientation = _read_orientation(image)
+    state.size = _apply_orientation(header, state.orientation, state.format)
+    _check_size(state.size, limits)
+    if state.format == "JPEG":
+        width, height = state.size
+        if width * height > 64 * 8 * len(state.data):  # libjpeg fills missing data with grey, but 8x8 pixels take a bit
+            message = f"a JPEG file of {len(state.data)} bytes cannot hold the {width}x{height} pixels of its header"
+            raise _ProbeError("unreadable", message)
         image.draft(None, (1, 1))
-    _load(image)
-    if found.format == "PNG":  # its EXIF may stand behind the pixels
-        found.orientation = _orientation(image)
-        found.size = _displayed(header, found.orientation, found.format)
-    found.num_frames = _num_frames(image)
+    _load_pixels(image)
+    if state.format == "PNG":  # its EXIF may follow the pixels
+        state.orientation = _read_orientation(image)
+        state.size = _apply_orientation(header, state.orientation, state.format)
+    state.num_frames = _count_frames(image)
 
 
-def _refuse_size(size: tuple[int, int], limits: Limits) -> None:
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if min(size) < limits.min_side:
-        raise _ProbeError("too_small", f"{width}x{height} is too small; the least side is {limits.min_side}")
+        raise _ProbeError("too_small", f"{width}x{height} is too small; the minimum side is {limits.min_side}")
     if width * height > limits.max_pixels:
-        raise _ProbeError("too_large", f"{width}x{height} is {width * height} pixels; the most is {limits.max_pixels}")
+        raise _ProbeError(
+            "too_large", f"{width}x{height} is {width * height} pixels; the maximum is {limits.max_pixels}"
+        )
 
 
-def _refuse_emptiness(size: tuple[int, int], num_bytes: int) -> None:
-    """libjpeg fills with grey what the data does not reach; but 8x8 pixels take at least one bit."""
-    width, height = size
-    if width * height > 64 * 8 * num_bytes:
-        raise _ProbeError("unreadable", f"a JPEG file of {num_bytes} bytes cannot hold the {width}x{height} it claims")
-
-
-def _format(data: bytes) -> str:
+def _require_format(data: bytes) -> str:
     if not data:
         raise _ProbeError("empty", "the file has no bytes")
     if name := formats.detect_format(data):
         return name
     if name := formats.describe_foreign(data):
-        raise _ProbeError("unsupported", f"it looks like {name}, which is no image format that is read")
+        raise _ProbeError("unsupported", f"it looks like {name}, which is not a supported image format")
     raise _ProbeError("unreadable", f"no image format begins with the bytes {data[:8].hex(' ')}")
 
 
-def _open(data: bytes, name: str) -> ImageFile:
-    """The header only. The reader is called directly: `PIL.Image.open` guesses, and its bomb limit is a global."""
-    with _bombs_refused():
+def _open_image(data: bytes, name: str) -> ImageFile:
+    """Reads the header. Calls the reader directly: `PIL.Image.open` guesses, and its bomb limit is a global."""
+    with _convert_bomb_errors():
         return formats.import_readers()[name](io.BytesIO(data))
 
 
-def _load(image: ImageFile) -> None:
-    with _bombs_refused():
+def _load_pixels(image: ImageFile) -> None:
+    with _convert_bomb_errors():
         image.load()
 
 
 @contextmanager
-def _bombs_refused() -> Iterator[None]:
-    """Some readers check sizes themselves: of an icon's inner PNG, of a GIF's first frame beside its screen."""
+def _convert_bomb_errors() -> Iterator[None]:
+    """Some readers check sizes themselves: an icon's inner PNG, a GIF's first frame against its screen."""
     from PIL.Image import DecompressionBombError
 
     try:
@@ -182,33 +180,33 @@ def _bombs_refused() -> Iterator[None]:
         raise _ProbeError("too_large", str(error)) from error
 
 
-def _sentence(name: str | None, error: Exception) -> str:
+def _describe_error(name: str | None, error: Exception) -> str:
     words = " ".join(str(error).split())[:200]
-    told = isinstance(error, OSError | SyntaxError | ValueError) and words
-    return f"a {name} file that cannot be read: {words if told else f'{type(error).__name__} {words}'.strip()}"
+    is_readable = isinstance(error, OSError | SyntaxError | ValueError) and words
+    return f"a {name} file that cannot be read: {words if is_readable else f'{type(error).__name__} {words}'.strip()}"
 
 
-def _orientation(image: ImageFile) -> int:
-    """EXIF's, 1 to 8; 1 when there is none that makes sense. TIFF pixels are turned by Pillow when they are loaded."""
+def _read_orientation(image: ImageFile) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 if missing or invalid. Pillow turns the pixels of a TIFF on loading."""
     if image.format == "PNG" and image.tile and "exif" not in image.info:
-        return 1  # asking would load it
+        return 1  # reading it would load the pixels
     try:
         value = image.getexif().get(0x0112, 1)
-    except BROKEN:  # broken EXIF is no broken picture
+    except BROKEN:  # broken EXIF does not break the image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _displayed(size: tuple[int, int], orientation: int, name: str) -> tuple[int, int]:
-    """The size after turning. Pillow gives a TIFF's as it is displayed."""
+def _apply_orientation(size: tuple[int, int], orientation: int, name: str) -> tuple[int, int]:
+    """Returns the size after turning. Pillow reports that of a TIFF as displayed."""
     return size[::-1] if orientation >= 5 and name != "TIFF" else size
 
 
-def _num_frames(image: ImageFile) -> int | None:
+def _count_frames(image: ImageFile) -> int | None:
     try:
-        with _bombs_refused():
+        with _convert_bomb_errors():
             return int(getattr(image, "n_frames", 1))
-    except (*BROKEN, _ProbeError):  # a later frame; the first is what counts
+    except (*BROKEN, _ProbeError):  # a later frame is broken; only the first is used
         return None
 
 
@@ -269,47 +267,47 @@ class PixelRule:
 
 
 def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
-    """The first frame of `data` in RGB, upright, on white, at its `target_size`: what the model sees, no more.
+    """Decodes the first frame of `data` in RGB, upright, on white, at the rule's `target_size`.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) that covers the target.
 
     Raises:
-        UndecodableError: the file is no image, is corrupt, or is larger than `Limits` allow.
+        UndecodableError: the file is not an image, is corrupt, or is larger than `Limits` allows.
     """
     name = None
     try:
-        name = _format(data)
-        image = _open(data, name)
-        return _shown(image, name, rule)
-    except _ProbeError as refused:
-        raise UndecodableError(str(refused)) from refused
+        name = _require_format(data)
+        image = _open_image(data, name)
+        return _decode_image(image, name, rule)
+    except _ProbeError as error:
+        raise UndecodableError(str(error)) from error
     except UndecodableError:
         raise
     except (*BROKEN, MemoryError) as error:
-        raise UndecodableError(_sentence(name, error)) from error
+        raise UndecodableError(_describe_error(name, error)) from error
 
 
-def _shown(image: ImageFile, name: str, rule: PixelRule) -> Picture:
+def _decode_image(image: ImageFile, name: str, rule: PixelRule) -> Picture:
     from PIL.Image import Resampling
 
     header = image.size
-    _refuse_size(header, Limits(min_side=1))
+    _check_size(header, Limits(min_side=1))
     if name == "PNG":
-        _load(image)
-    orientation = _orientation(image)
-    displayed = _displayed(header, orientation, name)
+        _load_pixels(image)
+    orientation = _read_orientation(image)
+    displayed = _apply_orientation(header, orientation, name)
     size = rule.target_size(*displayed)
-    stored = _displayed(size, orientation, name)  # turning twice is not turning
+    stored = _apply_orientation(size, orientation, name)  # turning twice restores it
     if name == "JPEG":
         image.draft(None, stored)
-    _load(image)
-    picture = _rgb(image)
+    _load_pixels(image)
+    picture = _convert_to_rgb(image)
     if picture.size != stored:
         picture = picture.resize(stored, Resampling.BICUBIC, reducing_gap=3.0)
-    return picture if name == "TIFF" else _upright(picture, orientation)
+    return picture if name == "TIFF" else _turn_upright(picture, orientation)
 
 
-def _upright(picture: Picture, orientation: int) -> Picture:
+def _turn_upright(picture: Picture, orientation: int) -> Picture:
     from PIL.Image import Transpose
 
     turns = {
@@ -324,15 +322,15 @@ def _upright(picture: Picture, orientation: int) -> Picture:
     return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 
-def _rgb(image: Picture) -> Picture:
-    """In RGB, with what is transparent on white."""
+def _convert_to_rgb(image: Picture) -> Picture:
+    """Converts to RGB, with transparent areas on white."""
     from PIL import Image
 
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255 instead of taking the upper byte.
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     elif image.mode in ("I", "F"):
-        image = _stretched(image)
+        image = _stretch_contrast(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -340,8 +338,8 @@ def _rgb(image: Picture) -> Picture:
     return image.convert("RGB")
 
 
-def _stretched(image: Picture) -> Picture:
-    """32 bits have no agreed white: the extremes become black and white, unless the values fit a byte as they are."""
+def _stretch_contrast(image: Picture) -> Picture:
+    """Scales 32-bit values to black and white at their extremes, unless they fit a byte: such modes define no white."""
     low, high = image.convert("F").getextrema()
     assert isinstance(low, float) and isinstance(high, float)
     if image.mode == "I" and low >= 0 and high <= 255:
@@ -351,13 +349,10 @@ def _stretched(image: Picture) -> Picture:
 
 
 def can_send_unchanged(data: bytes, rule: PixelRule) -> bool:
-    """Whether the bytes can be sent as they are: any reader gets from them exactly what `pixels` gives.
-
-    Only the header is read.
-    """
+    """Tests whether any reader decodes the bytes to exactly the pixels of `decode_pixels`. Reads only the header."""
     try:
-        name = _format(data)
-        image = _open(data, name)
+        name = _require_format(data)
+        image = _open_image(data, name)
         size = rule.target_size(*image.size)
         return name in ("JPEG", "PNG") and image.size == size and _is_plain(image)
     except (*BROKEN, _ProbeError):
@@ -366,11 +361,11 @@ def can_send_unchanged(data: bytes, rule: PixelRule) -> bool:
 
 def _is_plain(image: ImageFile) -> bool:
     plain = image.mode in ("L", "RGB") and not image.has_transparency_data
-    return plain and _orientation(image) == 1 and getattr(image, "n_frames", 1) == 1
+    return plain and _read_orientation(image) == 1 and getattr(image, "n_frames", 1) == 1
 
 
 def encode_lossless(picture: Picture) -> bytes:
-    """A PNG of `picture`, packed quickly rather than tightly: it travels once."""
+    """Encodes a PNG, for speed rather than size: it is sent once."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     return file.getvalue()

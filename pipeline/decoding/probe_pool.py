@@ -1,12 +1,13 @@
-"""Decides how images are decoded out of harm's way: in a few long-lived processes, bounded in time and memory.
+"""The probe pool: images probed in a few long-lived processes, bounded in time and memory.
 
-A file that crashes or hangs a decoder costs its own row, nothing else. This module knows processes and pipes; what a
-file is, `pipeline.decoding.images` says. Nothing is pickled, for a decoder that a file has taken over must not
-take its parent.
+A file that crashes or hangs a decoder costs only its own row. This module knows processes and pipes, not images, which
+are the business of `pipeline.decoding.images`. Nothing is pickled, so that a decoder that a file has taken over cannot
+take over its parent.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -36,28 +37,40 @@ R = TypeVar("R")
 
 FIELDS = tuple(field.name for field in fields(Probe))
 VALUES = attrgetter(*FIELDS)
-NUMBER = struct.Struct("<Q")  # of the files in a batch, then of the bytes of each before it
+NUMBER = struct.Struct("<Q")  # the number of files in a batch, then the size of each in bytes
 BATCH_ITEMS = 64
 BATCH_BYTES = 1 << 20
-PIPE_BYTES = 1 << 20  # the next file waits in the pipe while one is decoded
+PIPE_BYTES = 1 << 20  # room for the next file while one is decoded
 
-# How the environment variables begin that a decoder is given: how libraries are found, text is written, memory is had.
-# Keys are in the others.
-GIVEN = ("LD_", "DYLD_", "NIX_", "PYTHON", "LANG", "LC_", "TZ", "TMPDIR", "MALLOC_", "OMP_", "OPENBLAS_", "RECAP_TEST_")
+# Prefixes of the environment variables that decoders inherit: libraries, locale and memory. Others may hold secrets.
+INHERITED = (
+    "LD_",
+    "DYLD_",
+    "NIX_",
+    "PYTHON",
+    "LANG",
+    "LC_",
+    "TZ",
+    "TMPDIR",
+    "MALLOC_",
+    "OMP_",
+    "OPENBLAS_",
+    "RECAP_TEST_",
+)
 
-# Sent to whole process groups when a person or a cluster ends a run; the parent decides, and then closes the pipe.
-NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Sent to whole process groups when a user or a cluster ends a run; the parent reacts and closes the pipe.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class ProbePool:
-    """Processes that probe files.
+    """Probes files in separate processes.
 
         with ProbePool() as pool:
-            for found in pool.map(files): ...
+            for probe in pool.map(files): ...
 
     Args:
-        num_procs: how many; as many as this process may use cores when None.
-        limits: what is decoded at all.
+        num_procs: number of processes; None: one per core that this process may use.
+        limits: the sizes that are decoded.
         timeout: seconds for one file.
         max_memory: bytes of address space for one file.
         probe: "module:name" of a function with the signature of `pipeline.decoding.images.probe`.
@@ -83,14 +96,14 @@ class ProbePool:
             self._idle.put(worker)
 
     def map(self, items: Iterable[bytes]) -> Generator[Probe, None, None]:
-        """A probe of each item, in order, lazily: at most a few batches of about a mebibyte are drawn ahead.
+        """Yields a probe of each item, in order, lazily: at most a few batches of about a mebibyte are drawn ahead.
 
-        May be called from several threads; they share the processes.
+        May be called from several threads, which share the processes.
 
         Raises:
             DecoderStartError: the processes cannot be started.
         """
-        work = map_ahead(_batches(items), self._ask, num_threads=self.num_procs, depth=2 * self.num_procs)
+        work = map_ahead(_make_batches(items), self._probe_batch, num_threads=self.num_procs, depth=2 * self.num_procs)
         with closing(work) as batches:
             for answers in batches:
                 if isinstance(answers, Exception):
@@ -98,7 +111,7 @@ class ProbePool:
                 yield from answers
 
     def close(self) -> None:
-        """Ends the processes. Idempotent; no `map` may be under way."""
+        """Ends the processes. Idempotent. No `map` may be running."""
         for worker in self._workers:
             worker.close()
 
@@ -110,20 +123,21 @@ class ProbePool:
     ) -> None:
         self.close()
 
-    def _ask(self, batch: Sequence[bytes]) -> list[Probe]:
+    def _probe_batch(self, batch: Sequence[bytes]) -> list[Probe]:
+        """Probes a batch. If the process dies, probes each file alone, to find the one that kills it."""
         worker = self._idle.get()
         try:
-            return self._answers(worker, batch)
+            if probes := worker.probe_batch(batch):
+                return probes
+            return [
+                probe
+                for data in batch
+                for probe in worker.probe_batch([data]) or [self._make_failed_probe(data, worker.exit_status)]
+            ]
         finally:
             self._idle.put(worker)
 
-    def _answers(self, worker: _Worker, batch: Sequence[bytes]) -> list[Probe]:
-        """A batch over which a process died is asked again, each file alone: who dies then is guilty."""
-        if answers := worker.ask(batch):
-            return answers
-        return [one for data in batch for one in worker.ask([data]) or [self._guilty(data, worker.exit_status)]]
-
-    def _guilty(self, data: bytes, exit_status: int) -> Probe:
+    def _make_failed_probe(self, data: bytes, exit_status: int) -> Probe:
         if exit_status == -signal.SIGALRM:
             error = f"decoding took more than {self._timeout:g} s"
         elif exit_status < 0:
@@ -137,13 +151,13 @@ class ProbePool:
 def map_ahead(
     items: Iterable[T], work: Callable[[T], R], *, num_threads: int, depth: int
 ) -> Generator[R | Exception, None, None]:
-    """`work` of each item, in order, up to `depth` items ahead of the consumer; an exception of `work` is its result.
+    """Yields `work` of each item, in order, up to `depth` items ahead; an exception of `work` is yielded as its result.
 
-    `items` are drawn one by one, in the consumer's thread, and only as far as `depth` reaches. The threads end with the
-    iterator, also when the consumer stops early and closes it.
+    Items are drawn one by one in the consumer's thread, no further than `depth`. The threads end with the iterator,
+    also when the consumer closes it early.
     """
 
-    def outcome(item: T) -> R | Exception:
+    def run_work(item: T) -> R | Exception:
         try:
             return work(item)
         except Exception as error:
@@ -153,7 +167,7 @@ def map_ahead(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="ahead") as pool:
         try:
             for item in items:
-                pending.append(pool.submit(outcome, item))
+                pending.append(pool.submit(run_work, item))
                 if len(pending) >= depth:
                     yield pending.popleft().result()
             while pending:
@@ -162,7 +176,7 @@ def map_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _make_batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     num_bytes = 0
     for data in items:
@@ -176,18 +190,18 @@ def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 class _Worker:
-    """The parent's end of one decoder process, started when it is first asked and after each death."""
+    """The parent's side of one decoder process, which is started on first use and after each death."""
 
     def __init__(self, job: str) -> None:
         self.job = job
         self.exit_status = 0  # of the last process that died
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, batch: Sequence[bytes]) -> list[Probe]:
-        """The probes of `batch`, which is not empty; none when the process died over it."""
-        process = self._process = self._process or _start(self.job)
+    def probe_batch(self, batch: Sequence[bytes]) -> list[Probe]:
+        """Returns the probes of a batch, which is not empty; an empty list if the process died."""
+        process = self._process = self._process or _start_decoder(self.job)
         with suppress(BrokenPipeError):
-            _send(cast(BinaryIO, process.stdin), batch)
+            _send_batch(cast(BinaryIO, process.stdin), batch)
         line = cast(BinaryIO, process.stdout).readline()
         if line.endswith(b"\n"):
             return [Probe(**dict(zip(FIELDS, values, strict=True))) for values in json.loads(line)]
@@ -201,33 +215,27 @@ class _Worker:
         for pipe in (process.stdin, process.stdout):
             with suppress(BrokenPipeError):
                 cast(BinaryIO, pipe).close()
-        self.exit_status = _ended(process)
+        self.exit_status = _wait_for_exit(process)
 
 
-def _start(job: str) -> subprocess.Popen[bytes]:
-    """A new interpreter, not a fork: its parent may have threads, a GPU and much memory."""
+def _start_decoder(job: str) -> subprocess.Popen[bytes]:
+    """Starts a new interpreter, not a fork: the parent may have threads, a GPU and much memory."""
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", "from pipeline.decoding.probe_pool import main; main()", job],
         bufsize=1 << 16,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**{name: value for name, value in os.environ.items() if name.startswith(GIVEN)}, "PYTHONPATH": path},
+        env={**{name: value for name, value in os.environ.items() if name.startswith(INHERITED)}, "PYTHONPATH": path},
     )
     if cast(BinaryIO, process.stdout).readline() != b"ready\n":
-        raise DecoderStartError(f"{sys.executable} did not start a decoder: exit status {_ended(process)}")
-    _widen(cast(BinaryIO, process.stdin))
+        raise DecoderStartError(f"{sys.executable} did not start a decoder: exit status {_wait_for_exit(process)}")
+    with suppress(OSError, AttributeError):  # pipe sizes may be limited, and only Linux has them
+        fcntl.fcntl(cast(BinaryIO, process.stdin), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return process
 
 
-def _widen(pipe: BinaryIO) -> None:
-    import fcntl
-
-    with suppress(OSError, AttributeError):  # a user's pipes may be limited, and only Linux has it
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-
-
-def _ended(process: subprocess.Popen[bytes]) -> int:
+def _wait_for_exit(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait(10)
     except subprocess.TimeoutExpired:
@@ -235,7 +243,7 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def _send(pipe: BinaryIO, batch: Sequence[bytes]) -> None:
+def _send_batch(pipe: BinaryIO, batch: Sequence[bytes]) -> None:
     pipe.write(NUMBER.pack(len(batch)))
     for data in batch:
         pipe.write(NUMBER.pack(len(data)))
@@ -244,58 +252,54 @@ def _send(pipe: BinaryIO, batch: Sequence[bytes]) -> None:
 
 
 def main() -> None:
-    """A decoder process: batches of files in by standard input, a line of JSON out for each, until the input ends."""
+    """Runs a decoder process: reads batches of files from standard input and writes a line of JSON for each."""
     job = json.loads(sys.argv[1])
-    for number in NOT_OURS:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     requests, replies = os.fdopen(os.dup(0), "rb", 1 << 16), os.fdopen(os.dup(1), "wb", 0)
-    probe = partial(_load(job["probe"]), limits=Limits(**job["limits"]))
-    _bound_memory(job["max_memory"])
+    probe = partial(_load_probe(job["probe"]), limits=Limits(**job["limits"]))
+    _limit_memory(job["max_memory"])
     replies.write(b"ready\n")
-    _mute()
+    _silence_output()
     with suppress(BrokenPipeError):  # the parent is gone
         while header := requests.read(NUMBER.size):
-            answers = [_bounded(probe, _received(requests), job["timeout"]) for _ in range(*NUMBER.unpack(header))]
-            replies.write(json.dumps(answers).encode() + b"\n")
+            rows = []
+            for _ in range(*NUMBER.unpack(header)):
+                data = requests.read(*NUMBER.unpack(requests.read(NUMBER.size)))
+                rows.append(_probe_in_time(probe, data, job["timeout"]))
+            replies.write(json.dumps(rows).encode() + b"\n")
 
 
-def _received(requests: BinaryIO) -> bytes:
-    return requests.read(*NUMBER.unpack(requests.read(NUMBER.size)))
-
-
-def _bounded(probe: Callable[[bytes], Probe], data: bytes, timeout: float) -> tuple[object, ...]:
-    """The kernel itself ends a process that takes too long.
-
-    No Python runs while a C library hangs, and when the parent is gone nobody else would be there to watch.
-    """
+def _probe_in_time(probe: Callable[[bytes], Probe], data: bytes, timeout: float) -> tuple[object, ...]:
+    """Has the kernel end the process if it takes too long: no Python runs while a C library hangs."""
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    found = probe(data)
+    result = probe(data)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return VALUES(found)
+    return VALUES(result)
 
 
-def _load(name: str) -> Callable[..., Probe]:
+def _load_probe(name: str) -> Callable[..., Probe]:
     from PIL import AvifImagePlugin
 
     from pipeline.decoding import formats
 
-    formats.import_readers()  # imported now, so that they are not counted as a file's memory
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process per core already
+    formats.import_readers()  # imported before memory is limited
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is already a process per core
     module, _, function = name.partition(":")
     return cast(Callable[..., Probe], getattr(import_module(module), function))
 
 
-def _bound_memory(num_bytes: int) -> None:
+def _limit_memory(num_bytes: int) -> None:
     import resource
 
     statm = Path("/proc/self/statm")
     used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
-    with suppress(ValueError, OSError):  # a lower limit is set already, or the system has none
+    with suppress(ValueError, OSError):  # a lower limit is set, or the system has no limits
         resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, resource.RLIM_INFINITY))
 
 
-def _mute() -> None:
-    """C libraries print what they think of corrupt files."""
+def _silence_output() -> None:
+    """C libraries print warnings about corrupt files."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)

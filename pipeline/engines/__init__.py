@@ -1,12 +1,12 @@
 """The engine protocol: one method, `generate`, from requests to as many replies, in order.
 
 The folder is the registry: one engine per file, named by `engines.NAME.kind`. An engine is a module with two names:
-`Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.config.key`; and
+`Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.sections.key`; and
 `open(config) -> Engine`, which loads the model. An engine passes every attempt through `finish_attempt`, so that
 sampling ladders have one meaning.
 
 An engine knows nothing of images' origins, captions or rubrics. A request that cannot be answered is a reply with an
-error; an engine that cannot answer any more raises `EngineDiedError`.
+error; an engine that cannot answer at all raises `EngineDiedError`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from pipeline.errors import EngineDiedError as EngineDiedError  # for engines outside this package
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. Always explicit, for checkpoints ship different defaults."""
+    """Sampling parameters. Always sent in full, because checkpoints ship different defaults."""
 
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # (0, 1]
@@ -31,18 +29,18 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back for one request."""
+    """The response to one request."""
 
     text: str = ""
     finish_reason: str | None = None  # "stop", "length"; None when nothing was generated
     error: str | None = None  # why there is no answer
-    problem: str = ""  # what `accept` said of the last attempt; "" when it was accepted
+    problem: str = ""  # what `accept` returned for the last attempt; "" when it was accepted
     attempt: int = 0  # from 1; 0 when nothing was generated
     sampling: Sampling = field(default_factory=Sampling)  # of that attempt
     seed: int = 0  # of that attempt
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None  # of the last attempt
-    logprobs: tuple[float, ...] | None = None  # natural log, one per output token, when asked for
+    logprobs: tuple[float, ...] | None = None  # natural log, one per output token, when requested
 
 
 def accept_all(_: Reply) -> str:
@@ -51,49 +49,49 @@ def accept_all(_: Reply) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question. Images come before the words, so that requests about one image share a prefix."""
+    """One prompt. Images precede the text, so that requests about one image share a prefix."""
 
     id: str  # for messages
     prompt: str
     system: str = ""
-    images: tuple[bytes, ...] = ()  # image files as they are: the engine decodes what the model will see
-    source_key: str = ""  # what the corpus calls the sample
+    images: tuple[bytes, ...] = ()  # unchanged image files: the engine decodes what the model will see
+    source_key: str = ""  # the sample's name in the corpus
     schema: str | None = None  # a JSON schema that the answer must follow, as text
     ladder: tuple[Sampling, ...] = (Sampling(),)  # tried in turn until `accept` returns ""
-    accept: Callable[[Reply], str] = accept_all  # "" or what is wrong with the answer
-    seed: int = 0  # attempt n is drawn with seed + n - 1
+    accept: Callable[[Reply], str] = accept_all  # returns "", or what is wrong with the answer
+    seed: int = 0  # attempt n uses seed + n - 1
     logprobs: bool = False
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model that can be asked. `generate` may be called from several threads; they share one budget."""
+    """A model that answers requests. `generate` may be called from several threads; they share one budget."""
 
     model: str
     revision: str
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """As many replies as requests, in order, lazily: requests are drawn only as the engine has room.
+        """Yields as many replies as requests, in order. Draws requests lazily, only as the engine has room.
 
         Raises:
-            EngineDiedError: the engine cannot answer any more.
+            EngineDiedError: the engine cannot answer any more requests.
         """
         ...
 
     def waiting(self) -> float | None:
-        """[0, 1]: the share of the engine that stood empty for want of input, on average since this was last asked."""
+        """Returns the mean share of the engine, [0, 1], that was idle for lack of input since the previous call."""
         ...
 
     def close(self) -> None:
-        """Gives back memory and processes. Idempotent."""
+        """Frees memory and ends processes. Idempotent."""
         ...
 
 
 def finish_attempt(request: Request, reply: Reply, attempt: int) -> tuple[Reply, bool]:
-    """One attempt's reply with what `accept` says of it, and whether it is final.
+    """Returns an attempt's reply with the verdict of `accept`, and whether it is final.
 
-    Every engine calls this once per attempt (from 1), so that the ladder has one meaning: an answer is final when it
-    was accepted, failed as a request, or came from the last rung.
+    Every engine calls this once per attempt, counted from 1. An answer is final when it was accepted, failed as a
+    request, or came from the ladder's last rung.
     """
     reply = replace(reply, attempt=attempt, sampling=request.ladder[attempt - 1], seed=request.seed + attempt - 1)
     if reply.error is not None:

@@ -1,4 +1,4 @@
-"""Decides which keys the engines with a model have in common, so that each is named, bounded and explained once."""
+"""The keys that several engines have in common, each named, bounded and explained once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pipeline.sections import key
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which model, and what it is shown."""
+    """The model and its input."""
 
-    model: str = key(help="a folder, or a model's name on the Hugging Face hub", locate="model")
-    revision: str | None = key(None, "a branch, tag or commit of the hub; pin it")
+    model: str = key(help="a directory, or a model's name on the Hugging Face Hub", locate="model")
+    revision: str | None = key(None, "a branch, tag or commit on the Hub; pin it")
     trust_remote_code: bool = key(False, "run Python code that comes with the model")
-    max_pixels: int = key(MAX_PIXELS, "a picture is reduced to at most this many pixels", least=28 * 28)
-    num_threads: int = key(0, "threads that make prompts and images ready; 0: one a core", stamp=False, least=0)
+    max_pixels: int = key(MAX_PIXELS, "larger images are scaled down to this many pixels", least=28 * 28)
+    num_threads: int = key(0, "threads that prepare prompts and images; 0: one per core", stamp=False, least=0)
 
     @property
     def model_name(self) -> str:
-        """The model as the user wrote it, wherever it was found."""
+        """The model as the user wrote it, before its path was resolved."""
         return str(getattr(self.model, "given", self.model))
 
     @property
@@ -35,30 +35,30 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """How they are computed with."""
+    """Number formats."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of the weights; auto: as they are stored, but 32 bits on a CPU that has no quick 16"
+        "auto", "of the weights; auto: as stored, but 32 bits on a CPU without fast 16-bit arithmetic"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(Weights):
-    """What vLLM is told, in process or as a server."""
+    """vLLM's options, in process or as a server."""
 
-    max_model_len: int = key(0, "tokens of prompt and answer; 0: as many as fit", stamp=False, least=0)
-    max_num_seqs: int = key(128, "answers that are written at once", stamp=False, least=1)
-    images_per_prompt: int = key(1, "at most", stamp=False, least=1)
+    max_model_len: int = key(0, "tokens of prompt and answer together; 0: as many as fit", stamp=False, least=0)
+    max_num_seqs: int = key(128, "requests that are decoded at once", stamp=False, least=1)
+    images_per_prompt: int = key(1, "maximum number of images in a prompt", stamp=False, least=1)
     gpu_memory_utilization: float = key(0.9, "share of a GPU's memory", stamp=False, least=0.05, most=1)
     tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
-    kv_cache_gib: int = key(2, "on a CPU: memory for keys and values", stamp=False, least=1)
-    enforce_eager: bool = key(False, "start sooner, answer more slowly: nothing is compiled", stamp=False)
+    kv_cache_gib: int = key(2, "on a CPU: GiB of memory for keys and values", stamp=False, least=1)
+    enforce_eager: bool = key(False, "skip compilation: starts sooner, answers more slowly", stamp=False)
 
 
 def require_module(module: str, *, kind: str, how: str) -> None:
     """
     Raises:
-        ConfigError: what an engine of this kind needs is not installed; `how` says what to type.
+        ConfigError: the module is not installed; `how` is the command that installs it.
     """
     try:
         import_module(module)

@@ -1,8 +1,8 @@
-"""Decides that an engine's processes end with the process that opened it, even when that one is killed outright.
+"""The reaper: ends an engine's processes with the process that opened it, even when that one is killed outright.
 
-They bear a mark in their environment, which their children inherit, so that none is missed, however young it is. A
-small process of our own waits at the end of a pipe; when the pipe breaks, it kills all that bear the mark, and nobody
-else. What they do, it does not know.
+The processes carry a tag in their environment, which their children inherit, so that none is missed. A small process
+waits at the end of a pipe; when the pipe breaks, it kills every process with the tag and no other. It knows nothing of
+what they do.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-NAME = "RECAP_GUARD"
-DISMISSED = b"dismissed"
-PAUSE = 0.2  # seconds between two looks: who was being born at the first is there at the second
+NAME = "RECAP_REAPER"
+STOP = b"stop"
+PAUSE = 0.2  # seconds between two scans: a process that was being forked during the first shows up in the second
 
 
 class Reaper:
-    """Watches, until `dismiss`, over processes that are started with `environment`."""
+    """Watches processes that are started with `environment`, until `stop` is called."""
 
     def __init__(self) -> None:
-        mark = uuid.uuid4().hex
-        # vLLM's processes name themselves, which would otherwise be written over what /proc shows of their environment.
-        self.environment = {NAME: mark, "SPT_NOENV": "1"}
-        command = [sys.executable, "-P", __file__, mark]
+        tag = uuid.uuid4().hex
+        # vLLM's processes set their titles, which would otherwise overwrite what /proc shows of their environment.
+        self.environment = {NAME: tag, "SPT_NOENV": "1"}
+        command = [sys.executable, "-P", __file__, tag]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     @contextmanager
     def tag_children(self) -> Iterator[None]:
-        """What this process starts meanwhile is watched over."""
+        """Tags every process that this one starts inside the block."""
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
         try:
@@ -47,14 +47,14 @@ class Reaper:
                     os.environ[name] = value
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Stops watching; tagged processes live on. Idempotent."""
         with suppress(ValueError, BrokenPipeError):
-            self._process.communicate(DISMISSED)
+            self._process.communicate(STOP)
 
 
-def find_tagged(mark: str) -> Iterator[int]:
-    """The processes that were started with this mark."""
-    line = f"{NAME}={mark}".encode()
+def find_tagged(tag: str) -> Iterator[int]:
+    """Yields the ids of running processes that carry the tag."""
+    line = f"{NAME}={tag}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if line in (folder / "environ").read_bytes().split(b"\0"):
@@ -62,10 +62,10 @@ def find_tagged(mark: str) -> Iterator[int]:
 
 
 def main() -> None:
-    if sys.stdin.buffer.read() == DISMISSED:
+    if sys.stdin.buffer.read() == STOP:
         return
-    while found := list(find_tagged(sys.argv[1])):
-        for pid in found:
+    while pids := list(find_tagged(sys.argv[1])):
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(PAUSE)

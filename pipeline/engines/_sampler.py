@@ -1,7 +1,7 @@
-"""Decides the next token of every row of a batch, each by its own sampling, seed and grammar.
+"""Token sampling for batches in which every row has its own parameters, seed and grammar.
 
-A row's draw hangs on its seed and its own logits alone, never on who else is in the batch. It knows nothing of
-prompts, images or text.
+A row's tokens depend on its seed and its own logits only, never on the rest of the batch. It knows nothing of prompts,
+images or text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Row:
-    """One answer as it grows."""
+    """One answer while it is generated."""
 
     sampling: Sampling
     seed: int
@@ -27,7 +27,7 @@ class Row:
     logprobs: bool
     matcher: Any = None  # xgrammar's, of the schema
     tokens: list[int] = field(default_factory=list)
-    chosen_logprobs: list[float] = field(default_factory=list)  # of the model as it is: before penalties, temperature
+    chosen_logprobs: list[float] = field(default_factory=list)  # of the model itself: before penalties and temperature
     stopped: bool = False  # by an end-of-text token
 
     @property
@@ -36,7 +36,7 @@ class Row:
 
 
 class TokenSampler:
-    """A logits processor for `generate(do_sample=False)` that leaves only the chosen token possible."""
+    """A logits processor for `generate(do_sample=False)` that masks every token except the chosen one."""
 
     def __init__(self, rows: Sequence[Row], *, prompt: Tensor, mask: Tensor, ends: Tensor, suppressed: Tensor) -> None:
         import torch
@@ -45,7 +45,7 @@ class TokenSampler:
         self._prompt, self._mask = prompt, mask  # [rows, tokens]
         self._ends = set(ends.tolist())
         self._suppressed = suppressed
-        self._draws = [_uniform(row) for row in rows]
+        self._draws = [_draw_uniform(row) for row in rows]
         self._seen: Tensor | None = None  # [rows, vocabulary]: for the repetition penalty
         self._torch = torch
 
@@ -55,10 +55,10 @@ class TokenSampler:
         raw = scores.log_softmax(-1) if any(row.logprobs for row in self._rows) else None
         scores = scores.clone()
         scores[:, self._suppressed] = -torch.inf
-        self._penalise(scores)
-        self._constrain(scores)
-        chosen = self._choose(scores)
-        self._note(chosen, raw)
+        self._apply_penalties(scores)
+        self._mask_by_grammar(scores)
+        chosen = self._choose_tokens(scores)
+        self._append_tokens(chosen, raw)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, chosen[:, None], 0.0)
 
@@ -66,7 +66,7 @@ class TokenSampler:
         """The stopping criterion."""
         return self._torch.tensor([row.finished for row in self._rows], device=ids.device)
 
-    def _penalise(self, scores: Tensor) -> None:
+    def _apply_penalties(self, scores: Tensor) -> None:
         penalties = [row.sampling.repetition_penalty for row in self._rows]
         if all(penalty == 1 for penalty in penalties):
             return
@@ -77,7 +77,7 @@ class TokenSampler:
         by = self._torch.tensor(penalties, device=scores.device)[:, None]
         scores.copy_(self._torch.where(self._seen, self._torch.where(scores > 0, scores / by, scores * by), scores))
 
-    def _constrain(self, scores: Tensor) -> None:
+    def _mask_by_grammar(self, scores: Tensor) -> None:
         for n, row in enumerate(self._rows):
             if row.matcher is None or row.finished:
                 continue
@@ -87,16 +87,16 @@ class TokenSampler:
             row.matcher.fill_next_token_bitmask(mask)
             xgrammar.apply_token_bitmask_inplace(scores[n : n + 1], mask.to(scores.device))
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _choose_tokens(self, scores: Tensor) -> Tensor:
         chosen = scores.argmax(-1)
         hot = [n for n, row in enumerate(self._rows) if row.sampling.temperature > 0 and not row.finished]
         if hot:
             samplings = [self._rows[n].sampling for n in hot]
             points = self._torch.stack([self._draws[n][len(self._rows[n].tokens)] for n in hot])
-            chosen[hot] = _sample(scores[hot], samplings, points.to(scores.device))
+            chosen[hot] = _sample_tokens(scores[hot], samplings, points.to(scores.device))
         return chosen
 
-    def _note(self, chosen: Tensor, raw: Tensor | None) -> None:
+    def _append_tokens(self, chosen: Tensor, raw: Tensor | None) -> None:
         for n, (row, token) in enumerate(zip(self._rows, chosen.tolist(), strict=True)):
             if row.finished:
                 continue
@@ -110,16 +110,16 @@ class TokenSampler:
                 self._seen[n, token] = True
 
 
-def _uniform(row: Row) -> Tensor:
-    """One number of [0, 1) a token, drawn on the CPU: the same on every device."""
+def _draw_uniform(row: Row) -> Tensor:
+    """Draws one number in [0, 1) per token, on the CPU, so that every device gets the same ones."""
     import torch
 
     generator = torch.Generator().manual_seed(row.seed % 2**63)
     return torch.rand(row.max_tokens if row.sampling.temperature > 0 else 0, generator=generator, dtype=torch.float64)
 
 
-def _sample(scores: Tensor, samplings: Sequence[Sampling], points: Tensor) -> Tensor:
-    """Per row, the token at whose share of the sorted, filtered distribution the row's point falls."""
+def _sample_tokens(scores: Tensor, samplings: Sequence[Sampling], points: Tensor) -> Tensor:
+    """Picks for each row the token whose interval of the sorted, filtered distribution holds the row's point."""
     import torch
 
     def column(values: list[float]) -> Tensor:
@@ -130,25 +130,28 @@ def _sample(scores: Tensor, samplings: Sequence[Sampling], points: Tensor) -> Te
     ordered, tokens = scores.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(vocabulary, device=scores.device)[None, :]
     ordered = ordered.masked_fill(ranks >= column([sampling.top_k or vocabulary for sampling in samplings]), -torch.inf)
-    shares = ordered.softmax(-1)
-    before = shares.cumsum(-1) - shares
-    shares = shares.masked_fill((before >= column([sampling.top_p for sampling in samplings])) & (ranks > 0), 0.0)
-    upto = shares.double().cumsum(-1)
-    at = torch.searchsorted(upto, (points.to(upto.dtype)[:, None] * upto[:, -1:]), right=True)
-    return tokens.gather(1, at.clamp(max=vocabulary - 1)).squeeze(1)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(
+        (before >= column([sampling.top_p for sampling in samplings])) & (ranks > 0), 0.0
+    )
+    cumulative = probabilities.double().cumsum(-1)
+    targets = points.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
+    positions = torch.searchsorted(cumulative, targets, right=True)
+    return tokens.gather(1, positions.clamp(max=vocabulary - 1)).squeeze(1)
 
 
 class Grammars:
-    """Makes matchers for JSON schemas, each compiled once."""
+    """Compiles JSON schemas to matchers, each schema once."""
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, ends: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
         self._compiler: Any = None
 
-    def matcher(self, schema: str) -> Any:
+    def compile_matcher(self, schema: str) -> Any:
         """Raises:
-        BadRequestError: the schema cannot be followed.
-        EngineDiedError: nothing is installed that could follow one.
+        BadRequestError: the schema is not supported.
+        EngineDiedError: xgrammar is not installed.
         """
         try:
             import xgrammar
@@ -160,7 +163,7 @@ class Grammars:
             )
             self._compiler = xgrammar.GrammarCompiler(info)
         try:
-            # Free whitespace would let a weak model write blanks until its tokens run out.
+            # With free whitespace a weak model may write blanks until its tokens run out.
             return xgrammar.GrammarMatcher(self._compiler.compile_json_schema(schema, any_whitespace=False))
         except (RuntimeError, ValueError) as error:
-            raise BadRequestError(f"the schema is not understood: {' '.join(str(error).split())}") from error
+            raise BadRequestError(f"the schema is not supported: {' '.join(str(error).split())}") from error

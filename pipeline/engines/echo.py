@@ -1,7 +1,7 @@
-"""Decides what is answered where there is no model: words, or an instance of the schema, drawn from the request's hash.
+"""The echo engine: answers without a model, text or an instance of the schema, drawn from the request's hash.
 
-It looks at no pixels and knows no chat template. Failures are drawn from the hash too, so that retries and the ladder
-can be seen working; the same request is always answered alike.
+It looks at no pixels and knows no chat template. Failures are drawn from the hash too, so that retries can be tested.
+The same request always gets the same reply.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ WORDS_PER_SENTENCE = 12  # at most
 class Config:
     """`[engines.NAME]` with kind = "echo"."""
 
-    text: str | None = key(None, "a fixed answer instead of words drawn from the request")
-    error_share: float = key(0.0, "share of attempts that are refused as bad requests", least=0, most=1, shown=False)
-    empty_share: float = key(0.0, "share of attempts that answer nothing", least=0, most=1, shown=False)
-    truncated_share: float = key(0.0, "share of attempts that are cut short", least=0, most=1, shown=False)
-    repeated_share: float = key(0.0, "share of attempts that loop", least=0, most=1, shown=False)
-    invalid_share: float = key(0.0, "share of attempts at a schema that are not JSON", least=0, most=1, shown=False)
-    delay: float = key(0.0, "seconds that an attempt takes", stamp=False, least=0, shown=False)
+    text: str | None = key(None, "a fixed answer, instead of text drawn from the request")
+    error_share: float = key(0.0, "share of attempts that fail as bad requests", least=0, most=1, shown=False)
+    empty_share: float = key(0.0, "share of attempts with an empty answer", least=0, most=1, shown=False)
+    truncated_share: float = key(0.0, "share of attempts with a truncated answer", least=0, most=1, shown=False)
+    repeated_share: float = key(0.0, "share of attempts with a repetitive answer", least=0, most=1, shown=False)
+    invalid_share: float = key(0.0, "share of attempts at a schema with invalid JSON", least=0, most=1, shown=False)
+    delay: float = key(0.0, "seconds per attempt", stamp=False, least=0, shown=False)
     die_after: int = key(0, "attempts after which the engine dies; 0: never", stamp=False, least=0, shown=False)
 
     def __post_init__(self) -> None:
         if sum(self.shares.values()) > 1:
-            raise ValueError(f"the shares of failures add up to {sum(self.shares.values()):g}; the most is 1")
+            raise ValueError(f"the shares of failures add up to {sum(self.shares.values()):g}; the maximum is 1")
 
     @property
     def shares(self) -> Mapping[str, float]:
@@ -68,10 +68,10 @@ def open(config: Config) -> Echo:  # noqa: A001
 
 
 class Echo:
-    """Answers one request at a time, each when it is asked for: nothing is drawn ahead."""
+    """Answers one request at a time, when its reply is taken: no request is drawn ahead."""
 
     model = "echo"
-    revision = "1"  # of what is drawn from a hash
+    revision = "1"  # of the answers drawn from a hash
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -89,16 +89,18 @@ class Echo:
         pass
 
     def _answer(self, request: Request) -> Reply:
-        subject = _subject(request)
-        attempt, final = 0, False
-        while not final:
+        digest = _hash_request(request)
+        attempt, is_final = 0, False
+        while not is_final:
             attempt += 1
-            self._count()
-            draw = f"{subject}{request.seed + attempt - 1}"
-            reply, final = finish_attempt(request, self._attempt(request, request.ladder[attempt - 1], draw), attempt)
+            self._count_attempt()
+            draw = f"{digest}{request.seed + attempt - 1}"
+            reply, is_final = finish_attempt(
+                request, self._make_attempt(request, request.ladder[attempt - 1], draw), attempt
+            )
         return reply
 
-    def _count(self) -> None:
+    def _count_attempt(self) -> None:
         if self._config.delay:
             time.sleep(self._config.delay)
         with self._lock:
@@ -106,25 +108,25 @@ class Echo:
             if 0 < self._config.die_after < self._num_attempts:
                 raise EngineDiedError(f"the echo engine dies after {self._config.die_after} attempts (die_after)")
 
-    def _attempt(self, request: Request, sampling: Sampling, draw: str) -> Reply:
+    def _make_attempt(self, request: Request, sampling: Sampling, draw: str) -> Reply:
         if b"" in request.images:
             return Reply(error="an image has no bytes")
         try:
-            text = self._text(request, sampling, Random(draw))
+            text = self._write_text(request, sampling, Random(draw))
         except ValueError as error:
-            return Reply(error=f"the schema is not understood: {error}")
-        return _spoiled(self._failure(draw), text, request, Random(draw))
+            return Reply(error=f"the schema is not supported: {error}")
+        return _apply_failure(self._choose_failure(draw), text, request, Random(draw))
 
-    def _text(self, request: Request, sampling: Sampling, random: Random) -> str:
+    def _write_text(self, request: Request, sampling: Sampling, random: Random) -> str:
         if self._config.text is not None:
             return self._config.text
         if request.schema is not None:
             schema = json.loads(request.schema)
-            return json.dumps(instance(schema, random, root=schema), ensure_ascii=False)
+            return json.dumps(make_instance(schema, random, root=schema), ensure_ascii=False)
         most = max(1, sampling.max_tokens // WORDS_PER_SENTENCE)
-        return " ".join(_sentence(random) for _ in range(min(most, random.randint(2, 5))))
+        return " ".join(_write_sentence(random) for _ in range(min(most, random.randint(2, 5))))
 
-    def _failure(self, draw: str) -> str:
+    def _choose_failure(self, draw: str) -> str:
         point = Random(f"failure {draw}").random()
         for failure, share in self._config.shares.items():
             if point < share:
@@ -133,19 +135,19 @@ class Echo:
         return ""
 
 
-def _subject(request: Request) -> str:
-    """What the request is about, as hex: all but the seed."""
+def _hash_request(request: Request) -> str:
+    """Returns a hash of everything in the request except the seed, as hex."""
     digest = hashlib.sha256(repr((request.system, request.prompt, request.schema)).encode())
     for image in request.images:
         digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()
 
 
-def _spoiled(failure: str, text: str, request: Request, random: Random) -> Reply:
-    """The reply with `text`, after the failure that was drawn."""
+def _apply_failure(failure: str, text: str, request: Request, random: Random) -> Reply:
+    """Returns a reply with `text`, spoiled by the chosen failure."""
     words = text.split()
     if failure == "error":
-        return Reply(error="refused by error_share")
+        return Reply(error="failed by error_share")
     if failure == "empty":
         text = ""
     elif failure == "truncated":
@@ -164,70 +166,70 @@ def _spoiled(failure: str, text: str, request: Request, random: Random) -> Reply
     )
 
 
-def _sentence(random: Random) -> str:
+def _write_sentence(random: Random) -> str:
     first, second = random.sample(NOUNS, 2)
     before, after = random.sample(ADJECTIVES, 2)
     article, other = ("an" if word[0] in "aeiou" else "a" for word in (before, after))
     return f"{article.capitalize()} {before} {first} stands {random.choice(PLACES)} {other} {after} {second}."
 
 
-def instance(schema: Any, random: Random, *, root: Any) -> Any:
-    """A value that satisfies a JSON schema.
+def make_instance(schema: Any, random: Random, *, root: Any) -> Any:
+    """Draws a value that satisfies a JSON schema.
 
     Raises:
-        ValueError: the schema says something that is not understood here.
+        ValueError: the schema uses a feature that is not supported here.
     """
     if schema is True or schema == {}:
-        return _sentence(random)
+        return _write_sentence(random)
     if not isinstance(schema, dict):
-        raise ValueError(f"{schema!r} is no schema")
+        raise ValueError(f"{schema!r} is not a schema")
     if "const" in schema:
         return schema["const"]
     if "enum" in schema:
         return random.choice(schema["enum"])
     if "$ref" in schema:
-        return instance(_resolve(schema["$ref"], root), random, root=root)
+        return make_instance(_resolve(schema["$ref"], root), random, root=root)
     for choice in ("anyOf", "oneOf"):
         if choice in schema:
-            return instance(random.choice(schema[choice]), random, root=root)
-    return _typed(schema, random, root)
+            return make_instance(random.choice(schema[choice]), random, root=root)
+    return _make_typed(schema, random, root)
 
 
-def _typed(schema: dict[str, Any], random: Random, root: Any) -> Any:
+def _make_typed(schema: dict[str, Any], random: Random, root: Any) -> Any:
     kind = schema.get("type", "object" if "properties" in schema else "string")
     if isinstance(kind, list):
         kind = random.choice(kind)
     if kind == "object":
-        return {name: instance(part, random, root=root) for name, part in schema.get("properties", {}).items()}
+        return {name: make_instance(part, random, root=root) for name, part in schema.get("properties", {}).items()}
     if kind == "array":
-        return _array(schema, random, root)
+        return _make_array(schema, random, root)
     if kind == "string":
-        return _string(schema, random)
+        return _make_string(schema, random)
     if kind in ("integer", "number"):
-        return _number(schema, random, whole=kind == "integer")
+        return _make_number(schema, random, whole=kind == "integer")
     if kind in ("boolean", "null"):
         return random.choice((True, False)) if kind == "boolean" else None
-    raise ValueError(f"no such type: {kind!r}")
+    raise ValueError(f"unknown type {kind!r}")
 
 
-def _array(schema: dict[str, Any], random: Random, root: Any) -> list[Any]:
+def _make_array(schema: dict[str, Any], random: Random, root: Any) -> list[Any]:
     first = schema.get("prefixItems", [])
     least = max(len(first), schema.get("minItems", 1))
     size = random.randint(least, schema.get("maxItems", least + 2)) if schema.get("items", {}) is not False else least
     parts = [*first, *[schema.get("items", {})] * (size - len(first))]
-    return [instance(part, random, root=root) for part in parts]
+    return [make_instance(part, random, root=root) for part in parts]
 
 
-def _string(schema: dict[str, Any], random: Random) -> str:
+def _make_string(schema: dict[str, Any], random: Random) -> str:
     if "pattern" in schema or "format" in schema:
-        raise ValueError("patterns and formats of strings are not drawn")
-    text = _sentence(random)
+        raise ValueError("string patterns and formats are not supported")
+    text = _write_sentence(random)
     while len(text) < schema.get("minLength", 0):
-        text = f"{text} {_sentence(random)}"
+        text = f"{text} {_write_sentence(random)}"
     return text[: schema.get("maxLength", len(text))]
 
 
-def _number(schema: dict[str, Any], random: Random, *, whole: bool) -> int | float:
+def _make_number(schema: dict[str, Any], random: Random, *, whole: bool) -> int | float:
     step = 1 if whole else 0.001
     least = schema.get("minimum", schema["exclusiveMinimum"] + step if "exclusiveMinimum" in schema else 0)
     most = schema.get("maximum", schema["exclusiveMaximum"] - step if "exclusiveMaximum" in schema else least + 10)
@@ -238,9 +240,9 @@ def _number(schema: dict[str, Any], random: Random, *, whole: bool) -> int | flo
 
 
 def _resolve(reference: str, root: Any) -> Any:
-    found = root
+    node = root
     for part in reference.removeprefix("#/").split("/"):
-        if not isinstance(found, dict) or part not in found:
+        if not isinstance(node, dict) or part not in node:
             raise ValueError(f"{reference!r} is not in the schema")
-        found = found[part]
-    return found
+        node = node[part]
+    return node

@@ -1,7 +1,8 @@
-"""Decides how a server that speaks OpenAI's protocol is asked, and when one that does not answer is given up.
+"""The openai engine: requests to servers that speak OpenAI's protocol, with retries.
 
-A request that the server refuses is a reply with an error. A server in trouble is asked again, ever less often, until
-it is back or has given no answer at all for `give_up_after` seconds. It does not know who serves, or with what flags.
+A request that the server rejects is a reply with an error. A failed request is retried with exponential backoff, until
+it succeeds or no server has answered anything for `give_up_after` seconds. It does not know who serves, or with what
+flags.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,44 +30,44 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     import aiohttp
 
-FIRST_DELAY = 0.25  # seconds before a request is sent again; doubled each time ...
-MOST_DELAY = 15.0  # ... up to this
-REFUSED = frozenset({400, 413, 414, 415, 422})  # the request is to blame
-FORBIDDEN = frozenset({401, 403, 404, 405})  # the user is: key, URL or model's name
-MOST_SAID = 300  # characters of a server's answer that a message repeats
+FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further one ...
+MAX_DELAY = 15.0  # ... up to this
+BAD_REQUEST = frozenset({400, 413, 414, 415, 422})  # the request is wrong
+BAD_SETUP = frozenset({401, 403, 404, 405})  # the API key, the URL or the model's name is wrong
+MAX_QUOTED = 300  # characters of a server's response that a message quotes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(Serving):
-    """`[engines.NAME.serve]`: how `recap serve NAME` starts vLLM. Nothing for servers that others run."""
+    """`[engines.NAME.serve]`: how `recap serve NAME` starts vLLM. Unused for servers that run elsewhere."""
 
     replicas: int = key(1, "copies of the model, each on its own GPU", stamp=False, least=1)
-    args: tuple[str, ...] = key((), "more of vLLM's own flags", stamp=False)
+    args: tuple[str, ...] = key((), "further flags of vLLM", stamp=False)
 
     def __post_init__(self) -> None:
         if any(arg.startswith(("--api-key", "--hf-token")) for arg in self.args):
-            raise ValueError("a key in args would stand in a command line; api_key_env and HF_TOKEN are for keys")
+            raise ValueError("args are visible in the process list; set keys with api_key_env and HF_TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Model):
     """`[engines.NAME]` with kind = "openai"."""
 
-    model: str = key(help="the model's name at the server; for `recap serve` also a folder", locate="model")
-    revision: str | None = key(None, "recorded with every answer; `recap serve` loads it")
+    model: str = key(help="the model's name at the server; for `recap serve` also a directory", locate="model")
+    revision: str | None = key(None, "recorded with every answer, and loaded by `recap serve`")
     base_url: str | tuple[str, ...] = key(
-        help='"endpoint": the server that `recap serve NAME` started; or one or several URLs that end in /v1',
+        help='"endpoint": the server that `recap serve NAME` started; or one or more URLs that end in /v1',
         stamp=False,
         locate="endpoint",
     )
     api_key_env: str = key("", "the environment variable that holds the API key", stamp=False)
-    factor: int = key(28, "sides of pictures are multiples of it, as the model rounds them itself; 1: any", least=1)
-    vllm: bool = key(True, "send top_k and repetition_penalty, which not every server knows")
-    extra: dict[str, Any] = key(factory=dict, help="more fields of every request")
+    factor: int = key(28, "sides of images are rounded to multiples of it, as the model does; 1: any", least=1)
+    vllm: bool = key(True, "send top_k and repetition_penalty, which not every server supports")
+    extra: dict[str, Any] = key(factory=dict, help="further fields of every request")
     max_in_flight: int = key(128, "requests at once, over all servers", stamp=False, least=1)
-    timeout: float = key(600.0, "seconds for one answer", stamp=False, least=0.1)
-    give_up_after: float = key(600.0, "seconds without any answer after which the servers count as dead", stamp=False)
-    num_tries: int = key(8, "for a request at which a server that is well fails again and again", stamp=False, least=1)
+    timeout: float = key(600.0, "seconds to wait for one response", stamp=False, least=0.1)
+    give_up_after: float = key(600.0, "seconds without any response after which the servers count as dead", stamp=False)
+    num_tries: int = key(8, "attempts at a request that a healthy server keeps failing", stamp=False, least=1)
     trust_remote_code: bool = key(False, "for `recap serve`: run Python code that comes with the model", stamp=False)
     serve: Serve = key(factory=Serve, help="how `recap serve` starts it")
 
@@ -76,10 +78,10 @@ class Config(Model):
 
 
 def open(config: Config) -> OpenAI:  # noqa: A001
-    """Asks nothing yet: a server may still be starting.
+    """Sends nothing yet: a server may still be starting.
 
     Raises:
-        ConfigError: the environment has no API key, or aiohttp is not installed.
+        ConfigError: the environment variable of the API key is not set, or aiohttp is not installed.
     """
     require_module("aiohttp", kind="openai", how="pip install 'recap-pipeline[openai]'")
     if config.api_key_env and not os.environ.get(config.api_key_env):
@@ -88,42 +90,46 @@ def open(config: Config) -> OpenAI:  # noqa: A001
 
 
 class OpenAI(ScheduledEngine):
-    """One or several servers of one model, asked evenly."""
+    """One or more servers of one model, with the load spread evenly."""
 
     def __init__(self, config: Config) -> None:
         self.model = config.model_name
         self.revision = config.revision or ""
         self._config = config
         self._rule = images.PixelRule(max_pixels=config.max_pixels, factor=config.factor)
-        self._decoded: SingleFlightCache[str] = SingleFlightCache(_chat.CACHED_IMAGES)
+        self._url_cache: SingleFlightCache[str] = SingleFlightCache(_chat.CACHED_IMAGES)
         self._loop = EventLoopThread("openai")
-        self._servers = _Servers(config, model=self.model)
+        self._client = _Client(config, model=self.model)
         bounds = Bounds(
             max_in_flight=config.max_in_flight,
-            enough=config.max_in_flight,
+            saturation=config.max_in_flight,
             num_ahead=2 * config.threads + 4,
             max_unordered=4 * config.max_in_flight,
             num_threads=config.threads,
         )
-        self._window = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
+        self._scheduler = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
 
     def close(self) -> None:
-        self._window.close()
-        self._loop.close(self._servers.close)
+        self._scheduler.close()
+        self._loop.close(self._client.close)
 
     def _prepare(self, request: Request) -> str:
-        """The part of the body that all attempts share, as JSON: encoding pictures is most of the work."""
+        """Encodes the part of the body that all attempts share: encoding images is most of the work."""
         try:
-            urls = [self._decoded(image, partial(self._data_url, image)) for image in request.images]
+            urls = [self._url_cache(image, partial(self._encode_image, image)) for image in request.images]
         except UndecodableError as error:
-            raise BadRequestError(f"an image cannot be shown: {error}") from error
-        body = {"model": self.model, "messages": _messages(request, urls), **self._config.extra}
+            raise BadRequestError(f"an image cannot be decoded: {error}") from error
+        body = {"model": self.model, "messages": _build_messages(request, urls), **self._config.extra}
         if request.schema is not None:
-            body["response_format"] = _response_format(request.schema)
+            try:
+                schema = {"name": "answer", "strict": True, "schema": json.loads(request.schema)}
+            except json.JSONDecodeError as error:
+                raise BadRequestError(f"the schema is not JSON: {error}") from error
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return json.dumps(body)[:-1]
 
-    def _data_url(self, image: bytes) -> str:
-        """The original bytes where these are what the model would see; else the reduced picture, losslessly."""
+    def _encode_image(self, image: bytes) -> str:
+        """Returns a data URL: the original bytes if the model sees just those pixels, else a lossless smaller copy."""
         if not images.can_send_unchanged(image, self._rule):
             image = images.encode_lossless(images.decode_pixels(image, self._rule))
         kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
@@ -131,20 +137,13 @@ class OpenAI(ScheduledEngine):
 
     async def _ask(self, prepared: str, request: Request, sampling: Sampling, seed: int) -> Reply:
         rest = json.dumps(_build_attempt_fields(sampling, seed, request, vllm=self._config.vllm))
-        return await self._servers.ask(f"{prepared}, {rest[1:]}".encode())
+        return await self._client.send_request(f"{prepared}, {rest[1:]}".encode())
 
 
-def _messages(request: Request, urls: list[str]) -> list[dict[str, Any]]:
-    shown = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+def _build_messages(request: Request, urls: list[str]) -> list[dict[str, Any]]:
+    images = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
     system = [{"role": "system", "content": request.system}] if request.system else []
-    return [*system, {"role": "user", "content": [*shown, {"type": "text", "text": request.prompt}]}]
-
-
-def _response_format(schema: str) -> dict[str, Any]:
-    try:
-        return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": json.loads(schema)}}
-    except json.JSONDecodeError as error:
-        raise BadRequestError(f"the schema is not JSON: {error}") from error
+    return [*system, {"role": "user", "content": [*images, {"type": "text", "text": request.prompt}]}]
 
 
 def _build_attempt_fields(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> dict[str, Any]:
@@ -163,38 +162,42 @@ def _build_attempt_fields(sampling: Sampling, seed: int, request: Request, *, vl
 
 @dataclass
 class _Server:
-    """One base URL, and how it fares."""
+    """One base URL and its state."""
 
     url: str
     num_in_flight: int = 0
-    down: bool = False
-    checking: asyncio.Task[None] | None = None
-    num_checks: int = 0  # in vain, since it went down
-    check_at: float = 0.0
+    num_sent: int = 0
+    is_down: bool = False
+    health_check: asyncio.Task[None] | None = None
+    num_failed_checks: int = 0  # since it went down
+    next_check: float = 0.0  # on the monotonic clock
 
 
 @dataclass
 class _Health:
-    """When all servers together last gave a sign of life."""
+    """The time for which all servers together have failed."""
 
-    give_up_after: float
-    troubled_since: float | None = None
-    last: str = field(default="")  # what was wrong
+    give_up_after: float  # seconds
+    failing_since: float | None = None
+    last_error: str = ""
 
-    def good(self) -> None:
-        self.troubled_since = None
+    def record_success(self) -> None:
+        self.failing_since = None
 
-    def bad(self, what: str) -> None:
-        """Raises EngineDiedError when nothing but trouble came for too long."""
-        self.last = what
+    def record_failure(self, error: str) -> None:
+        """
+        Raises:
+            EngineDiedError: no server has answered for `give_up_after` seconds.
+        """
+        self.last_error = error
         now = time.monotonic()
-        self.troubled_since = self.troubled_since or now
-        if (waited := now - self.troubled_since) >= self.give_up_after:
-            raise EngineDiedError(f"{what}; gave up after {waited:.0f} s without an answer (give_up_after)")
+        self.failing_since = self.failing_since or now
+        if (waited := now - self.failing_since) >= self.give_up_after:
+            raise EngineDiedError(f"{error}; gave up after {waited:.0f} s without an answer (give_up_after)")
 
 
-class _Servers:
-    """Sends a request to the server with the least to do, and again until it is answered. Lives on the loop."""
+class _Client:
+    """Sends requests to the least busy server and retries them. Runs on the event loop."""
 
     def __init__(self, config: Config, *, model: str) -> None:
         self._config, self._model = config, model
@@ -205,63 +208,66 @@ class _Servers:
 
     async def close(self) -> None:
         for server in self._servers:
-            if server.checking is not None:
-                server.checking.cancel()
+            if server.health_check is not None:
+                server.health_check.cancel()
         if self._session is not None:
             await self._session.close()
 
-    async def ask(self, body: bytes) -> Reply:
-        """Raises:
-        BadRequestError: the servers refuse it.
-        EngineDiedError: they are gone, or do not want to talk to us.
+    async def send_request(self, body: bytes) -> Reply:
+        """Sends a request until it is answered.
+
+        Raises:
+            BadRequestError: the servers reject it.
+            EngineDiedError: the servers are gone, or reject the API key, the URL or the model's name.
         """
         num_failures = 0
         while True:
-            server = await self._free_server()
+            server = await self._pick_server()
             try:
-                answer = await self._send(server, body)
-            except ServerError as trouble:
-                self._check_soon(server)
+                reply = await self._send_once(server, body)
+            except ServerError as error:
+                self._start_health_check(server)
                 num_failures += 1
-                if num_failures >= self._config.num_tries and await self._is_well(server):
-                    raise BadRequestError(f"failed {num_failures} times, the last time: {trouble}") from trouble
-                self._health.bad(str(trouble))
-                await asyncio.sleep(max(trouble.wait, self._delay(num_failures)))
+                if num_failures >= self._config.num_tries and await self._is_healthy(server):
+                    raise BadRequestError(f"failed {num_failures} times, the last time: {error}") from error
+                self._health.record_failure(str(error))
+                await asyncio.sleep(max(error.wait, self._choose_delay(num_failures)))
             else:
-                self._health.good()
-                return answer
+                self._health.record_success()
+                return reply
 
-    async def _free_server(self) -> _Server:
-        """The server in use that has the least to do; waits while all are down."""
+    async def _pick_server(self) -> _Server:
+        """Returns the least busy server; waits while all are down."""
         while True:
-            self._read_urls()
+            self._update_servers()
             now = time.monotonic()
             for server in self._servers:
-                if server.down and now >= server.check_at:
-                    self._check_soon(server)
-            if up := [server for server in self._servers if not server.down]:
-                return min(up, key=lambda server: server.num_in_flight)
-            none = f"no server has written {self._config.base_url}; `recap serve` does"
-            self._health.bad(self._health.last if self._servers else none)
-            await asyncio.sleep(self._delay(3))
+                if server.is_down and now >= server.next_check:
+                    self._start_health_check(server)
+            if up := [server for server in self._servers if not server.is_down]:
+                return min(up, key=lambda server: (server.num_in_flight, server.num_sent))
+            missing = f"{self._config.base_url} does not exist; `recap serve` writes it"
+            self._health.record_failure(self._health.last_error if self._servers else missing)
+            await asyncio.sleep(self._choose_delay(3))
 
-    def _read_urls(self) -> None:
-        """Takes over which servers there are: one that was started again may have another port."""
-        if self._servers and not any(server.down for server in self._servers):
+    def _update_servers(self) -> None:
+        """Reads the URLs again while a server is down: a restarted one may have another port."""
+        if self._servers and not any(server.is_down for server in self._servers):
             return
         given = self._config.base_url
-        urls = [url for one in ((given,) if isinstance(given, str) else given) for url in _urls(one)]
+        urls = [url for value in ((given,) if isinstance(given, str) else given) for url in _resolve_urls(value)]
         if urls and urls != [server.url for server in self._servers]:
             known = {server.url: server for server in self._servers}
             self._servers = [known.get(url) or _Server(url) for url in urls]
 
-    async def _send(self, server: _Server, body: bytes) -> Reply:
+    async def _send_once(self, server: _Server, body: bytes) -> Reply:
         server.num_in_flight += 1
+        server.num_sent += 1
         try:
-            reply = _reply(await self._post(server, body), server.url)
+            reply = _parse_reply(await self._post(server, body), server.url)
         finally:
             server.num_in_flight -= 1
-        server.down = False
+        server.is_down = False
         return reply
 
     async def _post(self, server: _Server, body: bytes) -> bytes:
@@ -269,25 +275,27 @@ class _Servers:
 
         url = f"{server.url}/chat/completions"
         try:
-            async with self._opened().post(url, data=body, headers={"Content-Type": "application/json"}) as response:
-                said = await response.read()
+            async with self._open_session().post(
+                url, data=body, headers={"Content-Type": "application/json"}
+            ) as response:
+                content = await response.read()
         except TimeoutError as error:
             raise ServerError(f"{url} gave no answer in {self._config.timeout:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(
-                f"{url} cannot be reached: {type(error).__name__} {self._without_key(str(error))}"
+                f"{url} cannot be reached: {type(error).__name__} {self._redact_key(str(error))}"
             ) from error
         if response.status == 200:
-            return said
-        message = f"{url} answered {response.status}: {self._without_key(_told(said))}"
-        if response.status in REFUSED:
-            self._health.good()
+            return content
+        message = f"{url} answered {response.status}: {self._redact_key(_extract_error(content))}"
+        if response.status in BAD_REQUEST:
+            self._health.record_success()
             raise BadRequestError(message)
-        if response.status in FORBIDDEN:
+        if response.status in BAD_SETUP:
             raise EngineDiedError(message)
-        raise ServerError(message, wait=_asked_to_wait(response.headers))
+        raise ServerError(message, wait=_parse_retry_after(response.headers))
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         import aiohttp
 
         if self._session is None:
@@ -298,74 +306,73 @@ class _Servers:
             )
         return self._session
 
-    def _without_key(self, text: str) -> str:
+    def _redact_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _check_soon(self, server: _Server) -> None:
-        if server.checking is None or server.checking.done():
-            server.checking = asyncio.get_running_loop().create_task(self._check(server))
+    def _start_health_check(self, server: _Server) -> None:
+        if server.health_check is None or server.health_check.done():
+            server.health_check = asyncio.get_running_loop().create_task(self._check_health(server))
 
-    async def _check(self, server: _Server) -> None:
-        """Notes whether there is a server at all: one that is not is left alone for a while."""
+    async def _check_health(self, server: _Server) -> None:
+        """Records whether the server is up; one that is down gets no requests until a later check succeeds."""
         import aiohttp
 
         try:
             timeout = aiohttp.ClientTimeout(total=10)
-            async with self._opened().get(f"{server.url.removesuffix('/v1')}/health", timeout=timeout) as response:
-                server.down = response.status >= 500
+            async with self._open_session().get(
+                f"{server.url.removesuffix('/v1')}/health", timeout=timeout
+            ) as response:
+                server.is_down = response.status >= 500
         except (TimeoutError, aiohttp.ClientError, OSError):
-            server.down = True
-        server.num_checks = server.num_checks + 1 if server.down else 0
-        server.check_at = time.monotonic() + self._delay(server.num_checks)
+            server.is_down = True
+        server.num_failed_checks = server.num_failed_checks + 1 if server.is_down else 0
+        server.next_check = time.monotonic() + self._choose_delay(server.num_failed_checks)
 
-    def _delay(self, num_failures: int) -> float:
-        """Seconds, doubled with each failure, with jitter so that not all come back at once."""
-        most = min(MOST_DELAY, self._config.give_up_after / 10)
-        return min(FIRST_DELAY * 2.0 ** (num_failures - 1), most) * random.uniform(0.5, 1.5)
+    def _choose_delay(self, num_failures: int) -> float:
+        """Returns seconds, doubled with each failure, with jitter so that clients do not return all at once."""
+        longest = min(MAX_DELAY, self._config.give_up_after / 10)
+        return min(FIRST_DELAY * 2.0 ** (num_failures - 1), longest) * random.uniform(0.5, 1.5)
 
-    async def _is_well(self, server: _Server) -> bool:
-        """Whether the server still answers the simplest question, so that it is the other one that it fails at."""
-        question = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    async def _is_healthy(self, server: _Server) -> bool:
+        """Tests the server with a trivial request, to tell a bad request from a bad server."""
+        probe = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
-            await self._send(server, json.dumps(question).encode())
+            await self._send_once(server, json.dumps(probe).encode())
         except (ServerError, BadRequestError):
             return False
-        self._health.good()
+        self._health.record_success()
         return True
 
 
-def _urls(given: str) -> list[str]:
-    """The base URLs that a value of `base_url` stands for: itself, or what the endpoint's file says."""
+def _resolve_urls(given: str) -> list[str]:
+    """Returns the base URLs of one value of `base_url`: the URL itself, or the one in the endpoint's file, if any."""
     if "://" in given:
         return [given.rstrip("/")]
     try:
-        found = json.loads(Path(given).read_text(encoding="utf-8"))
+        endpoint = json.loads(Path(given).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    return [str(found["base_url"]).rstrip("/")]
+    return [str(endpoint["base_url"]).rstrip("/")]
 
 
-def _asked_to_wait(headers: Mapping[str, str]) -> float:
+def _parse_retry_after(headers: Mapping[str, str]) -> float:
     try:
         return min(float(headers.get("Retry-After", 0)), 60.0)
     except ValueError:  # a date
         return 0.0
 
 
-def _told(said: bytes) -> str:
-    """What a server says is wrong, in one line."""
-    text = said.decode(errors="replace")
-    try:
-        found = json.loads(text)
-        text = found["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(str(text).split())[:MOST_SAID]
+def _extract_error(body: bytes) -> str:
+    """Returns the error message of a response in one line."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(str(text).split())[:MAX_QUOTED]
 
 
-def _reply(said: bytes, url: str) -> Reply:
+def _parse_reply(body: bytes, url: str) -> Reply:
     try:
-        answer = json.loads(said)
+        answer = json.loads(body)
         choice = answer["choices"][0]
         usage = answer.get("usage") or {}
         logprobs = choice.get("logprobs")
@@ -377,5 +384,5 @@ def _reply(said: bytes, url: str) -> Reply:
             logprobs=tuple(token["logprob"] for token in logprobs["content"]) if logprobs else None,
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        told = " ".join(said[:MOST_SAID].decode(errors="replace").split())
-        raise ServerError(f"{url} answered what is no answer ({type(error).__name__}): {told}") from error
+        text = " ".join(body[:MAX_QUOTED].decode(errors="replace").split())
+        raise ServerError(f"{url} sent a malformed response ({type(error).__name__}): {text}") from error

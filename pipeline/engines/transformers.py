@@ -1,7 +1,7 @@
-"""Decides how any image-text-to-text model is asked in this process: in batches, through transformers.
+"""The transformers engine: image-text-to-text models in this process, in batches.
 
-Slower than vLLM and more patient: every model that transformers loads, on a CPU or a GPU. What a request may ask for
-besides, the other engines decide alike; a bad request never takes its batch along.
+It is slower than vLLM but runs every model that transformers loads, on a CPU or a GPU, and supports the same requests
+as the other engines. A bad request does not fail its batch.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-LINGER = 0.05  # seconds that a batch waits for those that would fill it
+LINGER = 0.05  # seconds that a batch waits for further requests
 
-ON_DEVICES = True  # each worker process is to have GPUs of its own
+ON_DEVICES = True  # each worker process gets its own GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Weights, Model):
     """`[engines.NAME]` with kind = "transformers"."""
 
-    device: str = key("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one", stamp=False)
-    batch_size: int = key(8, "questions that the model answers at once", stamp=False, least=1)
+    device: str = key("auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one", stamp=False)
+    batch_size: int = key(8, "requests that the model answers at once", stamp=False, least=1)
 
 
 def open(config: Config) -> Transformers:  # noqa: A001
@@ -46,6 +46,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
         ConfigError: there is no such model, it does not load, or it has no chat template.
     """
     require_module("transformers", kind="transformers", how="pip install 'recap-pipeline[transformers]'")
+    import torch
     import transformers
 
     if not sys.stderr.isatty():
@@ -61,16 +62,12 @@ def open(config: Config) -> Transformers:  # noqa: A001
         )
     except (OSError, ValueError) as error:
         raise _chat.make_load_error(config, error) from error
-    device = _device(config.device)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto" and device == "cpu" and emulates_bfloat16():
         model = model.float()
     return Transformers(config, model.to(device).eval(), prompter)
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,40 +77,40 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """One attempt at one request, on its way into a batch."""
+class Attempt:
+    """One attempt at one request, queued for a batch."""
 
     prepared: Prepared
     request: Request
     sampling: Sampling
     seed: int
-    tell: Callable[[Reply | Exception], None]
+    on_done: Callable[[Reply | Exception], None]  # called in the batch thread
 
 
 class Transformers(ScheduledEngine):
-    """A model in this process. One thread of its own runs it; all callers fill the same batches."""
+    """A model in this process. One thread runs it; all callers fill the same batches."""
 
     def __init__(self, config: Config, model: Any, prompter: _chat.Prompter) -> None:
         self.model = config.model_name
         self.revision = str(config.revision or getattr(model.config, "_commit_hash", None) or "")
-        self._asker = _Asker(model, prompter.processor)
+        self._generator = _BatchGenerator(model, prompter.processor)
         self._prompter = prompter
-        self._batches = _Batches(self._asker.answer, size=config.batch_size)
+        self._batches = _Batches(self._generator.answer_batch, size=config.batch_size)
         self._loop = EventLoopThread("transformers")
         bounds = Bounds(
-            max_in_flight=2 * config.batch_size,  # one batch runs, the next stands ready
-            enough=config.batch_size,
+            max_in_flight=2 * config.batch_size,  # one batch runs while the next waits
+            saturation=config.batch_size,
             num_ahead=config.threads + config.batch_size,
             max_unordered=6 * config.batch_size,
             num_threads=config.threads,
         )
-        self._window = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
+        self._scheduler = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
 
     def close(self) -> None:
-        self._window.close()
+        self._scheduler.close()
         self._batches.close()
         self._loop.close()
-        self._asker.close()
+        self._generator.close()
 
     def _prepare(self, request: Request) -> Prepared:
         return Prepared(text=self._prompter.render_text(request), pictures=self._prompter.load_images(request))
@@ -121,16 +118,16 @@ class Transformers(ScheduledEngine):
     async def _ask(self, prepared: Prepared, request: Request, sampling: Sampling, seed: int) -> Reply:
         loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
-        def tell(outcome: Reply | Exception) -> None:
-            loop.call_soon_threadsafe(_settle, answer, outcome)
+        def on_done(outcome: Reply | Exception) -> None:
+            loop.call_soon_threadsafe(_set_outcome, answer, outcome)
 
-        self._batches.add(Question(prepared=prepared, request=request, sampling=sampling, seed=seed, tell=tell))
+        self._batches.add(Attempt(prepared=prepared, request=request, sampling=sampling, seed=seed, on_done=on_done))
         reply: Reply = await answer
         return reply
 
 
-def _settle(answer: asyncio.Future[Reply], outcome: Reply | Exception) -> None:
-    if answer.done():  # nobody waits any more
+def _set_outcome(answer: asyncio.Future[Reply], outcome: Reply | Exception) -> None:
+    if answer.done():  # cancelled
         return
     if isinstance(outcome, Exception):
         answer.set_exception(outcome)
@@ -139,49 +136,49 @@ def _settle(answer: asyncio.Future[Reply], outcome: Reply | Exception) -> None:
 
 
 class _Batches:
-    """Forms batches from what comes, whoever asked, and has them answered in a thread of its own."""
+    """Forms batches from the attempts of all callers and runs them in a thread of its own."""
 
-    def __init__(self, answer: Callable[[list[Question]], None], *, size: int) -> None:
+    def __init__(self, answer: Callable[[list[Attempt]], None], *, size: int) -> None:
         self._answer, self._size = answer, size
-        self._questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
-    def add(self, question: Question) -> None:
-        self._questions.put(question)
+    def add(self, attempt: Attempt) -> None:
+        self._queue.put(attempt)
 
     def close(self) -> None:
-        """Waits for the batch that runs. Idempotent."""
+        """Waits for the running batch. Idempotent."""
         self._closed = True
-        self._questions.put(None)
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (first := self._questions.get()) is not None:
-            batch, last = self._filled(first)
+        while (first := self._queue.get()) is not None:
+            batch, is_last = self._fill_batch(first)
             if self._closed:
-                _tell(batch, EngineDiedError("the engine was closed while it was asked"))
+                _finish_all(batch, EngineDiedError("the engine was closed during a request"))
             else:
                 self._answer(batch)
-            if last:
+            if is_last:
                 return
 
-    def _filled(self, first: Question) -> tuple[list[Question], bool]:
-        batch, until = [first], time.monotonic() + LINGER
+    def _fill_batch(self, first: Attempt) -> tuple[list[Attempt], bool]:
+        batch, deadline = [first], time.monotonic() + LINGER
         while len(batch) < self._size:
             try:
-                question = self._questions.get(timeout=max(0.0, until - time.monotonic()))
+                attempt = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
-            if question is None:
+            if attempt is None:
                 return batch, True
-            batch.append(question)
+            batch.append(attempt)
         return batch, False
 
 
-class _Asker:
-    """Runs the model on a batch of questions and tells each what came of it."""
+class _BatchGenerator:
+    """Runs the model on batches of attempts."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         import torch
@@ -190,84 +187,90 @@ class _Asker:
         self._model, self._processor = model, processor
         self._tokenizer = processor.tokenizer
         self._tokenizer.padding_side = "left"
-        self._ends = _ends(model, self._tokenizer)
+        self._ends = _find_end_tokens(model, self._tokenizer)
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0]
-        # The checkpoint's own defaults (temperature, penalties) must not creep in: sampling is explicit.
+        # The checkpoint's own temperature and penalties must not apply: sampling is explicit.
         model.generation_config = GenerationConfig(eos_token_id=self._ends, pad_token_id=pad)
         text = model.config.get_text_config()
         self._context = int(getattr(text, "max_position_embeddings", 0) or 2**31)
-        self._suppressed = torch.tensor(_suppressed(model, self._tokenizer, self._ends), device=model.device)
+        self._suppressed = torch.tensor(
+            _find_suppressed_tokens(model, self._tokenizer, self._ends), device=model.device
+        )
         self._grammars = Grammars(self._tokenizer, vocabulary=text.vocab_size, ends=self._ends)
 
     def close(self) -> None:
         self._model = None
 
-    def answer(self, batch: list[Question]) -> None:
-        """Answers all; when the batch fails, in halves, so that only the question that is to blame gets the error."""
+    def answer_batch(self, batch: list[Attempt]) -> None:
+        """Answers a batch. A batch that fails is split in halves, so that only the bad request gets the error."""
         import torch
 
-        for part in _alike(batch):
+        for part in _split_by_images(batch):
             try:
                 with torch.inference_mode():
                     self._generate(part)
             except EngineDiedError as error:
-                _tell(part, error)
-            except torch.AcceleratorError as error:  # a GPU that failed once fails always
-                _tell(part, EngineDiedError(f"{self._model.device} failed: {error}"))
-            except Exception as error:  # processor and model are the model's own code, which promises no type
+                _finish_all(part, error)
+            except torch.AcceleratorError as error:  # a GPU that has failed stays unusable
+                _finish_all(part, EngineDiedError(f"{self._model.device} failed: {error}"))
+            except Exception as error:  # the processor and the model may raise anything
                 if len(part) == 1:
-                    wrong = (
-                        error
-                        if isinstance(error, BadRequestError)
-                        else BadRequestError(f"{type(error).__name__}: {error}")
-                    )
-                    _tell(part, wrong)
+                    is_bad = isinstance(error, BadRequestError)
+                    _finish_all(part, error if is_bad else BadRequestError(f"{type(error).__name__}: {error}"))
                 else:
-                    self.answer(part[: len(part) // 2])
-                    self.answer(part[len(part) // 2 :])
+                    self.answer_batch(part[: len(part) // 2])
+                    self.answer_batch(part[len(part) // 2 :])
 
-    def _generate(self, batch: list[Question]) -> None:
-        inputs = self._inputs(batch)
+    def _generate(self, batch: list[Attempt]) -> None:
+        inputs = self._build_inputs(batch)
         lengths = inputs["attention_mask"].sum(-1).tolist()
-        if fitting := [q for q, length in zip(batch, lengths, strict=True) if length < self._context]:
+        if fitting := [attempt for attempt, length in zip(batch, lengths, strict=True) if length < self._context]:
             if len(fitting) < len(batch):
-                self._refuse_long(batch, lengths)
+                self._reject_long_prompts(batch, lengths)
                 self._generate(fitting)
                 return
-            rows = [self._row(q, length) for q, length in zip(batch, lengths, strict=True)]
-            self._run(rows, inputs)
-            for q, row, length in zip(batch, rows, lengths, strict=True):
-                q.tell(self._reply(row, length))
+            rows = [self._make_row(attempt, length) for attempt, length in zip(batch, lengths, strict=True)]
+            self._run_model(rows, inputs)
+            for attempt, row, length in zip(batch, rows, lengths, strict=True):
+                attempt.on_done(self._make_reply(row, length))
         else:
-            self._refuse_long(batch, lengths)
+            self._reject_long_prompts(batch, lengths)
 
-    def _inputs(self, batch: list[Question]) -> Any:
-        pictures = [list(q.prepared.pictures) for q in batch]
+    def _build_inputs(self, batch: list[Attempt]) -> Any:
+        pictures = [list(attempt.prepared.pictures) for attempt in batch]
         images = {"images": pictures} if any(pictures) else {}
         inputs = self._processor(
-            text=[q.prepared.text for q in batch], padding=True, return_tensors="pt", add_special_tokens=False, **images
+            text=[attempt.prepared.text for attempt in batch],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=False,
+            **images,
         )
         return inputs.to(self._model.device, dtype=self._model.dtype)
 
-    def _refuse_long(self, batch: list[Question], lengths: list[int]) -> None:
-        for q, length in zip(batch, lengths, strict=True):
+    def _reject_long_prompts(self, batch: list[Attempt], lengths: list[int]) -> None:
+        for attempt, length in zip(batch, lengths, strict=True):
             if length >= self._context:
-                q.tell(BadRequestError(f"the prompt has {length} tokens; the model's context is {self._context}"))
+                attempt.on_done(
+                    BadRequestError(f"the prompt has {length} tokens; the model's context is {self._context}")
+                )
 
-    def _row(self, q: Question, length: int) -> Row:
+    def _make_row(self, attempt: Attempt, length: int) -> Row:
         return Row(
-            sampling=q.sampling,
-            seed=q.seed,
-            max_tokens=min(q.sampling.max_tokens, self._context - length),
-            logprobs=q.request.logprobs,
-            matcher=self._grammars.matcher(q.request.schema) if q.request.schema is not None else None,
+            sampling=attempt.sampling,
+            seed=attempt.seed,
+            max_tokens=min(attempt.sampling.max_tokens, self._context - length),
+            logprobs=attempt.request.logprobs,
+            matcher=self._grammars.compile_matcher(attempt.request.schema)
+            if attempt.request.schema is not None
+            else None,
         )
 
-    def _run(self, rows: Sequence[Row], inputs: Any) -> None:
+    def _run_model(self, rows: Sequence[Row], inputs: Any) -> None:
         import torch
 
         ends = torch.tensor(self._ends)
-        chooser = TokenSampler(
+        sampler = TokenSampler(
             rows,
             prompt=inputs["input_ids"],
             mask=inputs["attention_mask"],
@@ -278,11 +281,11 @@ class _Asker:
             **inputs,
             do_sample=False,
             max_new_tokens=max(row.max_tokens for row in rows),
-            logits_processor=[chooser],
-            stopping_criteria=[chooser.finished],
+            logits_processor=[sampler],
+            stopping_criteria=[sampler.finished],
         )
 
-    def _reply(self, row: Row, num_prompt_tokens: int) -> Reply:
+    def _make_reply(self, row: Row, num_prompt_tokens: int) -> Reply:
         return Reply(
             text=_chat.decode_answer(self._tokenizer, row.tokens, stopped=row.stopped),
             finish_reason="stop" if row.stopped else "length",
@@ -292,30 +295,32 @@ class _Asker:
         )
 
 
-def _tell(batch: list[Question], outcome: Exception) -> None:
-    for question in batch:
-        question.tell(outcome)
+def _finish_all(batch: list[Attempt], outcome: Exception) -> None:
+    for attempt in batch:
+        attempt.on_done(outcome)
 
 
-def _alike(batch: list[Question]) -> list[list[Question]]:
-    """Those with images and those without: few processors take both at once."""
-    parts = [[q for q in batch if bool(q.prepared.pictures) is shown] for shown in (True, False)]
+def _split_by_images(batch: list[Attempt]) -> list[list[Attempt]]:
+    """Splits attempts with and without images: few processors take both at once."""
+    parts = [
+        [attempt for attempt in batch if bool(attempt.prepared.pictures) is has_images] for has_images in (True, False)
+    ]
     return [part for part in parts if part]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
+def _find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the tokens that end an answer."""
     given = model.generation_config.eos_token_id
     ends = given if isinstance(given, list) else [given]
     return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
-def _suppressed(model: Any, tokenizer: Any, ends: Sequence[int]) -> list[int]:
-    """Tokens that are no words: special ones, and the places of images, which would break the next step."""
-    places = [
+def _find_suppressed_tokens(model: Any, tokenizer: Any, ends: Sequence[int]) -> list[int]:
+    """Returns tokens that are not text: special ones, and image placeholders, which would break the next step."""
+    placeholders = [
         value
         for config in (model.config, model.config.get_text_config())
         for name, value in config.to_dict().items()
         if name.endswith(("token_id", "token_index")) and isinstance(value, int)
     ]
-    return sorted({*tokenizer.all_special_ids, *places} - set(ends))
+    return sorted({*tokenizer.all_special_ids, *placeholders} - set(ends))

@@ -1,4 +1,4 @@
-"""No process of an engine outlives the one that opened it."""
+"""An engine's processes end with the process that opened it."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ PARENT = """
 import os, subprocess, sys
 from pipeline.engines._reaper import Reaper
 reaper = Reaper()
-if sys.argv[1] == "marking":
+if sys.argv[1] == "tag_children":
     with reaper.tag_children():
         child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"])
 else:
     child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $$ $!; wait"], env={**os.environ, **reaper.environment})
-if sys.argv[2] == "dismissed":
+if sys.argv[2] == "stopped":
     reaper.stop()
     reaper.stop()
 sys.stdin.read()
 """
-WAYS = pytest.mark.parametrize("way", ["marking", "environment"])
+WAYS = pytest.mark.parametrize("way", ["tag_children", "environment"])
 
 
 @WAYS
-def test_a_child_ends_when_its_parent_is_killed_and_so_do_its_own_children(way: str) -> None:
-    parent, others = started(way, "standing"), started(way, "standing")
-    pids, spared = told(parent), told(others)
+def test_children_and_grandchildren_end_when_the_parent_is_killed(way: str) -> None:
+    parent, others = start_parent(way, "watching"), start_parent(way, "watching")
+    pids, spared = read_pids(parent), read_pids(others)
     parent.kill()
-    assert all(ends(pid) for pid in pids)
-    assert all(state(pid) == "S" for pid in spared), "another guard's children were killed"
+    assert all(wait_for_end(pid) for pid in pids)
+    assert all(read_state(pid) == "S" for pid in spared), "another reaper's children were killed"
     others.kill()
-    assert all(ends(pid) for pid in spared)
+    assert all(wait_for_end(pid) for pid in spared)
 
 
 @WAYS
 def test_a_reaper_that_is_dismissed_lets_live(way: str) -> None:
-    parent = started(way, "dismissed")
-    pids = told(parent)
-    time.sleep(0.5)  # a guard that does not know would see the pipe break
+    parent = start_parent(way, "stopped")
+    pids = read_pids(parent)
+    time.sleep(0.5)  # a reaper that was not stopped would see the pipe break
     parent.kill()
     parent.wait()
     time.sleep(0.5)
-    assert all(state(pid) == "S" for pid in pids)
+    assert all(read_state(pid) == "S" for pid in pids)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_what_is_started_later_is_not_marked() -> None:
+def test_processes_started_after_the_block_are_not_tagged() -> None:
     reaper, before = Reaper(), dict(os.environ)
     with reaper.tag_children():
         assert {**before, **reaper.environment} == dict(os.environ)
@@ -64,28 +64,28 @@ def test_what_is_started_later_is_not_marked() -> None:
     reaper.stop()
 
 
-def started(*how: str) -> subprocess.Popen[bytes]:
+def start_parent(*how: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PARENT, *how]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
 
 
-def told(parent: subprocess.Popen[bytes]) -> list[int]:
+def read_pids(parent: subprocess.Popen[bytes]) -> list[int]:
     """The child and the grandchild."""
     assert parent.stdout is not None
     return [int(pid) for pid in parent.stdout.readline().split()]
 
 
-def ends(pid: int) -> bool:
-    for _ in range(200):
-        if state(pid) in ("", "Z"):  # gone, or dead and not yet buried
+def wait_for_end(pid: int) -> bool:
+    for _ in range(1200):
+        if read_state(pid) in ("", "Z"):  # gone, or a zombie
             return True
         time.sleep(0.05)
     return False
 
 
-def state(pid: int) -> str:
+def read_state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
