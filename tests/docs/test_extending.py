@@ -1,0 +1,125 @@
+"""The examples of docs/extending.md, run as they are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config, plugins
+from pipeline.commands import init
+from pipeline.errors import ConfigError
+from tests.docs.conftest import BASE, as_toml, merge
+from tests.support.pages import list_blocks
+from tests.support.runs import ROOT, make, picture, recap
+
+PAGE = (ROOT / "docs" / "extending.md",)
+REGISTRIES = {  # example -> the package whose directory would make it a plugin without a dot
+    "zips": "pipeline.sources",
+    "colours": "pipeline.engines",
+    "keywords": "stages.scorers",
+    "jsonl": "stages.exporters",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory on the import path with the page's modules, and a run's directory with its recipes and rubrics."""
+    for block in list_blocks("python", "toml", pages=PAGE):
+        if block.file:
+            file = tmp_path / block.file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_recap"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+@pytest.fixture
+def zips(tmp_path: Path) -> Path:
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    for number in range(2):
+        with zipfile.ZipFile(folder / f"{number}.zip", "w") as archive:
+            for image in range(3):
+                archive.writestr(f"{image}.jpg", picture(10 * number + image))
+            archive.writestr("0.txt", "A mostly green picture")
+            archive.writestr("readme.md", "not an image")
+    return folder
+
+
+def begin(project: Path, zips: Path) -> Path:
+    """The run of all examples together."""
+    values: dict[str, Any] = {**BASE, "caption": {}, "score": {"form": {"kind": "text"}}}
+    for block in list_blocks("toml", pages=PAGE):
+        if not block.file:
+            values = merge(values, tomllib.loads(block.text))
+    values["source"]["path"] = str(zips)
+    run = project / "runs" / "photos"
+    (run / "run.toml").write_text(as_toml(values))
+    init.extend_plan(config.load(run))
+    return run
+
+
+def query(run: Path, sql: str) -> list[list[Any]]:
+    return [list(row.values()) for row in json.loads(recap("sql", sql, "--run", run, "--format", "json").stdout)]
+
+
+def test_all_examples_make_one_run(project: Path, zips: Path) -> None:
+    run = begin(project, zips)
+    assert make(run).exit_code == 0
+    images = query(run, "SELECT source_key, status, alt_text FROM image ORDER BY key")
+    captions = query(run, "SELECT text FROM caption WHERE name = 'colours'")
+    keywords = query(run, "SELECT status, count(*) FROM score WHERE name = 'keywords' GROUP BY ALL ORDER BY ALL")
+    criteria = query(run, "SELECT DISTINCT unnest(criteria).id FROM score WHERE name = 'headline' ORDER BY ALL")
+    exported = query(run, "SELECT key, sha256, caption FROM export ORDER BY key")
+    assert images[0] == ["0.zip/0.jpg", "ok", "A mostly green picture"]
+    assert images[1] == ["0.zip/1.jpg", "ok", None]
+    assert len(images) == 6
+    assert all(text.startswith("This picture is mostly ") for (text,) in captions)
+    assert keywords == [["ok", 4], ["unknown", 8]]
+    assert criteria == [["subject"], ["true"]]
+    lines = [line for file in sorted((run / "export" / "jsonl").iterdir()) for line in file.read_text().splitlines()]
+    assert [list(json.loads(line).values()) for line in lines] == exported
+    assert exported
+
+
+def test_a_finished_run_with_examples_is_done_and_notices_changes(project: Path, zips: Path) -> None:
+    run = begin(project, zips)
+    assert make(run).exit_code == 0
+    assert make(run).done == 0
+    file = run / "run.toml"
+    file.write_text(file.read_text().replace('"This picture is mostly"', '"Mostly"'))
+    assert make(run, stale="redo").done > 0
+
+
+def test_keys_of_examples_are_checked(project: Path, zips: Path) -> None:
+    run = begin(project, zips)
+    file = run / "run.toml"
+    file.write_text(file.read_text().replace("min_letters = 5", "min_letters = 0"))
+    with pytest.raises(ConfigError, match=r"score\.keywords\.min_letters"):
+        config.load(run)
+
+
+def test_a_source_claims_its_corpus(project: Path, zips: Path) -> None:
+    source = plugins.load("pipeline.sources", "my_recap.zips")
+    assert source.claims(str(zips))
+    assert not source.claims(str(project / "nowhere"))
+
+
+@pytest.mark.parametrize(("name", "package"), REGISTRIES.items())
+def test_an_example_in_a_plugin_directory_needs_no_dot(
+    project: Path, name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = __import__(package, fromlist=["__path__"])
+    monkeypatch.setattr(module, "__path__", [*module.__path__, str(project / "my_recap")])
+    assert name in plugins.list_names(package)
+    assert plugins.load(package, name).__name__ == f"{package}.{name}"
+    monkeypatch.delitem(sys.modules, f"{package}.{name}")
+    monkeypatch.delattr(module, name)

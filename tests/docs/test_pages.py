@@ -1,0 +1,117 @@
+"""README and docs: size, links, generated parts, TOML and SQL."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import config
+from pipeline.cli import app
+from pipeline.commands import init
+from pipeline.execution.passes import list_passes
+from pipeline.storage.database import RECORDS
+from stages import recipes, rubrics
+from tests.docs.conftest import BASE, as_toml, merge, plain_engines
+from tests.support import reference
+from tests.support.pages import PAGES, Block, list_anchors, list_blocks, list_links
+from tests.support.runs import ROOT, corpus, files, make, recap
+
+README = ROOT / "README.md"
+MAX_README = 8192  # bytes
+TOML_BLOCKS = list_blocks("toml")
+
+
+def test_the_readme_is_short() -> None:
+    assert README.stat().st_size <= MAX_README
+
+
+def test_the_readme_links_every_page() -> None:
+    assert {f"docs/{page.name}" for page in PAGES if page != README} <= set(list_links(README))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_and_anchors_resolve(page: Path) -> None:
+    for link in list_links(page):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in list_anchors(target), link
+
+
+def test_security_page_names_tests_that_exist() -> None:
+    names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert names
+    for file, name in names:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+def test_configuration_page_is_generated_from_the_code() -> None:
+    """A new plugin may be missing from the page until `make docs` adds it; whatever is there is up to date."""
+    page = reference.CONFIGURATION.read_text()
+    parts = [part for part in reference.configuration_parts() if f"\n{'#' * part.level} {part.title}\n" in page]
+    assert {"Top level", "`[source]`", "`[filter]`", "`[export]`", "`[slurm]`"} <= {part.title for part in parts}
+    assert page == reference.render_configuration(parts), "run `make docs`"
+
+
+def test_columns_are_generated_from_the_code() -> None:
+    page = reference.TABLES.read_text()
+    assert page == reference.replace_tables(page), "run `make docs`"
+
+
+def test_every_view_and_named_query_is_documented() -> None:
+    page = reference.TABLES.read_text()
+    queries = [file.stem for file in (ROOT / "manifests" / "queries").glob("*.sql")]
+    assert all(f"| `{record.table}` |" in page for record in RECORDS)
+    assert all(f"| `recap query {name}` |" in page for name in queries)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    for command in app.registered_commands:
+        assert command.callback
+        assert f"`recap {command.name or command.callback.__name__}" in README.read_text()
+
+
+@pytest.mark.parametrize("block", TOML_BLOCKS, ids=lambda block: block.id)
+def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path) -> None:
+    values = tomllib.loads(block.text)
+    if block.file:
+        folder, name = Path(block.file).parent.name, Path(block.file).stem
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.toml").write_text(block.text)
+        {"recipes": recipes, "rubrics": rubrics}[folder].load(name, run=tmp_path)  # type: ignore[attr-defined]
+        return
+    if "my_recap." in block.text:
+        return  # run by test_extending
+    for other in TOML_BLOCKS:
+        if other.file:
+            target = tmp_path / Path(other.file).parent.name / Path(other.file).name
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(other.text)
+    run = config.parse(merge(BASE, values), file=tmp_path / "run.toml")
+    assert list_passes(run)
+
+
+def test_the_full_run_toml_runs(tmp_path: Path) -> None:
+    (block,) = list_blocks("toml", pages=(README,))
+    values: dict[str, Any] = plain_engines(tomllib.loads(block.text))
+    values["source"]["path"] = str(corpus(tmp_path / "photos", ["jpg", "png", "cut", "webp"]))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.toml").write_text(as_toml(values))
+    init.extend_plan(config.load(run))
+    assert make(run).exit_code == 0
+    written = files(run)
+    assert {"image/00000.parquet", "verdict/00000.parquet", "export/README.md", "export/stats.json"} <= written.keys()
+
+
+@pytest.mark.parametrize("block", list_blocks("sql"), ids=lambda block: block.id)
+def test_sql_runs(block: Block, documented_run: Path) -> None:
+    printed = recap("sql", block.text, "--run", documented_run / "runs" / "photos", "--format", "json").stdout
+    assert json.loads(printed)
