@@ -41,7 +41,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.decoding.images import PixelRule
 from pipeline.engines import Request, Sampling, openai, vllm
-from pipeline.execution.passes import select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from tests.support import tiny

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.commands import init
-from pipeline.execution.passes import select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.records import Caption, Image, ImageRubric, Record, make_key

@@ -33,7 +33,7 @@ from benchmarks.teachers import committee
 from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from stages import scorers, train

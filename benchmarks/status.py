@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.commands import init
-from pipeline.execution.passes import select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.storage import tables

@@ -167,7 +167,7 @@ def run_stage(
     """
     from pipeline import config
     from pipeline.execution import whole_run
-    from pipeline.execution.passes import select_passes
+    from pipeline.execution.pass_graph import select_passes
     from pipeline.execution.run_state import RunState
     from pipeline.execution.runner import Runner
 
@@ -197,7 +197,7 @@ def print_status(
     from pipeline.execution.run_state import RunState
     from pipeline.progress import say
     from pipeline.slurm.jobs import JobMonitor
-    from pipeline.storage.views import find_leftovers
+    from pipeline.storage.database import find_leftovers
 
     state = RunState(config.load(run))
     monitor = JobMonitor.query(state)
@@ -221,10 +221,11 @@ def run_sql(
 ) -> None:
     """Query the run's tables with read-only SQL."""
     from pipeline import config
-    from pipeline.storage import database, views
+    from pipeline.commands.sql import print_query
+    from pipeline.storage import database
 
-    with views.connect(config.load(run)) as connection:
-        database.print_query(connection, query, format, sys.stdout.buffer)
+    with database.connect_run(config.load(run)) as connection:
+        print_query(connection, query, format, sys.stdout.buffer)
 
 
 @app.command("query", epilog="Example: recap query yield --run runs/photos")
@@ -235,13 +236,14 @@ def run_query(
 ) -> None:
     """Run a named query, or list the named queries."""
     from pipeline import config
-    from pipeline.storage import database, views
+    from pipeline.commands.sql import list_queries, print_query, read_query
+    from pipeline.storage import database
 
     if not name:
-        print("\n".join(f"{title:12} {sentence}" for title, sentence in database.list_queries()))
+        print("\n".join(f"{title:12} {sentence}" for title, sentence in list_queries()))
         return
-    with views.connect(config.load(run)) as connection:
-        database.print_query(connection, database.read_query(name), format, sys.stdout.buffer)
+    with database.connect_run(config.load(run)) as connection:
+        print_query(connection, read_query(name), format, sys.stdout.buffer)
 
 
 @app.command("schema", epilog="Example: recap schema > run.schema.json")

@@ -12,8 +12,7 @@ from functools import partial
 from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database

@@ -15,12 +15,11 @@ from typing import Literal
 from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import UnknownNameError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Exported, Image, NamedScore
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
-from pipeline.storage.views import list_score_folders
+from pipeline.storage.database import list_score_folders
 from stages.exporters import ExportPayload, ExportSample
 from stages.exporters._card import build_card
 from stages.sql import find_scores

@@ -13,12 +13,11 @@ from typing import get_args
 
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
-from pipeline.storage.views import list_score_folders
+from pipeline.storage.database import list_score_folders
 from stages.sql import ORDER_BY, check_query, find_scores
 
 VERSION = 1

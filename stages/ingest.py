@@ -12,8 +12,7 @@ from functools import partial
 from pipeline.decoding.images import Limits, Probe
 from pipeline.decoding.probe_pool import ProbePool
 from pipeline.engines import Engine
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Image, Raw, make_key
 from pipeline.sections import Run, stamped
 from pipeline.storage.payloads import ImagePacker, PackedImage

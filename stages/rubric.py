@@ -13,8 +13,7 @@ from itertools import groupby
 from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run, key, stamped
 from stages.rubric_writers import Evidence, WrittenRubric, count_majority

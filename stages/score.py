@@ -13,8 +13,7 @@ from itertools import groupby
 from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, column_names
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section

@@ -19,8 +19,9 @@ import typer
 from pipeline import config
 from pipeline.cli import app
 from pipeline.commands import init
+from pipeline.commands.sql import list_queries, print_query, read_query
 from pipeline.errors import MachineError, QueryError
-from pipeline.storage import database, views
+from pipeline.storage import database
 from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
 from tests.support.wrapped import make_tar
 
@@ -185,8 +186,8 @@ def test_json_has_no_infinity(run: Path) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
         query = "SELECT i, 1 / i AS x, [{'v': 'nan'::DOUBLE}] AS y FROM range(0, 3, 2) AS t(i)"
-        database.print_query(connection, query, "json", out)
-        database.print_query(connection, "FROM image WHERE false", "json", out)
+        print_query(connection, query, "json", out)
+        print_query(connection, "FROM image WHERE false", "json", out)
     first, second = {"i": 0, "x": None, "y": [{"v": None}]}, {"i": 2, "x": 0.5, "y": [{"v": None}]}
     assert out.getvalue().decode() == f"{json.dumps([first, second], indent=2)}\n[]\n"
 
@@ -194,9 +195,7 @@ def test_json_has_no_infinity(run: Path) -> None:
 def test_json_keeps_strings_unchanged(run: Path) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
-        database.print_query(
-            connection, "SELECT 'a' || chr(8232) || 'b' || chr(133) || chr(10) || 'c' AS x", "json", out
-        )
+        print_query(connection, "SELECT 'a' || chr(8232) || 'b' || chr(133) || chr(10) || 'c' AS x", "json", out)
     assert json.loads(out.getvalue()) == [{"x": "a\u2028b\x85\nc"}]
 
 
@@ -206,13 +205,13 @@ def test_rows_are_printed_as_they_arrive(run: Path, format: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection, pytest.raises(QueryError, match="too far"):
         query = "SELECT CASE WHEN i < 900_000 THEN i ELSE error('too far') END AS i FROM range(1_000_000) AS t(i)"
-        database.print_query(connection, query, format, out)
+        print_query(connection, query, format, out)
     assert b"1999" in out.getvalue()
 
 
 def test_sql_as_parquet_can_be_piped(run: Path, tmp_path: Path) -> None:
     with database.connect(run) as connection, open(tmp_path / "out.parquet", "wb") as out:
-        database.print_query(connection, "FROM verdict", "parquet", out)
+        print_query(connection, "FROM verdict", "parquet", out)
     assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 18
 
 
@@ -256,7 +255,7 @@ COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
 def test_explain_and_from_are_allowed(run: Path, query: str) -> None:
     out = io.BytesIO()
     with database.connect(run) as connection:
-        database.print_query(connection, query, "json", out)
+        print_query(connection, query, "json", out)
     assert json.loads(out.getvalue())
     assert "EMPTY_RESULT" not in out.getvalue().decode().upper().replace(" ", "_")
 
@@ -309,9 +308,9 @@ def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: P
     run = shutil.copytree(run, tmp_path / "run")
     damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
     os.truncate(damaged, 50)
-    with views.connect(config.load(run), files="00000.parquet") as shard:
+    with database.connect_run(config.load(run), files="00000.parquet") as shard:
         assert list(database.query_rows(shard, "SELECT count(*) FROM image")) == [(10,)]
-    with views.connect(config.load(run)) as connection:
+    with database.connect_run(config.load(run)) as connection:
         assert list(database.query_rows(connection, "SELECT 1")) == [(1,)]
         assert ("stats",) in database.query_rows(connection, "SHOW TABLES")
         assert list(database.query_rows(connection, "WITH a AS (FROM IMAGE) SELECT count(*) FROM a, plan")) != [(0,)]
@@ -325,13 +324,13 @@ def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: P
 
 def test_every_named_query_runs_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
     bare = begin(tmp_path / "bare", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
-    names = [name for name, sentence in database.list_queries() if sentence.endswith(".")]
+    names = [name for name, sentence in list_queries() if sentence.endswith(".")]
     assert names == [line.split()[0] for line in recap("query").stdout.splitlines()]
     assert {"yield", "refusals", "lengths", "worst", "cost"} <= set(names)
     for name in names:
         for folder in (run, bare):
             with database.connect(folder) as connection:
-                found = database.run_query(connection, database.read_query(name)).fetchall()
+                found = database.run_query(connection, read_query(name)).fetchall()
         assert found or name != "yield"
     steps = {
         row["step"]: row["images"]

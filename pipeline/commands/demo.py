@@ -16,6 +16,7 @@ from typing import Literal
 
 from pipeline import config, plugins
 from pipeline.commands import init
+from pipeline.commands.sql import read_query
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
@@ -77,7 +78,7 @@ def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None)
 
 def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     with database.connect(folder) as connection:
-        steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({database.read_query('yield')})"))
+        steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({read_query('yield')})"))
         reasons = list(database.query_rows(connection, REFUSALS))
         captions = list(database.query_rows(connection, CAPTIONS))
     yield ""

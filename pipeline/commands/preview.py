@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.errors import MachineError, UserError
-from pipeline.execution.passes import Pass, list_passes, select_passes, with_inputs
+from pipeline.execution.pass_graph import add_inputs, list_passes, select_passes
+from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
-from pipeline.execution.shard import Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, Score
 from pipeline.sections import Run
 from pipeline.storage.plan import assign_shards
@@ -40,12 +40,12 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
         _write_plan(copy, num_images)
         state = RunState(copy)
         passes = select_passes(state.passes, name)
-        outcome = Runner(state, limit=num_images).execute(with_inputs(state.passes, passes))
+        outcome = Runner(state, limit=num_images).execute(add_inputs(state.passes, passes))
         if outcome.failures:
             raise MachineError("; ".join(outcome.failures.values()))
         if outcome.stopped:
             return
-        yield from _format_images(Shard(run=copy, plan=state.plan, number=0), passes)
+        yield from _format_images(Shard(run=copy, number=0, pieces=state.plan.pieces(0)), passes)
 
 
 def _write_plan(run: Run, num_images: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
+from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE
 from pipeline.progress import format_count, format_duration
 from pipeline.records import Stat
@@ -47,11 +48,12 @@ class PassStatus:
 
 def summarise_passes(state: RunState, monitor: JobMonitor) -> list[PassStatus]:
     """Every pass of the run, in order."""
-    return [_summarise_pass(state, p, monitor) for p in state.passes]
+    index = StateIndex(state.states)
+    return [_summarise_pass(state, p, index, monitor) for p in state.passes]
 
 
-def _summarise_pass(state: RunState, p: Pass, monitor: JobMonitor) -> PassStatus:
-    run, index = state.run.folder, state.index
+def _summarise_pass(state: RunState, p: Pass, index: StateIndex, monitor: JobMonitor) -> PassStatus:
+    run = state.run.folder
     missing, stale, done = index.shards(p, *DUE, "blocked"), index.shards(p, "stale"), index.shards(p, "done")
     rate, statuses = _estimate_rate(run, p, done), index.statuses(p)
     damaged = (*index.broken(p), *index.shards(p, "incomplete"))

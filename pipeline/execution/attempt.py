@@ -18,14 +18,13 @@ from typing import Any
 
 from pipeline.engines import Engine
 from pipeline.errors import OvertakenError, ShardFailedError, StoppedError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Payload, Shard
 from pipeline.progress import ProgressMeter
 from pipeline.records import Record, Stat, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
-from pipeline.storage.payloads import Payload, read_intact_footer
+from pipeline.storage.payloads import read_intact_footer
 
 SETTLED = 200  # rows of a shard before its share of failures means anything
 

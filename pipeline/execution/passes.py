@@ -1,32 +1,32 @@
-"""Decides what work a run has: its passes, each making one table, in an order in which every pass finds its inputs.
+"""The contract between a stage and the machine: passes, and the shard that a pass reads.
 
 A stage is a module of stages/ with
 
-- `passes(run: config.Run) -> Iterable[Pass]`: what there is to do, from its sections of run.toml;
-- `Config`, and `NAMED = True` when its section holds named passes, where it has a section at all.
+- `passes(run: Run) -> Iterable[Pass]`: its passes, from its sections of run.toml;
+- `Config`, if it has a section, and `NAMED = True` if that section holds named passes.
 
-A pass carries the stage's two functions: `inputs` says from a shard's tables what is to be done, one input for each
-row; `work` turns inputs into rows, one each, in order. Neither knows of paths, resumption or other shards.
+A pass carries the stage's two functions: `inputs` reads a shard's tables and yields one input for each row to make;
+`work` turns inputs into rows, one each, in order. Neither knows about output paths, resumption or other shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from pipeline import plugins
 from pipeline.engines import Engine
-from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.records import Record
+from pipeline.errors import BrokenTableError
+from pipeline.records import Image, Piece, Raw, Record
 from pipeline.sections import Run
+from pipeline.storage import database, tables
+from pipeline.storage.layout import PACKED, table_path
 
-if TYPE_CHECKING:
-    from pipeline.execution.shard import Shard
-    from pipeline.storage.payloads import Payload
-
-ALL = ("ingest", "caption", "score", "filter", "export")  # what `recap run all` runs, with all that they read
+R = TypeVar("R", bound=Record)
 
 
 class Input(Protocol):
@@ -34,106 +34,133 @@ class Input(Protocol):
 
     @property
     def id(self) -> tuple[str | int, ...]:
-        """The id of the row that will come of it."""
+        """The id of that row."""
 
 
-Work = Callable[[Iterator[Any], Mapping[str, Engine]], Iterator[Any]]
+class Payload(Protocol):
+    """Files beside the table of one shard; pipeline/storage/payloads.py has what they are made of."""
+
+    def take(self, output: Any) -> Record:
+        """Writes what the output carries and returns its row."""
+
+    def commit(self) -> Mapping[str, int]:
+        """Puts the files in place; returns path relative to the run -> bytes, for the table's footer."""
+
+    def abandon(self) -> None:
+        """Removes what was written."""
+
+
+@dataclass(kw_only=True)
+class Shard:
+    """One shard of a run, as it is on disk now. Read in file order and a little at a time, so memory does not grow.
+
+    Only `read_image` may be called by several threads at once.
+    """
+
+    run: Run
+    number: int
+    pieces: Sequence[Piece]  # of the corpus, as planned
+    limit: int | None = None  # inputs that are read from the corpus, for a preview
+    retry_of: tuple[str, ...] = ()  # digest of the table whose failed rows are retried, with different seeds
+    _open: dict[str, int] = field(default_factory=dict)  # file -> handle
+
+    def read_table(self, folder: str, record: type[R]) -> Iterator[R]:
+        return tables.read_rows(table_path(self.run.folder, folder, self.number), record)
+
+    def lookup(self, folder: str, record: type[R]) -> Callable[[str], tuple[R, ...]]:
+        """A function from a key to its rows in a table, if any. Keys must be looked up in ascending order."""
+        by_key = groupby(self.read_table(folder, record), key=lambda row: str(row.id[0]))
+        groups = ((key, tuple(rows)) for key, rows in by_key)
+        current = next(groups, None)
+
+        def find_rows(key: str) -> tuple[R, ...]:
+            nonlocal current
+            while current is not None and current[0] < key:
+                current = next(groups, None)
+            return current[1] if current is not None and current[0] == key else ()
+
+        return find_rows
+
+    def query(self, sql: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a SELECT over this shard's own tables (see manifests/views.sql)."""
+        with database.connect_run(self.run, files=f"{self.number:05d}.parquet") as connection:
+            yield from database.query_rows(connection, sql)
+
+    def read_inputs(self) -> Iterator[Raw]:
+        """The planned samples, read from the corpus, in the plan's order."""
+        source = self.run.source
+        samples = (sample for piece in self.pieces for sample in source.module.read(piece, source.config))
+        return islice(samples, self.limit)
+
+    def read_image(self, image: Image) -> bytes:
+        """The image file's bytes.
+
+        Raises:
+            OSError: the file is missing or has changed since ingest.
+            BrokenTableError: as OSError, for a tar that ingest wrote and can write again.
+        """
+        assert image.file is not None and image.offset is not None and image.num_bytes is not None
+        data = os.pread(self._open_file(image.file), image.num_bytes, image.offset)
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            end = image.offset + image.num_bytes
+            why = f"{image.file} changed since ingest: {image.source_key} is not at bytes {image.offset} to {end}"
+            if Path(image.file).parts[0] == PACKED:
+                raise BrokenTableError(table_path(self.run.folder, "image", self.number), f"has lost images: {why}")
+            raise OSError(why)
+        return data
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _open_file(self, file: str) -> int:
+        if file not in self._open:
+            self.close()  # images are read in file order, so one open file is enough
+            self._open[file] = os.open(self.locate(file), os.O_RDONLY)
+            os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._open[file]
+
+    def locate(self, file: str) -> Path:
+        """The current path of an image file. A corpus may have moved since ingest; the plan has relative names."""
+        if not Path(file).is_absolute():
+            return self.run.folder / file
+        planned = [piece.file for piece in self.pieces if file.endswith(f"/{piece.file}")]
+        return Path(self.run.source.place(max(planned, key=len, default=file)))
 
 
 def no_payload(_: Shard) -> None:
     return None
 
 
+Work = Callable[[Iterator[Any], Mapping[str, Engine]], Iterator[Any]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One table to make, shard by shard, and all that decides its rows."""
+    """One table to make, shard by shard, and everything that decides its rows."""
 
     stage: str
     name: str = ""  # NAME in run.toml; "" where the stage has a single pass
     caption: str = ""  # for scores: the caption pass that is scored
-    folder: str  # where its tables lie in the run
+    folder: str  # of its tables, relative to the run
     reads: tuple[str, ...] = ()  # folders of the tables it reads; ingest reads the plan
-    engines: tuple[str, ...] = ()  # names in [engines] that it asks
-    version: int  # of the stage; raised when equal inputs give other rows
-    slice: Mapping[str, Any]  # JSON values: the words and numbers that decide its rows
+    engines: tuple[str, ...] = ()  # names in [engines] that it uses
+    version: int  # of the stage; raised when equal inputs give different rows
+    slice: Mapping[str, Any]  # JSON values: the part of the configuration that decides rows
     record: type[Record]
     max_error_share: float  # [0, 1]
     inputs: Callable[[Shard], Iterator[Any]] = field(repr=False)
     work: Work = field(repr=False)
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
-    finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # of a whole table; True: some is new
-    close: Callable[[], None] | None = field(default=None, repr=False)  # gives back what its work holds open
+    finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # after the last shard; True: some new
+    close: Callable[[], None] | None = field(default=None, repr=False)  # releases what its work holds open
 
     @property
     def has_payload(self) -> bool:
-        """Whether files stand beside its table; then a shard is made as a whole, or not."""
+        """Whether there are files beside its table; then a shard is made as a whole."""
         return self.payload is not no_payload
 
     @property
     def title(self) -> str:
-        """As people write it: STAGE, STAGE:NAME, or STAGE:NAME:CAPTION."""
+        """As users write it: STAGE, STAGE:NAME, or STAGE:NAME:CAPTION."""
         return ":".join(part for part in (self.stage, self.name, self.caption) if part)
-
-
-def list_passes(run: Run) -> list[Pass]:
-    """Every pass of the run, each after those whose tables it reads.
-
-    Raises:
-        ConfigError: a pass reads what no pass makes, or two passes wait for each other.
-    """
-    passes = [p for stage in plugins.list_stages(run.sections) for p in _passes(stage, run)]
-    makers = {p.folder: p for p in passes}
-    for p in passes:
-        for folder in p.reads:
-            if folder not in makers:
-                raise ConfigError(
-                    f"{run.file}: {p.stage}.{p.name}", f"reads {folder}/, which no pass of this run makes"
-                )
-    sorter = TopologicalSorter({p.folder: p.reads for p in passes})
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        raise ConfigError(str(run.file), f"passes wait for each other: {' -> '.join(error.args[1])}") from error
-    return list(_sorted(sorter, makers, {p.folder: i for i, p in enumerate(passes)}))
-
-
-def select_passes(passes: list[Pass], what: str) -> list[Pass]:
-    """The passes that STAGE, STAGE:NAME, STAGE:NAME:CAPTION or `all` names, in their order.
-
-    Raises:
-        UnknownNameError: it names none; the message lists what there is.
-    """
-    if what == "all":
-        return with_inputs(passes, [p for p in passes if p.stage in ALL])
-    wanted = what.split(":")
-    found = [p for p in passes if [p.stage, p.name, p.caption][: len(wanted)] == wanted]
-    if not found:
-        titles = sorted({p.stage for p in passes} | {f"{p.stage}:{p.name}" for p in passes if p.name})
-        raise UnknownNameError(f"STAGE: {plugins.explain_unknown(what, ['all', *titles])}")
-    return found
-
-
-def with_inputs(passes: list[Pass], wanted: list[Pass]) -> list[Pass]:
-    """The wanted passes and all that they read, in order."""
-    folders = {p.folder for p in wanted}
-    for p in reversed(passes):
-        if p.folder in folders:
-            folders.update(p.reads)
-    return [p for p in passes if p.folder in folders]
-
-
-def _passes(stage: str, run: Run) -> Iterable[Pass]:
-    module = plugins.load("stages", stage)
-    found: Iterable[Pass] = module.passes(run) if hasattr(module, "passes") else ()
-    return found
-
-
-def _sorted(sorter: TopologicalSorter[str], makers: dict[str, Pass], rank: dict[str, int]) -> Iterator[Pass]:
-    """Ready passes in the stages' usual order, so that a stage's passes stay together where they can."""
-    ready: set[str] = set()
-    while sorter.is_active():
-        ready.update(sorter.get_ready())
-        folder = min(ready, key=rank.__getitem__)
-        ready.remove(folder)
-        sorter.done(folder)
-        yield makers[folder]

@@ -9,12 +9,11 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from typing import Literal
 
 from pipeline.errors import RefusedError
-from pipeline.execution.passes import Pass, list_passes
-from pipeline.execution.state_index import StateIndex
+from pipeline.execution.pass_graph import list_passes
+from pipeline.execution.passes import Pass
 from pipeline.execution.states import ShardStates
 from pipeline.sections import Run
 from pipeline.storage.plan import Plan
@@ -43,11 +42,6 @@ class RunState:
             raise RefusedError(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
         self.plan, self.selected = Plan.load(path, self.shards)
         self.states = ShardStates(self.run, self.plan, self.passes, keep=self.stale == "keep")
-
-    @cached_property
-    def index(self) -> StateIndex:
-        """The states of all shards at once, as they are when this is first read."""
-        return StateIndex(self.states, self.plan, self.passes)
 
     def check_not_stale(self, passes: Sequence[Pass]) -> None:
         """Refuses to make a run whose tables come partly from an older run.toml.

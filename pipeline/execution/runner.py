@@ -34,9 +34,8 @@ from pipeline.errors import (
 )
 from pipeline.execution.attempt import Attempt, Stopwatch
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass
+from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.run_state import RunState, Stale
-from pipeline.execution.shard import Shard
 from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
 from pipeline.progress import ProgressMeter, ProgressRelay, say
@@ -242,7 +241,7 @@ class Runner:
         """Makes one shard of one pass; raises what `Attempt.make` raises."""
         attempt = Attempt(
             p=p,
-            shard=Shard(run=self.run, plan=self.state.plan, number=number, limit=self.limit),
+            shard=Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number), limit=self.limit),
             provenance=self.state.states.provenance(p, number),
             records=self._records,
             retry=self.retry,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
@@ -28,7 +28,6 @@ from pipeline.execution.states import Kind, ShardStates, State
 from pipeline.machine import num_cores
 from pipeline.storage import tables
 from pipeline.storage.listing import ABOUT, list_files
-from pipeline.storage.plan import Plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,8 +53,8 @@ MIX = 6364136223846793005  # odd, so that no two numbers become one when they ar
 class StateIndex:
     """The states of all shards of a plan."""
 
-    def __init__(self, ledger: ShardStates, plan: Plan, passes: Sequence[Pass]) -> None:
-        self._ledger, self._plan, self._passes = ledger, plan, {p.folder: p for p in passes}
+    def __init__(self, ledger: ShardStates) -> None:
+        self._ledger, self._plan, self._passes = ledger, ledger.plan, ledger.passes
         self._kept = ledger.run.folder / ".work" / "stamps"
         self._broken: dict[str, list[int]] = {}
         self.columns = cache(self._columns)

@@ -42,7 +42,7 @@ class ShardStates:
             keep: whether stale tables count as done.
         """
         self.run, self.plan, self.keep = run, plan, keep
-        self._passes = {p.folder: p for p in passes}
+        self.passes = {p.folder: p for p in passes}
         self._footers: dict[tuple[str, int], tables.TableFooter | None] = {}
         self._states: dict[tuple[str, int], State] = {}
         self._damage: dict[tuple[str, int], str] = {}  # of files that do not read and count as missing
@@ -71,7 +71,7 @@ class ShardStates:
 
     def forget(self, shard: int) -> None:
         """Drops what is cached of a shard, because a table of it has changed."""
-        for folder in self._passes:
+        for folder in self.passes:
             for cache in (self._footers, self._states, self._damage):
                 cache.pop((folder, shard), None)
 
@@ -79,7 +79,7 @@ class ShardStates:
         footer = self.footer(p.folder, shard)
         if footer is not None and not self.keep and (changes := list(describe_changes(footer.provenance, p))):
             return State(kind="stale", why="; ".join(changes), footer=footer)
-        inputs = {folder: self.state(self._passes[folder], shard) for folder in p.reads}
+        inputs = {folder: self.state(self.passes[folder], shard) for folder in p.reads}
         for folder, state in inputs.items():
             if state.footer is None:
                 why = self._damage.get((folder, shard), f"{folder}/{shard:05d}.parquet is missing")

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.sections import Plugin, Run, stamped
-from pipeline.storage import database, plan, views
+from pipeline.storage import database, plan
 
 NUM_BINS = 20  # of a score's distribution
 MAX_WORDS = 2_000  # longer texts count as this long
@@ -161,7 +161,7 @@ class ReportNumbers:
 
 
 def read_numbers(run: Run) -> ReportNumbers:
-    with views.connect(run) as connection:
+    with database.connect_run(run) as connection:
         costs, finished_at = _read_costs(connection)
         return ReportNumbers(
             name=run.folder.name,

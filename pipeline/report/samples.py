@@ -14,10 +14,10 @@ from typing import Any
 
 from pipeline.decoding import images
 from pipeline.errors import UndecodableError
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Shard
 from pipeline.records import Caption, Criterion, Image, Record, Score, Verdict, column_names
 from pipeline.sections import Run
-from pipeline.storage import database, views
+from pipeline.storage import database
 from pipeline.storage.plan import Plan
 
 THUMBNAIL = images.PixelRule(max_pixels=256 * 256, min_pixels=1, factor=1)
@@ -59,7 +59,7 @@ class Sheet:
 
 def draw_sheets(run: Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets with at most `num_images` samples in all; for an unfinished run, samples of its last stage."""
-    with views.connect(run) as connection:
+    with database.connect_run(run) as connection:
         keys_by_kind = dict(_select_keys(connection, num_images))
     by_key = _read_samples(run, {key for keys in keys_by_kind.values() for key in keys})
     for kind, keys in keys_by_kind.items():
@@ -120,8 +120,8 @@ def _read_samples(run: Run, keys: Iterable[str]) -> Mapping[str, Sample]:
         literals = ", ".join(map(database.quote_literal, group))
         plan = Plan.load(run.folder / "plan.parquet", str(number))[0]
         with (
-            closing(Shard(run=run, plan=plan, number=number)) as shard,
-            views.connect(run, files=f"{number:05d}.parquet") as connection,
+            closing(Shard(run=run, number=number, pieces=plan.pieces(number))) as shard,
+            database.connect_run(run, files=f"{number:05d}.parquet") as connection,
         ):
             captions = _read_captions(connection, literals)
             for row in _read_rows(connection, Image, literals, order='"offset"'):

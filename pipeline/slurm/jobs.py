@@ -16,8 +16,8 @@ from pipeline.errors import SlurmError
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
 from pipeline.slurm import scheduler
-from pipeline.slurm.script import Job, SlurmRun
-from pipeline.slurm.submit import ShardBlock, find_block, parse_block, plan_jobs
+from pipeline.slurm.blocks import Job, ShardBlock, find_block, parse_block, plan_jobs
+from pipeline.slurm.script import SlurmRun
 from pipeline.storage.plan import format_spec, parse_spec
 
 LAST_BYTES = 4096  # of a log; enough for its last line

@@ -16,8 +16,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.execution.passes import Pass
 from pipeline.sections import MAX_TASKS, Resources, Run, endpoint_file
+from pipeline.slurm.blocks import Job
 from pipeline.storage import tables
 from pipeline.storage.plan import format_spec
 
@@ -30,17 +30,6 @@ TEMPLATES = Environment(  # values are quoted for the shell, never escaped as ma
     lstrip_blocks=True,
 )
 TEMPLATES.filters["quote"] = lambda value: shlex.quote(str(value))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One stage, or one pass where other stages come between a stage's passes."""
-
-    title: str  # the argument of `recap run`
-    stage: str
-    passes: tuple[Pass, ...]
-    reads: frozenset[str]  # titles of the jobs that make its inputs
-    engines: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,10 @@ It keeps no queue of its own: Slurm knows what is queued, the tables show what i
 from __future__ import annotations
 
 import fcntl
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -19,39 +17,16 @@ from pipeline import plugins
 from pipeline.engines import openai
 from pipeline.engines._options import require_api_key
 from pipeline.errors import ConfigError, RefusedError, SlurmError, UserError
-from pipeline.execution.passes import Pass, select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState, Stale
+from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE, Kind
 from pipeline.progress import say
 from pipeline.sections import Plugin, Run, endpoint_file
 from pipeline.slurm import scheduler
-from pipeline.slurm.script import Job, JobArray, SlurmRun
+from pipeline.slurm.blocks import Job, find_block, parse_block, plan_jobs
+from pipeline.slurm.script import JobArray, SlurmRun
 from pipeline.storage.plan import format_spec
-
-
-def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
-    """The jobs of these passes in order: one for a stage, or one for each pass of a stage that others interrupt."""
-    groups = [list(group) for _, group in groupby(passes, key=lambda p: p.stage)]
-    stages = [group[0].stage for group in groups]
-    parts: dict[str, list[Pass]] = {}  # by title
-    for group in groups:
-        parts |= {group[0].stage: group} if stages.count(group[0].stage) == 1 else {p.title: [p] for p in group}
-    makers = {p.folder: title for title, part in parts.items() for p in part}
-    return [
-        Job(
-            title=title,
-            stage=part[0].stage,
-            passes=tuple(part),
-            reads=frozenset(makers[folder] for p in part for folder in p.reads if folder in makers) - {title},
-            engines=frozenset(engine for p in part for engine in p.engines),
-        )
-        for title, part in parts.items()
-    ]
-
-
-def find_block(shard: int, num_blocks: int, num_shards: int) -> int:
-    """The block i of the blocks i/n of `parse_spec` that has a shard."""
-    return ((shard + 1) * num_blocks - 1) // num_shards
 
 
 @dataclass(kw_only=True)
@@ -135,7 +110,8 @@ def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[RunSta
         check_served(run, name)
     state = RunState(run, stale=stale)
     chosen = {p.folder for name in names for p in select_passes(state.passes, name)}
-    state.check_not_stale([p for p in state.passes if p.folder in chosen and state.index.shards(p, "stale")])
+    index = StateIndex(state.states)  # without it, every footer would be read
+    state.check_not_stale([p for p in state.passes if p.folder in chosen and index.shards(p, "stale")])
     jobs = [job for job in plan_jobs(state.passes) if {p.folder for p in job.passes} & chosen]
     for job in jobs:
         check_gpus(SlurmRun(run=run, num_shards=state.plan.num_shards), job)
@@ -292,24 +268,6 @@ def find_queued_blocks(slurm_run: SlurmRun, tasks: Iterable[scheduler.QueuedTask
     return queued
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardBlock:
-    """The shards of one task: block `number` of `num_blocks`."""
-
-    number: int
-    num_blocks: int
-    num_shards: int  # of the plan that was divided
-
-
-def parse_block(comment: str, index: int | None) -> ShardBlock | None:
-    """The block of the task with this index, from the comment of its array; None for a job that makes no shards."""
-    match = re.fullmatch(r"blocks=(\d+),offset=(\d+),shards=(\d+)", comment)
-    if not match or index is None:
-        return None
-    num_blocks, offset, num_shards = map(int, match.groups())
-    return ShardBlock(number=offset + index, num_blocks=num_blocks, num_shards=num_shards)
-
-
 @contextmanager
 def lock_submission(folder: Path) -> Iterator[None]:
     """Lets one process at a time submit for a run; the lock ends with the process.
@@ -328,9 +286,10 @@ def lock_submission(folder: Path) -> Iterator[None]:
 
 def find_missing_blocks(slurm_run: SlurmRun, state: RunState, jobs: Iterable[Job]) -> dict[str, Collection[int]]:
     """Title of every job of the run -> blocks in which a table is missing, behind, or stale and to be remade."""
+    index = StateIndex(state.states)
     kinds: tuple[Kind, ...] = (*DUE, "blocked", *(("stale",) if state.stale == "redo" else ()))
     blocks: dict[str, Collection[int]] = {}
     for job in jobs:
-        shards = {shard for p in job.passes for shard in state.index.shards(p, *kinds)}
+        shards = {shard for p in job.passes for shard in index.shards(p, *kinds)}
         blocks[job.title] = {find_block(shard, slurm_run.num_blocks, slurm_run.num_shards) for shard in shards}
     return blocks

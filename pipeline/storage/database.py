@@ -1,21 +1,17 @@
-"""Decides how a run is asked in SQL: DuckDB over its Parquet files, read-only, seeing nothing outside the run."""
+"""Read-only SQL over the Parquet files of a run, with DuckDB. A query sees nothing outside the run."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import plugins
-from pipeline.errors import MachineError, QueryError, UnknownNameError
+from pipeline.errors import MachineError, QueryError
 from pipeline.records import (
     Caption,
     Exported,
@@ -29,6 +25,7 @@ from pipeline.records import (
     Verdict,
     arrow_schema,
 )
+from pipeline.sections import Run
 
 if TYPE_CHECKING:
     import duckdb
@@ -36,35 +33,38 @@ if TYPE_CHECKING:
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Step, Stat, Exported)
 VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
-QUIET = "SET enable_progress_bar = false"  # it would go to standard output, which is data
-MAX_CELL = 100  # characters of a value in a table for people
-QUERIES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # all of DuckDB's that only read
-READING = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
+QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
+ROWS_IN_MEMORY = 2_000  # of a query's result
+MAX_QUOTED = 100  # characters of a statement in an error
+QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # DuckDB's, which only read
+ALLOWED = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
 EXPLAIN = re.compile(r"^EXPLAIN\b\s*(ANALYZE\b|\(\s*(ANALYZE|FORMAT)\b[\w\s,']*\))?", re.IGNORECASE)
-READERS = re.compile(  # none that reads the rows of a view by a text: the view would not be defined
+TABLE_FUNCTIONS = re.compile(  # except those that take a view's name as text: the view would not be defined
     r"(read|parquet|duckdb|pragma)_\w+|generate_series|glob|json_(each|tree)|range|repeat(_row)?|sniff_csv|unnest"
 )
 
 
 class Connection:
-    """DuckDB with the views of one run. A view is defined when a statement names it: no other's files are looked at.
+    """A DuckDB connection with the views of one run.
 
-    Until then, and while the run has no such table, it stands there empty, with the right columns.
+    A view is defined when a statement names it, so that no other view's files are opened. Until then, and while the
+    run has no such table, it is empty, with the right columns.
     """
 
     def __init__(self, duck: duckdb.DuckDBPyConnection, views: Iterable[str]) -> None:
         self.duck = duck
-        self._undefined = {_view(statement): statement for statement in views}
+        self._undefined = {_view_name(statement): statement for statement in views}
         for record in RECORDS:
-            nothing = ", ".join(
+            columns = ", ".join(
                 f"NULL::{_sql_type(field.type)} AS {quote_identifier(field.name)}" for field in arrow_schema(record)
             )
-            duck.execute(f"CREATE VIEW {record.table} AS SELECT {nothing} WHERE false")
+            duck.execute(f"CREATE VIEW {record.table} AS SELECT {columns} WHERE false")
 
     def define(self, names: Iterable[str]) -> None:
-        """
+        """Defines these views, if they are not defined yet.
+
         Raises:
-            MachineError: a file of one of these views does not read.
+            MachineError: a file of one of them does not read.
         """
         import duckdb
 
@@ -72,7 +72,7 @@ class Connection:
             try:
                 self.duck.execute(self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
             except duckdb.Error as error:
-                why = str(error).partition("\n")[0]  # the rest shows a statement that is not the user's
+                why = str(error).partition("\n")[0]  # the rest shows our statement, not the user's
                 if "No files found" not in why:
                     remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
                     raise MachineError(f"a file of {name} does not read: {why}; {remedy}") from error
@@ -89,12 +89,12 @@ class Connection:
 
 
 def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None) -> Connection:
-    """A connection with the views of manifests/views.sql over one run, locked into it.
+    """Opens the views of manifests/views.sql over one run, with access to nothing else.
 
     Args:
         folder: the run.
-        files: which table files the views see; one shard's when it is `00007.parquet`.
-        where: view -> the condition for those of its rows that are shown.
+        files: the table files that the views see; `00007.parquet` for those of one shard.
+        where: view -> SQL condition that its rows must meet.
     """
     import duckdb
 
@@ -104,39 +104,72 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     duck.execute(f"SET allowed_directories = [{quote_literal(str(run) + '/')}]")
     duck.execute("SET enable_external_access = false")
     duck.execute("SET lock_configuration = true")
-    return Connection(duck, _views(run, files, where or {}))
+    return Connection(duck, _read_views(run, files, where or {}))
 
 
-def _views(run: Path, files: str, where: Mapping[str, str]) -> Iterator[str]:
-    """The statements of manifests/views.sql, over the run wherever one stands."""
+def connect_run(run: Run, *, files: str = "*.parquet") -> Connection:
+    """As `connect`, without the tables of passes that run.toml no longer has."""
+    known = f"IN ({', '.join(map(quote_literal, _list_named_folders(run))) or 'NULL'})"
+    where = {name: f"'{name}/' || name {known}" for name in ("caption", "rubric")}
+    where["score"] = f"'score/' || name || '/' || caption {known}"
+    where["stats"] = f"name = '' OR concat_ws('/', stage, name, nullif(caption, '')) {known}"
+    return connect(run.folder, files=files, where=where)
+
+
+def find_leftovers(run: Run) -> list[str]:
+    """The folders of tables whose pass was removed from run.toml or renamed."""
+    paths = {path for pattern in ("caption/*", "rubric/*", "score/*/*") for path in run.folder.glob(pattern)}
+    return sorted({str(path.relative_to(run.folder)) for path in paths if path.is_dir()} - {*_list_named_folders(run)})
+
+
+def list_score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:
+    """The folders of these score passes' tables: one for each caption pass that is scored."""
+    for score in sorted(scores):
+        for caption in run.sections["score"][score].captions or run.sections["caption"]:
+            yield f"score/{score}/{caption}"
+
+
+def _list_named_folders(run: Run) -> Iterator[str]:
+    yield from (f"{stage}/{name}" for stage in ("caption", "rubric") for name in run.sections[stage])
+    yield from list_score_folders(run, run.sections["score"])
+
+
+def _read_views(run: Path, files: str, where: Mapping[str, str]) -> Iterator[str]:
+    """The statements of manifests/views.sql with absolute paths."""
     text = (resources.files("manifests") / "views.sql").read_text(encoding="utf-8")
-    place = str(run).replace("'", "''")
+    folder = str(run).replace("'", "''")
     for statement in filter(None, map(str.strip, re.sub(r"--[^\n]*", "", text).split(";"))):
-        condition = where.get(_view(statement))
-        placed = statement.replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{place}/")
-        yield f"{placed} WHERE {condition}" if condition else placed
+        condition = where.get(_view_name(statement))
+        absolute = statement.replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{folder}/")
+        yield f"{absolute} WHERE {condition}" if condition else absolute
 
 
 def run_query(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
-    """Runs one reading statement.
+    """Runs one statement that only reads.
 
     Raises:
-        QueryError: it is none, or it fails.
+        QueryError: it could do more than read, or it fails.
         MachineError: a file that it reads does not read.
     """
-    with _users_errors():
-        return connection.duck.execute(_reading(connection, sql))
+    with _translate_errors():
+        return connection.duck.execute(_check_statement(connection, sql))
 
 
-def query_rows(connection: Connection, sql: str, *, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
-    """The rows of a reading statement, `size` in memory at a time."""
-    yield from _fetched(run_query(connection, sql), size)
+def query_rows(connection: Connection, sql: str) -> Iterator[tuple[Any, ...]]:
+    """As `run_query`, and fetches the rows, a few in memory at a time."""
+    yield from fetch_rows(run_query(connection, sql))
 
 
-def _fetched(result: duckdb.DuckDBPyConnection, size: int = 2_000) -> Iterator[tuple[Any, ...]]:
+def read_arrow(connection: Connection, sql: str) -> pa.Table:
+    """As `run_query`, and reads all rows into memory."""
+    with _translate_errors():
+        return connection.duck.sql(_check_statement(connection, sql)).to_arrow_table()
+
+
+def fetch_rows(result: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
     while True:
-        with _users_errors():
-            batch = result.fetchmany(size)
+        with _translate_errors():
+            batch = result.fetchmany(ROWS_IN_MEMORY)
         if not batch:
             return
         yield from batch
@@ -144,28 +177,28 @@ def _fetched(result: duckdb.DuckDBPyConnection, size: int = 2_000) -> Iterator[t
 
 @cache
 def find_columns(expression: str, *, clause: str) -> frozenset[str]:
-    """The column names that an SQL expression mentions.
+    """The column names in an SQL expression of the user's.
 
     Args:
-        expression: SQL of a user's.
-        clause: the statement that it is a part of, with {} for it.
+        expression: the SQL.
+        clause: the statement that it becomes a part of, with {} where it goes.
 
     Raises:
-        QueryError: it does not fit.
+        QueryError: it is not one expression whose value depends only on its row.
     """
     import duckdb
 
     with duckdb.connect() as connection:
         connection.execute(QUIET)
-        tree = _tree(connection, clause.format(expression))
+        tree = _parse_statements(connection, clause.format(expression))
         volatile = {name for (name,) in connection.execute(VOLATILE).fetchall()}
-    if wrong := _why_no_expression(tree, volatile):
-        raise QueryError(f"{expression!r} is no SQL that fits here: {wrong}")
-    return frozenset(_found("column_names", tree))
+    if problem := _find_problem(tree, volatile):
+        raise QueryError(f"{expression!r} is no SQL that fits here: {problem}")
+    return frozenset(_list_values("column_names", tree))
 
 
-def _why_no_expression(tree: Any, volatile: set[str]) -> str:
-    """Equal rows give equal verdicts: an expression looks at nothing but its row, and draws no lots."""
+def _find_problem(tree: Any, volatile: set[str]) -> str:
+    """Why a parsed clause is not one deterministic expression over a row; "" if it is."""
     if tree["error"]:
         return str(tree["error_message"])
     if len(tree["statements"]) != 1:
@@ -174,53 +207,50 @@ def _why_no_expression(tree: Any, volatile: set[str]) -> str:
     modifiers = {modifier["type"] for modifier in node.get("modifiers", [])}
     if len(node.get("select_list", [])) != 1 or node["from_table"]["type"] != "EMPTY" or modifiers - {"ORDER_MODIFIER"}:
         return "more than one expression"
-    if "SUBQUERY" in _found("class", tree):
+    if "SUBQUERY" in _list_values("class", tree):
         return "it has a query inside"
-    changing = sorted(volatile & set(_found("function_name", tree)))
-    return f"{changing[0]} gives another answer at another time" if changing else ""
+    changing = sorted(volatile & set(_list_values("function_name", tree)))
+    return f"{changing[0]} gives different values at different times" if changing else ""
 
 
-def quote_identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:
+    """The one statement of `sql`, with its views defined.
 
-
-def _reading(connection: Connection, sql: str) -> duckdb.Statement:
-    """The one statement of `sql`, whose views are defined now.
-
-    Looked at is what it says, not its type: what DuckDB takes for a SELECT copies in a WITH clause, or runs a text.
+    The parse tree is checked, not DuckDB's statement type: a SELECT may copy within a WITH clause, or run text as SQL.
 
     Raises:
         QueryError: it could do more than read.
     """
     statements = connection.duck.extract_statements(sql)
-    tree = _tree(connection.duck, EXPLAIN.sub("", statements[0].query)) if len(statements) == 1 else {"error": True}
-    nodes = list(_nodes(tree))
+    only = EXPLAIN.sub("", statements[0].query) if len(statements) == 1 else ""
+    tree = _parse_statements(connection.duck, only) if only else {"error": True}
+    nodes = list(_walk(tree))
     kinds = {kind for node in nodes if isinstance(kind := node.get("type"), str) and kind.endswith("_NODE")}
-    if tree["error"] or not tree["statements"] or kinds - QUERIES:
-        raise QueryError(f"only one reading statement is allowed: {READING}")
+    if tree["error"] or not tree["statements"] or kinds - QUERY_NODES:
+        raise QueryError(f"only one reading statement is allowed: {ALLOWED}")
     functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
-    if unknown := sorted(name for name in functions if not READERS.fullmatch(name)):
+    if unknown := sorted(name for name in functions if not TABLE_FUNCTIONS.fullmatch(name)):
         raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it is none of those known to do no more than read")
     connection.define({node["table_name"].strip('"').lower() for node in nodes if "table_name" in node})
     return statements[0]
 
 
-def _tree(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
+def _parse_statements(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
     """SELECT statements as DuckDB parses them: {"error": false, "statements": [...]}.
 
     Raises:
-        QueryError: it is nested too deeply.
+        QueryError: they are nested too deeply.
     """
     (text,) = duck.execute("SELECT json_serialize_sql(?)", [sql]).fetchone() or ("",)
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise QueryError(f"{sql[:MAX_CELL]}... is nested too deeply") from error
+        raise QueryError(f"{sql[:MAX_QUOTED]}... is nested too deeply") from error
 
 
 @contextmanager
-def _users_errors() -> Iterator[None]:
-    """What DuckDB says against a statement is its author's error; that a file cannot be opened is the machine's."""
+def _translate_errors() -> Iterator[None]:
+    """Raises DuckDB's errors as a QueryError, or a MachineError where a file does not read."""
     import duckdb
 
     try:
@@ -233,27 +263,27 @@ def _users_errors() -> Iterator[None]:
         raise QueryError(str(error)) from error
 
 
-def _found(key: str, tree: Any) -> Iterator[str]:
-    """The values of a key anywhere in a parsed statement; of a list, the first."""
-    for node in _nodes(tree):
+def _list_values(key: str, tree: Any) -> Iterator[str]:
+    """The values of a key anywhere in a parse tree; of a list, its first item."""
+    for node in _walk(tree):
         if key in node:
             yield node[key][0] if isinstance(node[key], list) else node[key]
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """All that has parts in a parsed statement."""
-    left = [tree]
-    while left:
-        part = left.pop()
+def _walk(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every node of a parse tree; iterative, because trees may be deeper than Python's stack."""
+    stack = [tree]
+    while stack:
+        part = stack.pop()
         if isinstance(part, dict):
             yield part
-            left += part.values()
+            stack += part.values()
         elif isinstance(part, list):
-            left += part
+            stack += part
 
 
-def _view(statement: str) -> str:
-    """What a CREATE VIEW creates."""
+def _view_name(statement: str) -> str:
+    """The name that a CREATE VIEW statement defines."""
     return re.split(r"\W+", statement)[2]
 
 
@@ -268,87 +298,10 @@ def _sql_type(type: pa.DataType) -> str:
 
 
 def quote_literal(text: str) -> str:
-    """Text as an SQL string."""
+    """Text as an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def list_queries() -> list[tuple[str, str]]:
-    """The named queries, each with the sentence it begins with."""
-    files = sorted((resources.files("manifests") / "queries").iterdir(), key=lambda file: file.name)
-    return [(file.name.removesuffix(".sql"), file.read_text().splitlines()[0].removeprefix("-- ")) for file in files]
-
-
-def read_query(name: str) -> str:
-    """The SQL of a named query.
-
-    Raises:
-        UnknownNameError: there is none of that name.
-    """
-    names = [known for known, _ in list_queries()]
-    if name not in names:
-        raise UnknownNameError(f"query {plugins.explain_unknown(name, names)}")
-    return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
-
-
-def print_query(connection: Connection, sql: str, format: str, out: IO[bytes]) -> None:
-    """Prints what a reading statement gives: a table for people, csv, json (a list of objects) or parquet.
-
-    Raises:
-        QueryError: it is no reading statement, or it fails.
-    """
-    if format == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with _users_errors(), pa.BufferOutputStream() as buffer:
-            pq.write_table(connection.duck.sql(_reading(connection, sql)).to_arrow_table(), buffer)
-            out.write(buffer.getvalue())
-        return
-    result = run_query(connection, sql)
-    names = [column[0] for column in result.description or ()]
-    text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
-    try:
-        PRINTERS[format](names, _fetched(result), text)
-    finally:
-        text.detach()
-
-
-def _as_table(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    cells = [names, *([_cell(value) for value in row] for row in query_rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
-
-
-def _as_csv(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(query_rows)
-
-
-def _as_json(names: list[str], query_rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    before = "[\n"
-    for row in query_rows:
-        one = {name: _finite(value) for name, value in zip(names, row, strict=True)}
-        text = json.dumps(one, indent=2, ensure_ascii=False, default=str, allow_nan=False)
-        out.write(before + "  " + text.replace("\n", "\n  "))  # textwrap would break lines within strings
-        before = ",\n"
-    out.write("[]\n" if before == "[\n" else "\n]\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for each infinity and each NaN, for which JSON has no word."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
-
-
-PRINTERS = {"table": _as_table, "csv": _as_csv, "json": _as_json}
+def quote_identifier(name: str) -> str:
+    """A name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'

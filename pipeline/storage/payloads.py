@@ -13,29 +13,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.records import Image, Record
+from pipeline.records import Image
 from pipeline.storage.layout import PACKED, work_folder
 from pipeline.storage.tables import TableFooter, read_whole_footer, sync_folder
 
-if TYPE_CHECKING:
-    pass
-
 BLOCK = 512  # bytes of a tar header
-
-
-class Payload(Protocol):
-    """Files beside a table, of one shard."""
-
-    def take(self, output: Any) -> Record:
-        """Writes what the output carries and returns its row."""
-
-    def commit(self) -> Mapping[str, int]:
-        """Puts the files in place; returns their names within the run and their bytes, for the table's stamp."""
-
-    def abandon(self) -> None:
-        """Removes what was written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.decoding import images
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Shard
 from pipeline.records import Caption, Criterion, Image, ImageRubric, Record, RubricCriterion, Score, arrow_schema
 from pipeline.sections import Run
 from pipeline.storage import tables
@@ -237,7 +237,7 @@ def _images(run: Run) -> Iterator[tuple[Path, Iterator[Image]]]:
     """Each table of images, and what is usable in it, with the files where they lie now."""
     plan, _ = Plan.load(run.folder / "plan.parquet")
     for file in sorted((run.folder / "image").glob("*.parquet")):
-        shard = Shard(run=run, plan=plan, number=int(file.stem))
+        shard = Shard(run=run, number=int(file.stem), pieces=plan.pieces(int(file.stem)))
         yield file, _usable(shard, file)
 
 

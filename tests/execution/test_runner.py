@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import config, progress
 from pipeline.errors import RefusedError
-from pipeline.execution.passes import list_passes
+from pipeline.execution.pass_graph import list_passes
 from pipeline.execution.states import ShardStates
 from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
 from pipeline.storage import tables

@@ -13,7 +13,7 @@ import pytest
 from pipeline import config
 from pipeline.commands import init, status
 from pipeline.execution.run_state import RunState
-from pipeline.execution.state_index import list_folders
+from pipeline.execution.state_index import StateIndex, list_folders
 from pipeline.slurm.jobs import JobMonitor
 from pipeline.storage.layout import work_folder
 from pipeline.storage.parts import write_failure
@@ -30,7 +30,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kinds(run: Path) -> dict[str, list[str]]:
     state = RunState(config.load(run))
-    return {p.title: state.index.kinds(p).tolist() for p in state.passes}
+    index = StateIndex(state.states)
+    return {p.title: index.kinds(p).tolist() for p in state.passes}
 
 
 def one_by_one(run: Path) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
+from pipeline.commands.sql import read_query
 from pipeline.report import render
 from pipeline.report.numbers import Lengths, read_numbers
 from pipeline.report.samples import draw_sheets
@@ -60,7 +61,7 @@ def report(run: Path, **options: Any) -> Page:
 
 def funnel(run: Path) -> dict[str, int]:
     with database.connect(run) as connection:
-        sql = f"SELECT step, images FROM ({database.read_query('yield')})"
+        sql = f"SELECT step, images FROM ({read_query('yield')})"
         return dict(database.query_rows(connection, sql))
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.config import parse_time_limit
 from pipeline.errors import ConfigError, RefusedError
-from pipeline.execution.passes import list_passes
+from pipeline.execution.pass_graph import list_passes
 from pipeline.slurm import scheduler
+from pipeline.slurm.blocks import Job, find_block, plan_jobs
 from pipeline.slurm.jobs import JobMonitor
 from pipeline.slurm.script import JobArray, SlurmRun
-from pipeline.slurm.submit import Job, Submission, find_block, find_queued_blocks, plan_jobs
+from pipeline.slurm.submit import Submission, find_queued_blocks
 from pipeline.storage.plan import parse_spec
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections, write
 

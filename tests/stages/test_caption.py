@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.engines import echo
 from pipeline.errors import BrokenTableError, ConfigError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, Piece, Score, make_key
 from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
@@ -72,7 +71,7 @@ def shard_of(folder: Path, images: list[Image], **sections: Any) -> Iterator[Sha
     (folder / "shards").mkdir(exist_ok=True)
     (folder / "shards" / "00000.tar").write_bytes(b"".join(f"{i:08d}".encode() for i in range(len(images))))
     frozen, _ = plan.Plan.load(folder / "plan.parquet")
-    shard = Shard(run=run_of(folder, **sections), plan=frozen, number=0)
+    shard = Shard(run=run_of(folder, **sections), number=0, pieces=frozen.pieces(0))
     yield shard
     shard.close()
 

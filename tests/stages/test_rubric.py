@@ -21,8 +21,8 @@ from pipeline import config
 from pipeline.engines import Reply, Request, echo
 from pipeline.errors import ConfigError
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass, list_passes, select_passes
-from pipeline.execution.shard import Shard
+from pipeline.execution.pass_graph import list_passes, select_passes
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, ImageRubric, Piece, RubricCriterion, Score, Step
 from pipeline.sources.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, draw_scene, is_related
 from pipeline.storage import plan, tables
@@ -646,7 +646,7 @@ def test_every_image_with_a_usable_caption_has_one_rubric(
         tables.write_rows(table_path(folder, f"caption/{name}", 0), Caption, rows, RECIPE)
     run = run_of(folder, agree=2)
     (p,) = rubric.passes(run)
-    shard = Shard(run=run, plan=plan.Plan.load(folder / "plan.parquet")[0], number=0)
+    shard = Shard(run=run, number=0, pieces=plan.Plan.load(folder / "plan.parquet")[0].pieces(0))
     rows = list(p.work(p.inputs(shard), {}))
     usable = [(i, sum("ok" in teacher for teacher in said[:3])) for i, said in enumerate(found) if "ok" in said[3]]
     assert [(row.key, row.num_teachers) for row in rows] == [(image_row(i, "ok").key, num) for i, num in usable]

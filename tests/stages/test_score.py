@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.engines import Reply, Request, echo, finish_attempt
 from pipeline.errors import ConfigError
-from pipeline.execution.passes import Pass
-from pipeline.execution.shard import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Criterion, Image, Piece, make_key
 from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
@@ -360,7 +359,7 @@ def test_every_usable_caption_leaves_a_score(
     frozen, _ = plan.Plan.load(folder / "plan.parquet")
     engine = {"engine": "model"} if kind == "judge" else {}
     (p,) = passes_of(folder, kind=kind, captions=["dense"], **engine)
-    shard = Shard(run=run_of(folder), plan=frozen, number=0)
+    shard = Shard(run=run_of(folder), number=0, pieces=frozen.pieces(0))
     rows = list(p.work(p.inputs(shard), {"model": echo.open(echo.Config(invalid_share=0.3, error_share=0.1))}))
     shard.close()
     assert [row.id for row in rows] == [row.id for row in captions if row.status == "ok"]

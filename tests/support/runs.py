@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import cli, config
 from pipeline.commands import init
-from pipeline.execution.passes import select_passes
+from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.runner import Outcome, Runner
 

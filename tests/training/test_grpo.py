@@ -358,7 +358,7 @@ def curve(folder: Path, name: str) -> list[float]:
 
 
 def test_the_manifest_of_the_model_is_valid(tmp_path: Path) -> None:
-    from pipeline.execution.passes import list_passes
+    from pipeline.execution.pass_graph import list_passes
 
     shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)

@@ -1,0 +1,106 @@
+"""Named queries, and the output formats of query results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from importlib import resources
+from typing import IO, TYPE_CHECKING, Any
+
+from pipeline.errors import UnknownNameError
+from pipeline.plugins import explain_unknown
+from pipeline.storage import database
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_CELL = 100  # characters of a value in a text table
+
+
+def list_queries() -> list[tuple[str, str]]:
+    """The named queries, each with the sentence at its top."""
+    files = sorted((resources.files("manifests") / "queries").iterdir(), key=lambda file: file.name)
+    return [(file.name.removesuffix(".sql"), file.read_text().splitlines()[0].removeprefix("-- ")) for file in files]
+
+
+def read_query(name: str) -> str:
+    """The SQL of a named query.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    names = [known for known, _ in list_queries()]
+    if name not in names:
+        raise UnknownNameError(f"query {explain_unknown(name, names)}")
+    return (resources.files("manifests") / "queries" / f"{name}.sql").read_text(encoding="utf-8")
+
+
+def print_query(connection: database.Connection, sql: str, format: str, out: IO[bytes]) -> None:
+    """Runs a reading statement and prints its rows: as a text table, csv, json (a list of objects) or parquet.
+
+    Raises:
+        QueryError: it is no reading statement, or it fails.
+    """
+    if format == "parquet":
+        _print_parquet(database.read_arrow(connection, sql), out)
+        return
+    result = database.run_query(connection, sql)
+    names = [column[0] for column in result.description or ()]
+    text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
+    try:
+        PRINTERS[format](names, database.fetch_rows(result), text)
+    finally:
+        text.detach()
+
+
+def _print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pa.BufferOutputStream() as buffer:
+        pq.write_table(rows, buffer)
+        out.write(buffer.getvalue())
+
+
+def _print_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+    cells = [names, *([_format_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
+
+
+def _print_csv(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+
+
+def _print_json(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
+    separator = "[\n"
+    for row in rows:
+        values = {name: _replace_infinite(value) for name, value in zip(names, row, strict=True)}
+        text = json.dumps(values, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+        out.write(separator + "  " + text.replace("\n", "\n  "))  # textwrap would break lines within strings
+        separator = ",\n"
+    out.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _replace_infinite(value: Any) -> Any:
+    """The value with None for infinities and NaN, which JSON cannot express."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _replace_infinite(item) for key, item in value.items()}
+    return [_replace_infinite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _format_cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+
+
+PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json}
