@@ -40,11 +40,11 @@ def load(folder: Path) -> Run:
     """Reads `<folder>/run.toml`.
 
     Raises:
-        ConfigError: there is none, it is not TOML, or something in it is wrong.
+        ConfigError: the file is missing, is not TOML, or has a key or value that is not allowed.
     """
     file = folder / "run.toml"
     if glob := sorted(set("[*?") & set(str(file.absolute()))):
-        raise ConfigError(str(file), f"a folder with {glob[0]} in its name can hold no run: SQL would read others too")
+        raise ConfigError(str(file), f"a run's path must not contain {glob[0]}: SQL would read other directories too")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -55,7 +55,7 @@ def load(folder: Path) -> Run:
 
 
 def parse(values: Mapping[str, Any], *, file: Path) -> Run:
-    """A run.toml already read; see `load`."""
+    """The run of a run.toml whose TOML is parsed already; see `load`."""
     top = Section(values, file=file, field="")
     sections = [name for name in plugins.list_stages(values) if hasattr(plugins.load("stages", name), "Config")]
     top.check_keys(["seed", "max_error_share", "source", "engines", "slurm", *sections])
@@ -72,12 +72,12 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         source=source.plugin(SOURCES, common=common),
         corpus=source.select_keys(common).parse(Corpus),
         engines={name: engine.plugin(ENGINES) for name, engine in engines.items()},
-        sections={name: _sections(top, name) for name in sections},
+        sections={name: _parse_stage(top, name) for name in sections},
         slurm=read_slurm(top.subsection("slurm")),
     )
 
 
-def _sections(top: Section, stage: str) -> dict[str, Any]:
+def _parse_stage(top: Section, stage: str) -> dict[str, Any]:
     module = plugins.load("stages", stage)
     read = getattr(module, "read_section", lambda section: section.parse(module.Config))
     if getattr(module, "NAMED", False):

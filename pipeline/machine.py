@@ -1,4 +1,4 @@
-"""Decides what is taken from this machine: the cores that are ours, and the numbers that its CPU multiplies quickly."""
+"""The machine's resources: usable CPU cores, and number formats that its CPU multiplies fast."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def emulates_bfloat16() -> bool:
-    """Whether products in bfloat16 take this CPU ten times as long as in float32: torch has no fast way for them here.
+    """Whether bfloat16 products take this CPU about ten times as long as float32: torch has no fast kernel for them.
 
-    Torch itself asks so; it tells nobody else by a public name.
+    Torch decides with the same two checks and has no public name for the second.
     """
     import torch
 

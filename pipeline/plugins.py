@@ -1,6 +1,6 @@
 """Plugins and TOML files by name: the folder is the registry, the file name is the name.
 
-A name with a dot is a module of the user's own.
+A name with a dot is a module of the user.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 from pipeline.errors import UnknownNameError
 from pipeline.sections import STAGES
 
-MOVED = {"stages.teachers": "stages.scenes.teachers"}  # as run.toml of earlier versions names it
+MOVED = {"stages.teachers": "stages.scenes.teachers"}  # names that existing run.toml files use
 SHIPPED_IN = {"writers": "rubric_writers"}  # folder of a run -> folder of stages/
 
 
@@ -27,17 +27,17 @@ def list_names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """The module `name` of `package`, or the user's own module when the name has a dot.
+    """The module `name` of `package`, or the user's module when the name has a dot.
 
     Raises:
-        UnknownNameError: there is no such module; the message lists those there are.
+        UnknownNameError: no such module exists; the message lists those that do.
     """
     if "." in name:
         name = MOVED.get(name, name)
-        return _import(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
+        return _import_plugin(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
     if name not in list_names(package):
         raise UnknownNameError(explain_unknown(name, list_names(package)))
-    return _import(f"{package}.{name}", f"{package}.{name} has gone")
+    return _import_plugin(f"{package}.{name}", f"{package}.{name} no longer exists")
 
 
 def find_toml(name: str, *, folder: str, run: Path | None) -> Traversable:
@@ -64,12 +64,12 @@ def explain_unknown(name: str, choices: list[str]) -> str:
     return f"{name!r} is none of {', '.join(choices) or '(there are none)'}{hint}"
 
 
-def _import(module: str, otherwise: str) -> ModuleType:
+def _import_plugin(module: str, otherwise: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and not module.startswith(error.name):
-            raise  # the plugin is there; something that it needs is not
+            raise  # the plugin exists; a module that it imports does not
         raise UnknownNameError(otherwise) from error
 
 
@@ -78,8 +78,7 @@ def list_stages(sections: Iterable[str]) -> list[str]:
 
     Imports no other module of stages/, to keep `recap status` quick.
     """
-    there = list_names("stages")
-    own = [
-        name for name in sections if name in there and name not in STAGES and hasattr(load("stages", name), "passes")
-    ]
-    return [name for name in STAGES if name in there] + own
+    modules = list_names("stages")
+    others = [name for name in sections if name in modules and name not in STAGES]
+    own = [name for name in others if hasattr(load("stages", name), "passes")]
+    return [name for name in STAGES if name in modules] + own

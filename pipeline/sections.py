@@ -1,7 +1,6 @@
 """The sections of run.toml as frozen dataclasses, and `key`, which declares their fields.
 
-How a file becomes them is known by pipeline/validation.py and pipeline/config.py; what a stage's or a plugin's section
-holds, by the `Config` of its module.
+Sections of stages and plugins are declared by the `Config` of their modules. pipeline/config.py reads the file.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ MAX_TASKS = 1000  # of a Slurm array, unless num_tasks says otherwise
 
 
 class ResolvedPath(str):
-    """A path or URL, found beside run.toml or among what ships; `given` is what the user wrote."""
+    """A path or URL, resolved against run.toml or the files that ship; `given` is as the user wrote it."""
 
     given: str
 
@@ -28,7 +27,7 @@ class ResolvedPath(str):
         return self
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        return str(self), self.given  # libraries copy the names that they are given
+        return str(self), self.given  # for libraries that copy their arguments
 
 
 def key(
@@ -42,16 +41,16 @@ def key(
     locate: str | None = None,
     factory: Any = MISSING,
 ) -> Any:
-    """A field of a section.
+    """Declares a field of a section.
 
     Args:
-        default: its value when the section does not have it; without one it is required.
-        help: one line that `recap init` writes above it.
-        stamp: whether it decides rows. URLs, windows and time-outs do not.
-        shown: whether `recap init` writes it; what only tests set it does not.
+        default: the value of a section without this key; a key without a default is required.
+        help: one line that `recap init` and editors show.
+        stamp: whether the value decides rows, and so belongs to the fingerprint; a string is its name there.
+        shown: whether `recap init` writes it; False for keys that only tests set.
         least, most: bounds of a number, inclusive.
-        locate: "path": relative to run.toml's folder; "model": also one of `<run>/models` or of stages/models;
-            "endpoint": a URL, or the word for the file that `recap serve` writes.
+        locate: "path": relative to the directory of run.toml; "model": also in `<run>/models` or stages/models;
+            "endpoint": a URL, or the word `endpoint` for the server that `recap serve` starts.
     """
     about = {"help": help, "stamp": stamp, "shown": shown, "least": least, "most": most, "locate": locate}
     if factory is not MISSING:
@@ -60,7 +59,7 @@ def key(
 
 
 def stamped(config: Any) -> dict[str, Any]:
-    """The fields of a config that decide rows, as JSON values: its slice of the fingerprint."""
+    """The fields of a config that decide rows, as JSON values: its part of the fingerprint."""
     names = {f.name: f.metadata.get("stamp", True) for f in dataclasses.fields(config)}
     return {
         field if name is True else name: plain_value(getattr(config, field)) for field, name in names.items() if name
@@ -68,6 +67,7 @@ def stamped(config: Any) -> dict[str, Any]:
 
 
 def plain_value(value: Any) -> Any:
+    """A value of a config as a JSON value, as in `stamped`."""
     if isinstance(value, Plugin):
         return value.stamp
     if isinstance(value, ResolvedPath):
@@ -109,79 +109,81 @@ class Plugin:
         return {self.selector: self.kind, **stamped(self.config)}
 
     def place(self, file: str) -> str:
-        """The present path of a planned file, where the plugin is a source."""
+        """Where a planned file is now; for sources."""
         place = getattr(self.module, "place", None)
         return place(file, self.config) if place else file
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopLevel:
-    seed: int = key(0, "from which every sample's own seed is drawn", least=0)
+    seed: int = key(0, "the run's seed; every sample's seed is derived from it", least=0)
     max_error_share: float = key(
-        0.2, "a shard fails when more of its rows than this have failed, after the first 200", least=0, most=1
+        0.2, "a shard fails when more than this share of its rows have failed, after the first 200", least=0, most=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What `[source]` has, whatever its kind."""
+    """The keys of `[source]` that every kind has."""
 
     shard_size: int = key(
         1000,
-        "images in a shard, the unit of work; a tar is always a shard of its own",
+        "images per shard, the unit of work; a tar is always one shard",
         stamp=False,
         least=1,
         most=10**6,
     )
     min_side: int = key(16, "pixels; smaller images get the status too_small", least=1)
-    max_pixels: int = key(2**28, "width times height; larger images are refused undecoded, as too_large", least=1)
-    max_error_share: float | None = key(None, "of images that cannot be read, in a shard", stamp=False, least=0, most=1)
+    max_pixels: int = key(2**28, "width times height; larger images get too_large, undecoded", least=1)
+    max_error_share: float | None = key(
+        None, "a shard fails when more images are unreadable", stamp=False, least=0, most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a job asks for; `[slurm]` for all, `[slurm.STAGE]` for one stage's."""
+    """What a job requests: `[slurm]` for all stages, `[slurm.STAGE]` for one."""
 
     partition: str = key("", "empty: the cluster's default")
-    account: str = key("", "who pays")
+    account: str = key("", "the account to charge")
     qos: str = key("", "the quality of service")
-    constraint: str = key("", "features that a node must have, e.g. a100")
-    gpus: int = key(1, "GPUs of a task that runs a model; tasks that run none get none", least=0)
-    workers: int = key(1, "processes of a task, each with a shard, an engine and GPUs of its own", least=1)
-    cpus: int = key(4, "CPU cores of a task", least=1)
-    memory: str = key("", "of a task, e.g. 64G; empty: the partition's default")
-    time: str = key("", "the time limit, as Slurm writes it: 04:00:00, 1-12:00:00; empty: the partition's own")
-    max_running: int = key(0, "tasks of an array that run at once; 0: as many as there is room for", least=0)
-    directives: tuple[str, ...] = key((), "more options of sbatch, e.g. --exclusive or --mail-type=FAIL")
-    setup: tuple[str, ...] = key((), "lines of shell before the command: module load, source, export")
-    command: str = key("", "how recap is called there, e.g. apptainer exec --nv recap.sif recap; empty: this Python")
+    constraint: str = key("", "node features to require, e.g. a100")
+    gpus: int = key(1, "GPUs per task that runs a model; other tasks get none", least=0)
+    workers: int = key(1, "processes per task; each has its own shard, engine and GPUs", least=1)
+    cpus: int = key(4, "CPU cores per task", least=1)
+    memory: str = key("", "memory per task, e.g. 64G; empty: the partition's default")
+    time: str = key("", "time limit in Slurm's notation: 04:00:00, 1-12:00:00; empty: the partition's default")
+    max_running: int = key(0, "tasks of an array that may run at once; 0: no limit", least=0)
+    directives: tuple[str, ...] = key((), "further sbatch options, e.g. --exclusive or --mail-type=FAIL")
+    setup: tuple[str, ...] = key((), "shell lines to run before the command: module load, source, export")
+    command: str = key("", "how to call recap on a node, e.g. apptainer exec --nv recap.sif recap; empty: this Python")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """The rest of `[slurm]`, which is the same for all stages."""
+    """The keys of `[slurm]` that hold for all stages."""
 
-    num_tasks: int = key(0, f"tasks of an array; 0: one for each shard, but at most {MAX_TASKS}", least=0, most=10**6)
-    notice: int = key(300, "seconds before the time limit at which a task is told to stop", least=10)
-    max_requeues: int = key(50, "how often a task that was stopped goes back into the queue", least=0)
-    serve: tuple[str, ...] = key((), "engines that a job of their own serves (`recap serve`) while arrays ask them")
+    num_tasks: int = key(0, f"tasks per array; 0: one per shard, at most {MAX_TASKS}", least=0, most=10**6)
+    notice: int = key(300, "seconds before the time limit at which a task is signalled to stop", least=10)
+    max_requeues: int = key(50, "how often a stopped task is requeued", least=0)
+    serve: tuple[str, ...] = key((), "engines to serve in their own jobs (`recap serve`) while arrays use them")
     serve_host: str = key(
-        "0.0.0.0", "the address that a served engine listens on; all but 127.0.0.1 demand a key (api_key_env)"
+        "0.0.0.0", "the address that a served engine listens on; all but 127.0.0.1 require a key (api_key_env)"
     )
-    serve_wait: int = key(3600, "seconds that a task waits for a served engine to be ready", least=1)
+    serve_wait: int = key(3600, "seconds to wait for a served engine to be ready", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """`[slurm]`, understood."""
+    """`[slurm]`, validated."""
 
     settings: SlurmSettings
-    resources: Mapping[str, Resources]  # stage -> what its jobs ask for
+    resources: Mapping[str, Resources]  # by stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """run.toml, understood. Relative names in it are looked up beside it; the tables may lie elsewhere."""
+    """run.toml, validated. Relative paths are resolved against its directory; the tables may be in another one."""
 
     file: Path
     folder: Path  # of the tables
@@ -191,7 +193,7 @@ class Run:
     source: Plugin
     corpus: Corpus
     engines: Mapping[str, Plugin]
-    sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> that stage's config; NAME is "" where it has none
+    sections: Mapping[str, Mapping[str, Any]]  # stage -> NAME -> its config; NAME is "" for stages without names
     slurm: SlurmConfig
 
     def resolve_error_share(self, override: float | None) -> float:
@@ -200,5 +202,5 @@ class Run:
 
 
 def endpoint_file(run: Path, engine: str) -> Path:
-    """The file in which `recap serve` notes the server of an engine, while it runs: {"base_url": ...}."""
+    """The file in which `recap serve` publishes an engine's URL while the server runs: {"base_url": ...}."""
     return run / "endpoints" / f"{engine}.json"

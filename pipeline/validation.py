@@ -1,6 +1,6 @@
 """Tables of TOML files, validated into frozen dataclasses; errors name the file, field, value and what is allowed.
 
-A table's meaning is known by the module whose dataclass it becomes.
+A table's meaning belongs to the module that declares the dataclass.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SECRET = re.compile(r"api_?key|(access|auth|hf)_?token|authorization|bearer|credential|passw|secret", re.IGNORECASE)
-SIGNED = re.compile(  # how the parameters of a URL are called that sign it
+SIGNATURE = re.compile(  # names of URL parameters that grant access
     r".*(signature|token|authorization|credential|password|secret|key|keyid|key-pair-id)|sig|auth", re.IGNORECASE
 )
-KEEP = {  # where a secret belongs, by what it opens
+SECRET_ADVICE = {  # where a secret belongs, by `locate` of the field
     "endpoint": "api_key_env names the environment variable that holds a key",
     "path": "fsspec takes it from the environment: AWS_ACCESS_KEY_ID and its like, FSSPEC_HTTPS, ~/.config/fsspec",
     "model": "HF_TOKEN in the environment opens models and data sets",
@@ -40,7 +40,7 @@ KEEP = {  # where a secret belongs, by what it opens
 
 
 class Section:
-    """A table of run.toml with its place, so that what is wrong in it can be named."""
+    """A table of a TOML file; it knows its file and field, so that errors can name them."""
 
     def __init__(self, values: Mapping[str, Any], *, file: Path, field: str) -> None:
         self.values, self.file, self.field = values, file, field
@@ -56,18 +56,18 @@ class Section:
         return Section(values, file=self.file, field=f"{self.field}.{name}" if self.field else name)
 
     def select_keys(self, names: frozenset[str]) -> Section:
-        """The part of the section that has these keys."""
+        """The section without all other keys."""
         return Section({k: v for k, v in self.values.items() if k in names}, file=self.file, field=self.field)
 
     def subsections(self) -> dict[str, Section]:
         """The tables in this one, by name.
 
         Raises:
-            ConfigError: something in it is no table, or its name could not be a folder's.
+            ConfigError: a value is not a table, or its name is not fit for a directory.
         """
         for name in self.values:
             if not NAME.fullmatch(name):
-                raise self.error(name, f"a name has letters, digits, _ and - only, not {name!r}")
+                raise self.error(name, f"a name has only letters, digits, _ and -, not {name!r}")
         return {name: self.subsection(name) for name in self.values}
 
     def parse(self, cls: type[T], *, ignore: frozenset[str] = frozenset()) -> T:
@@ -84,8 +84,8 @@ class Section:
             values = adapter_of(cast(Any, cls)).validate_python({n: self.values[n] for n in names if n in self.values})
         except ValidationError as error:
             problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
-            raise self._explain(cls, problems[0]["type"], problems[0]["loc"]) from None
-        return cast(T, self._build(cls, values))
+            raise self._explain_problem(cls, problems[0]["type"], problems[0]["loc"]) from None
+        return cast(T, self._build_dataclass(cls, values))
 
     def check_keys(self, known: list[str]) -> None:
         for name in self.values:
@@ -114,14 +114,14 @@ class Section:
         config = self.parse(module.Config, ignore=common | {selector})
         return Plugin(kind=name, module=module, config=config, selector=selector, where=f"{self.file}: {self.field}")
 
-    def _explain(self, cls: Any, problem: str, path: Sequence[int | str]) -> ConfigError:
+    def _explain_problem(self, cls: Any, problem: str, path: Sequence[int | str]) -> ConfigError:
         """The error for pydantic's `problem` with the value at `path`."""
         name = str(path[0])
         field, hint = next(f for f in dataclasses.fields(cls) if f.name == name), get_type_hints(cls)[name]
         if dataclasses.is_dataclass(hint) and path[1:]:
             inner = self.subsection(name)
             inner.check_keys([f.name for f in dataclasses.fields(hint)])
-            return inner._explain(hint, problem, path[1:])
+            return inner._explain_problem(hint, problem, path[1:])
         if problem == "missing":
             return self.error(name, f"is missing; it is {describe_type(hint)}: {field.metadata.get('help', '')}")
         reasons = {
@@ -131,18 +131,18 @@ class Section:
         }
         return self.error(name, f"{self.values[name]!r} {reasons.get(problem, f'is not {describe_type(hint)}')}")
 
-    def _build(self, cls: Any, values: Mapping[str, Any]) -> Any:
+    def _build_dataclass(self, cls: Any, values: Mapping[str, Any]) -> Any:
         fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
         given = {}
         for name, value in values.items():
             if dataclasses.is_dataclass(hints[name]):
-                given[name] = self.subsection(name)._build(hints[name], value)
+                given[name] = self.subsection(name)._build_dataclass(hints[name], value)
                 continue
-            if hints[name] == dict[str, Any] and (secret := next(filter(SECRET.search, _names(value)), "")):
+            if hints[name] == dict[str, Any] and (secret := next(filter(SECRET.search, _list_keys(value)), "")):
                 raise self.error(
-                    f"{name}.{secret}", f"looks like a secret, and all of this is recorded; {KEEP['endpoint']}"
+                    f"{name}.{secret}", f"looks like a secret, and this table is recorded; {SECRET_ADVICE['endpoint']}"
                 )
-            given[name] = self._located(name, value, fields[name].metadata.get("locate"))
+            given[name] = self._resolve_value(name, value, fields[name].metadata.get("locate"))
         try:
             return cls(**given)
         except ConfigError:
@@ -150,30 +150,30 @@ class Section:
         except ValueError as error:
             raise self.error("", str(error)) from error
 
-    def _located(self, name: str, value: Any, how: str | None) -> Any:
-        if how is None or not value:  # nothing, or the empty string, means no place
+    def _resolve_value(self, name: str, value: Any, how: str | None) -> Any:
+        if how is None or not value:  # an empty string means no path
             return value
         if isinstance(value, tuple):
-            return tuple(self._located(name, one, how) for one in value)
+            return tuple(self._resolve_value(name, one, how) for one in value)
         if secret := find_secret(value):
             raise self.error(
-                name, f"its URL carries a secret ({secret}), which tables and logs would repeat; {KEEP[how]}"
+                name, f"its URL carries a secret ({secret}), which tables and logs would repeat; {SECRET_ADVICE[how]}"
             )
         if how == "endpoint":
             engine = self.field.rpartition(".")[2]
             return ResolvedPath(str(endpoint_file(self.file.parent, engine)) if value == "endpoint" else value, value)
-        return ResolvedPath(_locate(value, how, self.file.parent), value)
+        return ResolvedPath(_resolve_path(value, how, self.file.parent), value)
 
 
 def find_secret(url: str) -> str:
-    """What in a URL opens a door for whoever reads it, without its value; "" when there is nothing.
+    """The part of a URL that grants access to its reader, without the value; "" when there is none.
 
-    >>> secret_in("https://me:sesame@host/a.tar"), secret_in("s3://bucket/a.tar?X-Amz-Signature=1f")
+    >>> find_secret("https://me:sesame@host/a.tar"), find_secret("s3://bucket/a.tar?X-Amz-Signature=1f")
     ('a password', 'X-Amz-Signature')
     """
     if re.search(r"https?://[^/@\s]+@|://[^/@\s]*:[^/@\s]*@", url):
         return "a password"
-    return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNED.fullmatch(name)), "")
+    return next((name for name in re.findall(r"[?&]([^=&]+)=", url) if SIGNATURE.fullmatch(name)), "")
 
 
 def read_toml(name: str, *, folder: str, run: Path | None) -> Section:
@@ -192,9 +192,9 @@ def read_toml(name: str, *, folder: str, run: Path | None) -> Section:
 
 @cache
 def adapter_of(cls: Any) -> TypeAdapter[dict[str, Any]]:
-    """Validates a table for a dataclass declared with `key`, into keyword arguments: strictly, but lists become tuples.
+    """pydantic's validator of tables for a dataclass declared with `key`; it returns keyword arguments.
 
-    Its `json_schema()` has the fields' help, bounds and defaults.
+    It is strict, except that lists become tuples. Its `json_schema()` has the fields' help, bounds and defaults.
     """
     from pydantic import TypeAdapter
 
@@ -216,14 +216,14 @@ def _typed_dict(cls: Any) -> Any:
             le=f.metadata.get("most"),
             json_schema_extra=None if default is MISSING or default is None else {"default": plain_value(default)},
         )
-        hint: Any = Annotated[_adapt(hints[f.name]), field]
+        hint: Any = Annotated[_adapt_type(hints[f.name]), field]
         keys[f.name] = hint if default is MISSING else NotRequired[hint]
     table: Any = TypedDict(cls.__name__, keys)  # type: ignore[misc]
     return with_config(ConfigDict(extra="forbid", strict=True))(table)
 
 
-def _adapt(hint: Any) -> Any:
-    """The type as pydantic is to check it: dataclasses are tables, and a tuple is written as a list."""
+def _adapt_type(hint: Any) -> Any:
+    """A type of a field as TOML has it: a dataclass is a table, a tuple is a list, a float is finite."""
     from pydantic import AllowInfNan, Strict
 
     if hint is float:
@@ -231,12 +231,12 @@ def _adapt(hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return _typed_dict(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return reduce(operator.or_, map(_adapt, get_args(hint)))
+        return reduce(operator.or_, map(_adapt_type, get_args(hint)))
     return Annotated[hint, Strict(False)] if get_origin(hint) is tuple else hint
 
 
 def describe_type(hint: Any) -> str:
-    """A type in a user's words."""
+    """A type in plain words."""
     if isinstance(hint, type) and get_origin(hint) is None:
         names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
         return names.get(hint, f"a table with {', '.join(get_type_hints(hint))}")
@@ -252,15 +252,15 @@ def describe_type(hint: Any) -> str:
     return str(hint)
 
 
-def _names(value: Any) -> Iterator[str]:
-    """Of all keys in a free table, however deep."""
+def _list_keys(value: Any) -> Iterator[str]:
+    """All keys in a value, at any depth."""
     for one in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
-        yield from _names(one)
+        yield from _list_keys(one)
     if isinstance(value, dict):
         yield from value
 
 
-def _locate(value: str, how: str, run: Path) -> str:
+def _resolve_path(value: str, how: str, run: Path) -> str:
     if "://" in value or Path(value).is_absolute():
         return value
     if value.startswith("~"):

@@ -72,4 +72,4 @@ def test_an_editor_shows_help_defaults_and_bounds() -> None:
     (folder,) = (one for one in schema()["properties"]["source"]["anyOf"] if one.get("title") == "folder")
     shard_size = folder["properties"]["shard_size"]
     assert (shard_size["type"], shard_size["default"], shard_size["minimum"]) == ("integer", 1000, 1)
-    assert "images in a shard" in shard_size["description"]
+    assert "images per shard" in shard_size["description"]
