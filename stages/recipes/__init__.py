@@ -1,7 +1,7 @@
-"""Decides what a recipe is: the words that ask for a caption, the form of the answer, and how its tokens are drawn.
+"""Recipes for captions: the prompt, the format of the answer and the sampling.
 
-The recipes are the TOML files of this folder and of `<run>/recipes`. A recipe knows no engine and no image but the alt
-text that came with one.
+Recipes are the TOML files of this directory and of `<run>/recipes`. They know neither engines nor pixels; of a sample
+they see the alt text.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ FIELDS = ("alt_text",)
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionPrompt:
-    """What one request says, and the hash of the words that are the same for every image."""
+    """The prompt of one request."""
 
     prompt: str
-    template: str
-    hash: str
+    template: str  # without the sample's alt text
+    hash: str  # of all that is the same for every image
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSpec:
-    """A recipe's TOML."""
+    """The keys of a recipe's TOML file."""
 
     system: str = key("", "the system message; empty: none")
-    prompt: str = key(help="what is asked; {alt_text} stands for the sample's alt text, fenced")
-    prompt_without_alt_text: str | None = key(None, "what is asked where a sample has no alt text")
-    max_alt_text: int = key(1000, "characters of alt text that are shown", least=1)
-    schema: dict[str, Any] | None = key(None, "JSON schema of a structured answer, an object")
-    text: str = key("", "how the fields of a structured answer make prose")
-    flags: str = key("english", "what is noticed in answers: a file of flags/")
+    prompt: str = key(help="the prompt; {alt_text} is replaced by the sample's alt text, fenced")
+    prompt_without_alt_text: str | None = key(None, "the prompt for samples without alt text")
+    max_alt_text: int = key(1000, "characters of alt text to show", least=1)
+    schema: dict[str, Any] | None = key(None, "JSON Schema of a structured answer, an object")
+    text: str = key("", "a template that turns the fields of a structured answer into prose")
+    flags: str = key("english", "the flags to look for in answers: a file of flags/")
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check_fields(self.prompt, FIELDS, where="prompt")
         if "alt_text" in list_fields(self.prompt) and self.prompt_without_alt_text is None:
-            raise ValueError("prompt uses {alt_text}: prompt_without_alt_text must say what to ask where there is none")
+            raise ValueError("prompt uses {alt_text}: prompt_without_alt_text is needed for samples without one")
         check_fields(self.prompt_without_alt_text or "", (), where="prompt_without_alt_text")
         if self.schema is not None:
             json_schema.check_schema(self.schema)
             check_fields(self.text, self.schema.get("properties", {}), where="text")
         if (self.schema is None) != (not self.text):
-            raise ValueError("schema and text belong together: text says how the fields make prose")
+            raise ValueError("schema and text need each other: text turns the fields into prose")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A recipe, ready to ask."""
+    """A recipe with its flags."""
 
     spec: RecipeSpec
     flags: flags.Patterns
 
     @property
     def slice(self) -> dict[str, Any]:
-        """All that it decides of a caption but the sampling, as JSON values; the schema's order of fields counts."""
+        """All that decides a caption except the sampling, as JSON values; the order of the schema's fields counts."""
         return {
             "system": self.spec.system,
             "prompt": self.spec.prompt,
@@ -80,14 +80,15 @@ class Recipe:
 
     @cached_property
     def schema(self) -> str | None:
+        """JSON of the answer's schema, in the order in which fields are to be written."""
         return None if self.spec.schema is None else json.dumps(self.spec.schema, ensure_ascii=False)
 
     @cached_property
     def answer_format(self) -> AnswerFormat | None:
-        return None if self.spec.schema is None else AnswerFormat(schema=self.spec.schema, to_prose=self._prose)
+        return None if self.spec.schema is None else AnswerFormat(schema=self.spec.schema, to_prose=self._write_prose)
 
     def build_prompt(self, alt_text: str | None) -> CaptionPrompt:
-        """What to ask about an image with this alt text."""
+        """The prompt for an image with this alt text."""
         template = self.spec.prompt
         if "alt_text" in list_fields(template) and not (alt_text and alt_text.strip()):
             assert self.spec.prompt_without_alt_text is not None
@@ -99,20 +100,20 @@ class Recipe:
             hash=hash_prompt(self.spec.system, template, self.schema or ""),
         )
 
-    def find_flags(self, text: str, asked: CaptionPrompt) -> tuple[str, ...]:
-        return flags.find_flags(text, self.flags, prompt=f"{self.spec.system}\n{asked.template}") if text else ()
+    def find_flags(self, text: str, prompt: CaptionPrompt) -> tuple[str, ...]:
+        return flags.find_flags(text, self.flags, prompt=f"{self.spec.system}\n{prompt.template}") if text else ()
 
-    def _prose(self, value: Mapping[str, Any]) -> str:
-        said = {name: _said(value.get(name)) for name in list_fields(self.spec.text)}
-        return " ".join(fill_template(self.spec.text, said).split())
+    def _write_prose(self, value: Mapping[str, Any]) -> str:
+        fields = {name: _join_values(value.get(name)) for name in list_fields(self.spec.text)}
+        return " ".join(fill_template(self.spec.text, fields).split())
 
 
 def load(name: str, *, run: Path | None) -> Recipe:
-    """The recipe called `name`, the run's own before the ones that ship.
+    """The recipe `name` of the run, else of those that ship.
 
     Raises:
-        UnknownNameError: there is no such recipe.
-        ConfigError: something in it is wrong.
+        UnknownNameError: no such recipe exists.
+        ConfigError: its file is not a valid recipe.
     """
     section = read_toml(name, folder="recipes", run=run)
     spec = section.parse(RecipeSpec)
@@ -122,7 +123,7 @@ def load(name: str, *, run: Path | None) -> Recipe:
         raise section.error("flags", str(error)) from error
 
 
-def _said(value: Any) -> str:
+def _join_values(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_join_values, value))
     return "" if value is None else str(value).strip()

@@ -1,14 +1,14 @@
-"""Decides what a writer of rubrics is: one module of this folder, from what was said of images to their rubrics.
+"""Rubric writers: modules of this directory that write a rubric for each image from captions of it.
 
 A writer has
 
-- `prepare(config, *, run, field) -> settings`: what it needs of `[rubric.NAME]`, checked; what
-  `pipeline.config.stamped` makes of it goes into the fingerprint;
-- `engines(settings) -> tuple[str, ...]`: the names in `[engines]` that it asks;
-- `write(inputs, *, settings, engines) -> Iterator[Written]`: as many as inputs, in order, lazily;
+- `prepare(config, *, run, field) -> settings`: checks its keys of `[rubric.NAME]`; `pipeline.config.stamped` of the
+  settings goes into the fingerprint;
+- `engines(settings) -> tuple[str, ...]`: the names in `[engines]` that it uses;
+- `write(inputs, *, settings, engines) -> Iterator[WrittenRubric]`: one for each `Evidence`, in order, lazily;
 - `VERSION`: an integer, raised when equal inputs get other rubrics.
 
-It knows no tables. An input has as many teachers as must agree, or more.
+A writer knows no tables. Each input has at least as many teachers as must agree.
 """
 
 from __future__ import annotations
@@ -16,21 +16,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.records import RubricCriterion, RubricStatus
 
 
+class WriterOptions(Protocol):
+    """The keys of `[rubric.NAME]` that belong to its writer."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def words(self) -> str: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was said of one image."""
+    """The captions of one image that its rubric is written from."""
 
     key: str
-    teachers: tuple[str, ...]  # a caption of each
+    teachers: tuple[str, ...]  # one caption each
     student: tuple[str, ...]  # its captions, at least one
-    num_agree: int  # so many teachers make a committee's word
+    num_agree: int  # teachers that must agree
     alt_text: str | None = None
     source_key: str = ""
-    data: Callable[[], bytes]  # the image file, read when it is called
+    data: Callable[[], bytes]  # the bytes of the image file, read when called
     seed: int = 0
 
     @property
@@ -40,7 +51,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenRubric:
-    """A rubric as its writer left it."""
+    """A writer's output for one image: criteria, or a status that is not ok."""
 
     criteria: tuple[RubricCriterion, ...] = ()
     status: RubricStatus = "ok"
@@ -58,5 +69,5 @@ class WrittenRubric:
 
 
 def count_majority(num_teachers: int) -> int:
-    """How many are at least half, as RubiCap has it: 3 of 5."""
+    """At least half of the teachers, as in RubiCap: 3 of 5."""
     return math.ceil(num_teachers / 2)

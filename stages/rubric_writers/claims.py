@@ -1,9 +1,9 @@
-"""Decides what a rubric asks when no model writes it: what teachers agree on and the student misses, claim by claim.
+"""Rubrics written without a model, claim by claim: what the teachers agree on and the student misses.
 
-Three sorts of criteria. What the committee says and the student left out at least once is to be said. Things that the
-student named and the committee does not bear out are to be avoided. And whatever the student says now: of each kind of
-claim nothing may be said besides what the committee bears out, so that inventing costs a student that learns to talk;
-where the committee has a word on that kind, silence is no way to meet it.
+There are three sorts of criteria. A claim that the teachers agree on and a caption of the student lacks is to be made.
+An object that the student names and the teachers do not support is to be avoided. And for each kind of claim, no other
+claims may be made than those the teachers support, so that inventing costs a student that learns to say more; where
+the teachers agree on a claim of that kind, making none does not meet the criterion.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
-from stages.rubric_writers import Evidence, WrittenRubric
+from stages.rubric_writers import Evidence, WriterOptions, WrittenRubric
 from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
 from stages.scenes.claims import DIRECTIONS, KINDS, Claim, Kind, contradicts
-
-if TYPE_CHECKING:
-    from stages.rubric import Config
 
 VERSION = 3
 SEVERITY: Mapping[Kind, Severity] = {
@@ -37,17 +33,17 @@ SEVERITY: Mapping[Kind, Severity] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """None."""
+    """The writer has no settings."""
 
 
-def prepare(config: Config, *, field: str, **_: Path) -> Settings:
+def prepare(config: WriterOptions, *, field: str, **_: Path) -> Settings:
     """
     Raises:
-        ConfigError: the section names an engine, or words to ask it.
+        ConfigError: the section has `engine` or `words`, which only models need.
     """
     for name in ("engine", "words"):
         if getattr(config, name):
-            raise ConfigError(f"{field}.{name}", "is nobody's: the writer claims asks no model; did you mean llm?")
+            raise ConfigError(f"{field}.{name}", "is not for the writer claims, which uses no model; did you mean llm?")
     return Settings()
 
 
@@ -57,50 +53,50 @@ def engines(_: Settings) -> tuple[str, ...]:
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
     for evidence in inputs:
-        teachers, student = (
-            [collect_claims(t) for t in evidence.teachers],
-            [collect_claims(t) for t in evidence.student],
-        )
-        checks = list(_checks(teachers, student, evidence.num_agree))
-        demands = tuple(_demand(number, check, teachers, student) for number, check in enumerate(checks, start=1))
-        if demands:
-            yield WrittenRubric(criteria=demands)
+        teachers = [collect_claims(text) for text in evidence.teachers]
+        student = [collect_claims(text) for text in evidence.student]
+        checks = enumerate(_choose_checks(teachers, student, evidence.num_agree), start=1)
+        criteria = tuple(_build_criterion(number, check, teachers, student) for number, check in checks)
+        if criteria:
+            yield WrittenRubric(criteria=criteria)
         else:
             yield WrittenRubric(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
 
 
-def _checks(teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims], num_agree: int) -> Iterator[Check]:
+def _choose_checks(
+    teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims], num_agree: int
+) -> Iterator[Check]:
     votes = Counter(claim for teacher in teachers for claim in teacher.all)
-    agreed = agreement(votes, num_agree)
+    agreed = find_agreed(votes, num_agree)
     if not agreed:
         return
-    borne_out = agreed | _borne_out(votes, agreed, num_agree)
+    supported = agreed | _find_supported(votes, agreed, num_agree)
     missed = [claim for claim in agreed if not all(claim in caption for caption in student)]
-    things = {claim for caption in student for claim in caption.all if claim.kind == "object"}
-    yield from (Check(how="states", claims=frozenset({claim})) for claim in _sorted(missed))
-    yield from (Check(how="avoids", claims=frozenset({claim})) for claim in _sorted(things - borne_out))
+    objects = {claim for caption in student for claim in caption.all if claim.kind == "object"}
+    yield from (Check(how="states", claims=frozenset({claim})) for claim in _sort_claims(missed))
+    yield from (Check(how="avoids", claims=frozenset({claim})) for claim in _sort_claims(objects - supported))
     for kind in KINDS:
-        allowed = frozenset(claim for claim in borne_out if claim.kind == kind)
+        allowed = frozenset(claim for claim in supported if claim.kind == kind)
         yield Check(how="only", kind=kind, claims=allowed, may_be_silent=not allowed & agreed)
     yield Check(how="plain")
 
 
-def agreement(votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
-    """The committee's word: what enough teachers say, and no more or as many of them contradict."""
+def find_agreed(votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
+    """Claims that enough teachers make, and that fewer teachers contradict."""
     enough = {claim for claim, num in votes.items() if num >= num_agree}
     return {c for c in enough if not any(contradicts(c, other) and votes[other] >= votes[c] for other in enough)}
 
 
-def _borne_out(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
-    """What may be said besides what is agreed: nothing that contradicts it.
+def _find_supported(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
+    """Claims that are allowed beyond the agreed ones, which they do not contradict.
 
-    One teacher's word may be its own mistake, that of more than half of those who make an agreement hardly is.
+    One teacher alone may be mistaken; more than half of those needed for an agreement rarely are.
     """
-    others = {claim for claim, num in votes.items() if 2 * num > num_agree} | set(_entailed(agreed))
-    return {claim for claim in others if not any(contradicts(claim, word) for word in agreed)}
+    others = {claim for claim, num in votes.items() if 2 * num > num_agree} | set(_derive_relations(agreed))
+    return {claim for claim in others if not any(contradicts(claim, other) for other in agreed)}
 
 
-def _demand(
+def _build_criterion(
     number: int, check: Check, teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims]
 ) -> RubricCriterion:
     kind = check.kind or next((claim.kind for claim in check.claims), None)
@@ -116,12 +112,12 @@ def _demand(
     )
 
 
-def _sorted(claims: Iterable[Claim]) -> list[Claim]:
+def _sort_claims(claims: Iterable[Claim]) -> list[Claim]:
     return sorted(claims, key=lambda claim: (KINDS.index(claim.kind), claim))
 
 
-def _entailed(claims: Iterable[Claim]) -> Iterator[Claim]:
-    """Directions that follow over several steps: what is left of something is left of all that this is left of."""
+def _derive_relations(claims: Iterable[Claim]) -> Iterator[Claim]:
+    """Relations that follow from others: left of A, which is left of B, is left of B."""
     for word in DIRECTIONS:
         known = {(c.about, c.other) for c in claims if c.kind == "relation" and c.value == word}
         more = known

@@ -310,9 +310,9 @@ def test_what_is_filled_in_is_not_filled_again() -> None:
     [
         ("", "recipes/mine.toml: prompt: is missing"),
         ('prompt = "{alt}"\n', "recipes/mine.toml: prompt: {alt} is not a field; the fields are {alt_text}"),
-        ('prompt = "{alt_text}"\n', "prompt_without_alt_text must say what to ask"),
+        ('prompt = "{alt_text}"\n', "prompt_without_alt_text is needed"),
         ('promt = "x"\n', "recipes/mine.toml: promt: unknown key; did you mean 'prompt'"),
-        ('prompt = "x"\n[schema]\ntype = "object"\n', "schema and text belong together"),
+        ('prompt = "x"\n[schema]\ntype = "object"\n', "schema and text need each other"),
         ('prompt = "x"\ntext = "{a}"\n[schema]\ntype = "object"\n', "text: {a} is not a field"),
         ('prompt = "x"\ntext = "x"\n[schema]\npattern = "x"\n', "schema: 'pattern' is not supported"),
         ('prompt = "x"\nflags = "klingon"\n', "recipes/mine.toml: flags: 'klingon' is none of broken, english"),

@@ -99,7 +99,7 @@ def written(draw: st.DrawFn) -> tuple[list[str], list[str], tuple[RubricCriterio
 def test_all_criteria_met_is_one_and_what_is_agreed_meets_them(made: tuple[list[str], list[str], Any]) -> None:
     teachers, _, asked = made
     votes = Counter(claim for text in teachers for claim in parse_caption(text).claims)
-    agreed = claims.agreement(votes, count_majority(len(teachers)))
+    agreed = claims.find_agreed(votes, count_majority(len(teachers)))
     named = {claim.about for claim in agreed if claim.kind == "object"}
     text = write_caption(sorted(c for c in agreed if c.kind not in ("size", "texture") or c.about in named), Random(0))
     if asked:
@@ -599,7 +599,7 @@ def test_the_order_of_criteria_changes_no_judge(shuffled: list[RubricCriterion])
     [
         ({"words": "text_only"}, None, "score.mine.words: is used by a judge only"),
         ({"judge": "m", "words": "text"}, None, "score.mine.words: 'text' is none of .*did you mean 'text_only'"),
-        ({"judge": "m", "words": "dense"}, None, "rubrics/dense.toml: criteria: these are a rubric of its own"),
+        ({"judge": "m", "words": "dense"}, None, "rubrics/dense.toml: criteria: are fixed in this file"),
         ({"judge": "m", "words": "mine"}, "prompt = '{caption}'", "rubrics/mine.toml: prompt: must have {criteria}"),
     ],
 )
@@ -827,7 +827,7 @@ def test_all_makes_no_rubric_that_nothing_of_it_reads(tmp_path: Path) -> None:
         ({"teachers": ["a", "student"]}, "student is 'student', which is one of the teachers too"),
         ({"agree": 4}, "agree = 4 is more than the 3 teachers"),
         ({"writer": "claim"}, "rubric.mine.writer: 'claim' is none of claims, llm; did you mean 'claims'"),
-        ({"engine": "model"}, "rubric.mine.engine: is nobody's"),
+        ({"engine": "model"}, "rubric.mine.engine: is not for the writer claims"),
         ({"writer": "llm"}, "rubric.mine.engine: is missing"),
         ({"writer": "llm", "engine": "modle"}, "rubric.mine.engine: 'modle' is none of model"),
     ],
