@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import config
 from pipeline.commands import init
 from tests.support.pages import list_blocks
-from tests.support.runs import corpus, make
+from tests.support.runs import corpus, make, recap
 
 CAPTIONS = ("dense", "headline", "short", "student", "one", "two", "three")
 ENGINES = ("captioner", "judge", "writer", "student", "large")
@@ -70,7 +69,7 @@ def documented_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block.text)
     (run / "run.toml").write_text(as_toml(merge(BASE, changes)))
-    init.extend_plan(config.load(run))
+    recap("plan", "--run", run)
     assert make(run).exit_code == 0
     return home
 

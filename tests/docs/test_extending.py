@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from pipeline import config, plugins
-from pipeline.commands import init
 from pipeline.errors import ConfigError
 from tests.docs.conftest import BASE, as_toml, merge
 from tests.support.pages import list_blocks
@@ -63,7 +62,7 @@ def begin(project: Path, zips: Path) -> Path:
     values["source"]["path"] = str(zips)
     run = project / "runs" / "photos"
     (run / "run.toml").write_text(as_toml(values))
-    init.extend_plan(config.load(run))
+    recap("plan", "--run", run)
     return run
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import config
 from pipeline.cli import app
-from pipeline.commands import init
-from pipeline.execution.passes import list_passes
 from pipeline.storage.database import RECORDS
 from stages import recipes, rubrics
 from tests.docs.conftest import BASE, as_toml, merge, plain_engines
@@ -79,7 +77,7 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("block", TOML_BLOCKS, ids=lambda block: block.id)
-def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path) -> None:
+def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path, documented_run: Path) -> None:
     values = tomllib.loads(block.text)
     if block.file:
         folder, name = Path(block.file).parent.name, Path(block.file).stem
@@ -94,8 +92,9 @@ def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path) -> None:
             target = tmp_path / Path(other.file).parent.name / Path(other.file).name
             target.parent.mkdir(exist_ok=True)
             target.write_text(other.text)
-    run = config.parse(merge(BASE, values), file=tmp_path / "run.toml")
-    assert list_passes(run)
+    (tmp_path / "run.toml").write_text(as_toml(merge(BASE, values)))
+    shutil.copy(documented_run / "runs" / "photos" / "plan.parquet", tmp_path)
+    assert "caption:dense" in recap("status", "--run", tmp_path).stdout
 
 
 def test_the_full_run_toml_runs(tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_the_full_run_toml_runs(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.toml").write_text(as_toml(values))
-    init.extend_plan(config.load(run))
+    recap("plan", "--run", run)
     assert make(run).exit_code == 0
     written = files(run)
     assert {"image/00000.parquet", "verdict/00000.parquet", "export/README.md", "export/stats.json"} <= written.keys()
