@@ -1,6 +1,6 @@
-"""Decides what a row is: the fields of every table, their types, their units and the statuses they may have.
+"""Records: the rows of every table, with their types, units and statuses.
 
-A record is a frozen dataclass; its Arrow schema is derived from its annotations and from nothing else.
+A record is a frozen dataclass; its Arrow schema is derived from its annotations alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "erro
 ScoreStatus = Literal["ok", "unknown", "error"]
 RubricStatus = Literal["ok", "empty", "error"]
 Severity = Literal["critical", "important", "minor"]
-SEVERITY_WEIGHTS: Mapping[Severity, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}  # RubiCap's
+SEVERITY_WEIGHTS: Mapping[Severity, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}  # as in RubiCap
 
 
 class Record:
@@ -41,9 +41,9 @@ def status_of(row: Record) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of the corpus: samples `start` to `stop` of `file`; `stop` is None when only reading would tell."""
+    """A range of the corpus: samples `start` to `stop` of `file`; `stop` is None when it is unknown before reading."""
 
-    file: str  # what the source calls it: a path, a URL, the name of a split
+    file: str  # the source's name for it: a path, a URL, the name of a split
     start: int = 0
     stop: int | None = None
     num_bytes: int | None = None
@@ -75,15 +75,15 @@ class Planned(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """A sample as the corpus has it, before anybody looked at its pixels."""
+    """A sample as the corpus has it, not yet decoded."""
 
-    source_key: str  # what the corpus calls it
-    data: bytes | None  # the image file; None when there is none to be had, `error` says why
+    source_key: str  # the corpus's name for it
+    data: bytes | None  # the image file; None when it is unavailable, see `error`
     alt_text: str | None = None
-    metadata: str = "{}"  # JSON: all else that the corpus knows of the sample
+    metadata: str = "{}"  # JSON: everything else in the corpus about the sample
     error: str | None = None
-    file: str | None = None  # the plain tar in which the bytes already lie, with ...
-    offset: int | None = None  # ... the byte at which they begin; None: they are to be packed
+    file: str | None = None  # the plain tar that holds the bytes; None: ingest packs them
+    offset: int | None = None  # of the bytes in `file`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Image(Record):
     offset: int | None
     num_bytes: int | None
     format: str | None  # Pillow's name in lower case: jpeg, png, webp, gif, avif, tiff, ...
-    width: int | None  # pixels, as displayed: after the EXIF orientation
+    width: int | None  # pixels, as displayed, with the EXIF orientation applied
     height: int | None
     orientation: int | None  # EXIF, 1 to 8; 1 when the file has none
     num_frames: int | None
@@ -127,19 +127,19 @@ class Caption(Record):
     key: str
     name: str
     candidate: int  # from 0
-    text: str  # prose; what came, also when the status is not ok
+    text: str  # prose; the raw answer when the status is not ok
     fields: str | None  # JSON of a structured recipe
     status: CaptionStatus
     error: str | None
-    flags: tuple[str, ...]  # refusal, prompt_leak, meta_commentary, ...: noticed, never cut
+    flags: tuple[str, ...]  # refusal, prompt_leak, meta_commentary, ...; flagged text is kept
     finish_reason: str | None  # stop, length
-    attempt: int  # at which rung of the ladder it came, from 1; 0 when nothing was generated
+    attempt: int  # rung of the sampling ladder, from 1; 0 when nothing was generated
     seed: int
     num_prompt_tokens: int | None
     num_output_tokens: int | None
     model: str
     revision: str
-    prompt_hash: str  # of the words asked, 16 hex digits
+    prompt_hash: str  # of the prompt's fixed text, 16 hex digits
     sampling: str  # JSON of the rung's sampling
     engine: str
 
@@ -153,7 +153,7 @@ class Criterion:
     """A judge's verdict on one criterion of a rubric."""
 
     id: str
-    verdict: str | None  # one of the criterion's ordered answers; None: the judge could not say
+    verdict: str | None  # one of the criterion's ordered answers; None: undecided
     value: float | None  # [0, 1]
     weight: float
     reason: str | None
@@ -161,35 +161,35 @@ class Criterion:
 
 @dataclass(frozen=True, kw_only=True)
 class RubricCriterion:
-    """One criterion of an image's own rubric: what every caption of it is to say, or not to say."""
+    """One criterion of an image's own rubric: what its captions must say, or must not say."""
 
     id: str  # letters, digits and _; unique in its rubric
-    text: str  # can be decided from a caption alone
+    text: str  # can be decided without the image
     severity: Severity
     weight: float  # 3, 2 or 1
     agreed: int  # teachers whose captions meet it
     missed: float  # [0, 1]: share of the student's captions that fail it
-    claim: str | None  # JSON: what it says of claims; None: only a judge can decide it
+    claim: str | None  # JSON: the check of claims; None: only a judge can decide it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRubric(Record):
-    """What a committee of teachers holds against a student's captions of one image."""
+    """The criteria that a student's captions of one image fail, according to a committee of teachers."""
 
     table: ClassVar[str] = "rubric"
     failed: ClassVar[frozenset[str]] = frozenset({"error"})
 
     key: str
     name: str
-    status: RubricStatus  # empty: there is nothing that the teachers agree on, or nothing that the student misses
-    error: str | None  # also why it is empty
+    status: RubricStatus  # empty: the teachers agree on nothing, or the student misses nothing
+    error: str | None  # also the reason for empty
     criteria: tuple[RubricCriterion, ...]
-    num_teachers: int  # whose captions of this image were usable
+    num_teachers: int  # with a usable caption of this image
     writer: str
-    prompt_hash: str | None = None  # of the words asked, 16 hex digits
+    prompt_hash: str | None = None  # of the prompt's fixed text, 16 hex digits
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
-    attempt: int = 0  # at which rung of the ladder it came, from 1; 0 when nobody was asked
+    attempt: int = 0  # rung of the sampling ladder, from 1; 0 when no model was used
     model: str | None = None
     revision: str | None = None
     engine: str | None = None
@@ -201,7 +201,7 @@ class ImageRubric(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Record):
-    """What one scorer says of one caption."""
+    """One scorer's score of one caption."""
 
     table: ClassVar[str] = "score"
     failed: ClassVar[frozenset[str]] = frozenset({"unknown", "error"})
@@ -210,7 +210,7 @@ class Score(Record):
     caption: str  # the caption's pass
     candidate: int
     name: str  # the score's pass
-    value: float | None  # [0, 1]; None is "cannot say", never 0
+    value: float | None  # [0, 1]; None when undecided, never 0
     criteria: tuple[Criterion, ...]
     status: ScoreStatus
     error: str | None
@@ -228,7 +228,7 @@ class Score(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
-    """Kept, or the first reason why not."""
+    """Whether a caption is kept, and the first reason when it is not."""
 
     table: ClassVar[str] = "verdict"
 
@@ -237,7 +237,7 @@ class Verdict(Record):
     candidate: int
     keep: bool
     reason: str | None  # the first rule that refused, unscored:NAME, or the caption's status
-    chosen: bool  # what export takes by default: at most one row of a key
+    chosen: bool  # exported by default: at most one row per key
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -246,7 +246,7 @@ class Verdict(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedScore:
-    """What a pass of the score stage said, where it could say anything."""
+    """A score that is not null, by its pass."""
 
     name: str
     value: float  # [0, 1]
@@ -254,7 +254,7 @@ class NamedScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(Record):
-    """One sample of the finished training set, without its pixels; nothing in it is null, for loaders infer types."""
+    """One sample of the training set, without its pixels; no field is null, because loaders infer types."""
 
     table: ClassVar[str] = "export"
 
@@ -281,7 +281,7 @@ class Exported(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Record):
-    """One point of a learning curve."""
+    """One point of a training curve."""
 
     table: ClassVar[str] = "step"
 
@@ -296,7 +296,7 @@ class Step(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Stat(Record):
-    """How one shard of one pass was made. Rewritten with its table; nothing depends on it."""
+    """Statistics of one shard of one pass. Rewritten with its table; nothing depends on them."""
 
     table: ClassVar[str] = "stats"
 
@@ -305,14 +305,14 @@ class Stat(Record):
     caption: str  # for scores: the caption pass that was scored
     shard: int
     started_at: float  # seconds since 1970, UTC
-    seconds: float  # of its process's time in this attempt: while two shards are under way, each gets half of it
+    seconds: float  # of process time in this attempt; two shards that overlap get half each
     num_rows: int
-    num_new_rows: int  # made in this attempt; the others were kept from an earlier one
+    num_new_rows: int  # from this attempt; the others are from earlier ones
     num_errors: int
-    num_retries: int  # asked again up the sampling ladder
+    num_retries: int  # retries up the sampling ladder
     num_prompt_tokens: int
     num_output_tokens: int
-    waiting: float | None  # [0, 1]: share of the engine that stood empty for want of input, on average over the time
+    waiting: float | None  # [0, 1]: mean share of the engine's slots that were idle for lack of input
     host: str
     pid: int
     code_version: str
@@ -337,35 +337,37 @@ def arrow_schema(record: type[Record]) -> pa.Schema:
     import pyarrow as pa
 
     metadata = {"recap.table": record.table, "recap.version": str(record.version)}
-    return pa.schema(_fields(record), metadata=metadata)
+    return pa.schema(_arrow_fields(record), metadata=metadata)
 
 
 def column_names(record: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(record))
 
 
-def _fields(record: type) -> list[pa.Field]:
+def _arrow_fields(record: type) -> list[pa.Field]:
     import pyarrow as pa
 
     hints = get_type_hints(record)
-    return [pa.field(name, _arrow(hints[name]), nullable=_optional(hints[name])) for name in column_names(record)]
+    return [
+        pa.field(name, _arrow_type(hints[name]), nullable=_is_optional(hints[name])) for name in column_names(record)
+    ]
 
 
-def _optional(hint: Any) -> bool:
+def _is_optional(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
-def _arrow(hint: Any) -> pa.DataType:
+def _arrow_type(hint: Any) -> pa.DataType:
     import pyarrow as pa
 
-    if _optional(hint):
+    if _is_optional(hint):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     if get_origin(hint) is Literal:
         hint = str
     if get_origin(hint) is tuple:
-        return pa.list_(pa.field("element", _arrow(get_args(hint)[0]), nullable=False))
+        return pa.list_(pa.field("element", _arrow_type(get_args(hint)[0]), nullable=False))
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
-        return pa.struct(_fields(hint))
+        return pa.struct(_arrow_fields(hint))
     plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.binary()}
     return plain[hint]

@@ -15,32 +15,32 @@ Schema = dict[str, Any]
 
 
 def build_schema() -> Schema:
-    """Every section, with each plugin that can be named in it; `[slurm.STAGE]` and sections of user stages too."""
+    """The schema of all sections and of each plugin that they may name, with the user's own stages."""
     stages = {name: plugins.load("stages", name) for name in plugins.list_stages(plugins.list_names("stages"))}
-    sections = {name: _stage(module) for name, module in stages.items() if hasattr(module, "Config")}
-    jobs = {kind: _table(Resources) for kind in JOB_KINDS}
+    sections = {name: _describe_stage(module) for name, module in stages.items() if hasattr(module, "Config")}
+    jobs = {kind: _describe_table(Resources) for kind in JOB_KINDS}
     del jobs["server"]["properties"]["workers"]
     more = {
-        "source": _plugins(SOURCES, Corpus),
-        "engines": _by_name(_plugins(ENGINES)),
-        "slurm": _table(SlurmSettings, Resources, more=jobs),
+        "source": _describe_plugins(SOURCES, Corpus),
+        "engines": _describe_names(_describe_plugins(ENGINES)),
+        "slurm": _describe_table(SlurmSettings, Resources, more=jobs),
     }
-    schema = _table(TopLevel, more={**more, **sections})
+    schema = _describe_table(TopLevel, more={**more, **sections})
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "run.toml", **schema, "required": ["source"]}
 
 
-def _stage(module: ModuleType) -> Schema:
+def _describe_stage(module: ModuleType) -> Schema:
     choice = getattr(module, "PLUGINS", None)
-    section = _plugins(choice, module.Config) if choice else _table(module.Config)
-    return _by_name(section) if getattr(module, "NAMED", False) else section
+    section = _describe_plugins(choice, module.Config) if choice else _describe_table(module.Config)
+    return _describe_names(section) if getattr(module, "NAMED", False) else section
 
 
-def _by_name(table: Schema) -> Schema:
+def _describe_names(table: Schema) -> Schema:
     return {"type": "object", "propertyNames": {"pattern": f"^{NAME.pattern}$"}, "additionalProperties": table}
 
 
-def _plugins(choice: PluginChoice, *common: type) -> Schema:
-    """One alternative for each plugin, and one for modules of the user's own, whose keys are unknown here."""
+def _describe_plugins(choice: PluginChoice, *common: type) -> Schema:
+    """One alternative for each plugin, and one for the user's modules, whose keys are unknown here."""
     selector = choice.selector
     own = {"properties": {selector: {"type": "string", "pattern": r"\."}}, "required": [selector]}
     return {"type": "object", "anyOf": [*_alternatives(choice, common), own]}
@@ -48,14 +48,18 @@ def _plugins(choice: PluginChoice, *common: type) -> Schema:
 
 def _alternatives(choice: PluginChoice, common: tuple[type, ...]) -> Iterator[Schema]:
     for name in plugins.list_names(choice.package):
-        table = _table(*common, plugins.load(choice.package, name).Config, more={choice.selector: {"const": name}})
+        table = _describe_table(
+            *common, plugins.load(choice.package, name).Config, more={choice.selector: {"const": name}}
+        )
         required = [] if name == choice.default else [choice.selector]
         yield {"title": name, **table, "required": [*required, *table["required"]]}
 
 
-def _table(*classes: type, more: Mapping[str, Schema] | None = None) -> Schema:
-    """A closed table with the keys of all `classes`, and `more`."""
-    found = [_inline(schema, schema.get("$defs", {})) for schema in (adapter_of(cls).json_schema() for cls in classes)]
+def _describe_table(*classes: type, more: Mapping[str, Schema] | None = None) -> Schema:
+    """A table with the keys of all `classes` and `more`, and no others."""
+    found = [
+        _inline_refs(schema, schema.get("$defs", {})) for schema in (adapter_of(cls).json_schema() for cls in classes)
+    ]
     properties = {name: part for schema in found for name, part in schema["properties"].items()}
     return {
         "type": "object",
@@ -65,13 +69,13 @@ def _table(*classes: type, more: Mapping[str, Schema] | None = None) -> Schema:
     }
 
 
-def _inline(part: Any, definitions: Mapping[str, Schema]) -> Any:
-    """The schema with the tables it refers to in their places, and without pydantic's titles."""
+def _inline_refs(part: Any, definitions: Mapping[str, Schema]) -> Any:
+    """The schema with its references replaced by what they refer to, and without pydantic's titles."""
     if isinstance(part, list):
-        return [_inline(item, definitions) for item in part]
+        return [_inline_refs(item, definitions) for item in part]
     if not isinstance(part, dict):
         return part
     if "$ref" in part:
         part = part | definitions[part["$ref"].rpartition("/")[2]]
     noise = {"$ref", "$defs", *(["title"] if isinstance(part.get("title"), str) else [])}
-    return {name: _inline(value, definitions) for name, value in part.items() if name not in noise}
+    return {name: _inline_refs(value, definitions) for name, value in part.items() if name not in noise}
