@@ -1,18 +1,20 @@
-"""What every engine promises, whatever answers behind it."""
+"""The contract of all engines, run against each of them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,37 +41,73 @@ SCHEMA = json.dumps(
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An engine with what the test must know of it."""
+    """An engine and its limits."""
 
     engine: Engine
-    num_ahead: int  # requests that it may draw beyond the replies that were taken
+    num_ahead: int  # requests that it may draw beyond the replies taken
     num_tokens: int | None = None  # of its context
+
+
+class SharedVllm:
+    """One vLLM engine in this process for all tests of this file, because each start takes up to two minutes."""
+
+    def __init__(self, config: vllm.Config) -> None:
+        self._config = config
+        self._engine: vllm.Vllm | None = None
+
+    def get(self) -> vllm.Vllm:
+        self._engine = self._engine or vllm.open(self._config)
+        return self._engine
+
+    @contextmanager
+    def take(self) -> Iterator[vllm.Vllm]:
+        """Gives the engine to a test that ends it; the next `get` starts another one."""
+        engine, self._engine = self.get(), None
+        with closing_twice(engine):
+            yield engine
+
+
+@pytest.fixture(scope="module")
+def shared_vllm(tiny_model: Path, vllm_flags: dict[str, Any]) -> Iterator[SharedVllm]:
+    shared = SharedVllm(vllm.Config(model=str(tiny_model), **vllm_flags, max_in_flight=8, num_restarts=1))
+    yield shared
+    if shared._engine is not None:
+        with shared.take():
+            pass
+
+
+@contextmanager
+def closing_twice(engine: Engine) -> Iterator[Engine]:
+    yield engine
+    engine.close()
+    engine.close()  # `close` is idempotent
 
 
 @contextmanager
 def open_echo(_: pytest.FixtureRequest) -> Iterator[Opened]:
-    yield Opened(engine=echo.open(echo.Config()), num_ahead=1)
+    with closing_twice(echo.open(echo.Config())) as engine:
+        yield Opened(engine=engine, num_ahead=1)
 
 
 @contextmanager
 def open_transformers(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
     model = str(fixtures.getfixturevalue("tiny_model"))
     config = transformers.Config(model=model, dtype="float32", batch_size=4)
-    yield Opened(engine=transformers.open(config), num_ahead=24, num_tokens=8192)
+    with closing_twice(transformers.open(config)) as engine:
+        yield Opened(engine=engine, num_ahead=24, num_tokens=8192)
 
 
 @contextmanager
 def open_openai(_: pytest.FixtureRequest) -> Iterator[Opened]:
     with Faulty(share=0.1, faults=("500", "429", "broken", "closed")) as server:
         config = openai.Config(model="echo", base_url=server.url, max_in_flight=4)
-        yield Opened(engine=openai.open(config), num_ahead=16)
+        with closing_twice(openai.open(config)) as engine:
+            yield Opened(engine=engine, num_ahead=16)
 
 
 @contextmanager
 def open_vllm(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
-    model, flags = fixtures.getfixturevalue("tiny_model"), fixtures.getfixturevalue("vllm_flags")
-    config = vllm.Config(model=str(model), **flags, max_in_flight=8)
-    yield Opened(engine=vllm.open(config), num_ahead=32, num_tokens=512)
+    yield Opened(engine=fixtures.getfixturevalue("shared_vllm").get(), num_ahead=32, num_tokens=512)
 
 
 @contextmanager
@@ -79,7 +117,8 @@ def open_served(fixtures: pytest.FixtureRequest) -> Iterator[Opened]:
         model="tiny", base_url=str(server.endpoint), max_in_flight=8, max_pixels=tiny.PIXELS**2, give_up_after=60
     )
     num_tokens = fixtures.getfixturevalue("served_flags")["max_model_len"]
-    yield Opened(engine=openai.open(config), num_ahead=32, num_tokens=num_tokens)
+    with closing_twice(openai.open(config)) as engine:
+        yield Opened(engine=engine, num_ahead=32, num_tokens=num_tokens)
 
 
 MODELS = [
@@ -92,10 +131,8 @@ ENGINES = [pytest.param(open_echo, id="echo"), pytest.param(open_openai, id="ope
 
 @pytest.fixture(scope="module", params=ENGINES)
 def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
-    with request.param(request) as found:
-        yield found
-        found.engine.close()
-        found.engine.close()  # closing twice is closing
+    with request.param(request) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -117,14 +154,14 @@ def ask(engine: Engine, *requests: Request) -> list[Reply]:
     return list(engine.generate(requests))
 
 
-def test_there_are_as_many_replies_as_requests_and_in_their_order(engine: Engine) -> None:
+def test_every_request_gets_one_reply_in_order(engine: Engine) -> None:
     alone = [ask(engine, request(n))[0].text for n in range(12)]
     assert [reply.text for reply in ask(engine, *(request(n) for n in range(12)))] == alone
     assert len(set(alone)) > 6
     assert ask(engine) == []
 
 
-def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:
+def test_a_bad_request_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:
     bad: list[dict[str, Any]] = [{"images": (b"",)}, {"schema": "{"}]
     if opened.num_tokens is not None:
         bad += [
@@ -137,7 +174,7 @@ def test_a_request_that_cannot_be_answered_is_an_error_and_its_neighbours_are_an
     assert all(reply.text == "" and reply.attempt == 1 for reply in replies if reply.error)
 
 
-def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Engine) -> None:
+def test_rejected_answers_are_retried_up_the_ladder(engine: Engine) -> None:
     ladder = (HOT, replace(HOT, top_p=0.9), replace(HOT, top_p=0.8))
     attempts: list[Reply] = []
 
@@ -152,13 +189,13 @@ def test_an_answer_that_is_not_accepted_is_asked_again_up_the_ladder(engine: Eng
     assert (reply.attempt, reply.problem, reply.sampling, reply.seed) == (3, "never", ladder[2], 7)
 
 
-def test_a_seed_decides_the_answer_whoever_is_asked_beside(engine: Engine) -> None:
+def test_the_seed_decides_the_answer_in_any_batch(engine: Engine) -> None:
     (first,) = ask(engine, request(0, seed=1))
     crowd = ask(engine, *(request(n) for n in range(1, 7)), request(0, seed=1), request(0, seed=2))
     assert crowd[-2].text == first.text != crowd[-1].text
 
 
-def test_a_schema_is_followed(engine: Engine) -> None:
+def test_answers_follow_the_schema(engine: Engine) -> None:
     ladder = (replace(HOT, max_tokens=256),)
     for reply in ask(engine, *(request(n, schema=SCHEMA, ladder=ladder) for n in range(6))):
         values = json.loads(reply.text)
@@ -166,7 +203,7 @@ def test_a_schema_is_followed(engine: Engine) -> None:
         assert values["verdict"] in ("yes", "partly", "no") and 1 <= values["stars"] <= 5
 
 
-def test_counts_and_log_probabilities_are_of_the_tokens(engine: Engine) -> None:
+def test_there_is_one_log_probability_per_output_token(engine: Engine) -> None:
     without, with_them = ask(engine, request(0), request(0, logprobs=True))
     assert without.logprobs is None and without.num_prompt_tokens
     assert with_them.logprobs is not None and max(with_them.logprobs) <= 0
@@ -211,14 +248,14 @@ def test_requests_are_drawn_lazily(opened: Opened) -> None:
     assert drawn == 3 * opened.num_ahead
 
 
-def test_the_caller_may_stop_early_and_ask_again(engine: Engine) -> None:
+def test_a_caller_may_stop_early_and_call_again(engine: Engine) -> None:
     replies = engine.generate(request(n % 8) for n in range(1000))
     next(replies)
     replies.close()  # type: ignore[attr-defined]
     assert len(ask(engine, request(0), request(1))) == 2
 
 
-def test_what_the_callers_iterator_raises_reaches_the_caller_after_the_replies_before(engine: Engine) -> None:
+def test_an_exception_of_the_request_iterator_follows_the_replies_before_it(engine: Engine) -> None:
     def broken() -> Iterator[Request]:
         yield request(0)
         raise ZeroDivisionError
@@ -234,7 +271,7 @@ GREEDY = Sampling(max_tokens=32)
 
 @pytest.fixture(scope="module")
 def greedy_texts(tiny_model: Path) -> list[str]:
-    """What transformers says of 200 pictures, one at a time."""
+    """The captions of 200 images by transformers, one at a time."""
     engine = transformers.open(transformers.Config(model=str(tiny_model), dtype="float32", batch_size=1))
     texts = [reply.text for reply in ask(engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))]
     engine.close()
@@ -243,11 +280,13 @@ def greedy_texts(tiny_model: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opened", MODELS, indirect=True)
-def test_greedy_captions_agree(opened: Opened, greedy_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy_captions_agree_with_transformers(
+    opened: Opened, greedy_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     replies = ask(opened.engine, *(request(n, ladder=(GREEDY,)) for n in range(200)))
     share = sum(reply.text == text for reply, text in zip(replies, greedy_texts, strict=True)) / 200
     with capsys.disabled():
-        print(f" {type(opened.engine).__name__}: {share:.1%} of 200 greedy captions as transformers says them alone ")
+        print(f" {type(opened.engine).__name__}: {share:.1%} of 200 greedy captions agree with transformers ")
     assert share >= 0.99
     assert len(set(greedy_texts)) > 150
 
@@ -262,7 +301,7 @@ FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [
 
 
 @pytest.mark.parametrize(("share", "failed"), FAILURES)
-def test_echo_fails_as_often_as_it_is_told_to(share: str, failed: Callable[[Reply], bool]) -> None:
+def test_echo_fails_at_the_configured_share(share: str, failed: Callable[[Reply], bool]) -> None:
     schema = SCHEMA if share == "invalid_share" else None
     requests = [request(0, seed=seed, schema=schema) for seed in range(400)]
     replies = ask(echo.open(echo.Config(**{share: 0.25})), *requests)
@@ -270,7 +309,7 @@ def test_echo_fails_as_often_as_it_is_told_to(share: str, failed: Callable[[Repl
     assert replies == ask(echo.open(echo.Config(**{share: 0.25})), *requests)
 
 
-def test_echo_dies_when_told_to() -> None:
+def test_echo_dies_after_die_after_attempts() -> None:
     engine = echo.open(echo.Config(die_after=3))
     replies = engine.generate(request(n) for n in range(9))
     assert [next(replies).error for _ in range(3)] == [None] * 3
@@ -278,13 +317,13 @@ def test_echo_dies_when_told_to() -> None:
         next(replies)
 
 
-def test_echo_reads_every_part_of_a_request() -> None:
+def test_every_part_of_a_request_changes_echos_answer() -> None:
     engine = echo.open(echo.Config())
     changes = [{"prompt": "x"}, {"system": "x"}, {"images": (b"x",)}, {"images": (b"y",)}, {"seed": 1}, {}]
     assert len({ask(engine, request(0, **change))[0].text for change in changes}) == len(changes)
 
 
-def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
+def test_only_the_first_start_is_serialized(tmp_path: Path) -> None:
     inside, go, together = threading.Event(), threading.Event(), threading.Barrier(3)
     order: list[str] = []
 
@@ -314,38 +353,50 @@ def test_only_the_first_start_is_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_is_opened_again_when_it_dies_but_not_for_ever(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
-    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags, num_restarts=1))
+def test_a_vllm_that_crashes_is_restarted_and_one_that_is_terminated_is_not(shared_vllm: SharedVllm) -> None:
     requests = [request(n % 50, ladder=(GREEDY,)) for n in range(150)]
-    undisturbed = [reply.text for reply in ask(engine, *requests)]
-    replies = engine.generate(requests)
-    texts = [next(replies).text for _ in range(5)]
-    core().kill()
-    texts += [reply.text for reply in replies]
-    assert texts == undisturbed
-    replies = engine.generate(requests)
-    next(replies)
-    core().kill()
-    with pytest.raises(EngineDiedError, match="vLLM died 2 times"):
-        list(replies)
-    engine.close()
+    with shared_vllm.take() as engine:
+        undisturbed = [reply.text for reply in ask(engine, *requests)]
+        replies = engine.generate(requests)
+        texts = [next(replies).text for _ in range(5)]
+        find_engine_core().kill()
+        texts += [reply.text for reply in replies]
+        assert texts == undisturbed
+        replies = engine.generate(requests)
+        taken = [next(replies) for _ in range(5)]
+        find_engine_core().terminate()
+        with pytest.raises(EngineDiedError, match="terminated"):
+            taken.extend(replies)
+    assert {reply.finish_reason for reply in taken} <= {"stop", "length"}
+
+
+class CrashedVllm:
+    """Behaves as vLLM's engine does after its process has crashed."""
+
+    errored = True
+    engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=None))
+
+    async def generate(self, *_: Any) -> AsyncIterator[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        raise EngineDeadError
+        yield
+
+    def shutdown(self, timeout: float) -> None:
+        pass
 
 
 @pytest.mark.vllm
-def test_vllm_is_not_opened_again_when_it_was_told_to_end(tiny_model: Path, vllm_flags: dict[str, Any]) -> None:
-    engine = vllm.open(vllm.Config(model=str(tiny_model), **vllm_flags))
-    replies = engine.generate(request(n % 50, ladder=(GREEDY,)) for n in range(150))
-    taken = [next(replies) for _ in range(5)]
-    core().terminate()
-    with pytest.raises(EngineDiedError, match="terminated"):
-        taken.extend(replies)
-    assert {reply.finish_reason for reply in taken} <= {"stop", "length"}
-    engine.close()
+def test_a_vllm_that_crashes_more_than_num_restarts_times_ends_the_engine() -> None:
+    core = vllm._Core(vllm.Config(model="none", num_restarts=0), tokenizer=None)
+    core._engine = CrashedVllm()
+    with pytest.raises(EngineDiedError, match="vLLM died 1 times"):
+        asyncio.run(core.ask({}, request(0), GREEDY, 0))
 
 
-def core() -> BaseProcess:
-    (found,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
-    return found
+def find_engine_core() -> BaseProcess:
+    (core,) = (child for child in multiprocessing.active_children() if "EngineCore" in child.name)
+    return core
 
 
 @pytest.mark.vllm

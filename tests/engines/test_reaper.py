@@ -44,7 +44,7 @@ def test_children_and_grandchildren_end_when_the_parent_is_killed(way: str) -> N
 
 
 @WAYS
-def test_a_reaper_that_is_dismissed_lets_live(way: str) -> None:
+def test_processes_outlive_a_reaper_that_was_stopped(way: str) -> None:
     parent = start_parent(way, "stopped")
     pids = read_pids(parent)
     time.sleep(0.5)  # a reaper that was not stopped would see the pipe break

@@ -1,6 +1,6 @@
-"""Makers of test corpora: real photographs in every dress, hostile files, mutated files; each says what to expect.
+"""Test corpora: photographs in every format and mode, hostile files and mutated files, each with its expected rows.
 
-All are deterministic. Each corpus is a folder as the `folder` source reads it, with alt text in .txt files.
+All are deterministic. A corpus is a directory as the `folder` source reads it, with alt text in .txt files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.records import ImageStatus
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """The image row of one file."""
+    """The expected image row of one file."""
 
     source_key: str  # as the source prints it: UTF-8, other bytes as \\xNN
     status: ImageStatus
@@ -46,21 +46,21 @@ def make_chunk(name: bytes, data: bytes) -> bytes:
 def make_png(
     width: int, height: int, *, depth: int = 8, colour: int = 2, extra: bytes = b"", pixels: bytes = b""
 ) -> bytes:
-    """A PNG that claims `width` x `height` and holds `pixels`, already compressed."""
+    """Returns a PNG whose header has `width` x `height` and whose body is `pixels`, already compressed."""
     header = make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + make_chunk(b"IDAT", pixels) + make_chunk(b"IEND", b"")
 
 
 @cache
 def make_bomb() -> bytes:
-    """A true PNG of 40000 x 40000 black pixels: 1.6 gigapixels in 200 kB."""
+    """Returns a valid PNG of 40000 x 40000 black pixels: 1.6 gigapixels in 200 kB."""
     packer = zlib.compressobj(9)
     rows = [packer.compress(bytes(5001 * 400)) for _ in range(100)]
     return make_png(40000, 40000, depth=1, colour=0, pixels=b"".join(rows) + packer.flush())
 
 
-def rgb48(picture: Image.Image) -> bytes:
-    """A PNG with 16 bits per channel, which Pillow reads but cannot write."""
+def encode_rgb48(picture: Image.Image) -> bytes:
+    """Returns a PNG with 16 bits per channel, which Pillow reads but cannot write."""
     wide = b"".join(bytes((value, 0)) for value in picture.tobytes())
     stride = picture.width * 6
     rows = b"".join(b"\0" + wide[start : start + stride] for start in range(0, len(wide), stride))
@@ -69,7 +69,7 @@ def rgb48(picture: Image.Image) -> bytes:
 
 @cache
 def load_photographs() -> dict[str, bytes]:
-    """The photographs that come inside scikit-image and scikit-learn, by name."""
+    """Returns the photographs that ship with scikit-image and scikit-learn, by name."""
     found = {}
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         spec = find_spec(package)
@@ -80,7 +80,7 @@ def load_photographs() -> dict[str, bytes]:
     return found
 
 
-# What is too small, and three floating-point channels, which Pillow does not read.
+# Two are too small; one has three floating-point channels, which Pillow does not read.
 UNUSUAL: dict[str, ImageStatus] = {
     "multipage.tif": "too_small",
     "no_time_for_that_tiny.gif": "too_small",
@@ -89,15 +89,17 @@ UNUSUAL: dict[str, ImageStatus] = {
 
 
 def write_photographs(folder: Path) -> dict[str, ImageStatus]:
-    """Writes the sample photographs and copies of them in every dress; says the status of each file."""
+    """Writes photographs, and copies in every format and mode. Returns the expected status of each file."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: (data, UNUSUAL.get(name, "ok")) for name, data in load_photographs().items()} | dict(_dressed())
+    files = {name: (data, UNUSUAL.get(name, "ok")) for name, data in load_photographs().items()} | dict(
+        _convert_photographs()
+    )
     for name, (data, _) in files.items():
         (folder / name).write_bytes(data)
     return {name: status for name, (_, status) in sorted(files.items())}
 
 
-def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
+def _convert_photographs() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
     rocket, cat = load_photographs()["rocket.jpg"], load_photographs()["chelsea.png"]
     photo = Image.open(io.BytesIO(rocket))
     small = photo.resize((160, 106))
@@ -111,24 +113,24 @@ def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
         "cmyk.tif": encode(photo.convert("CMYK"), "TIFF"),
         "grey16.png": encode(small.convert("I").point(lambda value: value * 256).convert("I;16"), "PNG"),
         "grey16.tif": encode(small.convert("I").point(lambda value: value * 256).convert("I;16"), "TIFF"),
-        "rgb48.png": rgb48(small),
+        "rgb48.png": encode_rgb48(small),
         "float.tif": encode(small.convert("F"), "TIFF"),
         "one_bit.png": encode(small.convert("1"), "PNG"),
-        "alpha.png": encode(_faded(small), "PNG"),
-        "grey_alpha.png": encode(_faded(small).convert("LA"), "PNG"),
+        "alpha.png": encode(_add_alpha(small), "PNG"),
+        "grey_alpha.png": encode(_add_alpha(small).convert("LA"), "PNG"),
         "palette.png": encode(small.quantize(64), "PNG"),
-        "palette_alpha.png": encode(_faded(small).quantize(64), "PNG"),
+        "palette_alpha.png": encode(_add_alpha(small).quantize(64), "PNG"),
         "animated.gif": encode(turned[0], "GIF", save_all=True, append_images=turned[1:]),
         "animated.webp": encode(small, "WEBP", save_all=True, append_images=[small.transpose(1)]),
         "animated.png": encode(small, "PNG", save_all=True, append_images=[small.transpose(1)]),
-        "lossless.webp": encode(_faded(small), "WEBP", lossless=True),
+        "lossless.webp": encode(_add_alpha(small), "WEBP", lossless=True),
         "photo.avif": encode(small, "AVIF"),
         "packed.tif": encode(small, "TIFF", compression="tiff_lzw"),
         "photo.bmp": encode(small, "BMP"),
         "photo.jp2": encode(small, "JPEG2000"),
         "photo.ppm": encode(small, "PPM"),
         "no_extension": rocket,
-        **{f"turned_{number}.jpg": _oriented(small, number) for number in range(1, 9)},
+        **{f"turned_{number}.jpg": _set_orientation(small, number) for number in range(1, 9)},
     }
     bad: dict[str, tuple[bytes, ImageStatus]] = {
         "cut.jpg": (rocket[: len(rocket) // 2], "unreadable"),
@@ -151,20 +153,23 @@ def _dressed() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
     yield from bad.items()
 
 
-def _faded(picture: Image.Image) -> Image.Image:
+def _add_alpha(picture: Image.Image) -> Image.Image:
     faded = picture.convert("RGBA")
     faded.putalpha(Image.linear_gradient("L").resize(picture.size))
     return faded
 
 
-def _oriented(picture: Image.Image, orientation: int) -> bytes:
+def _set_orientation(picture: Image.Image, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(picture, "JPEG", exif=exif)
 
 
 def write_hostile_files(folder: Path, seed: int) -> list[Expected]:
-    """Writes files made to break a reader: bombs, lies, foreign formats, names, alt text; says the row of each."""
+    """Writes files made to break a reader: bombs, false sizes, foreign formats, odd names and alt text.
+
+    Returns the expected row of each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     rows = [*_hostile_images(folder, rng), *_hostile_names(folder, rng), *_hostile_texts(folder, rng)]
@@ -178,7 +183,7 @@ def _hostile_images(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def make_trap_images(rng: random.Random) -> dict[str, tuple[bytes, ImageStatus]]:
-    """Files that are no good picture, or only look as if they were none."""
+    """Returns broken and misleading files with their expected status, by name."""
     photo = _noise(rng, (96, 64))
     jpeg, gif = encode(photo, "JPEG"), encode(photo.quantize(32), "GIF")
     webp, bmp = encode(photo, "WEBP", lossless=True), encode(photo, "BMP")
@@ -241,20 +246,20 @@ def _noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 
 
 def _many_texts(picture: Image.Image) -> bytes:
-    """A PNG with a hundred texts of a megabyte each, none of which is too long for itself."""
+    """Returns a PNG with a hundred text chunks of a megabyte, each within Pillow's limit."""
     text = make_chunk(b"zTXt", b"x\0\0" + zlib.compress(b"x" * 1_000_000))
     whole = encode(picture, "PNG")
     return whole[:33] + text * 100 + whole[33:]  # after the header
 
 
 def _lying_webp(still: bytes) -> bytes:
-    """An extended WebP whose canvas claims the most that its header can say: 2^24 x 2^24."""
+    """Returns an extended WebP with the largest canvas that its header can hold: 2^24 x 2^24."""
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + b"\xff" * 6
     return b"RIFF" + struct.pack("<I", len(still) - 8 + len(canvas)) + b"WEBP" + canvas + still[12:]
 
 
 def _tiff(*entries: tuple[int, int, int], following: int = 0) -> bytes:
-    """A TIFF of 64 x 64 grey pixels with one directory; `entries` are (tag, type, value) besides the usual ones."""
+    """Returns a TIFF of 64 x 64 grey pixels. `entries` are further (tag, type, value) of its one directory."""
     usual = {256: (3, 64), 257: (3, 64), 258: (3, 8), 259: (3, 1), 262: (3, 1), 277: (3, 1), 278: (3, 64)}
     usual |= {273: (4, 8), 279: (4, 64 * 64)} | {tag: (kind, value) for tag, kind, value in entries}
     start = 8 + 64 * 64
@@ -268,7 +273,7 @@ def _lying_tiff() -> bytes:
 
 
 def _looping_tiff() -> bytes:
-    """Its one directory says that it is also the next."""
+    """Returns a TIFF whose only directory names itself as the next."""
     return _tiff(following=8 + 64 * 64)
 
 
@@ -366,12 +371,12 @@ def _healthy() -> list[bytes]:
         encode(face.convert("CMYK"), "JPEG"),
         encode(face.convert("L"), "JPEG"),
         encode(face, "PNG", exif=exif),
-        encode(_faded(face), "PNG"),
-        encode(_faded(face).quantize(64), "PNG"),
+        encode(_add_alpha(face), "PNG"),
+        encode(_add_alpha(face).quantize(64), "PNG"),
         encode(crop, "PNG", **frames),
-        rgb48(face.resize((48, 48))),
+        encode_rgb48(face.resize((48, 48))),
         encode(crop, "WEBP", exif=exif),
-        encode(_faded(face), "WEBP"),
+        encode(_add_alpha(face), "WEBP"),
         encode(face, "WEBP", lossless=True),
         encode(crop, "WEBP", **frames),
     ]

@@ -1,4 +1,4 @@
-"""Decides what a text is worth by its letters alone: a scorer of one's own, for tests, that tells texts apart."""
+"""A user-defined scorer, `kind = "tests.support.letters"`: the share of letters in a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.scorers import Sample, ScoreResult
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Nothing."""
+    """No options."""
 
 
 def score(samples: Iterable[Sample], _: Config, __: Mapping[str, Engine]) -> Iterator[ScoreResult]:

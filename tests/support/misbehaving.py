@@ -1,4 +1,4 @@
-"""A probe that crashes, hangs or leaks on command, as hostile files make decoders do."""
+"""A probe that crashes, hangs or lists its environment on command, as hostile files make decoders do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def probe(data: bytes, *, limits: images.Limits) -> images.Probe:
     if data.startswith(b"crash"):
         ctypes.string_at(0)
     if data.startswith(b"hang"):
-        ctypes.PyDLL(None).sleep(3600)  # like a C library: no Python runs meanwhile
+        ctypes.PyDLL(None).sleep(3600)  # like a C library: no Python code runs meanwhile
     if data.startswith(b"leave"):
         os._exit(3)
     if data.startswith(b"raise"):

@@ -1,4 +1,4 @@
-"""A user-defined engine, `kind = "tests.support.recording"`: answers like echo and records each call."""
+"""A user-defined engine, `kind = "tests.support.recording"`: answers like echo and logs each call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.engines import Engine, Reply, Request, echo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    name: str = key(help="what it is called in the record", stamp=False)
-    record: str = key(help="the file that it writes to", stamp=False)
-    overlap: int = key(1, "calls of generate that must be under way together before any answers", stamp=False)
+    name: str = key(help="the engine's name in the log", stamp=False)
+    record: str = key(help="the log file", stamp=False)
+    overlap: int = key(1, "calls of generate that must run at once before any of them answers", stamp=False)
 
 
 def open(config: Config) -> Engine:  # noqa: A001
@@ -26,17 +26,17 @@ class Recording(echo.Echo):
     def __init__(self, settings: Config) -> None:
         super().__init__(echo.Config())
         self._settings = settings
-        self._together = threading.Barrier(settings.overlap)
-        self._note("open")
+        self._barrier = threading.Barrier(settings.overlap)
+        self._log_event("open")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        self._together.wait(timeout=60)
-        self._note("generate")
+        self._barrier.wait(timeout=60)
+        self._log_event("generate")
         yield from super().generate(requests)
 
     def close(self) -> None:
-        self._note("close")
+        self._log_event("close")
 
-    def _note(self, event: str) -> None:
+    def _log_event(self, event: str) -> None:
         with Path(self._settings.record).open("a") as file:
             file.write(f"{event} {self._settings.name}\n")

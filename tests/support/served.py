@@ -1,4 +1,4 @@
-"""Starts `recap serve` in a process of its own, as a user does."""
+"""Model servers for tests: `recap serve` in its own process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ModelServer:
-    endpoint: Path  # the file that says where the server is
+    endpoint: Path  # the file with the server's address
     process: subprocess.Popen[bytes]
 
     @property
@@ -28,34 +28,34 @@ class ModelServer:
         return str(json.loads(self.endpoint.read_text())["base_url"]).removesuffix("/v1")
 
     def num_answered(self) -> int:
-        """How many requests it has answered, by its own count."""
+        """Returns the number of requests answered, by the server's own metrics."""
         with urllib.request.urlopen(f"{self.address}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total")))
 
     def kill(self) -> None:
-        """As a machine does that is switched off: nothing is tidied up."""
+        """Ends the server as a power failure does, without cleanup."""
         self.process.kill()
         self.process.wait()
 
 
 @contextmanager
 def serve_model(model: Path, **keys: Any) -> Iterator[ModelServer]:
-    """The model, served under the name "tiny" until the block ends. `keys` are those of `[engines.NAME.serve]`."""
+    """Serves the model under the name "tiny" until the block ends. `keys` are those of `[engines.NAME.serve]`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         (run / "models").mkdir()
         (run / "models" / "tiny").symlink_to(model)
-        (run / "run.toml").write_text(_run_toml(keys))
+        (run / "run.toml").write_text(_write_run_toml(keys))
         with start_server(run, "tiny") as served:
             yield served
 
 
 @contextmanager
 def start_server(run: Path, engine: str) -> Iterator[ModelServer]:
-    """The server of an engine of a run, until the block ends."""
+    """Runs the server of an engine of a run until the block ends."""
     endpoint = run / "endpoints" / f"{engine}.json"
-    endpoint.unlink(missing_ok=True)  # of one that was killed
+    endpoint.unlink(missing_ok=True)  # left by a server that was killed
     process = subprocess.Popen([sys.executable, "-m", "tests.support.served", str(run), engine], start_new_session=True)
     try:
         while not endpoint.exists():
@@ -71,15 +71,15 @@ def start_server(run: Path, engine: str) -> Iterator[ModelServer]:
             raise
 
 
-def _run_toml(keys: dict[str, Any]) -> str:
+def _write_run_toml(keys: dict[str, Any]) -> str:
     lines = ['[source]\nkind = "folder"\npath = "."', '[engines.tiny]\nkind = "openai"\nmodel = "tiny"']
     lines += ['base_url = "endpoint"\n[engines.tiny.serve]']
-    given = {"kv_cache_gib": 1} | keys
-    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in given.items())])
+    options = {"kv_cache_gib": 1} | keys
+    return "\n".join([*lines, *(f"{name} = {json.dumps(value)}" for name, value in options.items())])
 
 
-def _end_with(parent: int) -> None:
-    """No test that is killed leaves a server behind."""
+def _end_with_parent(parent: int) -> None:
+    """Ends the server with its parent, so that a killed test leaves none behind."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     from pipeline import config
     from pipeline.commands import serve
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     serve.serve_engine(config.load(Path(sys.argv[1])), sys.argv[2])

@@ -1,6 +1,6 @@
-"""Makes an untrained Qwen2.5-VL that any engine can load: a folder with weights, tokenizer, processor, chat template.
+"""Untrained models that any engine can load: weights, tokenizer, processor and chat template.
 
-Its answers mean nothing, but they are ASCII, hang on the picture, and end by themselves now and then.
+Their answers are meaningless, but are ASCII text that depends on the image and sometimes ends by itself.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CHAT_TEMPLATE = (
 def save_vision_model(
     folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2, edge: int = PIXELS
 ) -> Path:
-    """Writes the model, which sees pictures of up to `edge` x `edge` pixels, into `folder`, which is returned."""
-    tokenizer = _tokenizer()
-    _processor(tokenizer, edge).save_pretrained(folder)
-    _model(tokenizer, seed=seed, hidden=hidden, num_layers=num_layers).save_pretrained(folder)
+    """Saves an untrained Qwen2.5-VL, which sees images of up to `edge` x `edge` pixels. Returns `folder`."""
+    tokenizer = _make_tokenizer()
+    _make_processor(tokenizer, edge).save_pretrained(folder)
+    _make_model(tokenizer, seed=seed, hidden=hidden, num_layers=num_layers).save_pretrained(folder)
     return folder
 
 
 def save_text_model(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers: int = 2) -> Path:
-    """Writes an untrained Qwen2, which sees no pictures, into `folder`, which is returned."""
+    """Saves an untrained Qwen2, which takes text only. Returns `folder`."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = _tokenizer()
+    tokenizer = _make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -60,32 +60,32 @@ def save_text_model(folder: Path, *, seed: int = 0, hidden: int = 64, num_layers
     )
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     with torch.no_grad():
-        model.lm_head.weight.copy_(_head(tokenizer, model.lm_head.weight, end))
-        model.lm_head.weight[tokenizer.convert_tokens_to_ids('"')] *= 3  # what it quotes in JSON ends soon
+        model.lm_head.weight.copy_(_make_head(tokenizer, model.lm_head.weight, end))
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids('"')] *= 3  # so that its JSON strings are short
     model.to(torch.float32).save_pretrained(folder)
     return folder
 
 
 def make_picture(n: int, *, edge: int = PIXELS) -> bytes:
-    """Picture `n`, as the bytes of a PNG file: rectangles of random colours."""
+    """Returns picture `n` as a PNG file: rectangles of random colours."""
     from PIL import Image, ImageDraw
 
     random = Random(f"picture {n}")
-    image = Image.new("RGB", (edge, edge), _colour(random))
+    image = Image.new("RGB", (edge, edge), _draw_colour(random))
     draw = ImageDraw.Draw(image)
     for _ in range(6):
         x, y = random.randrange(edge), random.randrange(edge)
-        draw.rectangle((x, y, x + edge // 3, y + edge // 3), fill=_colour(random))
+        draw.rectangle((x, y, x + edge // 3, y + edge // 3), fill=_draw_colour(random))
     out = BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
-def _colour(random: Random) -> tuple[int, int, int]:
+def _draw_colour(random: Random) -> tuple[int, int, int]:
     return random.randrange(256), random.randrange(256), random.randrange(256)
 
 
-def _tokenizer() -> Any:
+def _make_tokenizer() -> Any:
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -101,7 +101,7 @@ def _tokenizer() -> Any:
     )
 
 
-def _processor(tokenizer: Any, edge: int) -> Any:
+def _make_processor(tokenizer: Any, edge: int) -> Any:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     sizes = {"min_pixels": 28 * 28, "max_pixels": edge * edge}
@@ -113,7 +113,7 @@ def _processor(tokenizer: Any, edge: int) -> Any:
     )
 
 
-def _model(tokenizer: Any, *, seed: int, hidden: int, num_layers: int) -> Any:
+def _make_model(tokenizer: Any, *, seed: int, hidden: int, num_layers: int) -> Any:
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -154,12 +154,12 @@ def _model(tokenizer: Any, *, seed: int, hidden: int, num_layers: int) -> Any:
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], bos_token_id=ids["<|endoftext|>"]
     )
     with torch.no_grad():
-        model.lm_head.weight.copy_(_head(tokenizer, model.lm_head.weight, ids["<|im_end|>"]))
+        model.lm_head.weight.copy_(_make_head(tokenizer, model.lm_head.weight, ids["<|im_end|>"]))
     return model.to(torch.float32)
 
 
-def _head(tokenizer: Any, weight: Any, end: int) -> Any:
-    """A head that says printable ASCII, and <|im_end|> now and then."""
+def _make_head(tokenizer: Any, weight: Any, end: int) -> Any:
+    """Returns an output layer that produces printable ASCII and sometimes <|im_end|>."""
     import torch
 
     head = torch.randn_like(weight) * 0.4
