@@ -24,8 +24,7 @@ from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
 from stages import caption, recipes, rubrics
 from stages.text.prompts import derive_seed, fence_text, fill_template, sanitise_text, truncate_text
-
-RECIPE = tables.Provenance(stage="", name="", version=1, slice={}, inputs={})
+from tests.support.scoring import PROVENANCE
 
 
 def image(index: int, **changes: Any) -> Image:
@@ -67,7 +66,7 @@ def pass_of(folder: Path, section: dict[str, Any] | None = None, **sections: Any
 def shard_of(folder: Path, images: list[Image], **sections: Any) -> Iterator[Shard]:
     """A run with one shard, whose image n is the eight bytes of its number."""
     plan.write_plan(folder / "plan.parquet", [Piece(file="f", start=0, stop=len(images) or 1)], shard_size=10_000)
-    tables.write_rows(table_path(folder, "image", 0), Image, images, RECIPE)
+    tables.write_rows(table_path(folder, "image", 0), Image, images, PROVENANCE)
     (folder / "shards").mkdir(exist_ok=True)
     (folder / "shards" / "00000.tar").write_bytes(b"".join(f"{i:08d}".encode() for i in range(len(images))))
     frozen, _ = plan.Plan.load(folder / "plan.parquet")
@@ -167,8 +166,10 @@ def test_where_chooses_by_the_best_candidate_of_another_pass(tmp_path: Path) -> 
     ]
     for name in ("judge", "text"):
         rows = [row for row in scores if row.name == name]
-        tables.write_rows(table_path(tmp_path, f"score/{name}/short", 0), Score, rows, RECIPE)
-    tables.write_rows(table_path(tmp_path, "score/judge/dense", 0), Score, [score(2, 0, 0.1, caption="dense")], RECIPE)
+        tables.write_rows(table_path(tmp_path, f"score/{name}/short", 0), Score, rows, PROVENANCE)
+    tables.write_rows(
+        table_path(tmp_path, "score/judge/dense", 0), Score, [score(2, 0, 0.1, caption="dense")], PROVENANCE
+    )
     assert keys_where(tmp_path, "judge < 0.5", of="short") == [1, 5]
     assert keys_where(tmp_path, "judge < 0.5 AND alt_text IS NULL", of="short") == [1]
     assert keys_where(tmp_path, "judge IS NULL", of="short") == [2, 3]
