@@ -200,7 +200,7 @@ def print_status(
     from pipeline.storage.database import find_leftovers
 
     state = RunState(config.load(run))
-    monitor = JobMonitor.query(state)
+    monitor = JobMonitor.query_slurm(state)
     passes = status.summarise_passes(state, monitor)
     print(status.format_json(passes) if as_json else status.format_table(passes, monitor))
     if folders := find_leftovers(state.run):

@@ -1,4 +1,4 @@
--- What each pass costs, and a forecast for the whole plan from the shards done so far: tokens, rates, hours, files.
+-- The cost of each pass, and an estimate for the whole plan from the finished shards: tokens, rates, hours, files.
 WITH planned AS (SELECT max(shard) + 1 AS num_shards FROM plan)
 SELECT stage, name, caption, count(*) AS shards, any_value(num_shards) AS planned,
     sum(num_rows) AS num_rows, sum(num_errors) AS failed, sum(num_retries) AS retries,

@@ -1,4 +1,4 @@
--- How long the captions are, in words, beside the corpus's own alt text.
+-- Caption lengths in words, compared with the corpus's own alt text.
 WITH words AS (
     SELECT name AS caption, len(regexp_extract_all(text, '\S+')) AS num_words FROM caption WHERE status = 'ok'
     UNION ALL SELECT '(alt text)', len(regexp_extract_all(alt_text, '\S+')) FROM image WHERE alt_text IS NOT NULL

@@ -1,4 +1,4 @@
--- What became of every input, and of every caption, rubric and score that was asked for, with the commonest message.
+-- Row counts by status for images, captions, rubrics and scores, with the most common error.
 SELECT 'image' AS made, '' AS name, status, count(*) AS num_rows, mode(error) AS commonest_error FROM image GROUP BY ALL
 UNION ALL SELECT 'caption', name, status, count(*), mode(error) FROM caption GROUP BY ALL
 UNION ALL SELECT 'rubric', name, status, count(*), mode(error) FROM rubric GROUP BY ALL

@@ -1,4 +1,4 @@
--- How many images came in, were usable, were captioned, kept and exported.
+-- Numbers of images that were read, usable, captioned, kept and exported.
 SELECT 'images' AS step, count(*) AS images, 1.0 AS share FROM image
 UNION ALL SELECT 'usable', count(*), count(*) / nullif((SELECT count(*) FROM image), 0) FROM image WHERE status = 'ok'
 UNION ALL SELECT 'captioned', count(DISTINCT key), count(DISTINCT key) / nullif((SELECT count(*) FROM image), 0) FROM caption WHERE status = 'ok'

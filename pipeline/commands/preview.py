@@ -88,7 +88,7 @@ def _format_images(shard: Shard, passes: list[Pass]) -> Iterator[str]:
     for image in shard.read_table("image", Image):
         size = f"{image.width} x {image.height}" if image.width else image.error
         yield f"{image.key}  {image.source_key}  ({image.status}, {size})"
-        yield _wrap("alt text", image.alt_text or "(none)")
+        yield _wrap_text("alt text", image.alt_text or "(none)")
         yield from results.get(image.key, [])
         yield ""
 
@@ -99,23 +99,28 @@ def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
         for caption in shard.read_table(p.folder, Caption):
             status = "" if caption.status == "ok" else f" [{caption.status}: {caption.error}]"
             flags = f" {','.join(caption.flags)}" if caption.flags else ""
-            yield caption.key, _wrap(f"{p.name} {caption.candidate}{status}{flags}", caption.text)
+            yield caption.key, _wrap_text(f"{p.name} {caption.candidate}{status}{flags}", caption.text)
     elif p.record is Score:
         for score in shard.read_table(p.folder, Score):
             value = score.status if score.value is None else f"{score.value:.2f}"
-            yield score.key, _wrap(f"{p.title} {score.candidate}", value)
+            yield score.key, _wrap_text(f"{p.title} {score.candidate}", value)
             for answer in score.criteria:
-                yield score.key, _wrap(f"  {answer.id}", f"{answer.verdict or 'cannot say'}: {answer.reason or ''}")
+                yield (
+                    score.key,
+                    _wrap_text(f"  {answer.id}", f"{answer.verdict or 'cannot say'}: {answer.reason or ''}"),
+                )
     else:
         for rubric in shard.read_table(p.folder, ImageRubric):
-            yield rubric.key, _wrap(p.title, rubric.error or f"{len(rubric.criteria)} criteria")
+            yield rubric.key, _wrap_text(p.title, rubric.error or f"{len(rubric.criteria)} criteria")
             for criterion in rubric.criteria:
                 yield (
                     rubric.key,
-                    _wrap(f"  {criterion.id} ({criterion.severity}, missed {criterion.missed:.0%})", criterion.text),
+                    _wrap_text(
+                        f"  {criterion.id} ({criterion.severity}, missed {criterion.missed:.0%})", criterion.text
+                    ),
                 )
 
 
-def _wrap(title: str, text: str) -> str:
+def _wrap_text(title: str, text: str) -> str:
     width = max(40, shutil.get_terminal_size((100, 24)).columns)
     return textwrap.fill(text, width, initial_indent=f"{INDENT}{title}: ", subsequent_indent=INDENT * 2)

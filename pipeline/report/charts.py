@@ -195,7 +195,8 @@ def plot_curves(title: str, lines: Sequence[Line]) -> Chart:
         grid=TOP,
         axis_start=LEFT,
         paths=tuple(
-            Path(label=line.label, tone=f"line {line.tone}", d=_trace(line.points, last, low, high)) for line in lines
+            Path(label=line.label, tone=f"line {line.tone}", d=_trace_points(line.points, last, low, high))
+            for line in lines
         ),
         texts=(
             Text(label=_format_value(high), x=LEFT - 6, y=TOP + 4, anchor="end"),
@@ -206,7 +207,7 @@ def plot_curves(title: str, lines: Sequence[Line]) -> Chart:
     )
 
 
-def _trace(points: Sequence[tuple[float, float]], last: float, low: float, high: float) -> str:
+def _trace_points(points: Sequence[tuple[float, float]], last: float, low: float, high: float) -> str:
     width, height = WIDTH - LEFT - 2, AXIS - TOP
     spread = (high - low) or 1.0
     steps = (f"{LEFT + width * x / last:.1f} {TOP + height * (high - y) / spread:.1f}" for x, y in points)

@@ -71,23 +71,23 @@ def write_report(run: Run, *, num_images: int = 36) -> Path:
         num_images: maximum number of samples to show.
     """
     path = run.folder / "report.html"
-    text = render(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
+    text = render_page(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
     with tables.open_atomic(path) as file:
         file.write(text.encode())
     return path
 
 
-def render(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
+def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
     sections = list(_list_sections(numbers, sheets))
     template = make_environment().get_template("report.html.j2")
-    return template.render(numbers=numbers, summary=summarise(numbers), sections=sections)
+    return template.render(numbers=numbers, summary=summarise_run(numbers), sections=sections)
 
 
 def make_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
         autoescape=True,
-        finalize=_format,
+        finalize=_format_value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -104,7 +104,7 @@ def make_environment() -> Environment:
         "answer": describe_answer,
         "answer_parts": _answer_parts,
         "base64": lambda data: base64.b64encode(data).decode(),
-        "clip": clip,
+        "clip": clip_text,
         "date": lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):%d %B %Y, %H:%M} UTC",
         "duration": format_duration,
         "group_answers": _group_answers,
@@ -169,7 +169,7 @@ def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[
     )
 
 
-def summarise(numbers: ReportNumbers) -> str:
+def summarise_run(numbers: ReportNumbers) -> str:
     """The run in a sentence or two."""
     funnel = numbers.funnel
     missing = max(0, (numbers.num_planned or 0) - funnel["in"])
@@ -184,23 +184,24 @@ def summarise(numbers: ReportNumbers) -> str:
     return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + f"{parts[-1]}.{more}"
 
 
-def _format(value: Any) -> Any:
+def _format_value(value: Any) -> Any:
     """Coordinates to two decimals, and text with its invisible characters replaced."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
     if isinstance(value, str) and not isinstance(value, Markup):
-        return INVISIBLE.sub(lambda match: _make_visible(ord(match[0])), value)
+        return INVISIBLE.sub(_make_visible, value)
     return value
 
 
-def _make_visible(code: int) -> str:
+def _make_visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
 
 
-def clip(text: str, limit: int) -> str:
+def clip_text(text: str, limit: int) -> str:
     """Text cut to `limit` characters, followed by its full length.
 
-    >>> clip("abcdef", 3)
+    >>> clip_text("abcdef", 3)
     'abc… (6 characters)'
     """
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
@@ -208,7 +209,7 @@ def clip(text: str, limit: int) -> str:
 
 def describe_answer(answer: Answer | Criterion) -> str:
     if answer.verdict is not None:
-        return clip(answer.verdict, 60)
+        return clip_text(answer.verdict, 60)
     return "cannot say" if answer.value is None else "scored"
 
 

@@ -42,7 +42,7 @@ class JobMonitor:
     problem: str  # why Slurm did not answer; "" when it did
 
     @classmethod
-    def query(cls, state: RunState) -> JobMonitor:
+    def query_slurm(cls, state: RunState) -> JobMonitor:
         """Queries Slurm if it is installed and the run has been submitted."""
         slurm_run = SlurmRun(run=state.run, num_shards=state.plan.num_shards)
         jobs, tasks, problem = tuple(plan_jobs(state.passes)), list[scheduler.QueuedTask](), ""
@@ -87,7 +87,7 @@ class JobMonitor:
         if job is None:
             return
         queued = {block for _, block in self._tasks_of(p)}
-        logs = self._logs().get(job.title.replace(":", "."), {})
+        logs = self._find_logs().get(job.title.replace(":", "."), {})
         num_blocks, num_shards = self.slurm_run.num_blocks, self.slurm_run.num_shards
         for shard in shards:
             number = find_block(shard, num_blocks, num_shards)
@@ -105,7 +105,7 @@ class JobMonitor:
             if job and block and task.name == self.slurm_run.prefix + job.title:
                 yield task, block
 
-    def _logs(self) -> Mapping[str, Mapping[ShardBlock, Path]]:
+    def _find_logs(self) -> Mapping[str, Mapping[ShardBlock, Path]]:
         """Title -> block -> the log of the last task that made it."""
         comments = dict(self._read_comments())
         logs: dict[str, dict[ShardBlock, Path]] = defaultdict(dict)

@@ -93,7 +93,7 @@ class SlurmRun:
 
     def _render_run(self, job: Job, *, title: str, array: JobArray | None, log: str) -> str:
         resources = self.resources(job)
-        return self._render(
+        return self._render_template(
             "run.sh.j2",
             title,
             resources,
@@ -108,7 +108,7 @@ class SlurmRun:
     def render_server(self, engine: str) -> str:
         """The script of the job that serves an engine until it is cancelled."""
         resources = self.run.slurm.resources["server"]
-        return self._render(
+        return self._render_template(
             "server.sh.j2",
             f"serve-{engine}",
             resources,
@@ -119,7 +119,9 @@ class SlurmRun:
 
     def render_release(self, engine: str, server: str) -> str:
         """The script of the small job that cancels the job `server` when no other job uses its engine any more."""
-        return self._render("release.sh.j2", f"release-{engine}", self.run.slurm.resources["filter"], server=server)
+        return self._render_template(
+            "release.sh.j2", f"release-{engine}", self.run.slurm.resources["filter"], server=server
+        )
 
     def save_script(self, title: str, job: str, text: str, dependency: str) -> None:
         """Keeps the script of a submitted job, for people and for `recap status`."""
@@ -134,7 +136,7 @@ class SlurmRun:
         served = [f"{kind}-{name}" for kind in ("serve", "release") for name in sorted(self.served)]
         return [self.prefix + title for title in (*titles, *served)]
 
-    def _render(
+    def _render_template(
         self, template: str, title: str, resources: Resources, *, gpus: int = 0, log: str = "%j", **values: Any
     ) -> str:
         output = str(self.logs / f"{title.replace(':', '.')}-").replace("%", "%%")

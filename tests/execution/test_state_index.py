@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_no_cache(finished: Path, tmp_path: Path) -> None:
 
 def survey(run: Path) -> dict[str, status.PassStatus]:
     state = RunState(config.load(run))
-    return {p.title: p for p in status.summarise_passes(state, JobMonitor.query(state))}
+    return {p.title: p for p in status.summarise_passes(state, JobMonitor.query_slurm(state))}
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     found = survey(run)["caption:dense"]
     assert sorted(found.reasons) == [f"num_candidates: {num} -> 7" for num in range(1, 7)]
     assert (
-        status.format_table([found], JobMonitor.query(RunState(config.load(run)))).count("num_candidates")
+        status.format_table([found], JobMonitor.query_slurm(RunState(config.load(run)))).count("num_candidates")
         == status.MAX_LINES
     )
 
