@@ -36,11 +36,14 @@ from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
+from pipeline.validation import Section
 from stages import scorers, train
 from stages.rubric_writers import Evidence, claims, count_majority
 from stages.scenes.teachers import TEACHERS, caption_scene
 from stages.scorers import Sample, rubric
-from stages.training.settings import Config
+from stages.training import provenance
+from stages.training.methods import grpo, sft
+from stages.training.settings import TrainConfig, read_section, stamp_config
 
 RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
 TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
@@ -71,36 +74,39 @@ temperature = 1.0
 """
 
 
-def supervised(base: Config, *taught: str) -> Config:
-    """Word by word from these passes, for as many samples as the answers that GRPO draws."""
-    return Config(
-        method="sft",
-        model=base.model,
-        captions=taught,
-        batch_size=SFT_BATCH,
-        steps=base.steps * base.batch_size // SFT_BATCH,
-        learning_rate=3e-4,
-        warmup_steps=base.warmup_steps,
-        decay=base.decay,
-        optimizer=base.optimizer,
-        freeze_vision=base.freeze_vision,
-        compile=True,
-        eval_images=256,
-        eval_steps=1000,
-        log_steps=base.log_steps,
-        save_steps=500,
-    )
+def make_sft_config(base: TrainConfig, *captions: str) -> TrainConfig:
+    """Supervised training on these passes, with as many examples as the answers that GRPO generates."""
+    keys = {
+        "method": "sft",
+        "model": str(base.model),
+        "captions": list(captions),
+        "batch_size": SFT_BATCH,
+        "steps": base.steps * base.batch_size // SFT_BATCH,
+        "learning_rate": 3e-4,
+        "warmup_steps": base.warmup_steps,
+        "decay": base.decay,
+        "optimizer": base.optimizer,
+        "freeze_vision": base.freeze_vision,
+        "compile": True,
+        "eval_images": 256,
+        "eval_steps": 1000,
+        "log_steps": base.log_steps,
+        "save_steps": 500,
+    }
+    return read_section(Section(keys, file=Path("miniature"), field="train"))
 
 
-def arms(base: Config) -> Mapping[str, Config | None]:
+def make_arms(base: TrainConfig) -> Mapping[str, TrainConfig | None]:
+    """The training of each arm; None for the student, which is not trained on."""
     every = tuple(f"more-{name}" for name in TEACHERS)
+    one_mark = replace(base.options, config=replace(base.options.config, rewards={"mark": 1.0}))
     return {
         BEFORE: None,
         "rubrics": base,
-        "own teacher": supervised(base, "more-hasty"),
-        "all teachers": supervised(base, *every),
-        "on consensus": supervised(base, "more-consensus"),
-        "one mark": replace(base, rewards={"mark": 1.0}, batch_size=base.batch_size // 4),
+        "own teacher": make_sft_config(base, "more-hasty"),
+        "all teachers": make_sft_config(base, *every),
+        "on consensus": make_sft_config(base, "more-consensus"),
+        "one mark": replace(base, options=one_mark, batch_size=base.batch_size // 4),
     }
 
 
@@ -141,13 +147,24 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     return run
 
 
-def digest(student: str, judge: str, settings: Config | None, *, shared: bool) -> str:
-    """Of all that decides an arm and its figures but its seed, wherever its models and its run lie."""
-    versions = [module.VERSION for module in (claims, rubric, stages.rubric, train)]
-    words = [tomllib.loads(manifest()), MORE, TAUGHT, shared, versions]
-    asked = judge if settings and "mark" in settings.rewards else ""
-    parts = [student, asked, words, settings and {**config.stamped(settings), "model": "", "seed": 0}]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+def digest_arm(student: str, judge: str, settings: TrainConfig | None, *, shared: bool) -> str:
+    """The digest of all that decides an arm and its figures except its seed and the place of its files."""
+    versions = [module.VERSION for module in (claims, rubric, stages.rubric, provenance)]
+    texts = [tomllib.loads(read_manifest()), MORE, TAUGHT, shared, versions]
+    uses_judge = settings is not None and "mark" in getattr(settings.options.config, "rewards", ())
+    parts = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
+    # Recorded outcomes name the module of the teachers as it was called when they were made.
+    text = json.dumps(parts).replace("stages.scenes.teachers", "stages.teachers")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _stamp_arm(settings: TrainConfig) -> dict[str, Any]:
+    """The settings in the order of keys that recorded outcomes were digested in."""
+    stamp = {**stamp_config(settings), "model": "", "seed": 0}
+    common = list(config.stamped(settings))
+    place = common.index("recipe") + 1
+    order = [*common[:place], *config.stamped(sft.Config()), *common[place:], *config.stamped(grpo.Config())]
+    return {name: stamp[name] for name in order}
 
 
 def weights(model: Path) -> str:
@@ -157,14 +174,14 @@ def weights(model: Path) -> str:
 
 def of_student(student: Path) -> str:
     """The run.toml that begins from this model."""
-    return manifest().replace('"scenes-student"', f'"{student.absolute()}"')
+    return read_manifest().replace('"scenes-student"', f'"{student.absolute()}"')
 
 
-def manifest() -> str:
+def read_manifest() -> str:
     return (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
 
 
-def trained(run: config.Run, arm: str, settings: Config, seed: int) -> Path:
+def trained(run: config.Run, arm: str, settings: TrainConfig, seed: int) -> Path:
     """The model of an arm: trained, unless it is done, in a folder of its own that shares the run's tables."""
     folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,8 +302,8 @@ def compare(args: argparse.Namespace) -> None:
     rubrics = Rubrics.of(before, shared=args.shared)
     done = {(one.made_from, one.seed, one.num_scenes) for one in recorded()}
     for seed in range(args.seeds):
-        for arm, settings in arms(run.sections["train"][""]).items():
-            made_from = digest(student, judge, settings, shared=args.shared)
+        for arm, settings in make_arms(run.sections["train"][""]).items():
+            made_from = digest_arm(student, judge, settings, shared=args.shared)
             asked = arm == BEFORE or args.arms is None or arm in args.arms
             if (made_from, seed, args.scenes) in done or not asked or (settings is None and seed > 0):
                 continue

@@ -63,7 +63,7 @@ def _describe_table(*classes: type, more: Mapping[str, Schema] | None = None) ->
     properties = {name: part for schema in found for name, part in schema["properties"].items()}
     return {
         "type": "object",
-        "properties": {**(more or {}), **properties},
+        "properties": {**properties, **(more or {})},
         "required": [name for schema in found for name in schema.get("required", [])],
         "additionalProperties": False,
     }

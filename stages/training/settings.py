@@ -1,112 +1,100 @@
-"""Decides what can be said of a training in run.toml: the keys of `[train]`, their bounds and their defaults."""
+"""The keys of `[train]`: those of every training, and those of its method."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pipeline.sections import key
+from pipeline import plugins
+from pipeline.records import column_names
+from pipeline.sections import Plugin, PluginChoice, key, stamped
+from pipeline.validation import Section
+
+PLUGINS = PluginChoice(package="stages.training.methods", selector="method", default="sft")
+STAMPED_METHODS = ("sft", "regions", "grpo")  # every model is stamped with the keys of all three
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`[train]`."""
+    """`[train]`, whatever its method."""
 
-    method: Literal["sft", "regions", "grpo"] = key(
+    method: str = key(
         "sft",
-        "sft: learn the answers word by word; grpo: learn from the scores of its own answers; regions: the vision tower"
-        " alone, on labelled scenes",
+        "sft: learn the answers token by token; grpo: learn from the scores of generated answers; regions: train the"
+        " vision tower alone, on labelled scenes; or a module of your own with a dot",
     )
-    model: str = key("new", "a model's folder or name on the Hub; new: a small Qwen2.5-VL, untrained", locate="model")
+    model: str = key("new", "a model's folder or name on the Hub; new: a small untrained Qwen2.5-VL", locate="model")
     output: str = key("model", "the folder in the run that the trained model is written to", stamp=False)
     captions: tuple[str, ...] = key(
-        ("main",), "sft: caption passes whose texts, or whose scores, are learnt; grpo: the one whose words are asked"
+        ("main",), "sft: caption passes to learn from; grpo: the one whose prompt the model answers"
     )
-    recipe: str = key("", "what the model is asked; empty: what each of `captions` asked")
-    scores: str = key("", "sft: a score pass by a judge: its verdicts are learnt; empty: the captions' texts are")
-    turns: int = key(1, "sft: questions about one image in one lesson", least=1)
-    regions: float = key(0.0, "sft: weight of naming what lies under each image token besides", least=0)
-    steps: int = key(1000, "steps of the optimizer", least=1)
-    batch_size: int = key(64, "lessons, or for grpo answers, in a step on one device", least=1)
+    recipe: str = key("", "the recipe that prompts the model; empty: the recipe of each of `captions`")
+    steps: int = key(1000, "optimizer steps", least=1)
+    batch_size: int = key(64, "examples, or answers for grpo, in a batch on one device", least=1)
     accumulate: int = key(1, "batches in a step", least=1)
-    learning_rate: float = key(1e-5, "its peak", least=0)
+    learning_rate: float = key(1e-5, "the peak learning rate", least=0)
     warmup_steps: int = key(20, "steps until the peak", least=0)
-    decay: Literal["linear", "cosine", "constant"] = key("cosine", "how it falls after the peak")
-    weight_decay: float = key(0.01, "pull towards zero", least=0)
+    decay: Literal["linear", "cosine", "constant"] = key("cosine", "the schedule after the peak")
+    weight_decay: float = key(0.01, "decoupled weight decay", least=0)
     optimizer: Literal["adamw", "masters"] = key(
-        "adamw", "masters: weights in 16 bits stepped on 32-bit copies, matrices by Muon: for small models on a CPU"
+        "adamw",
+        "masters: 16-bit weights updated through 32-bit copies, matrices by Muon; for small models on a CPU",
     )
-    muon: float = key(16.0, "its learning rate over the others' (masters only); 0: matrices by AdamW too", least=0)
-    freeze_vision: bool = key(False, "leave the vision tower as it is")
+    muon: float = key(16.0, "Muon's learning rate over AdamW's (masters only); 0: AdamW for matrices too", least=0)
+    freeze_vision: bool = key(False, "do not train the vision tower")
     precision: Literal["float32", "bfloat16"] = key("float32", "of the computation")
-    lora: int = key(0, "rank of the adapters that are trained in the model's place; 0: the whole model is", least=0)
-    eval_images: int = key(256, "images held out of training, to measure on", least=0)
-    eval_steps: int = key(100, "steps between measurements", least=1, stamp=False)
+    lora: int = key(0, "rank of LoRA adapters, which are trained instead of the model; 0: none", least=0)
+    eval_images: int = key(256, "images held out of training for evaluation", least=0)
+    eval_steps: int = key(100, "steps between evaluations", least=1, stamp=False)
     log_steps: int = key(20, "steps between points of the curve", least=1, stamp=False)
     save_steps: int = key(100, "steps between checkpoints", least=1, stamp=False)
     compile: bool = key(
-        False, "compile the layers (masters on a CPU only): a slower start, then a third faster", stamp=False
+        False, "compile the layers (masters on a CPU only): starts more slowly, then a third faster", stamp=False
     )
-    seed: int = key(0, "of the order of lessons, of new weights and of the answers drawn", least=0)
-    num_workers: int = key(1, "processes that prepare lessons; grpo has none", least=0, stamp=False)
+    seed: int = key(0, "of the order of examples, of new weights and of generated answers", least=0)
+    num_workers: int = key(1, "processes that prepare examples; grpo uses none", least=0, stamp=False)
 
-    # grpo
-    rewards: Mapping[str, float] = key(
-        factory=dict, help='grpo: score passes whose scorers are the reward, with weights: {"rubric" = 1.0}'
-    )
-    group_size: int = key(8, "grpo: answers to one image, compared with each other", least=2)
-    temperature: float = key(1.0, "grpo: at which answers are drawn", least=0.01, most=2)
-    max_tokens: int = key(256, "grpo: tokens of an answer at most", least=1)
-    kl: float = key(0.0, "grpo: pull towards the model that it began as", least=0)
-    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = key("dapo", "grpo: how tokens weigh; see TRL's loss_type")
-    aggregate: Literal["sum", "normalise"] = key(
-        "sum",
-        "grpo: rewards are summed as they are, and the sum is compared within its group; or each is normalised within"
-        " its group, and their sum once more over the step",
-    )
-    rollouts: Literal["auto", "transformers", "vllm"] = key(
-        "auto", "grpo: who draws answers; auto: vllm on a GPU where it is installed", stamp=False
-    )
-    vllm_memory: float = key(0.3, "grpo: share of a GPU's memory for vllm", least=0.05, most=0.95, stamp=False)
 
-    @property
-    def sees(self) -> bool:
-        """Whether regions are learnt, alone or besides."""
-        return self.method == "regions" or self.regions > 0
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """`[train]`, read: the common keys, and the method with its own keys."""
+
+    options: Plugin = key(stamp=False)
 
     def __post_init__(self) -> None:
-        owners = {name: method for method, names in KEYS.items() if method != self.method for name in names}
-        for field in fields(self):
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            if field.name in owners and getattr(self, field.name) != default:
-                whose = f'{field.name} is a key of method = "{owners[field.name]}"'
-                raise ValueError(f'{whose}, and this is method = "{self.method}": remove it, or change the method')
-        if self.method == "grpo":
-            if not self.rewards:
-                raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')
-            if unfit := {name: weight for name, weight in self.rewards.items() if not 0 < weight < math.inf}:
-                raise ValueError(f"rewards are {unfit}: a weight is a number above 0")
-            if len(self.captions) > 1:
-                raise ValueError(f"captions are {list(self.captions)}: grpo asks the words of one pass")
-            if self.batch_size % self.group_size:
-                raise ValueError(f"batch_size = {self.batch_size} is no multiple of group_size = {self.group_size}")
-        if self.lora and (self.sees or self.optimizer == "masters"):
-            raise ValueError('lora needs method = "sft" or "grpo", no regions, and optimizer = "adamw"')
+        if check := getattr(self.options.module, "check_config", None):
+            check(self)
 
 
-KEYS = {  # that one method alone has
-    "sft": ("scores", "turns", "regions"),
-    "grpo": (
-        "rewards",
-        "group_size",
-        "temperature",
-        "max_tokens",
-        "kl",
-        "loss",
-        "aggregate",
-        "rollouts",
-        "vllm_memory",
-    ),
-}
+def read_section(section: Section) -> TrainConfig:
+    """
+    Raises:
+        ConfigError: the method is unknown, or a key fits neither the stage nor the method.
+    """
+    common = frozenset(column_names(Config))
+    _refuse_keys_of_other_methods(section, common)
+    method = section.plugin(PLUGINS, common=common - {PLUGINS.selector})
+    config = section.select_keys(common).parse(Config)
+    try:
+        return TrainConfig(**vars(config), options=method)
+    except ValueError as error:
+        raise section.error("", str(error)) from error
+
+
+def _refuse_keys_of_other_methods(section: Section, common: frozenset[str]) -> None:
+    method, methods = section.values.get("method", PLUGINS.default), plugins.list_names(PLUGINS.package)
+    if method not in methods:
+        return
+    keys = {name: frozenset(column_names(plugins.load(PLUGINS.package, name).Config)) for name in methods}
+    for name in section.values.keys() - common - keys[method]:
+        for owner in methods:
+            if name in keys[owner]:
+                message = f'is a key of method = "{owner}", and this is method = "{method}"'
+                raise section.error(name, f"{message}: remove it, or change the method")
+
+
+def stamp_config(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the model, as JSON values."""
+    defaults = [stamped(plugins.load(PLUGINS.package, name).Config()) for name in STAMPED_METHODS]
+    merged = {name: value for keys in defaults for name, value in keys.items()}
+    return {**stamped(config), **merged, **stamped(config.options.config)}

@@ -1,4 +1,4 @@
-"""Decides what all trainings share: schedule, checkpoints, what is told and kept on the way, and how one goes on.
+"""What all methods' trainers share: arguments, optimizer, checkpoints and progress.
 
 It does not know what is learnt, nor from what.
 """
@@ -14,40 +14,42 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.progress import say
+from stages.training.collator import Collator
 from stages.training.curve import Curve
-from stages.training.dataset import Collator
-from stages.training.settings import Config
+from stages.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     import datasets
 
-TOLD = {"loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward"}  # in messages
-READER = "region_reader"  # the part of the model that is thrown away in the end
+FOLDER = "train"  # in the run; holds checkpoints, and the examples while a model is trained
+REGION_HEAD = "region_reader"  # the part of the model that is removed after training
+LOGGED = ("loss", "mean_token_accuracy", "reward", "eval_loss", "eval_mean_token_accuracy", "eval_reward")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask:
-    """A training, ready: a model with its processor, and lessons that are already in order."""
+    """A training, ready to start: a model with its processor, and examples that are already in order."""
 
-    config: Config
+    config: TrainConfig
+    generates: bool  # whether the model generates answers while it is trained
     model: Any
-    saved_as: Any  # torch.dtype of the weights that are left
+    save_dtype: Any  # torch.dtype of the saved weights
     processor: Any
     collator: Collator
-    learnt: datasets.Dataset
-    measured: datasets.Dataset | None  # held out
-    num_images: int  # that are learnt from, copies once
-    folder: Path  # where its checkpoints lie
+    train_data: datasets.Dataset
+    eval_data: datasets.Dataset | None  # held out
+    num_images: int  # distinct, in the training data
+    folder: Path  # of its checkpoints
     curve: Curve
-    stop: Event  # set when it is to be left, with a checkpoint
+    stop: Event  # when it is set, training ends with a checkpoint
 
 
-def arguments(task: TrainingTask) -> dict[str, Any]:
-    """What the arguments of every trainer of transformers have in common."""
+def make_arguments(task: TrainingTask) -> dict[str, Any]:
+    """Arguments that the trainers of all methods have in common."""
     config = task.config
-    # Drawing answers takes so long that a picture is never waited for; and who is forked at an evaluation, when the
-    # process is at its largest, would keep a copy of all of it.
-    num_workers = 0 if config.method == "grpo" else config.num_workers
+    # Generation takes so long that no image is ever waited for; and workers that are forked during an evaluation, when
+    # the process is largest, would each keep a copy of its memory.
+    num_workers = 0 if task.generates else config.num_workers
     return {
         "output_dir": str(task.folder),
         "max_steps": config.steps,
@@ -60,7 +62,7 @@ def arguments(task: TrainingTask) -> dict[str, Any]:
         "weight_decay": config.weight_decay,
         "bf16": config.precision == "bfloat16" and config.optimizer == "adamw",
         "use_cpu": not has_gpu(),
-        "eval_strategy": "no" if task.measured is None else "steps",
+        "eval_strategy": "no" if task.eval_data is None else "steps",
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
         "save_total_limit": 2,
@@ -81,22 +83,22 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def check_devices(file: str) -> None:
+def check_devices(file: Path) -> None:
     """
     Raises:
-        UserError: several GPUs are visible, which one process cannot use.
+        UserError: several GPUs are visible, of which one process would use one.
     """
     import torch
 
     if torch.cuda.device_count() > 1:
         raise UserError(
             f"{file}: train: {torch.cuda.device_count()} GPUs are visible, and a training uses one: set"
-            " CUDA_VISIBLE_DEVICES to the one that it is to have, and give the others to served engines"
+            " CUDA_VISIBLE_DEVICES to that one, and leave the others to served engines"
         )
 
 
-def optimizer(task: TrainingTask) -> Any:
-    """None: the trainer's own AdamW."""
+def make_optimizer(task: TrainingTask) -> Any:
+    """The optimizer; None for the trainer's own AdamW."""
     config = task.config
     if config.optimizer == "adamw":
         return None
@@ -105,11 +107,29 @@ def optimizer(task: TrainingTask) -> Any:
     return MixedPrecisionMuon(task.model, lr=config.learning_rate, weight_decay=config.weight_decay, muon=config.muon)
 
 
-def keeper(task: TrainingTask) -> Any:
-    """The callback that keeps the curve at each checkpoint, tells what is logged, and stops when it is told to."""
+def make_adapters(config: TrainConfig) -> Any:
+    """LoRA on every linear layer of the language model, alpha twice the rank; None to train the whole model."""
+    if not config.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora,
+        lora_alpha=2 * config.lora,
+        target_modules="all-linear",
+        exclude_modules=r".*visual.*",
+        task_type="CAUSAL_LM",
+    )
+
+
+def make_callback(task: TrainingTask) -> Any:
+    """The callback that saves the curve with each checkpoint, prints progress and heeds `task.stop`."""
     from transformers import TrainerCallback
 
-    class Keeper(TrainerCallback):  # type: ignore[misc]
+    # The evaluation of a method that generates has one answer to an image, so its loss means nothing.
+    logged = set(LOGGED) - {"eval_loss"} if task.generates else set(LOGGED)
+
+    class Callback(TrainerCallback):  # type: ignore[misc]
         def on_save(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
             task.curve.write(state.log_history)
 
@@ -122,27 +142,27 @@ def keeper(task: TrainingTask) -> Any:
         def on_log(
             self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
         ) -> None:
-            told = TOLD - {"eval_loss"} if task.config.method == "grpo" else TOLD  # one answer to an image has none
-            shown = {name: float(value) for name, value in (logs or {}).items() if name in told and value is not None}
-            if shown:
-                line = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            values = {name: value for name, value in (logs or {}).items() if name in logged and value is not None}
+            if values:
+                line = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
                 say(f"train: step {state.global_step}/{task.config.steps}, {line}")
 
-    return Keeper()
+    return Callback()
 
 
-def quiet(trainer: Any) -> Any:
-    """Without the callback that writes to stdout, where only data goes."""
+def remove_printer(trainer: Any) -> None:
+    """Removes the callback that writes to stdout, which is for data only."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: the trainer writes its state last."""
-    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    return next((str(path.parent) for path in reversed(found) if _is_json(path)), None)
+def find_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint: the trainer writes its state last."""
+    states = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
+    )
+    return next((str(path.parent) for path in reversed(states) if _is_json(path)), None)
 
 
 def _is_json(path: Path) -> bool:
@@ -153,10 +173,10 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def reload(model: Any, folder: Path) -> None:
-    """The weights of a checkpoint by the names that the model itself saves under, those of the region reader too.
+def load_weights(model: Any, folder: Path) -> None:
+    """Loads a checkpoint's weights, the region head's included, by the names that the model itself saves under.
 
-    The trainers' own way finds none of a Qwen2.5-VL's names.
+    The trainers' own loading finds none of a Qwen2.5-VL's names.
 
     Raises:
         RuntimeError: the checkpoint lacks some.
@@ -168,22 +188,7 @@ def reload(model: Any, folder: Path) -> None:
 
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))
         return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
+    weights = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     for file in folder.glob("*.safetensors"):
-        saved |= {name: value for name, value in load_file(file).items() if name.startswith(READER)}
-    model.load_state_dict(saved)
-
-
-def adapters(config: Config) -> Any:
-    """LoRA on every linear layer of the language model, alpha twice the rank; None: the whole model is trained."""
-    if not config.lora:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora,
-        lora_alpha=2 * config.lora,
-        target_modules="all-linear",
-        exclude_modules=r".*visual.*",
-        task_type="CAUSAL_LM",
-    )
+        weights |= {name: value for name, value in load_file(file).items() if name.startswith(REGION_HEAD)}
+    model.load_state_dict(weights)

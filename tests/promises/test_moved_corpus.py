@@ -14,9 +14,9 @@ from pipeline.commands import init
 from pipeline.records import Piece, Planned
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan, write_plan
-from stages.training.dataset import TrainExample, lessons
-from stages.training.settings import Config
+from stages.training.dataset import read_image_file
 from tests.support.runs import begin, make, picture, sections, write
+from tests.support.training_runs import read_sft_examples
 from tests.support.wrapped import make_tar
 
 
@@ -46,13 +46,10 @@ def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
     outcome = make(run)
     assert (outcome.exit_code, outcome.failures) == (0, {})
     assert make(run).done == 0
-    taught = list(lessons(config.load(run), Config(captions=("dense",))))
-    assert [sha256(_data(lesson)).hexdigest() for lesson in taught] == [lesson.sha256 for lesson in taught]
-    assert len(taught) == 6
-
-
-def _data(lesson: TrainExample) -> bytes:
-    return Path(lesson.file).read_bytes()[lesson.offset :][: lesson.num_bytes]
+    examples = read_sft_examples(run, captions=["dense"])
+    digests = [sha256(read_image_file(vars(example))).hexdigest() for example in examples]
+    assert digests == [example.sha256 for example in examples]
+    assert len(examples) == 6
 
 
 def test_names_are_from_the_folder_that_is_meant(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_rubicap_manifest_is_valid(tmp_path: Path) -> None:
     assert len(run.sections["rubric"]["committee"].teachers) == 5
     assert rubric_pass.engines and score_pass.engines and "rubric/committee" in score_pass.reads
     settings = run.sections["train"][""]
-    assert settings.method == "grpo" and set(settings.rewards) == {"committee"}
+    assert settings.method == "grpo" and set(settings.options.config.rewards) == {"committee"}
     assert set(settings.captions) <= set(run.sections["caption"])
 
 

@@ -1,176 +1,199 @@
-"""Decides how a model learns from the scores of its own answers: GRPO, by TRL, with the run's own scorers as reward.
+"""Trains on the scores of generated answers: GRPO by TRL, rewarded by the run's own scorers.
 
-What is filtered on is what is trained on: a reward is a section of `[score]`, called as the score stage calls it, for
-answers that the caption stage would call ok; one that was cut, loops or has not its form is never kept, and earns 0. A
-scorer that cannot say gives no reward, never 0; a group without a reward gives no gradient.
+Captions are rewarded for what they are later filtered by. A group of answers without a reward gives no gradient.
 
 GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
-from pipeline.engines import Engine, Reply, Sampling
-from pipeline.errors import MachineError
-from pipeline.records import Criterion, RubricCriterion
-from stages import flags
-from stages.scorers import Sample, Scorer, ScoreResult
-from stages.text import answers
-from stages.text.answers import Answer, AnswerFormat
-from stages.text.repetition import find_loop
+from pipeline import plugins
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError, UserError
+from pipeline.sections import Run, key
+from stages import flags, scorers
+from stages.scorers import Scorer
 from stages.training import trainer
-from stages.training.dataset import Collator
+from stages.training.collator import Collator
+from stages.training.dataset import TrainExample, Turn, make_example, read_images
+from stages.training.prompts import check_captions, load_recipe, slice_recipes
+from stages.training.rewards import (
+    Reward,
+    RubricIndex,
+    drop_incomplete,
+    make_completion_reader,
+    measure_style,
+    read_text,
+)
+from stages.training.settings import TrainConfig
 from stages.training.trainer import TrainingTask
 
 if TYPE_CHECKING:
     import datasets
     import torch
 
-Log = Callable[[str, float], None]
-Read = Callable[[str, Sequence[int]], Answer]  # from a text and its tokens
-WATCHED = ("self_praise", "meta_commentary", "refusal")  # flags whose rates stand on the curve
-KEPT_PICTURES = 32  # decoded, for the answers of one group ask for one picture
-PROMPT_TOKENS = 3072  # at most, the picture's included: vllm need not hold room for a model's whole context
-SETTLED = 256  # answers after which the share of those that could not be scored tells
-NUMBERED = re.compile(r"([a-z_]+?)_?\d+$")
+NUM_CACHED_IMAGES = 32  # decoded; the answers of a group share one
+MAX_PROMPT_TOKENS = 3072  # the image's included, so that vLLM need not reserve room for a model's whole context
 
 
-class Reward:
-    """A scorer as TRL calls a reward: a value for each answer, None where nobody can say."""
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[train]` with `method = "grpo"`."""
 
-    def __init__(
-        self,
-        name: str,
-        scorer: Scorer,
-        *,
-        engines: Mapping[str, Engine],
-        data: Callable[[Mapping[str, Any]], bytes],
-        asked: Mapping[str, tuple[RubricCriterion, ...]],
-        read: Read,
-        max_error_share: float,
-    ) -> None:
-        """
-        Args:
-            name: of the section in `[score]`.
-            data: the image file of a lesson.
-            asked: of each key, the criteria of its own rubric, for a scorer that reads one.
-            read: what the caption stage makes of an answer.
-            max_error_share: [0, 1]; when of the last answers more could not be scored, the training ends.
-        """
-        self.__name__ = name
-        self._max_error_share, self._failed = max_error_share, deque[str | None](maxlen=SETTLED)
-        self._scorer, self._engines, self._data, self._asked, self._read = scorer, engines, data, asked, read
-
-    def __call__(
-        self,
-        *,
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        key: Sequence[str],
-        log_metric: Log,
-        **columns: Sequence[Any],
-    ) -> list[float | None]:
-        """
-        Raises:
-            MachineError: too many answers could not be scored.
-        """
-        read = [self._read(text_of(said), ids) for said, ids in zip(completions, completion_ids, strict=True)]
-        samples = [
-            Sample(
-                key=key[number],
-                candidate=number,
-                text=answer.text,
-                alt_text=columns["alt_text"][number],
-                source_key=columns["source_key"][number],
-                data=partial(self._data, {name: columns[name][number] for name in ("file", "offset", "num_bytes")}),
-                rubric_criteria=self._asked.get(key[number]),
-            )
-            for number, answer in enumerate(read)
-            if answer.status == "ok"
-        ]
-        given = self._scorer.score(samples, self._engines)
-        marks = {sample.candidate: mark for sample, mark in zip(samples, given, strict=True)}
-        log_metric("rate/unusable", 1 - len(samples) / len(read))
-        self._tell(list(marks.values()), log_metric)
-        self._check(marks.values())
-        return [marks[number].value if number in marks else 0.0 for number in range(len(read))]
-
-    def _tell(self, marks: Sequence[ScoreResult], log_metric: Log) -> None:
-        """How often criteria are met, by what they weigh and by their sort, and how many marks failed."""
-        if marks:
-            log_metric(f"unscored/{self.__name__}", fmean(mark.value is None for mark in marks))
-        for name, values in breakdown(criterion for mark in marks for criterion in mark.criteria).items():
-            log_metric(f"met/{self.__name__}/{name}", fmean(values))
-
-    def _check(self, marks: Iterable[ScoreResult]) -> None:
-        """A judge that never answers would otherwise train nothing for days, and leave a model in the end."""
-        self._failed.extend(mark.error or mark.status if mark.value is None else None for mark in marks)
-        failed = [why for why in self._failed if why is not None]
-        if len(self._failed) == SETTLED and len(failed) > self._max_error_share * SETTLED:
-            commonest, num = Counter(failed).most_common(1)[0]
-            raise MachineError(
-                f"score.{self.__name__}: {len(failed)} of the last {SETTLED} answers could not be scored, more than"
-                f" max_error_share = {self._max_error_share}; most often ({num} times): {commonest}"
-            )
+    rewards: Mapping[str, float] = key(
+        factory=dict, help='score passes whose scorers are the reward, with weights: {"rubric" = 1.0}'
+    )
+    group_size: int = key(8, "answers to one image, compared with each other", least=2)
+    temperature: float = key(1.0, "at which answers are sampled", least=0.01, most=2)
+    max_tokens: int = key(256, "the longest answer", least=1)
+    kl: float = key(0.0, "weight of the KL penalty towards the initial model", least=0)
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = key("dapo", "how tokens are weighted; see TRL's loss_type")
+    aggregate: Literal["sum", "normalise"] = key(
+        "sum",
+        "sum: rewards are summed, and sums are compared within their group; normalise: each reward is normalised within"
+        " its group, and their sum over the step",
+    )
+    rollouts: Literal["auto", "transformers", "vllm"] = key(
+        "auto", "what generates answers; auto: vllm on a GPU where it is installed", stamp=False
+    )
+    vllm_memory: float = key(0.3, "share of a GPU's memory for vllm", least=0.05, most=0.95, stamp=False)
 
 
-def breakdown(criteria: Iterable[Criterion]) -> dict[str, list[float]]:
-    """The values of criteria by weight, and by id where ids are numbered: `states_object` for `states_object_3`."""
-    found: dict[str, list[float]] = {}
-    for criterion in criteria:
-        if criterion.value is not None:
-            found.setdefault(f"weight_{criterion.weight:g}", []).append(criterion.value)
-            if sort := NUMBERED.match(criterion.id):
-                found.setdefault(sort[1], []).append(criterion.value)
-    return dict(sorted(found.items()))
+def check_config(config: TrainConfig) -> None:
+    own: Config = config.options.config
+    if not own.rewards:
+        raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')
+    if unfit := {name: weight for name, weight in own.rewards.items() if not 0 < weight < math.inf}:
+        raise ValueError(f"rewards are {unfit}: a weight is a number above 0")
+    if len(config.captions) > 1:
+        raise ValueError(f"captions are {list(config.captions)}: grpo uses the prompt of one pass")
+    if config.batch_size % own.group_size:
+        raise ValueError(f"batch_size = {config.batch_size} is no multiple of group_size = {own.group_size}")
+    if config.lora and config.optimizer == "masters":
+        raise ValueError('lora needs optimizer = "adamw"')
 
 
-def text_of(completion: Any) -> str:
-    """What was said: a string, or the content of the one message that a conversation was answered with."""
-    return (completion if isinstance(completion, str) else str(completion[0]["content"])).strip()
-
-
-def reader(form: AnswerFormat | None, *, ends: Collection[int], max_tokens: int) -> Read:
-    """How an answer is read: as the caption stage reads the same reply of an engine.
-
-    Args:
-        form: of the recipe that was asked.
-        ends: tokens that end an answer; one without was cut.
+def open(run: Run, config: TrainConfig) -> Grpo:  # noqa: A001
     """
-    sampling = Sampling(max_tokens=max_tokens)
+    Raises:
+        ConfigError: a pass, the recipe or a rubric does not exist, or vLLM is not installed.
+    """
+    own: Config = config.options.config
+    if own.rollouts == "vllm" and not _has_vllm():
+        raise ConfigError(f"{run.file}: train.rollouts", "'vllm' needs it: pip install 'recap-pipeline[vllm]'")
+    check_captions(run, config)
+    return Grpo(run, config, {name: _load_scorer(run, name) for name in own.rewards})
 
-    def read(text: str, ids: Sequence[int]) -> Answer:
-        ended = bool(ids) and ids[-1] in ends
-        return answers.read_answer(
-            Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling), form
+
+def _has_vllm() -> bool:
+    return find_spec("vllm") is not None
+
+
+def _load_scorer(run: Run, name: str) -> Scorer:
+    """
+    Raises:
+        ConfigError: there is no such section of `[score]`, or its rubric does not exist.
+    """
+    known = run.sections["score"]
+    if name not in known:
+        raise ConfigError(f"{run.file}: train.rewards", plugins.explain_unknown(name, sorted(known)))
+    scorer = scorers.load_scorer(known[name].scorer, run=run.file.parent, field=f"{run.file}: score.{name}")
+    if scorer.rubric and scorer.rubric not in run.sections["rubric"]:
+        message = plugins.explain_unknown(scorer.rubric, sorted(run.sections["rubric"]))
+        raise ConfigError(f"{run.file}: score.{name}.rubric", message)
+    return scorer
+
+
+class Grpo:
+    """The method `grpo`."""
+
+    generates, learns_regions = True, False
+
+    def __init__(self, run: Run, config: TrainConfig, scorers: Mapping[str, Scorer]) -> None:
+        self._run, self._config, self._scorers = run, config, scorers
+        self._own: Config = config.options.config
+        self.answers_per_example = self._own.group_size
+
+    def list_tables(self) -> Sequence[str]:
+        return ["image", *(f"rubric/{scorer.rubric}" for scorer in self._scorers.values() if scorer.rubric)]
+
+    def slice(self) -> Mapping[str, Any]:
+        rewards = {
+            f"score.{name}": scorer.slice(self._run, field=f"score.{name}") for name, scorer in self._scorers.items()
+        }
+        return {**rewards, "asks": slice_recipes(self._run, self._config)}
+
+    def read_examples(self) -> Iterator[TrainExample]:
+        """The images that every reward can score.
+
+        Raises:
+            UserError: there are images, but none has the rubrics that the rewards need.
+        """
+        recipe = load_recipe(self._run, self._config, self._config.captions[0])
+        any_image = any_usable = False
+        for _, images in read_images(self._run):
+            for image in images:
+                any_image = True
+                if all(image.key in rubrics for rubrics in self._rubrics.values()):
+                    any_usable = True
+                    question = recipe.build_prompt(image.alt_text).prompt
+                    turn = Turn(key=image.key, system=recipe.spec.system, question=question, answer="")
+                    yield make_example(image, [turn])
+        if any_image and not any_usable:
+            missing = ", ".join(self._rubrics)
+            raise UserError(
+                f"{self._run.file}: train.rewards: no image has a rubric for {missing}: run `recap run rubric` first"
+            )
+
+    @cached_property
+    def _rubrics(self) -> Mapping[str, RubricIndex]:
+        """By reward that needs one."""
+        return {
+            name: RubricIndex(
+                self._run.folder / trainer.FOLDER / f"rubric-{name}.arrow",
+                sorted((self._run.folder / "rubric" / scorer.rubric).glob("*.parquet")),
+            )
+            for name, scorer in self._scorers.items()
+            if scorer.rubric
+        }
+
+    def make_trainer(self, task: TrainingTask, engines: Mapping[str, Engine]) -> Any:
+        recipe = load_recipe(self._run, self._config, self._config.captions[0])
+        read_completion = make_completion_reader(
+            recipe.answer_format,
+            end_tokens=list_end_tokens(task.model, task.processor),
+            max_tokens=self._own.max_tokens,
         )
+        rewards = [
+            Reward(
+                name,
+                scorer,
+                engines=engines,
+                rubrics=self._rubrics.get(name, {}),
+                read_completion=read_completion,
+                max_error_share=self._run.max_error_share,
+            )
+            for name, scorer in self._scorers.items()
+        ]
+        return make_trainer(task, self._own, rewards)
 
-    return read
+    def describe(self) -> str:
+        rewards, caption = ", ".join(self._own.rewards), self._config.captions[0]
+        return f"by GRPO on the scores {rewards} of its own answers to the prompt of {caption}"
 
 
-def manners(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
-    """How answers are worded, whatever they say: what gives away that a reward is played."""
-    noticed = [flags.find_flags(text, patterns) for text in texts]
-    rates = {f"rate/{name}": fmean(name in found for found in noticed) for name in WATCHED if name in patterns}
-    return {
-        **rates,
-        "rate/repetition": fmean(bool(find_loop(text)) for text in texts),
-        "words": fmean(len(text.split()) for text in texts),
-    }
-
-
-def make_trainer(task: TrainingTask, rewards: Sequence[Reward]) -> Any:
-    """TRL's trainer, for lessons that are already in order: each is answered `group_size` times."""
-    from trl import GRPOConfig, GRPOTrainer
+def make_trainer(task: TrainingTask, own: Config, rewards: Sequence[Reward]) -> Any:
+    """TRL's trainer for examples that are already in order; each is answered `group_size` times."""
+    from trl import GRPOTrainer
 
     config, model, processor = task.config, task.model, task.processor
     patterns = flags.load("english", run=None)
@@ -179,33 +202,33 @@ def make_trainer(task: TrainingTask, rewards: Sequence[Reward]) -> Any:
         checked = False
 
         def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-            given = super()._tokenize_prompts(prompts)
+            tokenized = super()._tokenize_prompts(prompts)
             if not self.checked:
-                check_prompt(given[0][0], prompts[0], processor)
+                check_prompt(tokenized[0][0], prompts[0], processor)
                 self.checked = True
-            return given
+            return tokenized
 
         def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-            """vLLM puts a picture's tokens in itself: what is expanded already would be expanded twice (TRL #6294)."""
+            """vLLM inserts image tokens itself and would expand expanded ones again (TRL #6294)."""
             if self.use_vllm:
-                prompt_ids = [unexpanded(ids, processor.image_token_id) for ids in prompt_ids]
+                prompt_ids = [collapse_image_tokens(ids, processor.image_token_id) for ids in prompt_ids]
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            """As they are ordered, by size, where TRL draws another order at each evaluation."""
+            """Keeps the order by size; TRL would shuffle at each evaluation."""
             from torch.utils.data import SequentialSampler
 
             return SequentialSampler(eval_dataset)
 
         def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-            """Without a change to the draws of training."""
+            """Leaves the random numbers of training as they are."""
             import torch
 
             with torch.random.fork_rng():
                 return super().evaluate(*args, **kwargs)
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            """By the same draws for the same images, whatever this process has drawn before."""
+            """Seeds each batch by its first image, so that an evaluation does not depend on earlier ones."""
             import torch
 
             torch.manual_seed(config.seed + crc32(inputs[0]["key"].encode()))
@@ -213,61 +236,71 @@ def make_trainer(task: TrainingTask, rewards: Sequence[Reward]) -> Any:
 
         def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> torch.Tensor:
             mode = "train" if self.model.training else "eval"
-            for name, value in manners([text_of(one) for one in completions], patterns).items():
+            for name, value in measure_style([read_text(one) for one in completions], patterns).items():
                 self._metrics[mode][name].append(value)
-            given: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)
-            return complete(given) if config.aggregate == "sum" else given
+            values: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, ids)
+            return drop_incomplete(values) if own.aggregate == "sum" else values
 
         def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-            trainer.reload(self.model if model is None else model, Path(folder))
+            trainer.load_weights(self.model if model is None else model, Path(folder))
 
-    by_vllm = config.rollouts == "vllm" or (config.rollouts == "auto" and trainer.has_gpu() and _has_vllm())
-    args = GRPOConfig(
-        **trainer.arguments(task),
-        gradient_checkpointing=trainer.has_gpu(),
-        num_generations=config.group_size,
-        num_generations_eval=1,
-        max_completion_length=config.max_tokens,
-        shuffle_dataset=False,
-        temperature=config.temperature,
-        generation_kwargs=_never(model, processor, by_vllm=by_vllm),
-        beta=config.kl,
-        loss_type=config.loss,
-        reward_weights=[config.rewards[reward.__name__] for reward in rewards],
-        multi_objective_aggregation="sum_then_normalize" if config.aggregate == "sum" else "normalize_then_sum",
-        use_vllm=by_vllm,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=config.vllm_memory,
-        vllm_max_model_length=min(
-            PROMPT_TOKENS + config.max_tokens, model.config.get_text_config().max_position_embeddings
-        ),
-        log_multimodal=False,
-    )
     made = Trainer(
         model=model,
         reward_funcs=list(rewards),
-        args=args,
+        args=_make_arguments(task, own, rewards),
         processing_class=processor,
-        train_dataset=_shown(task.learnt, task.collator),
-        eval_dataset=None if task.measured is None else _shown(task.measured, task.collator),
-        peft_config=trainer.adapters(config),
-        optimizers=(trainer.optimizer(task), None),
-        callbacks=[trainer.keeper(task)],
+        train_dataset=_add_prompts(task.train_data, task.collator),
+        eval_dataset=None if task.eval_data is None else _add_prompts(task.eval_data, task.collator),
+        peft_config=trainer.make_adapters(config),
+        optimizers=(trainer.make_optimizer(task), None),
+        callbacks=[trainer.make_callback(task)],
     )
-    return trainer.quiet(made)
+    trainer.remove_printer(made)
+    return made
 
 
-def complete(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards, answers by functions, without the answers that lack one: in a sum it would count as 0."""
-    import torch
+def _make_arguments(task: TrainingTask, own: Config, rewards: Sequence[Reward]) -> Any:
+    from trl import GRPOConfig
 
-    return rewards.masked_fill(torch.isnan(rewards).any(dim=1, keepdim=True), torch.nan)
+    use_vllm = own.rollouts == "vllm" or (own.rollouts == "auto" and trainer.has_gpu() and _has_vllm())
+    context = task.model.config.get_text_config().max_position_embeddings
+    return GRPOConfig(
+        **trainer.make_arguments(task),
+        gradient_checkpointing=trainer.has_gpu(),
+        num_generations=own.group_size,
+        num_generations_eval=1,
+        max_completion_length=own.max_tokens,
+        shuffle_dataset=False,
+        temperature=own.temperature,
+        generation_kwargs=_suppress_special_tokens(task.model, task.processor, use_vllm=use_vllm),
+        beta=own.kl,
+        loss_type=own.loss,
+        reward_weights=[own.rewards[reward.__name__] for reward in rewards],
+        multi_objective_aggregation="sum_then_normalize" if own.aggregate == "sum" else "normalize_then_sum",
+        use_vllm=use_vllm,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=own.vllm_memory,
+        vllm_max_model_length=min(MAX_PROMPT_TOKENS + own.max_tokens, context),
+        log_multimodal=False,
+    )
 
 
-def unexpanded(ids: Sequence[int], image_token: int) -> list[int]:
-    """A prompt with one token for each picture.
+def _suppress_special_tokens(model: Any, processor: Any, *, use_vllm: bool) -> dict[str, Any]:
+    """Keeps special tokens out of answers: an image token in one would crash the next forward pass."""
+    tokens = sorted(set(processor.tokenizer.all_special_ids) - list_end_tokens(model, processor))
+    return {"logit_bias": dict.fromkeys(tokens, -100.0)} if use_vllm else {"suppress_tokens": tokens}
 
-    >>> unexpanded([1, 9, 9, 9, 2], image_token=9)
+
+def list_end_tokens(model: Any, processor: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
+
+
+def collapse_image_tokens(ids: Sequence[int], image_token: int) -> list[int]:
+    """A prompt with one token for each image.
+
+    >>> collapse_image_tokens([1, 9, 9, 9, 2], image_token=9)
     [1, 9, 2]
     """
     return [one for i, one in enumerate(ids) if one != image_token or i == 0 or ids[i - 1] != image_token]
@@ -276,45 +309,29 @@ def unexpanded(ids: Sequence[int], image_token: int) -> list[int]:
 def check_prompt(ids: Sequence[int], prompt: Sequence[Mapping[str, Any]], processor: Any) -> None:
     """
     Raises:
-        AssertionError: the trainer asks otherwise than the model's own processor would.
+        AssertionError: the trainer's tokens differ from those of the model's own processor.
     """
     text = processor.apply_chat_template(prompt, add_generation_prompt=True)
-    pictures = [part["image"] for message in prompt for part in message["content"] if part["type"] == "image"]
-    own = processor(text=[text], images=pictures, return_tensors="pt")["input_ids"][0].tolist()
+    images = [part["image"] for message in prompt for part in message["content"] if part["type"] == "image"]
+    own = processor(text=[text], images=images, return_tensors="pt")["input_ids"][0].tolist()
     assert list(ids) == own, f"the trainer's prompt has {len(ids)} tokens, the processor's {len(own)}; see TRL #6294"
 
 
-def _shown(taught: datasets.Dataset, collator: Collator) -> datasets.Dataset:
-    """With the picture and the prompt, made when a lesson is taken."""
+def _add_prompts(examples: datasets.Dataset, collator: Collator) -> datasets.Dataset:
+    """The examples with image and prompt, which are made when an example is read."""
 
-    @lru_cache(maxsize=KEPT_PICTURES)
-    def picture(file: str, offset: int, num_bytes: int) -> Any:
-        return collator.picture({"file": file, "offset": offset, "num_bytes": num_bytes})
+    @lru_cache(maxsize=NUM_CACHED_IMAGES)
+    def load_image(file: str, offset: int, num_bytes: int) -> Any:
+        return collator.load_image({"file": file, "offset": offset, "num_bytes": num_bytes})
 
-    def show(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def transform(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         places = zip(rows["file"], rows["offset"], rows["num_bytes"], strict=True)
-        prompts = [_prompt(*said) for said in zip(rows["system"], rows["questions"], strict=True)]
-        return {**rows, "image": [picture(*place) for place in places], "prompt": prompts}
+        prompts = [_make_prompt(*texts) for texts in zip(rows["system"], rows["questions"], strict=True)]
+        return {**rows, "image": [load_image(*place) for place in places], "prompt": prompts}
 
-    return taught.with_transform(show)
-
-
-def _prompt(system: str, questions: Sequence[str]) -> list[dict[str, str]]:
-    told = [{"role": "system", "content": system}] if system else []
-    return [*told, {"role": "user", "content": questions[0]}]
+    return examples.with_transform(transform)
 
 
-def ending(model: Any, processor: Any) -> frozenset[int]:
-    """The tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return frozenset([processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
-
-
-def _never(model: Any, processor: Any, *, by_vllm: bool) -> dict[str, Any]:
-    """Keeps special tokens out of answers: an image token that was drawn would crash the next forward pass."""
-    never = sorted(set(processor.tokenizer.all_special_ids) - ending(model, processor))
-    return {"logit_bias": dict.fromkeys(never, -100.0)} if by_vllm else {"suppress_tokens": never}
-
-
-def _has_vllm() -> bool:
-    return find_spec("vllm") is not None
+def _make_prompt(system: str, questions: Sequence[str]) -> list[dict[str, str]]:
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": questions[0]}]

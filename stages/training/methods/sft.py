@@ -1,66 +1,142 @@
-"""Decides how answers are learnt word by word, and what is seen without words: TRL's SFTTrainer over lessons."""
+"""Trains on given answers, token by token: the texts of captions, or a judge's verdicts on them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from stages.training import trainer
+from pipeline import plugins
+from pipeline.engines import Engine
+from pipeline.errors import ConfigError
+from pipeline.records import Caption, Criterion, Image, Score
+from pipeline.sections import Run, key, stamped
+from pipeline.storage import tables
+from stages import rubrics
+from stages.rubrics import Rubric
+from stages.text.sentences import split_sentences
+from stages.training import supervised
+from stages.training.dataset import TrainExample, Turn, make_example, read_images
+from stages.training.prompts import check_captions, load_recipe, slice_recipes
+from stages.training.settings import TrainConfig
 from stages.training.trainer import TrainingTask
 
-if TYPE_CHECKING:
-    import torch
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[train]` with `method = "sft"`."""
+
+    scores: str = key("", "a judge's score pass, whose verdicts are learnt; empty: learn the captions' texts")
+    turns: int = key(1, "questions about one image in one example", least=1)
+    regions: float = key(0.0, "weight of a second loss: naming what lies under each image token", least=0)
 
 
-def make_trainer(task: TrainingTask) -> Any:
-    """TRL's trainer, for lessons that are already in order."""
-    from trl import SFTConfig, SFTTrainer
+def check_config(config: TrainConfig) -> None:
+    if config.lora and (config.options.config.regions or config.optimizer == "masters"):
+        raise ValueError('lora needs optimizer = "adamw" and no regions')
 
-    config, model = task.config, task.model
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def open(run: Run, config: TrainConfig) -> Sft:  # noqa: A001
+    """
+    Raises:
+        ConfigError: a pass or the recipe does not exist.
+    """
+    check_captions(run, config)
+    scores: str = config.options.config.scores
+    if scores and scores not in run.sections["score"]:
+        raise ConfigError(f"{run.file}: train.scores", plugins.explain_unknown(scores, sorted(run.sections["score"])))
+    return Sft(run, config)
+
+
+class Sft:
+    """The method `sft`."""
+
+    generates, answers_per_example = False, 1
+
+    def __init__(self, run: Run, config: TrainConfig) -> None:
+        self._run, self._config = run, config
+        self._own: Config = config.options.config
+        self.learns_regions = self._own.regions > 0
+
+    def list_tables(self) -> Sequence[str]:
+        captions = [f"caption/{name}" for name in self._config.captions]
+        scores = [f"score/{self._own.scores}/{name}" for name in self._config.captions if self._own.scores]
+        return ["image", *captions, *scores]
+
+    def slice(self) -> Mapping[str, Any]:
+        return {"asks": stamped(self._load_rubric()) if self._own.scores else slice_recipes(self._run, self._config)}
+
+    def read_examples(self) -> Iterator[TrainExample]:
+        read = self._read_verdicts if self._own.scores else self._read_texts
+        for file, usable in read_images(self._run):
+            images = {image.key: image for image in usable}
+            for caption in self._config.captions:
+                for image_key, turns in groupby(read(caption, file.name), key=lambda turn: turn.key):
+                    for some in tables.split_batches(turns, self._own.turns):
+                        yield make_example(images[image_key], some)
+
+    def _read_texts(self, name: str, file: str) -> Iterator[Turn]:
+        """Every usable caption, as the answer to its recipe's prompt."""
+        recipe = load_recipe(self._run, self._config, name)
+        alt_texts = self._read_alt_texts(file)
+        for caption in self._read_captions(name, file):
+            yield Turn(
+                key=caption.key,
+                system=recipe.spec.system,
+                question=recipe.build_prompt(alt_texts[caption.key]).prompt,
+                answer=caption.fields or caption.text,
+            )
+
+    def _read_verdicts(self, name: str, file: str) -> Iterator[Turn]:
+        """Every verdict of the score pass, as the answer to its rubric's prompt."""
+        rubric = self._load_rubric()
+        alt_texts = self._read_alt_texts(file)
+        captions = {caption.id: caption for caption in self._read_captions(name, file)}
+        for score in tables.read_rows(self._run.folder / "score" / self._own.scores / name / file, Score):
+            if score.status != "ok":
+                continue
+            text = captions[score.key, score.candidate].text
+            parts = split_sentences(text) if rubric.spec.unit == "sentence" else [text]
+            for part, criteria in zip(parts, tables.split_batches(score.criteria, len(rubric.criteria)), strict=True):
+                if all(criterion.verdict is not None for criterion in criteria):
+                    question = rubric.build_prompt(caption=text, sentence=part, alt_text=alt_texts[score.key])
+                    answer = format_verdicts(rubric, criteria)
+                    yield Turn(key=score.key, system=rubric.spec.system, question=question, answer=answer)
+
+    def _load_rubric(self) -> Rubric:
+        scorer = self._run.sections["score"][self._own.scores].scorer
+        return rubrics.load(scorer.config.rubric, run=self._run.folder)
+
+    def _read_alt_texts(self, file: str) -> dict[str, str | None]:
+        return {image.key: image.alt_text for image in tables.read_rows(self._run.folder / "image" / file, Image)}
+
+    def _read_captions(self, name: str, file: str) -> Iterator[Caption]:
+        rows = tables.read_rows(self._run.folder / "caption" / name / file, Caption)
+        return (row for row in rows if row.status == "ok")
+
+    def make_trainer(self, task: TrainingTask, _: Mapping[str, Engine]) -> Any:
+        def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any], compute_own: Any) -> Any:
             regions = inputs.pop("regions", None)
-            if config.method == "regions":
-                return self._regions_loss(inputs, regions)
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            loss = compute_own()
             if regions is None:
                 return loss
-            named = self.model.region_reader.loss(regions)
-            self._metrics["train" if model.training else "eval"]["regions_loss"].append(named.item())
-            return loss + config.regions * named if model.training else loss
+            region_loss = trainer.model.region_reader.loss(regions)
+            trainer._metrics["train" if model.training else "eval"]["regions_loss"].append(region_loss.item())
+            return loss + self._own.regions * region_loss if model.training else loss
 
-        def _regions_loss(self, inputs: dict[str, Any], regions: torch.Tensor) -> torch.Tensor:
-            pixels = inputs["pixel_values"].to(self.model.dtype)
-            self.model.model.visual(pixels, grid_thw=inputs["image_grid_thw"])
-            loss: torch.Tensor = self.model.region_reader.loss(regions)
-            return loss
+        return supervised.make_trainer(task, add_region_head=self.learns_regions, compute_loss=compute_loss)
 
-        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-            trainer.reload(self.model if model is None else model, Path(folder))
+    def describe(self) -> str:
+        captions = ", ".join(self._config.captions)
+        if self._own.scores:
+            return f"on the verdicts of {self._own.scores} on the captions of {captions}"
+        return f"on the texts of {captions}"
 
-    args = SFTConfig(
-        **trainer.arguments(task),
-        gradient_checkpointing=trainer.has_gpu(),
-        max_length=None,
-        train_sampling_strategy="sequential",
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    if config.sees:
-        from stages.scenes.region_head import RegionReader
 
-        # as a part of the model, so that its weights are stepped and kept with the others
-        reader = RegionReader(model.model.visual, model.config.text_config.hidden_size).to(model.dtype)
-        model.add_module(trainer.READER, reader)
-    made = Trainer(
-        model=model,
-        args=args,
-        processing_class=task.processor,
-        data_collator=task.collator,
-        train_dataset=task.learnt,
-        eval_dataset=task.measured,
-        peft_config=trainer.adapters(config),
-        optimizers=(trainer.optimizer(task), None),
-        callbacks=[trainer.keeper(task)],
-    )
-    return trainer.quiet(made)
+def format_verdicts(rubric: Rubric, criteria: Sequence[Criterion]) -> str:
+    """The JSON with which a judge would have given these verdicts."""
+    verdicts = [{"reason": criterion.reason or "", "verdict": criterion.verdict} for criterion in criteria]
+    value = verdicts[0] if len(verdicts) == 1 else dict(zip(rubric.criteria, verdicts, strict=True))
+    return json.dumps(value, ensure_ascii=False)

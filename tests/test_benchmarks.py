@@ -1,0 +1,35 @@
+"""The arms of benchmarks/miniature are valid trainings, and those that are recorded are not trained again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import miniature
+from pipeline import config
+from stages.training.settings import TrainConfig
+from tests.support.runs import ROOT
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> dict[str, TrainConfig | None]:
+    shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
+    return dict(miniature.make_arms(config.load(tmp_path).sections["train"][""]))
+
+
+def test_every_arm_learns_from_the_same_number_of_samples(arms: dict[str, TrainConfig | None]) -> None:
+    num_samples = {arm: one.steps * one.batch_size for arm, one in arms.items() if one is not None}
+    assert num_samples.pop("one mark") * 4 == num_samples["rubrics"]
+    assert set(num_samples.values()) == {51200}
+
+
+def test_recorded_arms_have_the_digest_of_the_present_ones(arms: dict[str, TrainConfig | None]) -> None:
+    student, judge = miniature.STUDENT, Path(miniature.JUDGE)
+    digests = {miniature.weights(model) for model in (student,)}
+    for arm in ("rubrics", "own teacher"):
+        for shared in (False, True) if arm == "rubrics" else (False,):
+            digests.add(miniature.digest_arm(*map(miniature.weights, (student, judge)), arms[arm], shared=shared))
+    recorded = {value for one in miniature.recorded() for value in (one.student, one.made_from)}
+    assert digests <= recorded
