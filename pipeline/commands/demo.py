@@ -92,7 +92,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     yield ""
     yield "  accuracy against the known truth of the images, which no stage has seen:"
     yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"
-    yield from _measure_accuracy(captions)
+    yield from measure_accuracy(captions)
     yield ""
     render.write_report(config.load(folder))
     for place, meaning in FILES.items():
@@ -103,7 +103,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
         yield f"    {command.format(run=folder):58} # {meaning}"
 
 
-def _measure_accuracy(captions: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
+def measure_accuracy(captions: Sequence[tuple[str, str | None, str, bool]]) -> Iterator[str]:
     """A line each for the alt text, for all captions and for the kept ones: means over texts.
 
     Args:
