@@ -1,7 +1,7 @@
-"""Decides what the scenes world is: pictures of coloured shapes whose truth is known, drawn from a seed.
+"""The scenes world: pictures of coloured shapes, drawn from a seed, whose content is known.
 
-It knows geometry, pixels and web-like alt text. It refuses to know the grammar of captions: what may be said of a
-scene, and how that is measured, is stages/scenes/claims.py. A scene follows from (seed, index) alone.
+It holds geometry, pixels and web-like alt text, and refuses to know the grammar of captions and their measure
+(stages/scenes/claims.py). A scene depends on (seed, index) alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from random import Random
 from typing import Any
@@ -35,7 +35,7 @@ BACKGROUNDS = {"grey": (142, 142, 142), "pink": (246, 176, 196), "brown": (126, 
 TEXTURES = ("solid", "striped", "dotted")
 RADII = {"small": (0.14, 0.165), "large": (0.225, 0.27)}  # of a thing, in short sides of the picture
 SIZES = tuple(RADII)
-# shape -> the share of its radius within which it surely has pixels in every direction
+# shape -> the share of its radius within which it has pixels in every direction
 SHAPES = {
     "circle": 0.98,
     "square": 0.77,
@@ -94,17 +94,16 @@ class Scene:
     things: tuple[Thing, ...]
 
     @property
-    def in_order(self) -> tuple[Thing, ...]:
-        """The things from left to right."""
+    def left_to_right(self) -> tuple[Thing, ...]:
         return tuple(sorted(self.things, key=lambda thing: thing.x))
 
 
 def find_relation(a: Thing, b: Thing) -> str:
-    """How `a` stands to `b`, in the one way that says most: inside, around, touching, or the main direction."""
+    """The most specific relation of `a` to `b`: inside, around, touching, or the main direction."""
     distance = math.hypot(a.x - b.x, a.y - b.y)
     if distance < abs(a.radius - b.radius):
         return "inside" if a.radius < b.radius else "around"
-    if distance <= _reach(a) + _reach(b):
+    if distance <= _inner_radius(a) + _inner_radius(b):
         return "touching"
     if abs(a.x - b.x) >= abs(a.y - b.y):
         return "left of" if a.x < b.x else "right of"
@@ -112,21 +111,18 @@ def find_relation(a: Thing, b: Thing) -> str:
 
 
 def is_related(a: Thing, word: str, b: Thing) -> bool:
-    """Whether it is true that `a` is `word` `b`; a direction holds beside inside and touching."""
+    """True when `a` is `word` `b`; a direction may hold together with inside or touching."""
     offsets = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
     return offsets[word] > ASIDE if word in offsets else find_relation(a, b) == word
 
 
 def centre_in_tenths(thing: Thing, scene: Scene) -> tuple[int, int]:
-    """Where the centre of a thing is, across and down, in tenths of the picture: 0 to 9."""
+    """The centre of a thing, across and down, in tenths of the picture: 0 to 9."""
     return int(10 * thing.x / scene.width), int(10 * thing.y / scene.height)
 
 
-def _reach(thing: Thing) -> float:
+def _inner_radius(thing: Thing) -> float:
     return thing.radius * SHAPES[thing.shape]
-
-
-# The scene graph
 
 
 def draw_scene(seed: int, index: int) -> Scene:
@@ -139,9 +135,9 @@ def draw_scene(seed: int, index: int) -> Scene:
     across, down = rng.choice(ASPECTS)
     width, height = across / min(across, down), down / min(across, down)
     things: list[Thing] = []
-    wanted = rng.choice(NUM_THINGS)
-    for _ in range(wanted):
-        thing = _place(rng, things, width, height, crowd=wanted)
+    num_things = rng.choice(NUM_THINGS)
+    for _ in range(num_things):
+        thing = _place_thing(rng, things, width, height, num_things=num_things)
         if thing is not None:
             things.append(thing)
     return Scene(
@@ -155,17 +151,21 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def find_scene(source_key: str) -> Scene:
-    """The truth of a sample, from what the corpus calls it."""
+    """The scene of a sample.
+
+    Raises:
+        ValueError: the source key is not one of the scenes world.
+    """
     world, seed, index = source_key.split("/")[:3]
     if world != "scenes":
         raise ValueError(f"{source_key!r} is no picture of the scenes world")
     return draw_scene(int(seed), int(index))
 
 
-def _place(rng: Random, things: list[Thing], width: float, height: float, *, crowd: int) -> Thing | None:
+def _place_thing(rng: Random, things: list[Thing], width: float, height: float, *, num_things: int) -> Thing | None:
     names = {thing.name for thing in things}
     for _ in range(40):
-        size = "large" if rng.random() < (0.6 if crowd <= 3 else 0.35) else "small"
+        size = "large" if rng.random() < (0.6 if num_things <= 3 else 0.35) else "small"
         thing = Thing(
             shape=rng.choice(list(SHAPES)),
             colour=rng.choice(list(COLOURS)),
@@ -176,70 +176,64 @@ def _place(rng: Random, things: list[Thing], width: float, height: float, *, cro
             radius=rng.uniform(*RADII[size]),
             angle=rng.choice((0.25, 0.75)) * math.pi,
         )
-        thing = _moved(thing, *_spot(rng, thing, things, width, height))
-        fits = _fits(thing.x, thing.radius, width) and _fits(thing.y, thing.radius, height)
-        if thing.name not in names and fits and all(_clear(thing, other) for other in things):
+        x, y = _draw_position(rng, thing, things, width, height)
+        thing = replace(thing, x=round(x, 4), y=round(y, 4))
+        fits = _is_inside(thing.x, thing.radius, width) and _is_inside(thing.y, thing.radius, height)
+        if thing.name not in names and fits and all(_is_clear(thing, other) for other in things):
             return thing
     return None
 
 
-def _spot(rng: Random, thing: Thing, things: list[Thing], width: float, height: float) -> tuple[float, float]:
-    """Where to try it: mostly anywhere, at times on the rim of another thing or in the midst of one."""
+def _draw_position(rng: Random, thing: Thing, things: list[Thing], width: float, height: float) -> tuple[float, float]:
+    """A position to try: mostly uniform, at times on the rim of another thing or near the centre of one."""
     chance = rng.random()
-    outer = [other for other in things if _contains(other, thing)]
+    outer = [other for other in things if _can_contain(other, thing)]
     if outer and chance < 0.2:
-        return _off(rng, other := rng.choice(outer), rng.uniform(0, 0.1) * other.radius)
+        return _offset_from(rng, other := rng.choice(outer), rng.uniform(0, 0.1) * other.radius)
     if things and chance > 0.87:
-        return _off(rng, other := rng.choice(things), 0.97 * (_reach(thing) + _reach(other)))
+        return _offset_from(rng, other := rng.choice(things), 0.97 * (_inner_radius(thing) + _inner_radius(other)))
     return rng.uniform(thing.radius, width - thing.radius), rng.uniform(thing.radius, height - thing.radius)
 
 
-def _off(rng: Random, thing: Thing, away: float) -> tuple[float, float]:
+def _offset_from(rng: Random, thing: Thing, distance: float) -> tuple[float, float]:
     angle = rng.uniform(0, 2 * math.pi)
-    return thing.x + away * math.cos(angle), thing.y + away * math.sin(angle)
+    return thing.x + distance * math.cos(angle), thing.y + distance * math.sin(angle)
 
 
-def _moved(thing: Thing, x: float, y: float) -> Thing:
-    return Thing(**{**thing.__dict__, "x": round(x, 4), "y": round(y, 4)})
-
-
-def _fits(centre: float, radius: float, side: float) -> bool:
+def _is_inside(centre: float, radius: float, side: float) -> bool:
     return radius * 0.95 <= centre <= side - radius * 0.95
 
 
-def _clear(a: Thing, b: Thing) -> bool:
-    """Whether nobody could doubt how `a`, laid upon `b`, stands to it, and `b` stays well in sight."""
+def _is_clear(a: Thing, b: Thing) -> bool:
+    """True when the relation of `a`, laid upon `b`, is unmistakable, and `b` remains visible."""
     distance, radii = math.hypot(a.x - b.x, a.y - b.y), a.radius + b.radius
     if distance >= APART * radii:
         return True
-    if distance <= _reach(a) + _reach(b):
+    if distance <= _inner_radius(a) + _inner_radius(b):
         on_rim = distance >= 0.58 * radii and not (a.size == "large" and b.size == "small")
-        return on_rim or (distance < 0.12 * b.radius and _contains(b, a))
+        return on_rim or (distance < 0.12 * b.radius and _can_contain(b, a))
     return False
 
 
-def _contains(outer: Thing, inner: Thing) -> bool:
+def _can_contain(outer: Thing, inner: Thing) -> bool:
     return outer.shape in CONTAINERS and outer.size == "large" and inner.size == "small"
-
-
-# Pixels
 
 
 def render_scene(scene: Scene, *, short: int, seed: int = 0) -> Image.Image:
     """The picture of a scene, `short` pixels on its short side, with noise drawn from `seed`."""
     width, height = round(scene.width * short), round(scene.height * short)
     rng = Random(f"pixels/{scene.seed}/{scene.index}/{seed}")
-    image = Image.new("RGB", (width, height), _jittered(rng, BACKGROUNDS[scene.background], 8))
+    image = Image.new("RGB", (width, height), _jitter_colour(rng, BACKGROUNDS[scene.background], 8))
     for thing in scene.things:
         radius = max(2, round(thing.radius * short))
         corner = (round(thing.x * short) - radius, round(thing.y * short) - radius)
-        image.paste(_fill(rng, thing, radius), corner, draw_stencil(thing.shape, radius))
-    return _noisy(rng, image)
+        image.paste(_draw_fill(rng, thing, radius), corner, draw_stencil(thing.shape, radius))
+    return _add_noise(rng, image)
 
 
 @cache
 def draw_stencil(shape: str, radius: int) -> Image.Image:
-    """The mask of a shape: a grey image of side 2 * radius + 1. Do not draw on it: it is shared."""
+    """The mask of a shape: a grey image of side 2 * radius + 1, cached and not to be changed."""
     image = Image.new("L", (2 * radius + 1, 2 * radius + 1))
     draw = ImageDraw.Draw(image)
     if shape in ("circle", "ring"):
@@ -253,11 +247,11 @@ def draw_stencil(shape: str, radius: int) -> Image.Image:
         for side in (-1, 1):
             x, y = radius + side * lobe * 0.85, radius * 0.68
             draw.ellipse((x - lobe, y - lobe, x + lobe, y + lobe), fill=255)
-    draw.polygon([(radius * (1 + x), radius * (1 + y)) for x, y in _outline(shape)], fill=255)
+    draw.polygon([(radius * (1 + x), radius * (1 + y)) for x, y in _list_corners(shape)], fill=255)
     return image
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
+def _list_corners(shape: str) -> list[tuple[float, float]]:
     """The corners of a shape in the unit circle, y downwards."""
     if shape == "cross":
         w = 0.36
@@ -275,15 +269,16 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     ]
 
 
-def _fill(rng: Random, thing: Thing, radius: int) -> Image.Image:
-    """What shows through the stencil: the colour, with stripes or dots in a light or dark tone of it."""
+def _draw_fill(rng: Random, thing: Thing, radius: int) -> Image.Image:
+    """The square behind the stencil: the colour, with stripes or dots in a lighter or darker tone of it."""
     side = 2 * radius + 1
-    colour = _jittered(rng, COLOURS[thing.colour], 10)
+    colour = _jitter_colour(rng, COLOURS[thing.colour], 10)
     tile = Image.new("RGB", (side, side), colour)
     if thing.texture == "solid":
         return tile
     draw = ImageDraw.Draw(tile)
-    tone = _tone(thing.colour, colour)
+    is_lighter = thing.colour in ("black", "blue", "purple", "red", "green")
+    tone = tuple(round(c + 0.55 * (255 - c)) if is_lighter else round(c * 0.5) for c in colour)
     if thing.texture == "striped":
         step, slope = radius * 0.56, -1 if thing.angle < math.pi / 2 else 1
         for i in range(-5, 6):
@@ -299,16 +294,11 @@ def _fill(rng: Random, thing: Thing, radius: int) -> Image.Image:
     return tile
 
 
-def _tone(name: str, colour: tuple[int, ...]) -> tuple[int, ...]:
-    light = name in ("black", "blue", "purple", "red", "green")
-    return tuple(round(c + 0.55 * (255 - c)) if light else round(c * 0.5) for c in colour)
-
-
-def _jittered(rng: Random, colour: tuple[int, ...], amount: int) -> tuple[int, ...]:
+def _jitter_colour(rng: Random, colour: tuple[int, ...], amount: int) -> tuple[int, ...]:
     return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in colour)
 
 
-def _noisy(rng: Random, image: Image.Image) -> Image.Image:
+def _add_noise(rng: Random, image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.int16)
     noise = np.frombuffer(rng.randbytes(pixels.size), np.int8).reshape(pixels.shape)
     pixels += noise // rng.choice((8, 12, 24))
@@ -316,7 +306,7 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
 
 
 def assign_cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Which thing fills most of each cell of a grid laid over the picture; -1 is the background."""
+    """The index of the thing that fills most of each cell of a grid over the picture; -1 is the background."""
     fine = 4
     ids = Image.new("L", (columns * fine, rows * fine), 0)
     across, down = columns * fine / scene.width, rows * fine / scene.height
@@ -326,11 +316,7 @@ def assign_cells(scene: Scene, *, columns: int, rows: int) -> np.ndarray[Any, np
         ids.paste(number, corner, draw_stencil(thing.shape, 20).resize(size))
     blocks = np.asarray(ids).reshape(rows, fine, columns, fine).swapaxes(1, 2).reshape(rows, columns, -1)
     shares = np.stack([(blocks == n).sum(-1) for n in range(1, len(scene.things) + 1)], -1)
-    most = shares.argmax(-1)
-    return np.where(shares.max(-1) * 3 >= fine * fine, most, -1).astype(np.int8)
-
-
-# The corpus
+    return np.where(shares.max(-1) * 3 >= fine * fine, shares.argmax(-1), -1).astype(np.int8)
 
 
 def claims(path: str) -> bool:
@@ -353,44 +339,44 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
 def draw_sample(index: int, config: Config) -> Raw:
     """One sample of the corpus: a picture or a broken file, with alt text and the truth as metadata."""
     rng = Random(f"sample/{config.seed}/{index}")
-    origin, take = _origin(index, config)
-    truth = draw_scene(config.seed, origin)
+    original, take = _choose_original(index, config)
+    truth = draw_scene(config.seed, original)
     broken = rng.choice(BROKEN) if rng.random() < config.broken_share else None
-    kind, alt_text = _alt_text(rng, truth)
-    data = _file(truth, config, take=take)
-    about: dict[str, Any] = {"scene": asdict(truth), "alt_text": kind, "broken": broken}
-    about["copy_of"] = origin if origin != index else None
+    kind, alt_text = _write_alt_text(rng, truth)
+    data = _encode_picture(truth, config, take=take)
+    metadata: dict[str, Any] = {"scene": asdict(truth), "alt_text": kind, "broken": broken}
+    metadata["copy_of"] = original if original != index else None
     return Raw(
-        source_key=f"scenes/{config.seed}/{origin}" + (f"/copy-{index}" if origin != index else ""),
-        data=_break(rng, data, broken) if broken else data,
+        source_key=f"scenes/{config.seed}/{original}" + (f"/copy-{index}" if original != index else ""),
+        data=_break_file(rng, data, broken) if broken else data,
         alt_text=alt_text,
-        metadata=json.dumps(about, separators=(",", ":")),
+        metadata=json.dumps(metadata, separators=(",", ":")),
         error="404: the picture has gone" if broken == "missing" else None,
     )
 
 
-def _origin(index: int, config: Config) -> tuple[int, int]:
-    """The index of the scene that a picture shows, and of the picture with the same bytes: mostly its own."""
+def _choose_original(index: int, config: Config) -> tuple[int, int]:
+    """The indices of the scene that a picture shows and of the first picture with the same bytes: mostly its own."""
     rng = Random(f"copy/{config.seed}/{index}")
     if rng.random() >= config.duplicate_share or index == config.start:
         return index, index
-    near = rng.random() < 0.5
-    origin, take = _origin(rng.randrange(max(config.start, index - 50), index), config)
-    return origin, index if near else take
+    is_near = rng.random() < 0.5
+    original, take = _choose_original(rng.randrange(max(config.start, index - 50), index), config)
+    return original, index if is_near else take
 
 
-def _file(scene: Scene, config: Config, *, take: int) -> bytes:
+def _encode_picture(scene: Scene, config: Config, *, take: int) -> bytes:
     """The picture as a JPEG; another `take` of a scene has another size, noise and quality."""
     rng = Random(f"file/{scene.seed}/{scene.index}/{take}")
-    most = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
-    image = render_scene(scene, short=rng.randint(config.short_side, most), seed=take)
+    longest = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
+    image = render_scene(scene, short=rng.randint(config.short_side, longest), seed=take)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=rng.randint(70, 95))
     return buffer.getvalue()
 
 
-def _break(rng: Random, data: bytes, how: str) -> bytes | None:
-    match how:
+def _break_file(rng: Random, data: bytes, fault: str) -> bytes | None:
+    match fault:
         case "truncated":
             return data[: len(data) // 3]
         case "empty":
@@ -403,14 +389,14 @@ def _break(rng: Random, data: bytes, how: str) -> bytes | None:
             return None
 
 
-def _alt_text(rng: Random, scene: Scene) -> tuple[str, str | None]:
-    """What the web says of the picture: right half of the time, else wrong, too short or a file name."""
+def _write_alt_text(rng: Random, scene: Scene) -> tuple[str, str | None]:
+    """The kind of an alt text, and the text: right half of the time, else wrong, too short, a file name or none."""
     kind = rng.choice(["right"] * 10 + ["wrong"] * 4 + ["short"] * 2 + ["file name"] * 3 + ["none"])
     match kind:
         case "right" | "wrong":
-            shown = scene.things if kind == "right" else _others(rng, scene)
-            named = rng.sample(shown, min(len(shown), rng.choice((1, 2, 2))))
-            return kind, " ".join(f"{_article(thing.name)}." for thing in named)
+            things = scene.things if kind == "right" else _swap_things(rng, scene)
+            named = rng.sample(things, min(len(things), rng.choice((1, 2, 2))))
+            return kind, " ".join(f"{'An' if thing.name[0] in 'aeiou' else 'A'} {thing.name}." for thing in named)
         case "short":
             return kind, rng.choice(("picture", "shapes", "img", "untitled"))
         case "file name":
@@ -419,15 +405,11 @@ def _alt_text(rng: Random, scene: Scene) -> tuple[str, str | None]:
             return kind, None
 
 
-def _others(rng: Random, scene: Scene) -> tuple[Thing, ...]:
-    """Things like those in the scene, none of which is there."""
-    there = {thing.name for thing in scene.things}
-    names = [(shape, colour) for shape in SHAPES for colour in COLOURS if f"{colour} {shape}" not in there]
+def _swap_things(rng: Random, scene: Scene) -> tuple[Thing, ...]:
+    """The scene's things under names of which none is in the scene."""
+    present = {thing.name for thing in scene.things}
+    names = [(shape, colour) for shape in SHAPES for colour in COLOURS if f"{colour} {shape}" not in present]
     return tuple(
-        Thing(**{**thing.__dict__, "shape": shape, "colour": colour})
+        replace(thing, shape=shape, colour=colour)
         for thing, (shape, colour) in zip(scene.things, rng.sample(names, len(scene.things)), strict=True)
     )
-
-
-def _article(name: str) -> str:
-    return f"{'An' if name[0] in 'aeiou' else 'A'} {name}"

@@ -1,9 +1,8 @@
-"""Decides when a caption meets a criterion about claims: it makes one, avoids some, or makes none besides those listed.
+"""Criteria about claims: a caption makes some, avoids some, or makes no others of a kind.
 
-What counts for a caption is what its sentences say. Where it is rewarded, pieces of sentences that say nothing count
-against it besides: what is wrong in a caption cannot be unsaid by more text that runs on from it.
-
-Whoever writes a criterion and whoever marks a caption by it ask here. The text of a criterion makes no claim itself.
+A caption's claims come from its sentences. Where it is rewarded, claims in fragments of sentences outside the grammar
+count against it too, so that appending text to a false claim does not undo it. The writer of a criterion and the scorer
+share these checks. The text of a criterion itself makes no claim.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ PLAIN = "Each sentence is a statement about the picture, and none says again wha
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionClaims:
-    """What a caption says."""
+    """A caption's claims by kind."""
 
     claims: Mapping[Kind, frozenset[Claim]]
-    loose: frozenset[Claim] = frozenset()  # of pieces of sentences that make no claim; never for the caption
-    is_plain: bool  # each sentence makes claims, and at least one that no sentence before it made
+    stray: frozenset[Claim] = frozenset()  # in fragments of sentences outside the grammar; only count against it
+    is_plain: bool  # each sentence makes at least one claim that no sentence before it makes
 
     @property
     def all(self) -> Iterator[Claim]:
@@ -37,11 +36,11 @@ class CaptionClaims:
         return claim in self.claims.get(claim.kind, ())
 
     def denies(self, claim: Claim) -> bool:
-        return any(contradicts(claim, other) for other in self.against(claim.kind))
+        return any(contradicts(claim, other) for other in self.count_against(claim.kind))
 
-    def against(self, kind: Kind) -> frozenset[Claim]:
-        """What it is held to have claimed where that is to its harm."""
-        return self.claims.get(kind, frozenset()).union(claim for claim in self.loose if claim.kind == kind)
+    def count_against(self, kind: Kind) -> frozenset[Claim]:
+        """The claims that may count against the caption: stray ones too."""
+        return self.claims.get(kind, frozenset()).union(claim for claim in self.stray if claim.kind == kind)
 
 
 @lru_cache(maxsize=4096)
@@ -52,24 +51,25 @@ def collect_claims(text: str) -> CaptionClaims:
     for sentence in sentences:
         is_plain &= not claims.issuperset(sentence.claims)
         claims.update(sentence.claims)
-    by_kind = groupby(sorted(claims), key=lambda claim: claim.kind)
-    return CaptionClaims(claims={kind: frozenset(some) for kind, some in by_kind}, is_plain=is_plain)
+    kinds = groupby(sorted(claims), key=lambda claim: claim.kind)
+    return CaptionClaims(claims={kind: frozenset(group) for kind, group in kinds}, is_plain=is_plain)
 
 
 @lru_cache(maxsize=4096)
 def collect_rewarded_claims(text: str) -> CaptionClaims:
-    """What a caption is rewarded by: text that is added to it makes the reward higher only by making claims."""
+    """The claims that decide a reward, with stray ones: added text can raise it only by making claims."""
     strays = (sentence.text for sentence in parse_caption(text).sentences if not sentence.claims)
-    return replace(collect_claims(text), loose=frozenset(chain.from_iterable(map(find_fragments, strays))))
+    return replace(collect_claims(text), stray=frozenset(chain.from_iterable(map(find_fragments, strays))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How one criterion is decided.
+    """One criterion. `how` is one of:
 
-    states: the caption makes all of the claims, and none that contradicts one: naming every texture does not say which
-    it is. avoids: none of them. only: of one kind it makes no claim besides
-    these, and, unless it may be silent, one of that kind at least. plain: see `Heard`.
+    states: makes all of the claims, and none that contradicts one, so naming every texture does not pass;
+    avoids: makes none of the claims;
+    only: of one kind, makes no claim besides these, and at least one unless `may_be_silent`;
+    plain: see `CaptionClaims.is_plain`.
 
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
     >>> check.text
@@ -88,11 +88,11 @@ class Check:
             case "states":
                 return all(claim in caption and not caption.denies(claim) for claim in self.claims)
             case "avoids":
-                return not any(claim in caption.against(claim.kind) for claim in self.claims)
+                return not any(claim in caption.count_against(claim.kind) for claim in self.claims)
             case "only":
                 assert self.kind is not None
                 is_silent = self.kind not in caption.claims
-                return caption.against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
+                return caption.count_against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
         return caption.is_plain
 
     @property
@@ -104,9 +104,9 @@ class Check:
             case "avoids":
                 return f"Does not say: {listed}"
             case "only":
-                begin = f"Of the kind {self.kind} says"
-                something = "" if self.may_be_silent else "something, and "
-                return f"{begin} {something}nothing besides: {listed}" if listed else f"{begin} nothing"
+                subject = f"Of the kind {self.kind} says"
+                minimum = "" if self.may_be_silent else "something, and "
+                return f"{subject} {minimum}nothing besides: {listed}" if listed else f"{subject} nothing"
         return PLAIN
 
     @property
@@ -117,12 +117,12 @@ class Check:
 
 
 def format_claim(claim: Claim) -> str:
-    """A claim for readers: object(red ring)."""
+    """As in object(red ring)."""
     return f"{claim.kind}({', '.join(part for part in claim[1:] if part)})"
 
 
 @lru_cache(maxsize=65536)
 def parse_check(text: str) -> Check:
-    """The check that a criterion's `claim` holds as JSON."""
+    """The inverse of `Check.json`."""
     values = json.loads(text)
     return Check(**{**values, "claims": frozenset(Claim(*claim) for claim in values["claims"])})

@@ -1,6 +1,6 @@
-"""Decides what a caption of a scene claims: the grammar of scene captions, both ways, and their measure by the truth.
+"""The grammar of scene captions: text to claims, claims to text, and claims checked against a scene.
 
-Pure functions from text to claims and back. It refuses to know who wrote a caption, or how anything is trained.
+Pure functions. It refuses to know who wrote a caption, or how anything is trained.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ from pipeline.sources.scenes import (
 Kind = Literal["count", "background", "object", "size", "texture", "relation"]
 KINDS: tuple[Kind, ...] = ("count", "background", "object", "size", "texture", "relation")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-THINGS = "objects"  # what a count of everything counts
-OPPOSITES = {"right of": "left of", "below": "above", "around": "inside"}  # said, and kept the other way round
+THINGS = "objects"  # the subject of a count of everything
+PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+SINGULARS = {plural: shape for shape, plural in PLURALS.items()} | {"object": THINGS}
+OPPOSITES = {
+    "right of": "left of",
+    "below": "above",
+    "around": "inside",
+}  # written -> stored, with the two things swapped
 
-DIRECTIONS = ("left of", "above")  # hold over several steps, and never both ways
-MEETINGS = ("inside", "touching")  # one of them at most holds of two things, and one way
+DIRECTIONS = ("left of", "above")  # transitive and asymmetric
+MEETINGS = ("inside", "touching")  # at most one of them holds between two things, and in one direction
 
 
 class Claim(NamedTuple):
@@ -53,7 +59,7 @@ class Claim(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
     text: str
-    claims: tuple[Claim, ...]  # none: it is no sentence of the grammar
+    claims: tuple[Claim, ...]  # empty: outside the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ class ParsedCaption:
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimCounts:
-    """A caption beside the truth. A claim counts once however often it is made; each stray sentence is a false one."""
+    """Counts of a caption's claims. A repeated claim counts once; a sentence outside the grammar is one false claim."""
 
     num_stated: int
     num_true: int
@@ -96,12 +102,9 @@ class ClaimCounts:
         return self.num_stated - self.num_true
 
 
-# The truth
-
-
 def list_facts(scene: Scene) -> tuple[Claim, ...]:
-    """What a complete caption says: count, background, things from left to right, each one's relation to the next."""
-    things = scene.in_order
+    """The claims of a complete caption: count, background, things from left to right, relations between neighbours."""
+    things = scene.left_to_right
     return (
         Claim("count", THINGS, str(len(things))),
         Claim("background", "", scene.background),
@@ -111,12 +114,15 @@ def list_facts(scene: Scene) -> tuple[Claim, ...]:
 
 
 def list_thing_facts(thing: Thing) -> tuple[Claim, ...]:
-    name = thing.name
-    return Claim("object", name, ""), Claim("size", name, thing.size), Claim("texture", name, thing.texture)
+    return (
+        Claim("object", thing.name, ""),
+        Claim("size", thing.name, thing.size),
+        Claim("texture", thing.name, thing.texture),
+    )
 
 
 def make_relation(about: str, word: str, other: str) -> Claim:
-    """A relation in its one canonical form: right of, below and around are turned, touching is sorted."""
+    """A relation in canonical form: right of, below and around become their opposites, touching is sorted by name."""
     if word in OPPOSITES:
         return Claim("relation", other, OPPOSITES[word], about)
     if word == "touching" and other < about:
@@ -125,14 +131,13 @@ def make_relation(about: str, word: str, other: str) -> Claim:
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:
-    """Whether a claim is true of a scene; more is true than `facts` lists."""
+    """True when a claim holds for a scene, listed by `list_facts` or not."""
     things = {thing.name: thing for thing in scene.things}
     match claim.kind:
         case "background":
             return claim.value == scene.background
         case "count":
-            counted = [t for t in scene.things if claim.about in (THINGS, t.shape)]
-            return claim.value == str(len(counted))
+            return claim.value == str(sum(claim.about in (THINGS, thing.shape) for thing in scene.things))
         case "relation":
             a, b = things.get(claim.about), things.get(claim.other)
             return a is not None and b is not None and a is not b and is_related(a, claim.value, b)
@@ -141,7 +146,7 @@ def is_true(claim: Claim, scene: Scene) -> bool:
 
 
 def contradicts(claim: Claim, other: Claim) -> bool:
-    """Whether no scene has both. Relations are in their canonical form.
+    """True when no scene has both. Relations are in canonical form.
 
     >>> contradicts(Claim("size", "red ring", "small"), Claim("size", "red ring", "large"))
     True
@@ -166,85 +171,70 @@ def count_claims(text: str, scene: Scene) -> ClaimCounts:
     )
 
 
-# From claims to text
-
-
 def write_caption(claims: Iterable[Claim], rng: Random) -> str:
-    """A caption that makes these claims in their order, details beside their objects; `rng` draws the phrasing."""
+    """A caption that makes the claims in their order, details with their objects; `rng` draws the phrasing."""
     return " ".join(write_sentence(group, rng) for group in group_claims(claims))
 
 
 def group_claims(claims: Iterable[Claim]) -> list[tuple[Claim, ...]]:
-    """The claims as sentences make them: an object together with its size and texture.
+    """The claims by sentence: an object together with its size and texture.
 
     Raises:
-        ValueError: a size or texture of something that is not among the objects.
+        ValueError: a size or texture has no object.
     """
     claims = list(dict.fromkeys(claims))
     details = {(c.kind, c.about): c for c in claims if c.kind in ("size", "texture")}
     groups = []
     for claim in claims:
         if claim.kind == "object":
-            found = (details.pop((kind, claim.about), None) for kind in ("size", "texture"))
-            groups.append((claim, *(detail for detail in found if detail)))
+            own = (details.pop((kind, claim.about), None) for kind in ("size", "texture"))
+            groups.append((claim, *(detail for detail in own if detail)))
         elif claim.kind not in ("size", "texture"):
             groups.append((claim,))
     if details:
-        raise ValueError(f"nothing says that there is a {next(iter(details))[1]}")
+        raise ValueError(f"no object claim for {next(iter(details))[1]}")
     return groups
 
 
 def write_sentence(group: Sequence[Claim], rng: Random) -> str:
-    """One sentence for what one sentence can claim."""
+    """One sentence for the claims of one sentence, as `group_claims` groups them."""
     first = group[0]
     match first.kind:
         case "object":
-            words = [*(claim.value for claim in group[1:]), first.about]
-            return _capital(rng.choice(("There is {}.", "{}.", "The picture shows {}.")).format(_a(" ".join(words))))
+            thing = " ".join([*(claim.value for claim in group[1:]), first.about])
+            template = rng.choice(("There is {}.", "{}.", "The picture shows {}."))
+            return _capitalise(template.format(f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"))
         case "count":
-            counted = _counted(int(first.value), first.about)
-            be = "is" if first.value == "1" else "are"
-            return _capital(rng.choice((f"There {be} {counted}.", f"{counted}.", f"The picture has {counted}.")))
+            count, verb = _write_count(int(first.value), first.about), "is" if first.value == "1" else "are"
+            return _capitalise(rng.choice((f"There {verb} {count}.", f"{count}.", f"The picture has {count}.")))
         case "background":
             templates = ("The background is {}.", "All is on a {} background.", "A {} background.")
             return rng.choice(templates).format(first.value)
         case "relation":
-            return _say_relation(first, rng)
+            return _write_relation(first, rng)
     raise ValueError(f"a sentence cannot begin with {first}")
 
 
-def _say_relation(claim: Claim, rng: Random) -> str:
+def _write_relation(claim: Claim, rng: Random) -> str:
     about, word, other = claim.about, claim.value, claim.other
     if rng.random() < 0.3:
-        turned = {said: kept for kept, said in OPPOSITES.items()}
+        turned = {stored: written for written, stored in OPPOSITES.items()}
         about, word, other = other, turned.get(word, word), about
     return f"The {about} is {word} the {other}."
 
 
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _counted(number: int, what: str) -> str:
+def _write_count(number: int, about: str) -> str:
     if number == 1:
-        return f"one {'object' if what == THINGS else what}"
-    return f"{NUMBERS[number]} {_plurals().get(what, what)}"
+        return f"one {'object' if about == THINGS else about}"
+    return f"{NUMBERS[number]} {PLURALS.get(about, about)}"
 
 
-@cache
-def _plurals() -> dict[str, str]:
-    return {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
-
-
-def _capital(text: str) -> str:
+def _capitalise(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# From text to claims
-
-
 def parse_caption(text: str) -> ParsedCaption:
-    return ParsedCaption(sentences=tuple(Sentence(text=s, claims=_understood(s)) for s in split_sentences(text)))
+    return ParsedCaption(sentences=tuple(Sentence(text=s, claims=_parse_sentence(s)) for s in split_sentences(text)))
 
 
 def split_sentences(text: str) -> list[str]:
@@ -252,11 +242,11 @@ def split_sentences(text: str) -> list[str]:
 
 
 @cache
-def _grammar() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
+def _compile_grammar() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
     name = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
     sizes, textures = "|".join(SIZES), "|".join(TEXTURES)
     thing = rf"an? (?:(?P<size>{sizes}) )?(?:(?P<texture>{textures}) )?(?P<about>{name})"
-    counted = "|".join(["objects?", *(f"{shape}|{plural}" for shape, plural in _plurals().items())])
+    counted = "|".join(["objects?", *(f"{shape}|{plural}" for shape, plural in PLURALS.items())])
     count = rf"(?P<value>{'|'.join(NUMBERS)}) (?P<about>{counted})"
     ground = rf"(?P<value>{'|'.join(BACKGROUNDS)})"
     words = rf"(?P<value>{'|'.join(['left of', 'above', 'inside', 'touching', *OPPOSITES])})"
@@ -270,36 +260,31 @@ def _grammar() -> tuple[tuple[Kind, re.Pattern[str]], ...]:
     return tuple((kind, re.compile(pattern, re.IGNORECASE | re.ASCII)) for kind, pattern in shapes.items())
 
 
-@cache
-def _singulars() -> dict[str, str]:
-    return {plural: shape for shape, plural in _plurals().items()} | {"object": THINGS}
-
-
 @lru_cache(maxsize=65536)
-def _understood(sentence: str) -> tuple[Claim, ...]:
-    for kind, pattern in _grammar():
-        if found := pattern.fullmatch(sentence.removesuffix(".")):
-            return _claims(kind, found)
+def _parse_sentence(sentence: str) -> tuple[Claim, ...]:
+    for kind, pattern in _compile_grammar():
+        if match := pattern.fullmatch(sentence.removesuffix(".")):
+            return _read_match(kind, match)
     return ()
 
 
 @lru_cache(maxsize=65536)
 def find_fragments(sentence: str) -> frozenset[Claim]:
-    """The claims of every piece of a sentence that could stand alone, within words too: no text around it hides one."""
-    found = ((kind, pattern.match(sentence, i)) for kind, pattern in _grammar() for i in range(len(sentence)))
-    return frozenset(claim for kind, piece in found if piece for claim in _claims(kind, piece))
+    """The claims of every substring that would parse alone, within words too, so that no text around one hides it."""
+    matches = ((kind, pattern.match(sentence, i)) for kind, pattern in _compile_grammar() for i in range(len(sentence)))
+    return frozenset(claim for kind, match in matches if match for claim in _read_match(kind, match))
 
 
-def _claims(kind: Kind, found: re.Match[str]) -> tuple[Claim, ...]:
-    said = {name: value.lower() for name, value in found.groupdict().items() if value}
+def _read_match(kind: Kind, match: re.Match[str]) -> tuple[Claim, ...]:
+    parts = {name: value.lower() for name, value in match.groupdict().items() if value}
     match kind:
         case "count":
-            about = _singulars().get(said["about"], said["about"])
-            return (Claim("count", about, str(NUMBERS.index(said["value"]))),)
+            about = SINGULARS.get(parts["about"], parts["about"])
+            return (Claim("count", about, str(NUMBERS.index(parts["value"]))),)
         case "background":
-            return (Claim("background", "", next(iter(said.values()))),)
+            return (Claim("background", "", next(iter(parts.values()))),)
         case "relation":
-            return (make_relation(said["about"], said["value"], said["other"]),)
+            return (make_relation(parts["about"], parts["value"], parts["other"]),)
     details: tuple[Kind, ...] = ("size", "texture")
-    about = said["about"]
-    return Claim("object", about, ""), *(Claim(d, about, said[d]) for d in details if d in said)
+    about = parts["about"]
+    return Claim("object", about, ""), *(Claim(d, about, parts[d]) for d in details if d in parts)

@@ -1,4 +1,4 @@
-"""How right a caption of a scene is: stated things matched one to one with the things in the picture.
+"""Accuracy of scene captions, with stated things matched one to one with the things in the picture.
 
 Every object sentence states a thing. A maximum matching pairs stated things with things of the picture; a stated thing
 that is left over, for instance because it is named a second time, is false in all its parts. A count is false when it
@@ -55,7 +55,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A caption beside the truth."""
+    """A caption measured against the truth."""
 
     kinds: Mapping[Kind, Tally]
     num_stray: int  # sentences outside the grammar
@@ -68,7 +68,7 @@ class Measure:
 
     @property
     def is_wholly_right(self) -> bool:
-        """Whether something is stated and nothing of it is false."""
+        """True when something is stated and nothing is false."""
         return self.total.num_stated > 0 and self.total.num_false == 0
 
 
@@ -105,7 +105,7 @@ def measure_caption(text: str, scene: Scene) -> Measure:
 
 
 def is_exceeded(claim: Claim, mentions: Iterable[Parts]) -> bool:
-    """Whether a caption lists more things than this count of it says; other claims are never exceeded."""
+    """True for a count that is lower than the number of things that the caption lists."""
     if claim.kind != "count":
         return False
     listed = sum(claim.about in (THINGS, mention[0].about.split()[-1]) for mention in mentions)
@@ -114,19 +114,18 @@ def is_exceeded(claim: Claim, mentions: Iterable[Parts]) -> bool:
 
 def match_things(mentions: Sequence[Parts], scene: Scene) -> Iterable[Claim]:
     """The true parts of stated things under the matching that makes most of them true."""
-
     best: dict[frozenset[int], Parts] = {frozenset(range(len(scene.things))): ()}  # unmatched things -> true parts
     for mention in mentions:
         for free, true in list(best.items()):
             for number in free:
-                longer = (*true, *true_parts(mention, scene.things[number]))
+                longer = (*true, *list_true_parts(mention, scene.things[number]))
                 if len(longer) > max(len(true), len(best.get(free - {number}, ()))):
                     best[free - {number}] = longer
     return max(best.values(), key=len)
 
 
-def true_parts(mention: Parts, thing: Thing) -> Parts:
-    """The parts of a stated thing that a thing of the picture bears out; none when it has another name."""
+def list_true_parts(mention: Parts, thing: Thing) -> Parts:
+    """The parts of a stated thing that are true of a thing of the picture; none when it has another name."""
     if mention[0].about != thing.name:
         return ()
     values = {"object": "", "size": thing.size, "texture": thing.texture}

@@ -1,8 +1,8 @@
-"""Decides what a vision tower learns of labelled scenes besides words: what lies under each image token.
+"""Labels of image tokens in scenes, and the linear head that trains a vision tower on them.
 
-Eight answers a token: colour (of the ground where there is no thing), shape, size, texture, and where the thing's
-centre is, across and down: from the token, in tokens, and in the picture, in tenths. A tower that has learnt this has
-learnt to see; captions alone teach it slowly.
+Each token has eight labels: colour (of the background where there is no thing), shape, size, texture, and the position
+of the thing's centre, across and down: from the token, in tokens, and in the picture, in tenths. A vision tower learns
+to see from these much faster than from captions alone.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ IGNORED = -100
 REACH = 3  # tokens: a centre further away than this counts as this far
 NONE = "none"
 WORDS = ((*COLOURS, *BACKGROUNDS), (NONE, *SHAPES), (NONE, *SIZES), (NONE, *TEXTURES))
-NUM_ANSWERS = (*(len(words) for words in WORDS), 2 * REACH + 1, 2 * REACH + 1, 10, 10)
+NUM_CLASSES = (*(len(words) for words in WORDS), 2 * REACH + 1, 2 * REACH + 1, 10, 10)
 
 
 def label_tokens(scene: Scene, *, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The answers of every image token in raster order: rows * columns by 8."""
-    owner = assign_cells(scene, columns=columns, rows=rows)
+    """The labels of every image token in raster order: shape [rows * columns, 8]."""
+    owners = assign_cells(scene, columns=columns, rows=rows)
     down, across = np.mgrid[:rows, :columns]
-    answers = np.zeros((rows, columns, len(NUM_ANSWERS)), np.int64)
-    answers[..., 0] = WORDS[0].index(scene.background)
-    answers[..., 4:] = IGNORED
+    labels = np.zeros((rows, columns, len(NUM_CLASSES)), np.int64)
+    labels[..., 0] = WORDS[0].index(scene.background)
+    labels[..., 4:] = IGNORED
     for number, thing in enumerate(scene.things):
-        there = owner == number
-        said = (thing.colour, thing.shape, thing.size, thing.texture)
-        answers[there, 6:] = centre_in_tenths(thing, scene)
-        answers[there, :4] = [words.index(word) for words, word in zip(WORDS, said, strict=True)]
-        for place, centre, here in (
+        covered = owners == number
+        values = (thing.colour, thing.shape, thing.size, thing.texture)
+        labels[covered, 6:] = centre_in_tenths(thing, scene)
+        labels[covered, :4] = [words.index(word) for words, word in zip(WORDS, values, strict=True)]
+        for column, centre, position in (
             (4, thing.x / scene.width * columns, across),
             (5, thing.y / scene.height * rows, down),
         ):
-            away = np.round(centre - 0.5 - here[there])
-            answers[there, place] = np.clip(away, -REACH, REACH) + REACH
-    return answers.reshape(-1, len(NUM_ANSWERS))
+            offset = np.round(centre - 0.5 - position[covered])
+            labels[covered, column] = np.clip(offset, -REACH, REACH) + REACH
+    return labels.reshape(-1, len(NUM_CLASSES))
 
 
 def label_batch(source_keys: Iterable[str], grids: torch.Tensor, *, merge: int) -> torch.Tensor:
-    """Of a batch of pictures, in the order of their image tokens. `grids`: frames, rows and columns of patches."""
+    """The labels of a batch's image tokens, shape [tokens, 8]. `grids`: frames, rows and columns of patches."""
     parts = [
         torch.from_numpy(label_tokens(find_scene(name), rows=int(grid[1]) // merge, columns=int(grid[2]) // merge))
         for name, grid in zip(source_keys, grids, strict=True)
@@ -66,23 +66,23 @@ def label_batch(source_keys: Iterable[str], grids: torch.Tensor, *, merge: int) 
 
 
 class RegionReader(nn.Module):  # type: ignore[misc]
-    """Reads the answers off the image tokens of a vision tower, linearly; it is thrown away after training."""
+    """Predicts the labels from the image tokens of a vision tower with one linear layer, dropped after training."""
 
     def __init__(self, visual: nn.Module, hidden: int) -> None:
         super().__init__()
-        self.heads = nn.Linear(hidden, sum(NUM_ANSWERS))
-        visual.register_forward_hook(self._keep)
+        self.heads = nn.Linear(hidden, sum(NUM_CLASSES))
+        visual.register_forward_hook(self._store_tokens)
         self._tokens: torch.Tensor | None = None
 
-    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _store_tokens(self, _: nn.Module, __: Any, output: Any) -> None:
         self._tokens = output.pooler_output
 
-    def loss(self, answers: torch.Tensor) -> torch.Tensor:
-        """The mean over the eight questions, for the images that the tower saw last."""
+    def loss(self, labels: torch.Tensor) -> torch.Tensor:
+        """The mean cross entropy over the eight labels, for the last batch of images."""
         assert self._tokens is not None
         logits, self._tokens = self.heads(self._tokens).float(), None
         losses: Iterable[torch.Tensor] = (
-            nn.functional.cross_entropy(part, answers[:, place], ignore_index=IGNORED)
-            for place, part in enumerate(logits.split(NUM_ANSWERS, -1))
+            nn.functional.cross_entropy(part, labels[:, column], ignore_index=IGNORED)
+            for column, part in enumerate(logits.split(NUM_CLASSES, -1))
         )
         return torch.stack(list(losses)).mean()

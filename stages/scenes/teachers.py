@@ -1,9 +1,8 @@
-"""Decides how the simulated teachers see: five captioners that look at a scene's truth, each with its own blind spots.
+"""Simulated teachers: five captioners that see a scene's truth, each with its own blind spots.
 
-They stand in the place of strong vision-language models and are reached as an engine (`kind =
-"stages.scenes.teachers"`). The
-truth is found through a request's `source_key` and nothing else. Two more voices make labels: `speaker` makes one
-statement, true or false by one swap; `labeller` answers a judge's question about the last line of its prompt.
+They replace strong vision-language models and are an engine (`kind = "stages.scenes.teachers"`), which finds the truth
+through a request's `source_key` and nothing else. Two more voices make labels: `speaker` makes one statement, true or
+false by one swap; `labeller` answers a judge's question about the last line of its prompt.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from pipeline.sources.scenes import (
     is_related,
 )
 from stages.scenes.claims import (
+    KINDS,
     NUMBERS,
     THINGS,
     Claim,
@@ -47,55 +47,55 @@ from stages.scenes.claims import (
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Tendencies: each is the share of occasions on which the teacher gives in to it."""
+    """A teacher's faults, each as the share of occasions on which it happens."""
 
-    slips: float = 0.03  # any word is replaced by any other of its kind
+    slips: float = 0.03  # a word is replaced by a random one of its kind
     small_overlooked: float = 0.0
     rim_overlooked: float = 0.0  # things whose centre is in the outer quarter of the picture
-    colours: Mapping[str, str] = field(default_factory=dict)  # seen as
+    colours: Mapping[str, str] = field(default_factory=dict)  # true -> seen as
     shapes: Mapping[str, str] = field(default_factory=dict)
     textures: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)  # relations
-    grounds: Mapping[str, str] = field(default_factory=dict)
-    confused: float = 0.0  # how often the confusions above happen
-    crowds_undercounted: float = 0.0  # more than three things are one fewer
-    unsaid: Mapping[str, float] = field(default_factory=dict)  # kind of claim -> how often it is left out
+    relations: Mapping[str, str] = field(default_factory=dict)
+    backgrounds: Mapping[str, str] = field(default_factory=dict)
+    confused: float = 0.0  # of the confusions above
+    crowds_undercounted: float = 0.0  # a count above three is one too low
+    omitted: Mapping[str, float] = field(default_factory=dict)  # kind of claim -> share left out
 
 
 TEACHERS: Mapping[str, Teacher] = {
     "hasty": Teacher(
         small_overlooked=0.4,
         crowds_undercounted=0.4,
-        unsaid={"texture": 0.5, "relation": 0.5, "size": 0.2, "background": 0.2},
+        omitted={"texture": 0.5, "relation": 0.5, "size": 0.2, "background": 0.2},
     ),
     "warm": Teacher(
-        colours={"orange": "red", "purple": "blue", "yellow": "orange"}, grounds={"teal": "grey"}, confused=0.7
+        colours={"orange": "red", "purple": "blue", "yellow": "orange"}, backgrounds={"teal": "grey"}, confused=0.7
     ),
     "boxy": Teacher(
         shapes={"diamond": "square", "ring": "circle", "heart": "triangle"}, sizes={"small": "large"}, confused=0.6
     ),
     "plain": Teacher(
         textures={"striped": "solid", "dotted": "solid"},
-        words={"touching": "left of", "inside": "touching"},
+        relations={"touching": "left of", "inside": "touching"},
         confused=0.7,
-        unsaid={"background": 0.4},
+        omitted={"background": 0.4},
     ),
     "central": Teacher(
         rim_overlooked=0.5,
-        words={"left of": "right of", "above": "below"},
+        relations={"left of": "right of", "above": "below"},
         confused=0.35,
         crowds_undercounted=0.7,
-        unsaid={"size": 0.3},
+        omitted={"size": 0.3},
     ),
 }
-SHARED = {  # the same committee when most of it shares a blind spot: patterns are not seen
+SHARED = {  # the same teachers when most share a blind spot: they see no patterns
     name: replace(teacher, textures={"striped": "solid", "dotted": "solid"}, confused=max(teacher.confused, 0.85))
     if name != "hasty"
     else teacher
     for name, teacher in TEACHERS.items()
 }
-CONSENSUS = 3  # of the five: what so many state is the committee's word
+CONSENSUS = 3  # of the five teachers must state a claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +103,14 @@ class Config:
     teacher: Literal["hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "labeller"] = key(
         "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
     )
-    shared: bool = key(False, "the committee in which most share a blind spot: they take patterns for plain colour")
+    shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
 
 
 def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
-    """What a teacher says of a scene. The same (teacher, scene, seed) says the same.
+    """A teacher's caption of a scene, deterministic in (teacher, scene, seed).
 
     Args:
-        shared: it is of the committee that shares a blind spot.
+        shared: the teacher is one of `SHARED`.
 
     >>> from pipeline.sources.scenes import draw_scene
     >>> caption_scene("hasty", draw_scene(0, 0), 0) == caption_scene("hasty", draw_scene(0, 0), 0)
@@ -121,32 +121,31 @@ def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False
 
 
 def merge_captions(captions: Iterable[str]) -> str:
-    """The claims that at least three of the captions make, as one caption."""
+    """One caption of the claims that at least three of the captions make."""
     votes = Counter(claim for text in captions for claim in parse_caption(text).claims)
     agreed = [claim for claim, count in votes.items() if count >= CONSENSUS]
     names = {claim.about for claim in agreed if claim.kind == "object"}
-    order = ("count", "background", "object", "size", "texture", "relation")
-    kept = [claim for claim in agreed if claim.kind not in ("size", "texture") or claim.about in names]
-    return write_caption(sorted(kept, key=lambda claim: (order.index(claim.kind), claim)), Random(0))
+    claims = [claim for claim in agreed if claim.kind not in ("size", "texture") or claim.about in names]
+    return write_caption(sorted(claims, key=lambda claim: (KINDS.index(claim.kind), claim)), Random(0))
 
 
 def draw_claims(teacher: Teacher, scene: Scene, rng: Random) -> list[Claim]:
-    """The claims of one caption, in its order: facts of the scene as the teacher sees it, less what it leaves out."""
-    seen = _seen(teacher, scene, rng)
-    claims = [claim for claim in list_facts(seen) if rng.random() >= teacher.unsaid.get(claim.kind, 0.0)]
-    return [_said(teacher, claim, rng) for claim in claims]
+    """The claims of one caption, in order: facts of the scene as the teacher sees it, without those it omits."""
+    facts = list_facts(_see_scene(teacher, scene, rng))
+    claims = [claim for claim in facts if rng.random() >= teacher.omitted.get(claim.kind, 0.0)]
+    return [_state_claim(teacher, claim, rng) for claim in claims]
 
 
-def _seen(teacher: Teacher, scene: Scene, rng: Random) -> Scene:
-    things = [thing for thing in scene.things if not _overlooked(teacher, thing, scene, rng)] or scene.things[:1]
+def _see_scene(teacher: Teacher, scene: Scene, rng: Random) -> Scene:
+    things = [thing for thing in scene.things if not _overlooks(teacher, thing, scene, rng)] or scene.things[:1]
     return replace(
         scene,
-        background=_mistaken(teacher, scene.background, teacher.grounds, BACKGROUNDS, rng),
-        things=tuple(_looked_at(teacher, thing, rng) for thing in things),
+        background=_see_word(teacher, scene.background, teacher.backgrounds, BACKGROUNDS, rng),
+        things=tuple(_see_thing(teacher, thing, rng) for thing in things),
     )
 
 
-def _overlooked(teacher: Teacher, thing: Thing, scene: Scene, rng: Random) -> bool:
+def _overlooks(teacher: Teacher, thing: Thing, scene: Scene, rng: Random) -> bool:
     if thing.size == "small" and rng.random() < teacher.small_overlooked:
         return True
     across, down = thing.x / scene.width, thing.y / scene.height
@@ -154,42 +153,39 @@ def _overlooked(teacher: Teacher, thing: Thing, scene: Scene, rng: Random) -> bo
     return on_rim and rng.random() < teacher.rim_overlooked
 
 
-def _looked_at(teacher: Teacher, thing: Thing, rng: Random) -> Thing:
+def _see_thing(teacher: Teacher, thing: Thing, rng: Random) -> Thing:
     return replace(
         thing,
-        colour=_mistaken(teacher, thing.colour, teacher.colours, COLOURS, rng),
-        shape=_mistaken(teacher, thing.shape, teacher.shapes, SHAPES, rng),
-        size=_mistaken(teacher, thing.size, teacher.sizes, SIZES, rng),
-        texture=_mistaken(teacher, thing.texture, teacher.textures, TEXTURES, rng),
+        colour=_see_word(teacher, thing.colour, teacher.colours, COLOURS, rng),
+        shape=_see_word(teacher, thing.shape, teacher.shapes, SHAPES, rng),
+        size=_see_word(teacher, thing.size, teacher.sizes, SIZES, rng),
+        texture=_see_word(teacher, thing.texture, teacher.textures, TEXTURES, rng),
     )
 
 
-def _mistaken(teacher: Teacher, word: str, seen_as: Mapping[str, str], words: Iterable[str], rng: Random) -> str:
+def _see_word(teacher: Teacher, word: str, seen_as: Mapping[str, str], words: Iterable[str], rng: Random) -> str:
     if rng.random() < teacher.slips:
         return rng.choice(list(words))
     return seen_as[word] if word in seen_as and rng.random() < teacher.confused else word
 
 
-def _said(teacher: Teacher, claim: Claim, rng: Random) -> Claim:
+def _state_claim(teacher: Teacher, claim: Claim, rng: Random) -> Claim:
     if claim.kind == "count" and int(claim.value) > 3 and rng.random() < teacher.crowds_undercounted:
         return claim._replace(value=str(int(claim.value) - 1))
     if claim.kind == "relation":
-        word = _mistaken(teacher, claim.value, teacher.words, ("left of", "above"), rng)
+        word = _see_word(teacher, claim.value, teacher.relations, ("left of", "above"), rng)
         return make_relation(claim.about, word, claim.other)
     return claim
 
 
-# Labels: statements that are half true, and what a careful person answers
-
-
 def draw_statement(scene: Scene, rng: Random, *, text: str | None = None) -> str:
-    """One sentence about a scene, true or, half of the time, false by the swap of one word for another of its kind.
+    """One sentence about a scene, true or, half of the time, false because one word is swapped for another of its kind.
 
     Args:
-        text: a caption of which a sentence is taken; without one, or without a sentence that parses, one is made.
+        text: a caption to take the sentence from; without a sentence in it that parses, a new one is drawn.
     """
     groups = [sentence.claims for sentence in parse_caption(text or "").sentences if sentence.claims]
-    group = rng.choice(groups) if groups else _true_group(scene, rng)
+    group = rng.choice(groups) if groups else _draw_true_group(scene, rng)
     if rng.random() < 0.5 and are_true(group, scene):
         group = swap_word(group, scene, rng)
     return write_sentence(group, rng)
@@ -199,8 +195,8 @@ def are_true(group: Sequence[Claim], scene: Scene) -> bool:
     return all(is_true(claim, scene) for claim in group)
 
 
-def _true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
-    """The claims of a true sentence; all kinds are likely enough to be learnt."""
+def _draw_true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
+    """The claims of a true sentence; every kind is frequent enough to be learnt."""
     things, chance = scene.things, rng.random()
     if chance < 0.1:
         return (Claim("background", "", scene.background),)
@@ -218,7 +214,7 @@ def _true_group(scene: Scene, rng: Random) -> tuple[Claim, ...]:
 
 
 def swap_word(group: Sequence[Claim], scene: Scene, rng: Random) -> tuple[Claim, ...]:
-    """The same sentence with one word changed, so that it is false of the scene.
+    """The group with one word changed, so that it is false of the scene.
 
     Raises:
         ValueError: no swap makes it false.
@@ -226,12 +222,12 @@ def swap_word(group: Sequence[Claim], scene: Scene, rng: Random) -> tuple[Claim,
     candidates = [other for other in list_swaps(group) if not are_true(other, scene)]
     if not candidates:
         raise ValueError(f"no swap makes {group} false")
-    place = rng.choice(sorted({_place(group, other) for other in candidates}))
-    return rng.choice([other for other in candidates if _place(group, other) == place])
+    word = rng.choice(sorted({_find_swapped_word(group, other) for other in candidates}))
+    return rng.choice([other for other in candidates if _find_swapped_word(group, other) == word])
 
 
 def list_swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
-    """All sentences that differ in one word of the vocabulary."""
+    """All groups that differ in one word of the vocabulary."""
     first, *details = group
     if first.kind == "background":
         return [(first._replace(value=word),) for word in BACKGROUNDS if word != first.value]
@@ -239,10 +235,10 @@ def list_swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
         return [(first._replace(value=str(n)),) for n in range(1, 8) if str(n) != first.value]
     if first.kind == "relation":
         words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-        turned = [make_relation(first.about, word, first.other) for word in words]
-        renamed = [make_relation(name, first.value, first.other) for name in _renamed(first.about)]
-        renamed += [make_relation(first.about, first.value, name) for name in _renamed(first.other)]
-        return [(claim,) for claim in dict.fromkeys(turned + renamed) if claim != first and claim.about != claim.other]
+        others = [make_relation(first.about, word, first.other) for word in words]
+        others += [make_relation(name, first.value, first.other) for name in _list_other_names(first.about)]
+        others += [make_relation(first.about, first.value, name) for name in _list_other_names(first.other)]
+        return [(claim,) for claim in dict.fromkeys(others) if claim != first and claim.about != claim.other]
     choices = {"size": SIZES, "texture": TEXTURES}
     changed = [
         (first, *(detail._replace(value=word) if d is detail else d for d in details))
@@ -250,16 +246,16 @@ def list_swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
         for word in choices[detail.kind]
         if word != detail.value
     ]
-    return changed + [tuple(c._replace(about=name) for c in group) for name in _renamed(first.about)]
+    return changed + [tuple(c._replace(about=name) for c in group) for name in _list_other_names(first.about)]
 
 
-def _renamed(name: str) -> list[str]:
+def _list_other_names(name: str) -> list[str]:
     colour, shape = name.split()
     return [f"{c} {shape}" for c in COLOURS if c != colour] + [f"{colour} {s}" for s in SHAPES if s != shape]
 
 
-def _place(group: Sequence[Claim], other: Sequence[Claim]) -> str:
-    """Which word differs: size, texture, colour, shape, word, count or background."""
+def _find_swapped_word(group: Sequence[Claim], other: Sequence[Claim]) -> str:
+    """The kind of the word that differs: size, texture, colour, shape, relation, count or background."""
     for before, after in zip(group, other, strict=True):
         if before.kind in ("size", "texture", "count", "background") and before.value != after.value:
             return before.kind
@@ -272,7 +268,7 @@ def _place(group: Sequence[Claim], other: Sequence[Claim]) -> str:
 
 
 def answer_statement(sentence: str, scene: Scene) -> tuple[str, bool]:
-    """What a careful person sees of what a sentence is about, in few words, and whether the sentence holds.
+    """A short reason, from what the scene shows of a sentence's subject, and whether the sentence is true.
 
     >>> from pipeline.sources.scenes import draw_scene
     >>> answer_statement("The background is pink.", draw_scene(0, 0))
@@ -282,72 +278,64 @@ def answer_statement(sentence: str, scene: Scene) -> tuple[str, bool]:
     if len(parsed) != 1 or not parsed[0].claims:
         return "no statement about the picture", False
     group = parsed[0].claims
-    return _reason(group, scene), are_true(group, scene)
+    return _explain_group(group, scene), are_true(group, scene)
 
 
-def _reason(group: Sequence[Claim], scene: Scene) -> str:
+def _explain_group(group: Sequence[Claim], scene: Scene) -> str:
     first = group[0]
     if first.kind == "background":
         return f"{scene.background} background"
     if first.kind == "count":
-        named = [t.name for t in scene.in_order if first.about in (THINGS, t.shape)]
+        named = [t.name for t in scene.left_to_right if first.about in (THINGS, t.shape)]
         return f"{', '.join(named)}: {NUMBERS[len(named)]}" if named else NUMBERS[0]
     if first.kind == "relation":
-        return _stand(first, scene)
-    return _closest(group, scene)
+        return _explain_relation(first, scene)
+    return _describe_closest(group, scene)
 
 
-def _stand(claim: Claim, scene: Scene) -> str:
-    """What is where; then the two things and all that is true of how they stand, or which of them is not there.
+def _explain_relation(claim: Claim, scene: Scene) -> str:
+    """All things with their positions, then the two in question with all their true relations, or the missing one.
 
-    Who looks at everything first is not led by the question; who says once more where two things are can compare them.
+    Listing everything first keeps the answer from being led by the question; repeating the two positions beside each
+    other lets a model compare them.
     """
     things = {thing.name: thing for thing in scene.things}
-    seen = {name: f"{name} {_place_of(thing, scene)}" for name, thing in things.items()}
-    listed = ", ".join(seen[thing.name] for thing in scene.in_order)
+    placed = {name: "{} {} {}".format(name, *centre_in_tenths(thing, scene)) for name, thing in things.items()}
+    listed = ", ".join(placed[thing.name] for thing in scene.left_to_right)
     for name in (claim.about, claim.other):
         if name not in things:
             return f"{listed}: no {name}"
     a, b = things[claim.about], things[claim.other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    standing = ", ".join(word for word in words if is_related(a, word, b)) or "level"
-    return f"{listed}: {seen[a.name]}, {seen[b.name]}: {standing}"
+    relations = ", ".join(word for word in words if is_related(a, word, b)) or "level"
+    return f"{listed}: {placed[a.name]}, {placed[b.name]}: {relations}"
 
 
-def _place_of(thing: Thing, scene: Scene) -> str:
-    """Its centre, across and down, in tenths of the picture."""
-    across, down = centre_in_tenths(thing, scene)
-    return f"{across} {down}"
-
-
-def _closest(group: Sequence[Claim], scene: Scene) -> str:
-    """The thing that most resembles the one described."""
+def _describe_closest(group: Sequence[Claim], scene: Scene) -> str:
+    """The thing in the scene that most resembles the one described."""
     colour, shape = group[0].about.split()
-    said = {claim.value for claim in group[1:]}
+    details = {claim.value for claim in group[1:]}
 
     def likeness(thing: Thing) -> tuple[int, int]:
-        return 2 * (thing.shape == shape) + 2 * (thing.colour == colour), len(said & {thing.size, thing.texture})
+        return 2 * (thing.shape == shape) + 2 * (thing.colour == colour), len(details & {thing.size, thing.texture})
 
-    thing = max(scene.in_order, key=likeness)
+    thing = max(scene.left_to_right, key=likeness)
     return f"{thing.size} {thing.texture} {thing.name}"
 
 
 def sample_texts(num_scenes: int) -> Iterator[str]:
-    """What is said in this world: captions, statements and verdicts of so many scenes."""
+    """Captions, statements and verdicts of some scenes: the vocabulary of this world."""
     rng = Random(0)
     for index in range(num_scenes):
-        shown = draw_scene(0, index)
-        yield write_caption(list_facts(shown), rng)
-        yield caption_scene("hasty", shown, 0)
-        sentence = draw_statement(shown, rng)
-        yield f"{sentence}\n{format_verdict(*answer_statement(sentence, shown))}"
+        truth = draw_scene(0, index)
+        yield write_caption(list_facts(truth), rng)
+        yield caption_scene("hasty", truth, 0)
+        sentence = draw_statement(truth, rng)
+        yield f"{sentence}\n{format_verdict(*answer_statement(sentence, truth))}"
 
 
 def format_verdict(reason: str, true: bool) -> str:
     return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
-
-
-# The engine
 
 
 def open(config: Config) -> TeacherEngine:  # noqa: A001
@@ -355,7 +343,7 @@ def open(config: Config) -> TeacherEngine:  # noqa: A001
 
 
 class TeacherEngine:
-    """Answers requests about scenes by looking at their truth, one at a time, each when it is asked for."""
+    """Answers requests about scenes from their truth, lazily and one at a time."""
 
     revision = "1"
 
@@ -365,7 +353,11 @@ class TeacherEngine:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         for request in requests:
-            yield self._settled(request)
+            attempt, is_final = 0, False
+            while not is_final:
+                attempt += 1
+                reply, is_final = finish_attempt(request, self._answer(request, request.seed + attempt - 1), attempt)
+            yield reply
 
     def waiting(self) -> float | None:
         return None
@@ -373,28 +365,21 @@ class TeacherEngine:
     def close(self) -> None:
         pass
 
-    def _settled(self, request: Request) -> Reply:
-        attempt, final = 0, False
-        while not final:
-            attempt += 1
-            reply, final = finish_attempt(request, self._answer(request, request.seed + attempt - 1), attempt)
-        return reply
-
     def _answer(self, request: Request, seed: int) -> Reply:
         try:
-            shown = find_scene(request.source_key)
+            truth = find_scene(request.source_key)
         except ValueError as error:
             return Reply(error=str(error))
-        text = self._text(request.prompt, shown, seed)
+        text = self._write_text(request.prompt, truth, seed)
         return Reply(text=text, finish_reason="stop", num_output_tokens=len(text.split()))
 
-    def _text(self, prompt: str, shown: Scene, seed: int) -> str:
+    def _write_text(self, prompt: str, truth: Scene, seed: int) -> str:
         if self._voice == "labeller":
-            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], shown))
+            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], truth))
         if self._voice == "speaker":
-            rng = Random(f"speaker/{shown.seed}/{shown.index}/{seed}")
-            heard = caption_scene(rng.choice(list(TEACHERS)), shown, seed) if rng.random() < 0.5 else None
-            return draw_statement(shown, rng, text=heard)
+            rng = Random(f"speaker/{truth.seed}/{truth.index}/{seed}")
+            text = caption_scene(rng.choice(list(TEACHERS)), truth, seed) if rng.random() < 0.5 else None
+            return draw_statement(truth, rng, text=text)
         if self._voice == "consensus":
-            return merge_captions(caption_scene(name, shown, seed, shared=self._shared) for name in TEACHERS)
-        return caption_scene(self._voice, shown, seed, shared=self._shared)
+            return merge_captions(caption_scene(name, truth, seed, shared=self._shared) for name in TEACHERS)
+        return caption_scene(self._voice, truth, seed, shared=self._shared)

@@ -1,4 +1,4 @@
-"""The promises of the grammar: what is said is what is understood, and no wording fools the measure."""
+"""Scene captions parse back to the claims that they were written from, and no wording fools the counts."""
 
 from collections import Counter
 from random import Random
@@ -25,7 +25,7 @@ scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
 
 @st.composite
 def subsets(draw: st.DrawFn) -> list[Claim]:
-    """Some of what is true of a scene, in any order, as whole sentences."""
+    """Some true claims of a scene, in any order, grouped by sentence."""
     true = draw(scenes)
     counts = Counter(thing.shape for thing in true.things)
     groups = group_claims(
@@ -36,7 +36,7 @@ def subsets(draw: st.DrawFn) -> list[Claim]:
 
 
 @given(subsets(), st.integers())
-def test_what_is_said_is_what_is_understood(claims: list[Claim], seed: int) -> None:
+def test_written_claims_parse_back(claims: list[Claim], seed: int) -> None:
     parsed = parse_caption(write_caption(claims, Random(seed)))
     assert parsed.claims == frozenset(claims)
     assert not parsed.unparsed
@@ -44,13 +44,13 @@ def test_what_is_said_is_what_is_understood(claims: list[Claim], seed: int) -> N
 
 
 @given(scenes, st.integers())
-def test_the_whole_truth_measures_one(scene_, seed: int) -> None:
+def test_a_complete_caption_has_full_precision_and_recall(scene_, seed: int) -> None:
     result = count_claims(write_caption(list_facts(scene_), Random(seed)), scene_)
     assert (result.precision, result.recall, result.f1, result.num_hallucinations) == (1, 1, 1, 0)
 
 
 @given(scenes, subsets(), st.integers())
-def test_repeating_changes_nothing(scene_, claims: list[Claim], seed: int) -> None:
+def test_repetition_changes_no_count(scene_, claims: list[Claim], seed: int) -> None:
     text = write_caption(claims, Random(seed))
     assert count_claims(f"{text} {text}", scene_) == count_claims(text, scene_)
 
@@ -76,24 +76,23 @@ def test_stray_sentences_are_false_claims(stray: str, scene_, seed: int) -> None
     assert count_claims(f"{text}\n{stray}\n{stray}", scene_).precision < padded.precision
 
 
-def test_letters_that_only_look_like_those_of_a_word_say_nothing() -> None:
-    assert not parse_caption(
-        "\u017fix objects. A \u017fmall red ring."
-    ).claims  # a long s, which ignoring case makes an s
+def test_lookalike_letters_make_no_claim() -> None:
+    """A long s is an s when case is ignored."""
+    assert not parse_caption("\u017fix objects. A \u017fmall red ring.").claims
 
 
-def test_an_empty_caption_earns_nothing() -> None:
+def test_an_empty_caption_scores_zero() -> None:
     result = count_claims("", draw_scene(0, 0))
     assert (result.precision, result.recall, result.f1) == (0, 0, 0)
 
 
 @given(scenes)
-def test_facts_hold_and_their_opposites_do_not(one) -> None:
+def test_facts_are_true_and_altered_facts_are_not(one) -> None:
     assert all(is_true(claim, one) for claim in list_facts(one))
     assert not any(is_true(claim._replace(value="?"), one) for claim in list_facts(one) if claim.kind != "object")
 
 
-def test_both_directions_say_the_same() -> None:
+def test_opposite_relations_make_the_same_claim() -> None:
     assert (
         parse_caption("The red ring is right of the blue star.").claims
         == parse_caption("the blue star is left of the red ring").claims
@@ -107,7 +106,7 @@ def test_both_directions_say_the_same() -> None:
     }
 
 
-def test_counts_of_one_shape() -> None:
+def test_counts_may_be_of_one_shape() -> None:
     assert parse_caption("Two crosses. There is one object.").claims == {
         Claim("count", "cross", "2"),
         Claim("count", "objects", "1"),
@@ -115,7 +114,7 @@ def test_counts_of_one_shape() -> None:
 
 
 @given(subsets(), st.integers())
-def test_sentences_are_kept_whole(claims: list[Claim], seed: int) -> None:
+def test_captions_split_into_the_sentences_written(claims: list[Claim], seed: int) -> None:
     rng = Random(seed)
-    said = [write_sentence(group, rng) for group in group_claims(claims)]
-    assert split_sentences(" ".join(said)) == said
+    written = [write_sentence(group, rng) for group in group_claims(claims)]
+    assert split_sentences(" ".join(written)) == written

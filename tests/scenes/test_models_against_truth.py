@@ -1,4 +1,4 @@
-"""The promise that the truth only measures: without it, a run captions, scores and keeps the same."""
+"""A run without the scenes' truth captions, scores and keeps the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sections(source: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def made(folder: Path, source: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
+def run_stages(folder: Path, source: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
     """Captions, scores and verdicts of a run."""
     begin(folder, sections(source))
     for stage in ("ingest", "caption", "score", "filter"):
@@ -42,7 +42,7 @@ def made(folder: Path, source: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
 
 
 @pytest.mark.slow
-def test_nothing_reads_the_truth(tmp_path: Path) -> None:
+def test_no_stage_reads_the_truth(tmp_path: Path) -> None:
     config = scenes.Config(num_images=NUM_IMAGES, seed=3, broken_share=0.0, duplicate_share=0.0)
     plain = tmp_path / "pictures"
     plain.mkdir()
@@ -52,8 +52,8 @@ def test_nothing_reads_the_truth(tmp_path: Path) -> None:
         if raw.alt_text is not None:
             (plain / f"{index:03d}.txt").write_text(raw.alt_text)
     known = {"kind": "scenes", "num_images": NUM_IMAGES, "seed": 3, "broken_share": 0.0, "duplicate_share": 0.0}
-    with_truth = made(tmp_path / "known", known)
-    assert made(tmp_path / "unknown", {"kind": "folder", "path": str(plain)}) == with_truth
+    with_truth = run_stages(tmp_path / "known", known)
+    assert run_stages(tmp_path / "unknown", {"kind": "folder", "path": str(plain)}) == with_truth
     rows = list(tables.read_rows(tmp_path / "unknown/image/00000.parquet", Image))
     assert [row.metadata for row in rows] == ["{}"] * NUM_IMAGES
     assert all(text for _, text, _ in with_truth[0])

@@ -1,4 +1,4 @@
-"""The promises of the scenes world: it follows from its seed, says the truth about itself, and has the web's flaws."""
+"""The scenes world: it is determined by its seed, knows its own truth, and has faults like the web's."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from pipeline.sources.scenes import (
 )
 
 
-def corpus(config: Config) -> list[Raw]:
+def read_corpus(config: Config) -> list[Raw]:
     return [raw for piece in scenes.pieces(config) for raw in scenes.read(piece, config)]
 
 
@@ -38,28 +38,28 @@ def is_picture(raw: Raw) -> bool:
 
 @pytest.fixture(scope="module")
 def raws() -> list[Raw]:
-    return corpus(Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2))
+    return read_corpus(Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2))
 
 
-def test_a_corpus_follows_from_its_config(raws: list[Raw]) -> None:
+def test_a_corpus_is_determined_by_its_config(raws: list[Raw]) -> None:
     config = Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2, samples_per_piece=7)
-    assert corpus(config) == raws
-    assert corpus(Config(num_images=20, seed=6))[0].data != raws[0].data
+    assert read_corpus(config) == raws
+    assert read_corpus(Config(num_images=20, seed=6))[0].data != raws[0].data
 
 
-def test_growth_moves_nothing(raws: list[Raw]) -> None:
-    assert corpus(Config(num_images=450, seed=5, broken_share=0.1, duplicate_share=0.2))[:400] == raws
+def test_growth_moves_no_sample(raws: list[Raw]) -> None:
+    assert read_corpus(Config(num_images=450, seed=5, broken_share=0.1, duplicate_share=0.2))[:400] == raws
 
 
-def test_source_keys_are_unique_and_lead_to_the_truth(raws: list[Raw]) -> None:
+def test_source_keys_are_unique_and_identify_the_scene(raws: list[Raw]) -> None:
     assert len({raw.source_key for raw in raws}) == len(raws)
     for raw in raws:
         truth = json.loads(raw.metadata)["scene"]
-        shown = find_scene(raw.source_key)
-        assert (shown.background, len(shown.things)) == (truth["background"], len(truth["things"]))
+        scene = find_scene(raw.source_key)
+        assert (scene.background, len(scene.things)) == (truth["background"], len(truth["things"]))
 
 
-def test_broken_files_are_as_many_as_asked(raws: list[Raw]) -> None:
+def test_broken_files_have_the_configured_share(raws: list[Raw]) -> None:
     broken = [raw for raw in raws if not is_picture(raw)]
     assert {raw.source_key for raw in broken} == {
         raw.source_key for raw in raws if json.loads(raw.metadata)["broken"] is not None
@@ -81,23 +81,24 @@ def test_half_of_the_alt_texts_are_right(raws: list[Raw]) -> None:
     assert set(kinds) == {"right", "wrong", "short", "file name", "none"}
 
 
-def test_the_world_is_as_rich_as_it_says() -> None:
+def test_all_words_of_the_world_occur() -> None:
     things = [thing for index in range(1500) for thing in draw_scene(1, index).things]
     assert len({t.shape for t in things}) == 8
     assert len({t.colour for t in things}) == 8
     assert {t.size for t in things} == {"small", "large"}
     assert {t.texture for t in things} == {"solid", "striped", "dotted"}
     assert {len(draw_scene(1, index).things) for index in range(1500)} == {1, 2, 3, 4, 5, 6}
-    words = Counter(find_relation(a, b) for i in range(1500) for a, b in pairwise(draw_scene(1, i).in_order))
+    words = Counter(find_relation(a, b) for i in range(1500) for a, b in pairwise(draw_scene(1, i).left_to_right))
     assert all(words[word] > 20 for word in ("left of", "above", "below", "touching", "inside", "around"))
-    sizes = {Image.open(io.BytesIO(raw.data or b"")).size for raw in corpus(Config(num_images=30, broken_share=0.0))}
+    raws = read_corpus(Config(num_images=30, broken_share=0.0))
+    sizes = {Image.open(io.BytesIO(raw.data or b"")).size for raw in raws}
     assert len(sizes) > 15
 
 
 @given(st.integers(0, 5), st.integers(0, 10**6))
 def test_relations_agree_with_each_other(seed: int, index: int) -> None:
     turned = {"left of": "right of", "above": "below", "inside": "around", "touching": "touching"}
-    turned |= {said: kept for kept, said in turned.items()}
+    turned |= {opposite: word for word, opposite in turned.items()}
     for a, b in combinations(draw_scene(seed, index).things, 2):
         assert find_relation(b, a) == turned[find_relation(a, b)]
         assert is_related(a, find_relation(a, b), b)
@@ -105,21 +106,21 @@ def test_relations_agree_with_each_other(seed: int, index: int) -> None:
 
 
 @given(st.integers(0, 5), st.integers(0, 10**6))
-def test_no_two_things_have_one_name(seed: int, index: int) -> None:
+def test_things_have_different_names(seed: int, index: int) -> None:
     names = [thing.name for thing in draw_scene(seed, index).things]
     assert 1 <= len(names) == len(set(names)) <= 6
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 5), st.integers(0, 10**6))
-def test_every_thing_can_be_seen(seed: int, index: int) -> None:
+def test_every_thing_is_visible(seed: int, index: int) -> None:
     truth = draw_scene(seed, index)
     grid = assign_cells(truth, columns=24, rows=24)
     assert set(np.unique(grid)) - {-1} == set(range(len(truth.things)))
     assert -1 in grid
 
 
-def test_pixels_have_the_colours_of_the_truth() -> None:
+def test_pixels_have_the_colours_of_the_scene() -> None:
     truth = next(s for i in range(100) if len((s := draw_scene(2, i)).things) == 1 and s.things[0].texture == "solid")
     image = np.asarray(render_scene(truth, short=128)).astype(int)
     inside = assign_cells(truth, columns=image.shape[1], rows=image.shape[0]) == 0

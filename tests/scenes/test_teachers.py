@@ -1,4 +1,4 @@
-"""The promises of the simulated teachers: each errs in its own way, together they err less, and labels are right."""
+"""Simulated teachers: each errs in its own way, their consensus errs less, and labels are right."""
 
 import json
 from random import Random
@@ -25,47 +25,48 @@ from stages.scenes.teachers import (
 scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
 
 
-def mean_f1(captions: list[str], shown: list[Scene]) -> float:
-    return sum(count_claims(text, one).f1 for text, one in zip(captions, shown, strict=True)) / len(shown)
+def mean_f1(captions: list[str], truths: list[Scene]) -> float:
+    return sum(count_claims(text, one).f1 for text, one in zip(captions, truths, strict=True)) / len(truths)
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, list[str]]:
+def captions_by_teacher() -> dict[str, list[str]]:
     return {name: [caption_scene(name, draw_scene(1, i), 0) for i in range(300)] for name in TEACHERS}
 
 
-def test_the_consensus_is_better_than_each_teacher(said: dict[str, list[str]]) -> None:
-    shown = [draw_scene(1, i) for i in range(300)]
-    together = mean_f1([merge_captions(captions) for captions in zip(*said.values(), strict=True)], shown)
-    assert all(mean_f1(captions, shown) + 0.02 < together for captions in said.values())
+def test_the_consensus_is_better_than_each_teacher(captions_by_teacher: dict[str, list[str]]) -> None:
+    truths = [draw_scene(1, i) for i in range(300)]
+    merged = [merge_captions(captions) for captions in zip(*captions_by_teacher.values(), strict=True)]
+    together = mean_f1(merged, truths)
+    assert all(mean_f1(captions, truths) + 0.02 < together for captions in captions_by_teacher.values())
 
 
-def test_teachers_speak_the_grammar(said: dict[str, list[str]]) -> None:
-    assert not any(parse_caption(text).unparsed for captions in said.values() for text in captions)
-    assert all(text for captions in said.values() for text in captions)
+def test_teachers_write_in_the_grammar(captions_by_teacher: dict[str, list[str]]) -> None:
+    assert not any(parse_caption(text).unparsed for captions in captions_by_teacher.values() for text in captions)
+    assert all(text for captions in captions_by_teacher.values() for text in captions)
 
 
-def test_blind_spots_are_tendencies(said: dict[str, list[str]]) -> None:
-    """What a teacher mostly leaves out it says at times: a student could discover it."""
-    shown = [(i, t.name) for i in range(300) for t in draw_scene(1, i).things if t.size == "small"]
+def test_blind_spots_are_not_absolute(captions_by_teacher: dict[str, list[str]]) -> None:
+    """A teacher sometimes states what it mostly leaves out, so that a student can discover it."""
+    small = [(i, t.name) for i in range(300) for t in draw_scene(1, i).things if t.size == "small"]
     named = {
         name: sum(
-            any(c.kind == "object" and c.about == thing for c in parse_caption(said[name][i]).claims)
-            for i, thing in shown
+            any(c.kind == "object" and c.about == thing for c in parse_caption(captions_by_teacher[name][i]).claims)
+            for i, thing in small
         )
         for name in ("hasty", "plain")
     }
-    assert 0.3 * len(shown) < named["hasty"] < 0.75 * len(shown)
-    assert named["plain"] > 0.85 * len(shown)
+    assert 0.3 * len(small) < named["hasty"] < 0.75 * len(small)
+    assert named["plain"] > 0.85 * len(small)
 
 
 @given(st.sampled_from(list(TEACHERS)), scenes, st.integers(0, 100))
-def test_a_teacher_repeats_itself(name: str, one: Scene, seed: int) -> None:
+def test_a_teacher_is_deterministic(name: str, one: Scene, seed: int) -> None:
     assert caption_scene(name, one, seed) == caption_scene(name, one, seed)
 
 
 @given(scenes, st.integers())
-def test_labels_are_the_truth(one: Scene, seed: int) -> None:
+def test_labels_are_true(one: Scene, seed: int) -> None:
     sentence = draw_statement(one, Random(seed))
     (parsed,) = parse_caption(sentence).sentences
     reason, true = answer_statement(sentence, one)
@@ -75,14 +76,14 @@ def test_labels_are_the_truth(one: Scene, seed: int) -> None:
 
 def test_half_of_the_statements_are_true() -> None:
     rng = Random(0)
-    for heard in (None, "boxy"):
+    for teacher in (None, "boxy"):
         texts = [
-            (draw_statement(one, rng, text=heard and caption_scene(heard, one, 0)), one)
+            (draw_statement(one, rng, text=teacher and caption_scene(teacher, one, 0)), one)
             for i in range(800)
             if (one := draw_scene(2, i))
         ]
         share = sum(answer_statement(text, one)[1] for text, one in texts) / len(texts)
-        assert (0.45 if heard is None else 0.25) < share < 0.55
+        assert (0.45 if teacher is None else 0.25) < share < 0.55
 
 
 @given(scenes, st.integers())
@@ -95,17 +96,17 @@ def test_a_swap_changes_one_word(one: Scene, seed: int) -> None:
         assert len((before - after) - noise) <= 3
 
 
-def ask(voice: str, prompt: str, source_key: str = "scenes/0/3", seed: int = 0) -> tuple[str, str | None]:
+def ask_engine(voice: str, prompt: str, source_key: str = "scenes/0/3", seed: int = 0) -> tuple[str, str | None]:
     engine = teachers.open(Config(teacher=voice))  # type: ignore[arg-type]
     (reply,) = engine.generate([Request(id="x", prompt=prompt, source_key=source_key, seed=seed)])
     return reply.text, reply.error
 
 
-def test_as_an_engine_they_find_the_truth_by_the_source_key() -> None:
-    assert ask("warm", "Describe.", "scenes/0/3/copy-9", seed=4)[0] == caption_scene("warm", draw_scene(0, 3), 4)
-    assert ask("warm", "Describe.", "photos/cat.jpg")[1] is not None
+def test_the_engine_finds_the_truth_by_the_source_key() -> None:
+    assert ask_engine("warm", "Describe.", "scenes/0/3/copy-9", seed=4)[0] == caption_scene("warm", draw_scene(0, 3), 4)
+    assert ask_engine("warm", "Describe.", "photos/cat.jpg")[1] is not None
     background = draw_scene(0, 3).background
-    right = ask("labeller", f"Does the sentence hold?\n\nThe background is {background}.")[0]
+    right = ask_engine("labeller", f"Does the sentence hold?\n\nThe background is {background}.")[0]
     assert json.loads(right) == {"reason": f"{background} background", "verdict": "yes"}
-    assert json.loads(ask("labeller", "Does the sentence hold?\nThis is a fine caption.")[0])["verdict"] == "no"
-    assert len({ask("speaker", "", seed=seed)[0] for seed in range(20)}) > 5
+    assert json.loads(ask_engine("labeller", "Does the sentence hold?\nThis is a fine caption.")[0])["verdict"] == "no"
+    assert len({ask_engine("speaker", "", seed=seed)[0] for seed in range(20)}) > 5
