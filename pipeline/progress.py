@@ -1,4 +1,4 @@
-"""Decides what a person sees while it runs: everything here goes to stderr, for stdout is data."""
+"""Messages and progress on stderr; stdout is data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from pipeline.records import Record, status_of
 
-RELAY = 0.5  # seconds between what a worker process says of its progress
-QUIET = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
+RELAY_INTERVAL = 0.5  # seconds between progress messages of a worker process
+LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
 
 
 def say(message: str) -> None:
-    """One line for the user, above any progress bar."""
+    """Prints a line for the user, above any progress bar."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -26,7 +26,7 @@ def say(message: str) -> None:
 
 
 def format_count(num: float) -> str:
-    """A count as people read it.
+    """A count with thousands separators.
 
     >>> short(1234567)
     '1,234,567'
@@ -41,18 +41,18 @@ def format_duration(seconds: float) -> str:
     """
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, seconds_left = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds_left:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class ProgressMeter:
-    """Counts the rows of one pass: a bar in a terminal, a line a minute elsewhere. Safe for several threads."""
+    """Counts the rows of one pass: a bar in a terminal, a line a minute elsewhere. Thread-safe."""
 
     def __init__(self, title: str, *, num_shards: int, num_rows: int | None) -> None:
         self.title, self.num_shards, self.num_rows = title, num_shards, num_rows
-        self.rows = self.failed = self.kept = self.shards = 0
+        self.rows = self.failed = self.restored = self.shards = 0
         self._lock = threading.Lock()
-        self._start = self._said = time.monotonic()
+        self._start = self._printed_at = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> ProgressMeter:
@@ -66,27 +66,27 @@ class ProgressMeter:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
-            self._line()
+            self._print_line()
 
     def count(self, row: Record) -> None:
         self.add(1, int(status_of(row) in row.failed))
 
-    def add(self, rows: int, failed: int, kept: int = 0) -> None:
+    def add(self, rows: int, failed: int, restored: int = 0) -> None:
         """
         Args:
-            rows: that were made.
-            failed: of these.
-            kept: rows of an earlier attempt, which need no time.
+            rows: number of rows made.
+            failed: how many of them failed.
+            restored: rows of an earlier attempt, which took no time.
         """
         with self._lock:
             self.rows += rows
             self.failed += failed
-            self.kept += kept
+            self.restored += restored
             if self._bar is not None:
-                self._bar.total = None if self.num_rows is None else self.num_rows - self.kept
+                self._bar.total = None if self.num_rows is None else self.num_rows - self.restored
                 self._bar.update(rows)
-            elif time.monotonic() - self._said > QUIET:
-                self._line()
+            elif time.monotonic() - self._printed_at > LINE_INTERVAL:
+                self._print_line()
 
     def shard_done(self) -> None:
         with self._lock:
@@ -94,11 +94,11 @@ class ProgressMeter:
             if self._bar is not None:
                 self._bar.set_postfix_str(f"shard {self.shards}/{self.num_shards}, {format_count(self.failed)} failed")
 
-    def _line(self) -> None:
-        self._said = time.monotonic()
-        seconds = max(self._said - self._start, 1e-9)
+    def _print_line(self) -> None:
+        self._printed_at = time.monotonic()
+        seconds = max(self._printed_at - self._start, 1e-9)
         rate = self.rows / seconds
-        unfinished = max(0, (self.num_rows or 0) - self.kept - self.rows) if self.shards < self.num_shards else 0
+        unfinished = max(0, (self.num_rows or 0) - self.restored - self.rows) if self.shards < self.num_shards else 0
         left = f", {format_duration(unfinished / rate)} left" if unfinished and rate else ""
         say(
             f"{self.title}: shard {self.shards}/{self.num_shards}, {format_count(self.rows)} rows, "
@@ -107,20 +107,20 @@ class ProgressMeter:
 
 
 class ProgressRelay(ProgressMeter):
-    """Counts in a worker process, for the meter of the process that hears it."""
+    """Counts in a worker process, and sends the counts to the meter in the parent."""
 
-    def __init__(self, tell: Callable[[tuple[int, int, int]], None]) -> None:
+    def __init__(self, send: Callable[[tuple[int, int, int]], None]) -> None:
         super().__init__("", num_shards=1, num_rows=None)
-        self._tell = tell
+        self._send = send
 
-    def add(self, rows: int, failed: int, kept: int = 0) -> None:
+    def add(self, rows: int, failed: int, restored: int = 0) -> None:
         self.rows += rows
         self.failed += failed
-        self.kept += kept
-        if time.monotonic() - self._said > RELAY:
+        self.restored += restored
+        if time.monotonic() - self._printed_at > RELAY_INTERVAL:
             self.flush()
 
     def flush(self) -> None:
-        self._tell((self.rows, self.failed, self.kept))
-        self.rows = self.failed = self.kept = 0
-        self._said = time.monotonic()
+        self._send((self.rows, self.failed, self.restored))
+        self.rows = self.failed = self.restored = 0
+        self._printed_at = time.monotonic()

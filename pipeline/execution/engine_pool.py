@@ -11,7 +11,7 @@ from pipeline.sections import Plugin
 
 
 class EnginePool(Mapping[str, Engine]):
-    """The engines of run.toml by name, opened when first asked for."""
+    """The engines of run.toml by name, opened on first use."""
 
     def __init__(self, plugins: Mapping[str, Plugin]) -> None:
         self._plugins, self._open = plugins, dict[str, Engine]()
@@ -23,7 +23,7 @@ class EnginePool(Mapping[str, Engine]):
                 plugin = self._plugins[name]
                 try:
                     self._open[name] = plugin.module.open(plugin.config)
-                except ConfigError as error:  # an engine knows its keys, not its name
+                except ConfigError as error:  # an engine knows its keys, but not its name in run.toml
                     raise ConfigError(plugin.where, str(error)) from error
             return self._open[name]
 
@@ -34,12 +34,12 @@ class EnginePool(Mapping[str, Engine]):
         return len(self._plugins)
 
     def close_all_but(self, names: Iterable[str]) -> None:
-        """So that the captioner and the judge are never on one GPU by accident."""
+        """Closes the other engines, so that captioner and judge are never on one GPU together."""
         with self._lock:
             for name in set(self._open) - set(names):
                 self._open.pop(name).close()
 
     def waiting(self, names: Iterable[str]) -> float | None:
+        """The largest idle share, [0, 1], among these engines since the previous call; None if unknown."""
         shares = [self._open[name].waiting() for name in names if name in self._open]
-        known = [share for share in shares if share is not None]
-        return max(known) if known else None
+        return max((share for share in shares if share is not None), default=None)

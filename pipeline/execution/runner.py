@@ -1,61 +1,47 @@
-"""Decides how what is missing gets made: one code path for what a person types and for what an array task executes.
+"""Makes what is missing of a run: one code path for the command line and for Slurm array tasks.
 
-It chooses the shards that are due, overlaps and distributes them, and stops when asked or when nothing helps. How one
-shard is made is pipeline/execution/attempt.py's.
+The runner chooses the shards that are due, spreads them over threads and worker processes, and stops when asked to or
+when no further shard would succeed. pipeline/execution/attempt.py makes a single shard.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import threading
-import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
-from pipeline import config
 from pipeline.errors import (
     BrokenTableError,
     EngineDiedError,
     MachineError,
     RefusedError,
-    ShardFailedError,
     StoppedError,
     UserError,
     WorkerDiedError,
 )
-from pipeline.execution.attempt import Attempt, Stopwatch
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass, Shard
-from pipeline.execution.run_state import RunState, Stale
+from pipeline.execution.passes import Pass
+from pipeline.execution.run_state import RunState
+from pipeline.execution.shard_maker import ShardMaker, ShardResult, WorkerJob
+from pipeline.execution.signals import stop_on_signal
 from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
-from pipeline.progress import ProgressMeter, ProgressRelay, say
-from pipeline.records import Stat
+from pipeline.progress import ProgressMeter, say
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import write_failure
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
-GIVE_UP = 3  # shards failed in a row, none done: what is wrong is not the shard
-TICK = 0.5  # seconds after which workers hear of a signal
-INSIST = 1.0  # seconds after which a second signal is one more, no echo of the first
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardResult:
-    """What making one shard of one pass gave."""
-
-    stat: Stat
-    overtaken: bool = False  # another process was faster
+MAX_FAILED = 3  # shards in a row, with none made, after which the rest would fail too
+POLL = 0.5  # seconds between checks whether workers must be stopped
 
 
 @dataclass(kw_only=True)
@@ -63,7 +49,7 @@ class Outcome:
     """What one command did."""
 
     done: int = 0  # shard tables made
-    skipped: int = 0  # already done
+    skipped: int = 0  # shard tables that were done before
     failures: dict[str, str] = field(default_factory=dict)  # "caption:dense 00007" -> why
     stopped: bool = False
 
@@ -79,279 +65,191 @@ class Runner:
     state: RunState
     _: KW_ONLY
     limit: int | None = None  # inputs of a shard, for a preview
-    workers: int = 1  # processes; those of a pass with an engine have one each, and devices of their own
+    workers: int = 1  # processes; each has engines and devices of its own
     retry: frozenset[str] = frozenset()  # statuses whose rows are made again
 
     def __post_init__(self) -> None:
-        self.run = self.state.run
-        self._records = {p.folder: p.record for p in self.state.passes}
-        self.stop = threading.Event()  # a signal came
-        self.given_up = False  # no further shard would fare better
         self.outcome = Outcome()
-        self._stopwatch = Stopwatch()
-        self._team: WorkerPool | None = None
+        self._stop = threading.Event()  # a signal came
+        self._given_up = False  # no further shard would succeed
+        self._maker = ShardMaker(self.state, stop=self._stop, retry=self.retry, limit=self.limit)
+        self._pool: WorkerPool | None = None
 
-    def execute(self, chosen: Sequence[Pass]) -> Outcome:
-        """Makes all of these passes that is not done yet, one after the other.
+    def execute(self, passes: Sequence[Pass]) -> Outcome:
+        """Makes what is not done yet of these passes, in order.
 
         Raises:
-            RefusedError: something is stale and `stale` is "stop", or a status to retry does not exist.
+            RefusedError: a table is stale and `stale` is "stop", or a status to retry does not exist.
         """
-        self._check_retry([p for p in chosen if not p.has_payload])
-        self.state.check_not_stale(chosen)
-        engines = EnginePool(self.run.engines)
-        self._team = self._hired(chosen) if self.workers > 1 else None
+        self._check_retry([p for p in passes if not p.has_payload])
+        self.state.check_not_stale(passes)
+        engines = EnginePool(self.state.run.engines)
+        self._pool = self._create_pool(passes) if self.workers > 1 else None
         try:
-            with stop_on_signal(self.stop):
-                for p in chosen:
-                    if self.stop.is_set() or self.given_up:
+            with stop_on_signal(self._stop):
+                for p in passes:
+                    if self._stop.is_set() or self._given_up:
                         break
                     engines.close_all_but(p.engines)
-                    with closing_after(p):
+                    try:
                         self._make_pass(p, engines)
+                    finally:
+                        if p.close:
+                            p.close()
         except StoppedError:
             self.outcome.stopped = True
-        except BaseException:  # a second Ctrl-C too; raised again
-            if self._team is not None:
-                self._team.kill()
+        except BaseException:  # Ctrl-C too
+            if self._pool is not None:
+                self._pool.kill()
             raise
         finally:
             engines.close_all_but(())
-            if self._team is not None:
-                self._team.close()
+            if self._pool is not None:
+                self._pool.shutdown()
         return self.outcome
 
-    def _hired(self, chosen: Sequence[Pass]) -> WorkerPool:
-        """Workers for these passes; they are started once, for they import much."""
-        names = {name for p in chosen for name in p.engines}
-        on_devices = sorted(name for name in names if getattr(self.run.engines[name].module, "ON_DEVICES", False))
-        devices = visible_devices() if on_devices else []
-        if 0 < len(devices) < self.workers:
-            raise RefusedError(
-                f"--workers {self.workers}: each has devices of its own for {', '.join(on_devices)}, "
-                f"and {len(devices)} are visible ({VISIBLE}={','.join(devices)})"
-            )
-        cores = sorted(os.sched_getaffinity(0))
-        hire = partial(_Job, self.run.file.parent, self.state.shards, self.state.stale, self.retry)
-        return WorkerPool(hire, divide_node(self.workers, cores=cores, devices=devices))
-
-    def _check_retry(self, chosen: Sequence[Pass]) -> None:
+    def _check_retry(self, passes: Sequence[Pass]) -> None:
         if self.retry and self.state.stale == "keep":
             raise RefusedError(
                 "--retry and --stale keep exclude each other; choose one: --retry uses run.toml as it is now"
             )
-        if self.retry and not chosen:
+        if self.retry and not passes:
             raise RefusedError("--retry: ingest and export make a shard as a whole; remove its table to make it again")
-        known = {status for p in chosen for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
+        known = {status for p in passes for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
         if unknown := self.retry - known:
             raise RefusedError(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
 
+    def _create_pool(self, passes: Sequence[Pass]) -> WorkerPool:
+        """One pool for all passes: workers take long to start, because they import much."""
+        run = self.state.run
+        names = {name for p in passes for name in p.engines}
+        on_devices = sorted(name for name in names if getattr(run.engines[name].module, "ON_DEVICES", False))
+        devices = visible_devices() if on_devices else []
+        if 0 < len(devices) < self.workers:
+            raise RefusedError(
+                f"--workers {self.workers}: each needs devices of its own for {', '.join(on_devices)}, "
+                f"and {len(devices)} are visible ({VISIBLE}={','.join(devices)})"
+            )
+        cores = sorted(os.sched_getaffinity(0))
+        make_job = partial(WorkerJob, run.file.parent, self.state.shards, self.state.stale, self.retry)
+        return WorkerPool(make_job, divide_node(self.workers, cores=cores, devices=devices))
+
     def _make_pass(self, p: Pass, engines: EnginePool) -> None:
-        self.state.check_not_stale([p])  # what was just made may be what this pass was made from
+        self.state.check_not_stale([p])  # an input that was made just now may have made it stale
         states = {shard: self.state.states.state(p, shard) for shard in self.state.selected}
-        todo = [shard for shard, state in states.items() if self._is_due(p, state)]
-        blocked = [shard for shard, state in states.items() if state.kind == "blocked"]
-        self.outcome.skipped += len(states) - len(todo) - len(blocked)
-        broken = [shard for shard in todo if states[shard].kind in ("missing", "incomplete") and states[shard].why]
-        for path in (table_path(self.run.folder, p.folder, shard) for shard in broken):
-            if tables.read_whole_footer(path) is None:  # another process may have made it meanwhile
-                self._set_aside(path)
-        if broken:
-            others = f" (and {len(broken) - 1} more like it)" if broken[1:] else ""
-            say(f"recap: {states[broken[0]].why}{others}; it is made again")
-        lacks = {n: f"{states[n].why}; run the stage that makes it first" for n in blocked}
-        made = [q.title for q in self.state.passes if q.folder in p.reads]
-        news = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in made)]
-        if news:
-            others = f" (and {len(news) - 1} shards more like it)" if news[1:] else ""
-            say(f"recap: {p.title} {news[0]:05d} failed: {lacks[news[0]]}{others}")
-        self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in lacks.items()}
-        if todo:
-            with ProgressMeter(p.title, num_shards=len(todo), num_rows=self.state.count_rows(p, todo)) as meter:
-                self._make_shards(p, todo, engines, meter)
+        due = {shard: state for shard, state in states.items() if self._is_due(p, state)}
+        blocked = {shard: state for shard, state in states.items() if state.kind == "blocked"}
+        self.outcome.skipped += len(states) - len(due) - len(blocked)
+        self._set_aside_damaged(p, due)
+        self._fail_blocked(p, blocked)
+        if due:
+            num_rows = self.state.count_rows(p, list(due))
+            with ProgressMeter(p.title, num_shards=len(due), num_rows=num_rows) as meter:
+                self._make_shards(p, list(due), engines, meter)
         if p.finish and not self.outcome.failures and self.state.is_complete(p):
-            p.finish(self.run, bool(todo))
+            p.finish(self.state.run, bool(due))
 
     def _is_due(self, p: Pass, state: State) -> bool:
         if state.kind in DUE:
             return True
         if state.kind == "stale":
             return self.state.stale == "redo"
-        asked = state.footer is not None and any(state.footer.statuses.get(status) for status in self.retry)
-        return state.kind == "done" and asked and not p.has_payload
+        retried = state.footer is not None and any(state.footer.statuses.get(status) for status in self.retry)
+        return state.kind == "done" and retried and not p.has_payload
+
+    def _set_aside_damaged(self, p: Pass, due: Mapping[int, State]) -> None:
+        """Renames damaged table files, and says that they are made again."""
+        damaged = [n for n, state in due.items() if state.kind in ("missing", "incomplete") and state.why]
+        for path in (table_path(self.state.run.folder, p.folder, n) for n in damaged):
+            if tables.read_whole_footer(path) is None:  # otherwise another process has made it meanwhile
+                _set_aside(path)
+        if damaged:
+            others = f" (and {len(damaged) - 1} more like it)" if damaged[1:] else ""
+            say(f"recap: {due[damaged[0]].why}{others}; it is made again")
+
+    def _fail_blocked(self, p: Pass, blocked: Mapping[int, State]) -> None:
+        """Records shards whose input is missing as failed; silent where making that input has just failed."""
+        reasons = {n: f"{state.why}; run the stage that makes it first" for n, state in blocked.items()}
+        inputs = [q.title for q in self.state.passes if q.folder in p.reads]
+        new = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in inputs)]
+        if new:
+            others = f" (and {len(new) - 1} shards more like it)" if new[1:] else ""
+            say(f"recap: {p.title} {new[0]:05d} failed: {reasons[new[0]]}{others}")
+        self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in reasons.items()}
 
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter) -> None:
-        failed_in_a_row = num_made = 0
-        for shard, result in self._results(p, shards, engines, meter):
+        num_failed_in_row = num_made = 0
+        for shard, result in self._dispatch(p, shards, engines, meter):
             self.state.states.forget(shard)
             if isinstance(result, ShardResult):
-                failed_in_a_row, num_made = 0, num_made + 1
+                num_failed_in_row, num_made = 0, num_made + 1
                 self.outcome.done += not result.overtaken
                 self.outcome.skipped += result.overtaken
                 meter.shard_done()
-                continue
-            if isinstance(result, UserError):  # of an engine that cannot be opened as run.toml says
-                self.given_up = True
+            elif isinstance(result, UserError):  # an engine cannot be opened with these settings
+                self._given_up = True
                 raise result
-            if isinstance(result, StoppedError) or (
-                isinstance(result, EngineDiedError | WorkerDiedError) and self.stop.is_set()
+            elif isinstance(result, StoppedError) or (
+                self._stop.is_set() and isinstance(result, EngineDiedError | WorkerDiedError)
             ):
-                self.outcome.stopped = True  # a terminal's Ctrl-C reaches an engine's own processes too
-                continue
-            self._fail(p, shard, result)
-            failed_in_a_row += 1
-            self.given_up |= isinstance(result, EngineDiedError) or (failed_in_a_row >= GIVE_UP and not num_made)
-        if self.outcome.stopped or (self.stop.is_set() and meter.shards < len(shards)):
+                self.outcome.stopped = True  # Ctrl-C in a terminal reaches the processes of engines and workers too
+            else:
+                self._record_failure(p, shard, result)
+                num_failed_in_row += 1
+                hopeless = num_failed_in_row >= MAX_FAILED and not num_made
+                self._given_up |= hopeless or isinstance(result, EngineDiedError)
+        if self.outcome.stopped or (self._stop.is_set() and meter.shards < len(shards)):
             raise StoppedError
 
-    def _results(
+    def _dispatch(
         self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter
     ) -> Iterator[tuple[int, ShardResult | BaseException]]:
-        """Makes shards, a few at a time; what went wrong is a result."""
-        at_once = OVERLAP if p.engines else 1
-        team = self._team if len(shards) > 1 else None
-        limit = at_once * self.workers if team else at_once
+        """Makes shards, a few at a time, and yields results and exceptions as they come."""
+        num_threads = OVERLAP if p.engines else 1
+        pool = self._pool if len(shards) > 1 else None
+        limit = num_threads * self.workers if pool else num_threads
         waiting, running = deque(shards), dict[Future[ShardResult], int]()
-        with ThreadPoolExecutor(at_once) as here:
+        with ThreadPoolExecutor(num_threads) as threads:
             while waiting or running:
-                while waiting and len(running) < limit and not self.stop.is_set() and not self.given_up:
+                while waiting and len(running) < limit and not self._stop.is_set() and not self._given_up:
                     shard = waiting.popleft()
-                    if team:
-                        made = team.submit((p.folder, shard), hear=lambda news: meter.add(*news))
+                    if pool:
+                        future = pool.submit((p.folder, shard), on_progress=lambda counts: meter.add(*counts))
                     else:
-                        made = here.submit(self.make, p, shard, engines, meter)
-                    running[made] = shard
+                        future = threads.submit(self._maker.make, p, shard, engines, meter)
+                    running[future] = shard
                 if not running:
                     return
-                for future in self._ended(running, team):
+                for future in self._wait(running, pool):
                     yield running.pop(future), future.exception() or future.result()
 
-    def _ended(self, running: Iterable[Future[ShardResult]], team: WorkerPool | None) -> Iterable[Future[ShardResult]]:
-        """Those that have ended when some have; workers are told meanwhile when a signal came."""
-        while not (ended := wait(running, timeout=TICK, return_when=FIRST_COMPLETED).done):
-            if team and self.stop.is_set():
-                team.stop()
+    def _wait(self, running: Iterable[Future[ShardResult]], pool: WorkerPool | None) -> Iterable[Future[ShardResult]]:
+        """Waits until a shard has ended; passes a signal on to the workers meanwhile."""
+        while not (ended := wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done):
+            if pool and self._stop.is_set():
+                pool.stop()
         for future in ended:
             error = future.exception()
-            if isinstance(error, WorkerDiedError) and not self.stop.is_set():
+            if isinstance(error, WorkerDiedError) and not self._stop.is_set():
                 raise error
         return ended
 
-    def make(self, p: Pass, number: int, engines: EnginePool, meter: ProgressMeter) -> ShardResult:
-        """Makes one shard of one pass; raises what `Attempt.make` raises."""
-        attempt = Attempt(
-            p=p,
-            shard=Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number), limit=self.limit),
-            provenance=self.state.states.provenance(p, number),
-            records=self._records,
-            retry=self.retry,
-            stop=self.stop,
-            meter=meter,
-        )
-        begun = self._stopwatch.begin()
-        try:
-            overtaken = not attempt.make(engines)
-        finally:
-            seconds = self._stopwatch.end(begun)
-        stat = attempt.tally.stat(number, seconds=seconds, waiting=engines.waiting(p.engines))
-        if not overtaken:
-            self._record(p, stat)
-        return ShardResult(stat=stat, overtaken=overtaken)
-
-    def _record(self, p: Pass, stat: Stat) -> None:
-        path = table_path(self.run.folder / "stats", p.folder, stat.shard)
-        recipe = tables.Provenance(stage="stats", name="", version=1, slice={}, inputs={})
-        tables.write_rows(path, Stat, [stat], recipe)
-
-    def _fail(self, p: Pass, shard: int, why: BaseException) -> None:
-        place = f"{p.title} {shard:05d}"
-        message = str(why) or type(why).__name__
-        if not isinstance(why, ShardFailedError | EngineDiedError | OSError | MachineError):
-            message = "".join(traceback.format_exception(why)).rstrip()
-        if isinstance(why, BrokenTableError):
-            message += self._set_aside(why.path)
-        self.outcome.failures[place] = message
-        say(f"recap: {place} failed: {message}")
+    def _record_failure(self, p: Pass, shard: int, error: BaseException) -> None:
+        title = f"{p.title} {shard:05d}"
+        message = str(error) or type(error).__name__
+        if not isinstance(error, OSError | MachineError):
+            message = "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, BrokenTableError):
+            message += f"; it is now {_set_aside(error.path)}, and the same command makes it again"
+        self.outcome.failures[title] = message
+        say(f"recap: {title} failed: {message}")
         with suppress(OSError):
-            write_failure(work_folder(self.run.folder, p.folder, shard), message)
-
-    def _set_aside(self, path: Path) -> str:
-        """Takes a table that does not read out of the way, and out of the views; the next run makes it again."""
-        aside = path.with_name(f"{path.name}.broken")
-        with suppress(FileNotFoundError):
-            os.replace(path, aside)
-        return f"; it lies in {aside.name} now, and the same command again makes a new one"
+            write_failure(work_folder(self.state.run.folder, p.folder, shard), message)
 
 
-@contextmanager
-def stop_on_signal(stop: threading.Event) -> Iterator[None]:
-    """The first signal asks to stop, the second insists."""
-    first = math.inf
-
-    def on_signal(number: int, _: object) -> None:
-        nonlocal first
-        if stop.is_set():
-            if time.monotonic() - first > INSIST:
-                raise KeyboardInterrupt
-            return  # Slurm signals a whole job, and a job's script passes on what it gets: one wish, heard twice
-        first = time.monotonic()
-        stop.set()
-        say(f"recap: {signal.Signals(number).name}: finishing what is in flight (again: stop at once)")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def closing_after(p: Pass) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if p.close:
-            p.close()
-
-
-class _Job:
-    """What a worker process does: it makes shards, with engines of its own that it keeps for the whole pass."""
-
-    def __init__(self, folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
-        state = RunState(config.load(folder), shards=shards, stale=stale)
-        self._runner = Runner(state, retry=retry)
-        self._engines = EnginePool(self._runner.run.engines)
-        self._passes = {p.folder: p for p in self._runner.state.passes}
-        self._pass: Pass | None = None
-        self._turning = threading.Lock()
-
-    def do(self, task: tuple[str, int], tell: Callable[[Any], None]) -> ShardResult:
-        folder, shard = task
-        self._turn_to(self._passes[folder])
-        self._runner.state.states.forget(shard)
-        relay = ProgressRelay(tell)
-        try:
-            return self._runner.make(self._passes[folder], shard, self._engines, relay)
-        finally:
-            relay.flush()
-
-    def stop(self) -> None:
-        self._runner.stop.set()
-
-    def close(self) -> None:
-        self._turn_to(None)
-
-    def _turn_to(self, p: Pass | None) -> None:
-        """When the pass changes, nothing of the one before is running."""
-        with self._turning:
-            if self._pass is p:
-                return
-            if self._pass is not None and self._pass.close is not None:
-                self._pass.close()
-            self._engines.close_all_but(p.engines if p is not None else ())
-            self._pass = p
+def _set_aside(path: Path) -> str:
+    """Renames a damaged table, so that no view reads it and the next run makes it again; returns its new name."""
+    aside = path.with_name(f"{path.name}.broken")
+    with suppress(FileNotFoundError):
+        os.replace(path, aside)
+    return aside.name

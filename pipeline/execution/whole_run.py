@@ -18,7 +18,7 @@ from types import ModuleType
 from pipeline import plugins
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.run_state import RunState
-from pipeline.execution.runner import stop_on_signal
+from pipeline.execution.signals import stop_on_signal
 
 
 def load_stage(name: str) -> ModuleType | None:

@@ -1,7 +1,7 @@
-"""Decides how one command shares a node: worker processes, each with cores and devices of its own.
+"""Worker processes that share a node, each with cores and devices of its own.
 
-It knows processes and pipes; what a task is, the job says. A worker that is killed fails its tasks, and nothing waits
-for it; workers whose parent is gone stop by themselves.
+This module knows processes and pipes; what a task does, the job knows. When a worker is killed, its tasks fail at once;
+when the parent is gone, workers stop by themselves.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from pipeline.errors import MachineError, WorkerDiedError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 STOP = "stop"
-CONTEXT = multiprocessing.get_context("spawn")  # the parent has threads: a fork could inherit a held lock
+CONTEXT = multiprocessing.get_context("spawn")  # the parent has threads: a fork could inherit a locked lock
 
 
 class Job(Protocol):
-    """What a worker does, made in its process."""
+    """The work of a worker, created in its process."""
 
-    def do(self, task: Any, tell: Callable[[Any], None]) -> Any:
-        """Does one task, several at a time in threads; what it tells meanwhile is heard by who gave it."""
+    def do(self, task: Any, send: Callable[[Any], None]) -> Any:
+        """Does one task, several at a time in threads; `send` reports progress to the parent."""
 
     def stop(self) -> None:
-        """Asks what runs to end early."""
+        """Asks running tasks to end early."""
 
     def close(self) -> None:
-        """Gives back what is held open, at the end."""
+        """Releases resources, after the last task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeShare:
-    """What of the node is one worker's."""
+    """The part of the node that one worker uses."""
 
-    cores: tuple[int, ...] = ()  # none: whichever the system gives it
-    devices: tuple[str, ...] = ()  # by the names that CUDA_VISIBLE_DEVICES has for them; none: as they are
+    cores: tuple[int, ...] = ()  # empty: all
+    devices: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; empty: all
 
-    def take(self) -> None:
-        """In the worker, before anything looks at either."""
+    def apply(self) -> None:
+        """Restricts this process to the share; called before anything looks at cores or devices."""
         if self.cores:
             os.sched_setaffinity(0, self.cores)
         if self.devices:
@@ -56,20 +56,20 @@ class NodeShare:
 
 
 def divide_node(num: int, *, cores: Sequence[int], devices: Sequence[str]) -> list[NodeShare]:
-    """The node in `num` contiguous parts; what there are too few of is not divided.
+    """Divides the node into `num` contiguous parts; cores or devices fewer than `num` are shared by all.
 
     >>> [share.devices for share in shares(2, cores=[], devices=["4", "5", "6", "7"])]
     [('4', '5'), ('6', '7')]
     """
 
-    def part(n: int, all: Sequence[Any]) -> tuple[Any, ...]:
+    def take_part(n: int, all: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(all[n * len(all) // num : (n + 1) * len(all) // num]) if len(all) >= num else ()
 
-    return [NodeShare(cores=part(n, cores), devices=part(n, devices)) for n in range(num)]
+    return [NodeShare(cores=take_part(n, cores), devices=take_part(n, devices)) for n in range(num)]
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that this process may use; none on a CPU."""
+    """The GPUs that this process may use; empty on a CPU."""
     try:
         import torch
     except ImportError:
@@ -78,7 +78,7 @@ def visible_devices() -> list[str]:
 
 
 def name_devices(num: int, given: str | None) -> list[str]:
-    """`num` devices by their names: those that the user, or Slurm, gave them; else their numbers.
+    """The names of `num` devices: those in CUDA_VISIBLE_DEVICES (`given`), otherwise their numbers.
 
     >>> named(2, "GPU-5a, GPU-9c"), named(2, None)
     (['GPU-5a', 'GPU-9c'], ['0', '1'])
@@ -88,34 +88,34 @@ def name_devices(num: int, given: str | None) -> list[str]:
 
 
 class WorkerPool:
-    """Workers, each started with its first task.
+    """A pool of workers, each started with its first task.
 
     Args:
-        hire: makes the job in the worker's process; it is pickled.
+        make_job: creates the job in the worker's process; it is pickled.
         shares: one for each worker.
     """
 
-    def __init__(self, hire: Callable[[], Job], divide_node: Sequence[NodeShare]) -> None:
-        self._hire, self._shares = hire, divide_node
+    def __init__(self, make_job: Callable[[], Job], shares: Sequence[NodeShare]) -> None:
+        self._make_job, self._shares = make_job, shares
         self._workers: list[_Worker] = []
 
-    def submit(self, task: Any, *, hear: Callable[[Any], None]) -> Future[Any]:
-        """Gives the task to who has least to do. `hear` is called, in another thread, with what the job tells."""
+    def submit(self, task: Any, *, on_progress: Callable[[Any], None]) -> Future[Any]:
+        """Gives the task to the worker with the fewest tasks. `on_progress` is called in another thread."""
         free = min(self._workers, key=lambda worker: worker.num_tasks, default=None)
         if len(self._workers) < len(self._shares) and (free is None or free.num_tasks):
-            free = _Worker(self._hire, self._shares[len(self._workers)])
+            free = _Worker(self._make_job, self._shares[len(self._workers)])
             self._workers.append(free)
         assert free is not None
-        return free.submit(task, hear)
+        return free.submit(task, on_progress)
 
     def stop(self) -> None:
         for worker in self._workers:
             worker.stop()
 
-    def close(self) -> None:
-        """Waits for what runs. Idempotent."""
+    def shutdown(self) -> None:
+        """Waits for running tasks and ends the workers. Idempotent."""
         for worker in self._workers:
-            worker.dismiss()
+            worker.shutdown()
         for worker in self._workers:
             worker.join()
         self._workers = []
@@ -126,13 +126,13 @@ class WorkerPool:
 
 
 class _Worker:
-    """A worker, seen from the parent."""
+    """The parent's side of a worker."""
 
-    def __init__(self, hire: Callable[[], Job], share: NodeShare) -> None:
-        self._connection, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_work, args=(theirs, hire, share), name="recap worker")
+    def __init__(self, make_job: Callable[[], Job], share: NodeShare) -> None:
+        self._connection, other_end = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_run_worker, args=(other_end, make_job, share), name="recap worker")
         self._process.start()
-        theirs.close()
+        other_end.close()
         self._lock = threading.Lock()
         self._numbers = count()
         self._tasks: dict[int, tuple[Future[Any], Callable[[Any], None]]] = {}
@@ -143,11 +143,11 @@ class _Worker:
     def num_tasks(self) -> int:
         return len(self._tasks)
 
-    def submit(self, task: Any, hear: Callable[[Any], None]) -> Future[Any]:
+    def submit(self, task: Any, on_progress: Callable[[Any], None]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
             number = next(self._numbers)
-            self._tasks[number] = future, hear
+            self._tasks[number] = future, on_progress
         if not self._send((number, task)):
             self._settle(number, WorkerDiedError())
         return future
@@ -155,7 +155,7 @@ class _Worker:
     def stop(self) -> None:
         self._send(STOP)
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         self._send(None)
 
     def join(self) -> None:
@@ -174,11 +174,11 @@ class _Worker:
     def _listen(self) -> None:
         with suppress(EOFError, OSError):
             while True:
-                number, final, said = self._connection.recv()
-                if final:
-                    self._settle(number, said)
+                number, is_result, message = self._connection.recv()
+                if is_result:
+                    self._settle(number, message)
                 else:
-                    self._tasks[number][1](said)
+                    self._tasks[number][1](message)
         for number in list(self._tasks):
             self._settle(number, WorkerDiedError())
 
@@ -193,23 +193,23 @@ class _Worker:
             future.set_result(outcome)
 
 
-def _work(connection: Connection, hire: Callable[[], Job], share: NodeShare) -> None:
-    """The worker's process."""
-    # Sent to whole process groups when a person or a cluster ends a run; the parent decides, and says so.
+def _run_worker(connection: Connection, make_job: Callable[[], Job], share: NodeShare) -> None:
+    """The main function of a worker process."""
+    # Terminals and clusters signal whole process groups; the parent decides what to do and sends STOP.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-    share.take()
-    job, sending = hire(), threading.Lock()
+    share.apply()
+    job, sending = make_job(), threading.Lock()
 
-    def send(number: int, final: bool, said: Any) -> None:
-        with sending, suppress(OSError):  # the parent is gone, and the loop below ends
-            connection.send((number, final, said))
+    def send(number: int, is_result: bool, message: Any) -> None:
+        with sending, suppress(OSError):  # if the parent is gone, the loop below ends
+            connection.send((number, is_result, message))
 
     def do(number: int, task: Any) -> None:
         try:
-            outcome = job.do(task, lambda news: send(number, False, news))
-        except Exception as error:  # of the job, whatever it is: raised again where the task came from
-            outcome = _portable(error)
+            outcome = job.do(task, lambda progress: send(number, False, progress))
+        except Exception as error:  # any error of the job is raised again in the parent
+            outcome = _make_portable(error)
         send(number, True, outcome)
 
     with ThreadPoolExecutor() as pool:
@@ -223,12 +223,12 @@ def _work(connection: Connection, hire: Callable[[], Job], share: NodeShare) -> 
     job.close()
 
 
-def _portable(error: Exception) -> Exception:
-    """The error with where it was raised, as another process can read it."""
+def _make_portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or a MachineError if it cannot be pickled."""
     trace = "".join(traceback.format_exception(error))
     error.add_note(f"in a worker process:\n{trace}")
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # pickling runs the error's own code, which promises no type
+    except Exception:  # pickling runs the error's own code, which may raise anything
         return MachineError(trace)
     return error

@@ -69,7 +69,7 @@ class Parts:
             self._rows = []
         self._since = time.monotonic()
 
-    def merged(self) -> Iterator[Record]:
+    def merge(self) -> Iterator[Record]:
         """Every row once, sorted by id."""
         own = [tables.read_rows(path, self._record) for path in self._own]
         last: Any = None

@@ -398,7 +398,7 @@ def test_the_time_left_is_that_of_the_rows_which_are_still_to_be_made(
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with progress.ProgressMeter("caption:dense", num_shards=1, num_rows=1000) as meter:
-        meter.add(0, 0, kept=700)
+        meter.add(0, 0, restored=700)
         now[0] = 100.0
         meter.add(200, 1)
         assert capsys.readouterr().err.endswith("200 rows, 2.0 rows/s, 1 failed, 50 s left\n")

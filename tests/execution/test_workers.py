@@ -53,8 +53,8 @@ class Telling:
     def __init__(self) -> None:
         self._stopped = threading.Event()
 
-    def do(self, task: str, tell: Callable[[Any], None]) -> Any:
-        tell(task)
+    def do(self, task: str, send: Callable[[Any], None]) -> Any:
+        send(task)
         if task == "fail":
             raise ConfigError("run.toml: a.field", "is wrong")
         if task == "wait":
@@ -72,38 +72,38 @@ class Telling:
 
 def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     core = min(os.sched_getaffinity(0))
-    team, heard = (
+    pool, messages = (
         WorkerPool(Telling, [NodeShare(devices=("3",)), NodeShare(devices=("0", "1"), cores=(core,))]),
         list[str](),
     )
-    tasks = [team.submit(task, hear=heard.append) for task in ("wait", "wait")]
-    team.stop()
+    tasks = [pool.submit(task, on_progress=messages.append) for task in ("wait", "wait")]
+    pool.stop()
     (first, cores, devices), (second, other_cores, other_devices) = (task.result(60) for task in tasks)
     assert first != second
     assert (set(cores), other_cores) == (os.sched_getaffinity(0), (core,))
-    assert (devices, other_devices, heard) == ("3", "0,1", ["wait", "wait"])
-    team.close()
+    assert (devices, other_devices, messages) == ("3", "0,1", ["wait", "wait"])
+    pool.shutdown()
     assert VISIBLE not in os.environ
 
 
 def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
-    team = WorkerPool(Telling, [NodeShare()])
+    pool = WorkerPool(Telling, [NodeShare()])
     with pytest.raises(ConfigError, match=r"a\.field: is wrong") as raised:
-        team.submit("fail", hear=print).result(60)
+        pool.submit("fail", on_progress=print).result(60)
     assert any('raise ConfigError("run.toml' in note for note in raised.value.__notes__)
-    assert team.submit("work", hear=print).result(60)
-    team.close()
+    assert pool.submit("work", on_progress=print).result(60)
+    pool.shutdown()
 
 
 def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
-    team = WorkerPool(Telling, [NodeShare(), NodeShare()])
-    tasks: list[Future[Any]] = [team.submit(task, hear=lambda _: None) for task in ("die", "work", "work")]
+    pool = WorkerPool(Telling, [NodeShare(), NodeShare()])
+    tasks: list[Future[Any]] = [pool.submit(task, on_progress=lambda _: None) for task in ("die", "work", "work")]
     with pytest.raises(WorkerDiedError, match="fewer --workers"):
         tasks[0].result(60)
     assert tasks[1].result(60)
     with pytest.raises(WorkerDiedError):
         tasks[2].result(60)
-    team.close()
+    pool.shutdown()
 
 
 @pytest.mark.slow

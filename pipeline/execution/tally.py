@@ -1,0 +1,112 @@
+"""Counts of a shard's rows, tokens and errors, the error limit, and the time that overlapping attempts took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections import Counter
+from importlib.metadata import version
+
+from pipeline.errors import ShardFailedError
+from pipeline.execution.passes import Pass
+from pipeline.progress import ProgressMeter
+from pipeline.records import Record, Stat, status_of
+
+MIN_ROWS = 200  # of a shard before its share of failed rows counts
+
+
+class SharedStopwatch:
+    """Divides time evenly among the attempts in progress, so that their seconds add up to the process's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_running, self._changed_at = 0, time.monotonic()
+        self._share = 0.0  # seconds, of an attempt that has run since the start
+
+    def start(self) -> float:
+        """Returns what `stop` needs."""
+        return self._change_running(1)
+
+    def stop(self, started: float) -> float:
+        """Seconds of the attempt."""
+        return self._change_running(-1) - started
+
+    def _change_running(self, difference: int) -> float:
+        with self._lock:
+            now = time.monotonic()
+            self._share += (now - self._changed_at) / max(1, self._num_running)
+            self._changed_at, self._num_running = now, self._num_running + difference
+            return self._share
+
+
+class ShardTally:
+    """Counts one shard's rows, and fails the shard when too many of them have failed."""
+
+    def __init__(self, p: Pass, meter: ProgressMeter) -> None:
+        self.p, self.meter = p, meter
+        self.started_at = time.time()
+        self.num_rows = self.num_new = self.num_errors = 0
+        self.num_retries = self.num_prompt_tokens = self.num_output_tokens = 0
+        self.messages: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def restore(self, row: Record) -> None:
+        """Counts a row of an earlier attempt."""
+        self._count_status(row)
+        self.meter.add(0, 0, restored=1)
+
+    def count(self, row: Record) -> None:
+        """
+        Raises:
+            ShardFailedError: more than `max_error_share` of the rows have failed.
+        """
+        self._count_status(row)
+        self.num_new += 1
+        self.num_retries += max(0, getattr(row, "attempt", 1) - 1)
+        self.num_prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
+        self.num_output_tokens += getattr(row, "num_output_tokens", None) or 0
+        self.meter.count(row)
+        if status_of(row) in row.failed:
+            # Messages begin with what they have in common: "the answer is no JSON: Expecting value at 7".
+            error = getattr(row, "error", None) or "no message"
+            common = f"{status_of(row)}: {error.partition(': ')[0]}"
+            self.messages[common] += 1
+            self.examples.setdefault(common, error)
+        if self.num_rows >= MIN_ROWS and self.num_errors > self.p.max_error_share * self.num_rows:
+            raise ShardFailedError(self._describe_failure())
+
+    def _count_status(self, row: Record) -> None:
+        self.num_rows += 1
+        self.num_errors += status_of(row) in row.failed
+
+    def make_stat(self, shard: int, *, seconds: float, waiting: float | None) -> Stat:
+        return Stat(
+            stage=self.p.stage,
+            name=self.p.name,
+            caption=self.p.caption,
+            shard=shard,
+            started_at=self.started_at,
+            seconds=seconds,
+            num_rows=self.num_rows,
+            num_new_rows=self.num_new,
+            num_errors=self.num_errors,
+            num_retries=self.num_retries,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            waiting=waiting,
+            host=platform.node(),
+            pid=os.getpid(),
+            code_version=version("recap-pipeline"),
+        )
+
+    def _describe_failure(self) -> str:
+        message, num = "from an earlier attempt", self.num_errors
+        if self.messages:
+            message, num = self.messages.most_common(1)[0]
+        example = f", e.g. {self.examples[message]}" if message in self.examples else ""
+        return (
+            f"{self.num_errors} of its first {self.num_rows} rows failed, more than max_error_share ="
+            f" {self.p.max_error_share}; the commonest message ({num} times): {message}{example}"
+        )
