@@ -312,7 +312,7 @@ def _hostile_texts(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def make_alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
-    """By name: the bytes of a .txt file, and the alt text that they are."""
+    """Returns, by name, the bytes of a .txt file and the alt text that they decode to."""
     plain = {
         "controls": "a\0b\x1b[31mred\x07\x08\x7f\u0085\u2028end",
         "megabyte": " ".join("".join(rng.choices("abcdefgh", k=7)) for _ in range(131_072)),
@@ -340,25 +340,31 @@ def make_alt_texts(rng: random.Random) -> dict[str, tuple[bytes, str | None]]:
 
 
 def make_mutants(seed: int, n: int) -> Iterator[bytes]:
-    """`n` files that were real JPEG, PNG and WebP before 1 to 4 wounds each: bits, cuts, splices, lying lengths."""
+    """Yields `n` JPEG, PNG and WebP files with 1 to 4 mutations each: flipped bits, cuts, splices, false lengths."""
     rng = random.Random(seed)
-    whole = _healthy()
-    wounds: list[Callable[[random.Random, bytearray], None]] = [_flip, _cut, _lie, _repeat, _blank]
+    originals = _make_originals()
+    mutations: list[Callable[[random.Random, bytearray], None]] = [
+        _flip_bits,
+        _cut_bytes,
+        _write_length,
+        _repeat_bytes,
+        _blank_bytes,
+    ]
     for _ in range(n):
-        data = bytearray(rng.choice(whole))
+        data = bytearray(rng.choice(originals))
         for _ in range(rng.choice((1, 1, 2, 4))):
             if rng.random() < 0.1:
-                _splice(rng, data, rng.choice(whole))
+                _splice_in(rng, data, rng.choice(originals))
             else:
-                rng.choice(wounds)(rng, data)
+                rng.choice(mutations)(rng, data)
         if rng.random() < 0.7:
-            _mend(data)
+            _fix_checksums(data)
         yield bytes(data)
 
 
 @cache
-def _healthy() -> list[bytes]:
-    """Small crops of real photographs, in the forms that the three formats have."""
+def _make_originals() -> list[bytes]:
+    """Returns small crops of photographs in many variants of the three formats."""
     rocket, cat = (Image.open(io.BytesIO(load_photographs()[name])) for name in ("rocket.jpg", "chelsea.png"))
     crop, face = rocket.crop((250, 100, 410, 220)), cat.crop((100, 50, 228, 178)).convert("RGB")
     exif = Image.Exif()
@@ -382,47 +388,47 @@ def _healthy() -> list[bytes]:
     ]
 
 
-def _place(rng: random.Random, data: bytearray) -> int:
-    """A third of all wounds are in the first 200 bytes, where the headers are."""
+def _pick_position(rng: random.Random, data: bytearray) -> int:
+    """Picks a position, a third of them in the first 200 bytes, where the headers are."""
     return rng.randrange(min(len(data), 200) if rng.random() < 0.33 else len(data)) if data else 0
 
 
-def _flip(rng: random.Random, data: bytearray) -> None:
+def _flip_bits(rng: random.Random, data: bytearray) -> None:
     for _ in range(rng.randint(1, 8)):
         if data:
-            data[_place(rng, data)] ^= 1 << rng.randrange(8)
+            data[_pick_position(rng, data)] ^= 1 << rng.randrange(8)
 
 
-def _cut(rng: random.Random, data: bytearray) -> None:
-    start = _place(rng, data)
+def _cut_bytes(rng: random.Random, data: bytearray) -> None:
+    start = _pick_position(rng, data)
     del data[start : start + rng.choice((1, 2, 4, 100, 1000, len(data)))]
 
 
-def _lie(rng: random.Random, data: bytearray) -> None:
-    start = _place(rng, data)
+def _write_length(rng: random.Random, data: bytearray) -> None:
+    start = _pick_position(rng, data)
     lie = rng.choice((0, 1, 2**8 - 1, 2**15, 2**16 - 1, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1))
     width = rng.choice((2, 4))
     data[start : start + width] = (lie % 2 ** (8 * width)).to_bytes(width, rng.choice(("big", "little")))
 
 
-def _repeat(rng: random.Random, data: bytearray) -> None:
-    start = _place(rng, data)
+def _repeat_bytes(rng: random.Random, data: bytearray) -> None:
+    start = _pick_position(rng, data)
     data[start:start] = data[start : start + rng.choice((4, 64, 1000))] * rng.randint(1, 20)
 
 
-def _blank(rng: random.Random, data: bytearray) -> None:
-    start = _place(rng, data)
+def _blank_bytes(rng: random.Random, data: bytearray) -> None:
+    start = _pick_position(rng, data)
     stop = min(len(data), start + rng.choice((4, 64, 1000)))
     data[start:stop] = bytes([rng.choice((0, 255))]) * (stop - start)
 
 
-def _splice(rng: random.Random, data: bytearray, other: bytes) -> None:
+def _splice_in(rng: random.Random, data: bytearray, other: bytes) -> None:
     start, stop = sorted(rng.randrange(len(other)) for _ in range(2))
-    data[_place(rng, data) :] = other[start:stop] if rng.random() < 0.5 else other[start:]
+    data[_pick_position(rng, data) :] = other[start:stop] if rng.random() < 0.5 else other[start:]
 
 
-def _mend(data: bytearray) -> None:
-    """Makes the checksums of a PNG's chunks true again: without it, nothing behind them would be reached."""
+def _fix_checksums(data: bytearray) -> None:
+    """Recomputes the checksums of a PNG's chunks, so that readers get beyond them."""
     start = 8
     while data.startswith(b"\x89PNG\r\n\x1a\n") and start + 12 <= len(data):
         stop = start + 8 + int.from_bytes(data[start : start + 4], "big")

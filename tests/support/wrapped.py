@@ -1,6 +1,6 @@
-"""Makers of hostile tars, Parquet files and downloads of img2dataset, from a seed; each says which rows to expect.
+"""Hostile tars, Parquet files and img2dataset downloads, made from a seed, each with its expected rows.
 
-What is hostile in an image file itself, `tests.support.corpora` makes; here are false names, sizes, types and places.
+They have false names, sizes, types and offsets. `tests.support.corpora` makes hostile image files.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipeline.records import ImageStatus
 from tests.support.corpora import NAMES, Expected, encode, make_alt_texts, make_trap_images
 
 Maker = Callable[[Path, int], list[Expected]]  # of a folder and a seed
-MOST = 32 << 20  # bytes that a compressed tar of these corpora may unpack to: give it as `max_tar_bytes`
-BOMB = 64 << 20  # bytes of one value of a Parquet file that has it sixteen times in its few kilobytes
+MOST = 32 << 20  # bytes that a compressed tar of these corpora may unpack to, for `max_tar_bytes`
+BOMB = 64 << 20  # bytes of a value that a Parquet file of a few kilobytes holds sixteen times
 OUT = "its name leads out of the folder"
 DAMAGED = "is damaged at byte"
 CUT = "is cut off: its end mark is missing"
 NO_IMAGE = "there is no image in the sample"
-LENGTHS = {  # what a header claims of a member of 1024 bytes, and what becomes of it
+LENGTHS = {  # sizes in the header of a member of 1024 bytes
     "nothing": 0,
     "less": 600,
     "more": 1 << 20,
@@ -42,8 +42,8 @@ LENGTHS = {  # what a header claims of a member of 1024 bytes, and what becomes 
 }
 
 
-def photo(rng: random.Random) -> bytes:
-    """A small good JPEG that no other call gives."""
+def make_photo(rng: random.Random) -> bytes:
+    """Returns a small valid JPEG, different on every call."""
     picture = Image.frombytes("RGB", (8, 8), rng.randbytes(192)).resize((32, 32), Image.Resampling.BICUBIC)
     return encode(picture, "JPEG")
 
@@ -53,7 +53,7 @@ def ok(key: str, alt_text: str | None = None) -> Expected:
 
 
 def lost(key: str, error: str, *, alt_text: str | None = None, status: ImageStatus = "unreadable") -> Expected:
-    """A row of an input without a picture."""
+    """Returns the expected row of an input without a usable image."""
     return Expected(source_key=key, status=status, alt_text=alt_text, error=error)
 
 
@@ -61,13 +61,13 @@ def lost(key: str, error: str, *, alt_text: str | None = None, status: ImageStat
 
 
 def tars(folder: Path, seed: int) -> list[Expected]:
-    """Writes tars for the source `webdataset`: names, kinds and sizes that lie, damage, bombs, texts, broken images."""
+    """Writes tars for the source `webdataset`: false names, kinds and sizes, damage, bombs, texts, broken images."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    made: Sequence[Callable[[random.Random], tuple[dict[str, bytes], list[Expected]]]]
-    made = (_harm, _names, _lengths, _texts, _images, _damaged, _packed)
+    makers: Sequence[Callable[[random.Random], tuple[dict[str, bytes], list[Expected]]]]
+    makers = (_harm, _names, _lengths, _texts, _images, _damaged, _packed)
     rows: list[Expected] = []
-    for make in made:
+    for make in makers:
         files, expected = make(rng)
         rows += expected
         for name, data in files.items():
@@ -95,7 +95,7 @@ def _harm(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as writer:
         for name in ("../../up.jpg", "/etc/absolute.jpg", "a/../b.jpg", "..", "../.jpg"):
-            add(writer, name, photo(rng))
+            add(writer, name, make_photo(rng))
         add(writer, "hard.jpg", type=tarfile.LNKTYPE, linkname="good.jpg")
         add(writer, "soft.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         add(writer, "character.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=3)
@@ -105,11 +105,11 @@ def _harm(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         add(writer, "sparse.jpg", b"4", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
         add(writer, "folder.jpg", type=tarfile.DIRTYPE)
         for _ in range(2):
-            add(writer, "twice.jpg", photo(rng))
-        add(writer, "good.jpg", photo(rng))
+            add(writer, "twice.jpg", make_photo(rng))
+        add(writer, "good.jpg", make_photo(rng))
         add(writer, "good.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add(writer, "twice.jpg", photo(rng))
-        add(writer, "contiguous.jpg", photo(rng), type=tarfile.CONTTYPE)
+        add(writer, "twice.jpg", make_photo(rng))
+        add(writer, "contiguous.jpg", make_photo(rng), type=tarfile.CONTTYPE)
     rows = [lost("../../up", OUT), lost("/etc/absolute", OUT), lost("a/../b", OUT)]
     rows += [lost("hard", "is a hard link to good.jpg"), lost("soft", "is a symbolic link to /etc/passwd")]
     rows += [lost("character", "is a device"), lost("block", "is a device"), lost("pipe", "is a pipe")]
@@ -119,11 +119,11 @@ def _harm(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
 
 
 def _names(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
-    """A name is never a path here, so all that leads nowhere is as good as another."""
+    """A member's name is never used as a path, so any name is valid."""
     named = [f"{group}/{name}" for group, some in NAMES.items() for name in some if not name.startswith(".")]
     named += ["x" * 10_000 + ".jpg", "/".join(["deep"] * 2000) + "/down.jpg", "./here.jpg", "a//b.jpg"]
-    named.remove("dots/UPPER.JPG")  # in webdataset it is called as the other is
-    members = {name: photo(rng) for name in named}
+    named.remove("dots/UPPER.JPG")  # webdataset gives it the other one's key
+    members = {name: make_photo(rng) for name in named}
     raw = tarfile.TarInfo("latin_%.jpg").tobuf(tarfile.USTAR_FORMAT).replace(b"%", b"\xe9")
     header = raw[:148] + b"%06o\0 " % (sum(raw[:148]) + 256 + sum(raw[156:512])) + raw[156:512]
     rows = [ok(_stem(name)) for name in members]
@@ -139,13 +139,13 @@ def _stem(name: str) -> str:
 
 
 def _lengths(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
-    """Each lie has a tar of its own, and two good samples behind it that it may not hide for longer than it must."""
+    """Each false size has its own tar, with two good samples after it that should still be found."""
     files, rows = {}, []
     for what, size in LENGTHS.items():
         lie = tarfile.TarInfo(f"lie_{what}.jpg")
         lie.size = size
         data = b"\xfe" * 1024
-        good = {f"{what}_{letter}.jpg": photo(rng) for letter in "ab"}
+        good = {f"{what}_{letter}.jpg": make_photo(rng) for letter in "ab"}
         files[f"length_{what}.tar"] = lie.tobuf(tarfile.GNU_FORMAT) + data + make_tar(good)
         rows += [ok(name.removesuffix(".jpg")) for name in good]
         if size == 0:
@@ -154,8 +154,10 @@ def _lengths(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
             rows.append(lost(f"lie_{what}", "no image format begins with" if size < 1024 else f"of its {size} bytes"))
     pax = io.BytesIO()
     with tarfile.open(fileobj=pax, mode="w") as writer:
-        add(writer, "pax.jpg", photo(rng), pax_headers={"size": "9" * 30})  # not a size, so the header's own counts
-        add(writer, "pax_behind.jpg", photo(rng))
+        add(
+            writer, "pax.jpg", make_photo(rng), pax_headers={"size": "9" * 30}
+        )  # not a size, so the header's own counts
+        add(writer, "pax_behind.jpg", make_photo(rng))
     files["length_pax.tar"] = pax.getvalue()
     return files, [*rows, ok("pax"), ok("pax_behind")]
 
@@ -164,11 +166,11 @@ def _texts(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     members: dict[str, bytes] = {}
     rows = []
     for name, (data, alt_text) in make_alt_texts(rng).items():
-        members |= {f"text_{name}.jpg": photo(rng), f"text_{name}.txt": data}
+        members |= {f"text_{name}.jpg": make_photo(rng), f"text_{name}.txt": data}
         rows.append(ok(f"text_{name}", alt_text))
         if alt_text is not None:
             about = {"caption": alt_text, "nan": float("nan"), "url": "http://127.0.0.1:9/never"}
-            members |= {f"json_{name}.jpg": photo(rng), f"json_{name}.json": json.dumps(about).encode()}
+            members |= {f"json_{name}.jpg": make_photo(rng), f"json_{name}.json": json.dumps(about).encode()}
             rows.append(ok(f"json_{name}", alt_text))
     odd = {
         "deep": b"[" * 100_000,
@@ -184,7 +186,7 @@ def _texts(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     }
     said = {"several": "first", "surrogate": "half \ufffd of one"}
     for name, data in odd.items():
-        members |= {f"odd_{name}.jpg": photo(rng), f"odd_{name}.json": data}
+        members |= {f"odd_{name}.jpg": make_photo(rng), f"odd_{name}.json": data}
         rows.append(ok(f"odd_{name}", said.get(name)))
     return {"texts.tar": make_tar(members)}, rows
 
@@ -198,7 +200,7 @@ def _images(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
 
 
 def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
-    good = {f"part_{number}.jpg": photo(rng) for number in range(4)}
+    good = {f"part_{number}.jpg": make_photo(rng) for number in range(4)}
     whole = make_tar(good, format=tarfile.USTAR_FORMAT)
     other = make_tar({name.replace("part", "gone"): data for name, data in good.items()}, format=tarfile.USTAR_FORMAT)
     starts = [whole.index(name.encode()) for name in good]
@@ -211,7 +213,7 @@ def _damaged(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
         "archive.tar": b"PK\3\4" + bytes(600),
         "cut.tar": other[: starts[3] + 700],
         "checksum.tar": bytes(wrong),
-        "twice.tar": make_tar({"one.jpg": photo(rng)}) + make_tar({"two.jpg": photo(rng)}),
+        "twice.tar": make_tar({"one.jpg": make_photo(rng)}) + make_tar({"two.jpg": make_photo(rng)}),
     }
     rows = [ok(f"part_{number}") for number in (0, 2, 3)] + [ok(f"gone_{number}") for number in range(3)]
     rows += [lost("none.tar@0", CUT), lost("words.tar@0", "is not a tar"), lost("archive.tar@0", "is not a tar")]
@@ -228,13 +230,13 @@ def _packed(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
     pack["zst"] = lambda data: bytes(pa.compress(data, "zstd", asbytes=True))
     files, rows = {}, []
     for ending, packer in pack.items():
-        bomb = make_tar({f"fuse_{ending}.jpg": photo(rng), f"bomb_{ending}.jpg": bytes(4 * MOST)})
+        bomb = make_tar({f"fuse_{ending}.jpg": make_photo(rng), f"bomb_{ending}.jpg": bytes(4 * MOST)})
         files[f"bomb.tar.{ending}"] = packer(bomb)
         rows += [ok(f"fuse_{ending}"), lost(f"bomb_{ending}", "the tar has")]
         rows.append(lost(f"bomb.tar.{ending}@{MOST}", "unpacks to more than"))
-    inner = gzip.compress(make_tar({"inner.jpg": photo(rng)}), mtime=0)
+    inner = gzip.compress(make_tar({"inner.jpg": make_photo(rng)}), mtime=0)
     files["shell.tar.gz"] = gzip.compress(inner, mtime=0)
-    files["lying_name.tar.gz"] = make_tar({"plain.jpg": photo(rng)})
+    files["lying_name.tar.gz"] = make_tar({"plain.jpg": make_photo(rng)})
     files["lying_magic.tar.gz"] = b"\x1f\x8b" + rng.randbytes(500)
     rows += [lost("shell.tar.gz@0", "is "), ok("plain"), lost("lying_magic.tar.gz@0", "it cannot be unpacked")]
     return files, rows
@@ -246,7 +248,7 @@ def _packed(rng: random.Random) -> tuple[dict[str, bytes], list[Expected]]:
 def tables(folder: Path, seed: int) -> list[Expected]:
     """Writes Parquet for the source `parquet`: nulls, wrong types, odd columns, damage, a bomb.
 
-    A null key is the row's number, so each file's rows are told apart.
+    A null key is the row's number, so rows of different files differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -267,8 +269,8 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA, *
 
 
 def _images_column(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    """The name sorts first: by this file the columns are chosen."""
-    good = photo(rng)
+    """The file's name sorts first, so it decides the columns."""
+    good = make_photo(rng)
     cases: list[tuple[dict[str, Any], Expected]] = [
         ({"image": None, "key": "null"}, lost("null", "the row has no image")),
         ({"image": {"bytes": None, "path": None}, "key": "nulls"}, lost("nulls", "the row has no image")),
@@ -290,13 +292,15 @@ def _images_column(folder: Path, rng: random.Random) -> Iterator[Expected]:
     for name, (data, alt_text) in make_alt_texts(rng).items():
         text = data.decode("utf-8", "replace")
         kept = text if alt_text is not None else None
-        cases.append(({"image": {"bytes": photo(rng)}, "key": f"t/{name}", "caption": text}, ok(f"t/{name}", kept)))
+        cases.append(
+            ({"image": {"bytes": make_photo(rng)}, "key": f"t/{name}", "caption": text}, ok(f"t/{name}", kept))
+        )
     _write(folder / "0_images.parquet", [row for row, _ in cases])
     yield from (expected for _, expected in cases)
 
 
 def _text_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    """One file for each type that a column of captions may turn out to have; only words are alt text."""
+    """Writes one file for each type of a caption column. Only strings are alt text."""
     columns: dict[str, tuple[pa.Array, str | None]] = {
         "int": (pa.array([7]), None),
         "float": (pa.array([float("nan")]), None),
@@ -315,11 +319,11 @@ def _text_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
         "latin": (pa.array([b"caf\xe9"]).view(pa.string()), "caf\ufffd"),
     }
     for name, (column, alt_text) in columns.items():
-        rows = pa.table({"image": [photo(rng)], "caption": column, "key": [f"type {name}"]})
+        rows = pa.table({"image": [make_photo(rng)], "caption": column, "key": [f"type {name}"]})
         pq.write_table(rows, folder / f"type_{name}.parquet")
         yield ok(f"type {name}", alt_text)
     for name, key in {"int": 1 << 62, "float": 0.5, "date": datetime(2000, 1, 1).date(), "bytes": b"\xff"}.items():
-        pq.write_table(pa.table({"image": [photo(rng)], "key": [key]}), folder / f"key_{name}.parquet")
+        pq.write_table(pa.table({"image": [make_photo(rng)], "key": [key]}), folder / f"key_{name}.parquet")
         yield ok(str(key))
 
 
@@ -327,7 +331,7 @@ def _wrong_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
     files = {
         "numbers": pa.table({"image": [1, 2]}),
         "words": pa.table({"image": ["a.jpg", "b.jpg"]}),
-        "lists": pa.table({"image": [[photo(rng)], []]}),
+        "lists": pa.table({"image": [[make_photo(rng)], []]}),
         "no_image": pa.table({"caption": ["a", "b"]}),
         "two_of_a_name": pa.Table.from_arrays([pa.array([b"a", b"b"])] * 2, names=["image", "image"]),
     }
@@ -337,7 +341,7 @@ def _wrong_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
     pq.write_table(pa.table({"image": pa.nulls(2)}), folder / "wrong_nulls.parquet")
     yield from (lost(f"wrong_nulls.parquet:{row}", "the row has no image") for row in range(2))
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), folder / "wrong_none.parquet")
-    pq.write_table(pa.table({"jpg": pa.array([photo(rng)], pa.large_binary())}), folder / "other_name.parquet")
+    pq.write_table(pa.table({"jpg": pa.array([make_photo(rng)], pa.large_binary())}), folder / "other_name.parquet")
     yield ok("other_name.parquet:0")
     one = pa.DictionaryArray.from_arrays(pa.array([0] * 16, pa.int32()), pa.array([bytes(BOMB)]))
     bomb = pa.table({"image": one, "key": [f"bomb {n}" for n in range(16)]})
@@ -346,7 +350,7 @@ def _wrong_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def _torn(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    rows = [{"image": {"bytes": photo(rng)}, "key": f"torn {n}"} for n in range(4)]
+    rows = [{"image": {"bytes": make_photo(rng)}, "key": f"torn {n}"} for n in range(4)]
     options = {"write_page_checksum": True, "use_dictionary": False, "write_statistics": False, "compression": "none"}
     _write(folder / "torn.parquet", rows, row_group_size=2, **options)
     whole = (folder / "torn.parquet").read_bytes()
@@ -365,7 +369,7 @@ def _torn(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def downloads(folder: Path, seed: int) -> list[Expected]:
-    """Writes what img2dataset might have left: rows and tars that contradict each other, and odd words in both."""
+    """Writes downloads of img2dataset with rows and tars that contradict each other, and odd texts in both."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     files: dict[str, bytes] = {}
@@ -377,7 +381,7 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
 
     for name, (data, alt_text) in make_alt_texts(rng).items():
         row(name, caption=data.decode("utf-8", "replace"))
-        files |= {f"{name}.jpg": photo(rng), f"{name}.txt": b"another", f"{name}.json": b"{"}
+        files |= {f"{name}.jpg": make_photo(rng), f"{name}.txt": b"another", f"{name}.json": b"{"}
         expected.append(ok(name, data.decode("utf-8", "replace") if alt_text is not None else None))
     for name, (data, status) in make_trap_images(rng).items():
         stem = name.replace(".", "_")
@@ -390,21 +394,23 @@ def downloads(folder: Path, seed: int) -> list[Expected]:
     row("refused", "failed_to_download", "HTTP Error 404\x00\x1b[31m")
     row("nothing", None, None)
     row(None, "failed_to_resize", "a null key")
-    files |= {"said_failed.jpg": photo(rng), "unknown.jpg": photo(rng)}
+    files |= {"said_failed.jpg": make_photo(rng), "unknown.jpg": make_photo(rng)}
     row("said_failed", "failed_to_resize", "but it is there")
     row("twice")
     row("twice")
-    files["twice.jpg"] = photo(rng)
+    files["twice.jpg"] = make_photo(rng)
     expected += [lost("refused", "failed_to_download: HTTP Error 404"), lost("nothing", "None: None"), ok("unknown")]
     expected += [lost("None", "failed_to_resize: a null key"), ok("said_failed"), ok("twice")]
     expected.append(lost("twice", "img2dataset reports success, but the tar has no such sample"))
     names = {"key": pa.string(), "status": pa.string(), "error_message": pa.string(), "caption": pa.string()}
     _shard(folder / "00000", make_tar(files), pa.Table.from_pylist(rows, pa.schema(names)))
-    _shard(folder / "00001", make_tar({"a.jpg": photo(rng)}), pa.table({"key": [0], "status": [1], "caption": [2.5]}))
-    _shard(folder / "00002", make_tar({"b.jpg": photo(rng)}), pa.table({"url": ["x"]}))
+    _shard(
+        folder / "00001", make_tar({"a.jpg": make_photo(rng)}), pa.table({"key": [0], "status": [1], "caption": [2.5]})
+    )
+    _shard(folder / "00002", make_tar({"b.jpg": make_photo(rng)}), pa.table({"url": ["x"]}))
     _shard(folder / "00003", b"no tar" * 200, pa.table({"key": ["c"], "status": ["success"]}))
     for number, damage in enumerate((b"PAR1", b"", b"words" * 100), 4):
-        _shard(folder / f"{number:05d}", make_tar({f"{number}.jpg": photo(rng)}), pa.table({"key": ["x"]}))
+        _shard(folder / f"{number:05d}", make_tar({f"{number}.jpg": make_photo(rng)}), pa.table({"key": ["x"]}))
         (folder / f"{number:05d}.parquet").write_bytes(damage)
         expected += [ok(str(number)), lost(f"{number:05d}.parquet", "the failed downloads are unknown")]
     expected += [lost("0", "1: None"), ok("a"), lost("None", "None: None"), ok("b")]
