@@ -1,4 +1,4 @@
-"""run.toml: read strictly, and what is wrong is said with file, field, value and choices."""
+"""run.toml is read strictly; errors name the file, the field, the value and the choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.runs import recap, sections, write
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "parts"),
     [
         ({"source": {"pth": "x"}}, ["source.pth", "unknown key", "did you mean 'path'"]),
         ({"source": {"kind": "foldr"}}, ["source.kind", "'foldr'", "did you mean 'folder'", "webdataset"]),
@@ -42,19 +42,21 @@ from tests.support.runs import recap, sections, write
         ({"captions__dense": {"recipe": "dense"}}, ["captions", "unknown key", "did you mean 'caption'"]),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, dict[str, object]], says: list[str]) -> None:
-    parts = {(f'"{k}"' if "/" in k else k): v for k, v in sections(tmp_path / "photos", **changes).items()}
-    parts = {k.strip('"').replace("a/b", '"a/b"'): v for k, v in parts.items()}
+def test_errors_name_field_value_and_choices(
+    tmp_path: Path, changes: dict[str, dict[str, object]], parts: list[str]
+) -> None:
+    written = {(f'"{k}"' if "/" in k else k): v for k, v in sections(tmp_path / "photos", **changes).items()}
+    written = {k.strip('"').replace("a/b", '"a/b"'): v for k, v in written.items()}
     (tmp_path / "photos").mkdir()
-    run = write(tmp_path / "run", parts)
+    run = write(tmp_path / "run", written)
     done = recap("run", "all", "--run", run, check=False)
     assert done.returncode == 2, done.stderr
     assert "run.toml" in done.stderr
-    for words in says:
-        assert words in done.stderr
+    for part in parts:
+        assert part in done.stderr
 
 
-def test_no_run_and_no_toml_are_named(tmp_path: Path) -> None:
+def test_a_missing_run_and_broken_toml_are_named(tmp_path: Path) -> None:
     done = recap("status", "--run", tmp_path, check=False)
     assert (done.returncode, "recap init" in done.stderr) == (2, True)
     (tmp_path / "run.toml").write_text("source = [")
@@ -62,7 +64,7 @@ def test_no_run_and_no_toml_are_named(tmp_path: Path) -> None:
         config.load(tmp_path)
 
 
-def test_a_run_toml_that_explains_itself_reads_as_it_was_meant(tmp_path: Path) -> None:
+def test_the_run_toml_of_init_reads_as_it_was_meant(tmp_path: Path) -> None:
     meant = init.default_sections({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
     (tmp_path / "run.toml").write_text(init.render_manifest(meant))
     run = config.load(tmp_path)
