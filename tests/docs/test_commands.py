@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import typer
 
 from pipeline.cli import app
-from tests.support.pages import list_inline_commands, list_shell_commands
+from tests.support import corpora
+from tests.support.pages import list_blocks, list_inline_commands, list_shell_commands
 from tests.support.runs import ROOT, recap
 
 NOT_RUN = {  # the beginning of a command -> why no test of this file runs it
@@ -80,6 +82,37 @@ def test_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
         r"(?:^    .*tables made.*\n)(?:^    .*\n|\n)*", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     assert set(normalise(shown)) <= set(normalise(done.stdout + done.stderr))
+
+
+def test_an_edited_recipe_is_reported_as_documented(home: Path) -> None:
+    (shown,) = [block.text for block in list_blocks("console") if "recap: stale:" in block.text]
+    text = (ROOT / "stages" / "recipes" / "dense.toml").read_text()
+    (home / "runs" / "photos" / "recipes" / "dense.toml").write_text(text.replace("in detail", "in great detail"))
+    done = recap("run", "all", "--run", "runs/photos", check=False)
+    assert done.returncode == 2
+    command, summary, *lines, hint = shown.splitlines()
+    assert command.startswith("$ recap run all")
+    assert done.stderr.startswith(summary[: summary.index(" (")])
+    assert {line for line in (*lines, hint) if line != "  ..."} <= set(done.stderr.splitlines())
+
+
+@pytest.mark.slow
+def test_photographs_print_what_is_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpora.write_photographs(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    recap("init", "runs/photos", "--source", "photos", "--shard-size", 50)
+    recap("run", "all", "--run", "runs/photos")
+    blocks = [block.text.partition("\n") for block in list_blocks("console")]
+    for command in ("recap query statuses", "recap try caption:dense"):
+        ((line, _, shown),) = [block for block in blocks if block[0].startswith(f"$ {command}")]
+        printed = recap(*shlex.split(line)[2:]).stdout
+        assert first_words(shown) == first_words(printed)
+
+
+def first_words(text: str) -> list[list[str]]:
+    """What is the same in every run: equal counts have no order, and a commonest error may be one of several."""
+    return sorted(line.split()[:3] for line in text.splitlines() if line)
 
 
 def normalise(text: str) -> list[str]:
