@@ -5,7 +5,7 @@ Does not know how a scorer rates a caption.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -14,7 +14,7 @@ from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Caption, Image, ImageRubric, RubricCriterion, Score, column_names
+from pipeline.records import Caption, Image, ImageRubric, Score, column_names
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
 from stages import scorers
@@ -69,10 +69,11 @@ def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> 
     """The captions of pass `caption` that are ok, in order."""
     images = shard.read_table("image", Image)
     rubrics = shard.lookup(f"rubric/{rubric}", ImageRubric) if rubric else None
-    rows = (row for row in shard.read_table(f"caption/{caption}", Caption) if row.status == "ok")
-    for image_key, candidates in groupby(rows, lambda row: row.key):
+    usable = (row for row in shard.read_table(f"caption/{caption}", Caption) if row.status == "ok")
+    for image_key, candidates in groupby(usable, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
-        criteria = _read_criteria(rubrics(image_key)) if rubrics else None
+        rows = rubrics(image_key) if rubrics else ()
+        criteria = next((row.criteria for row in rows if row.status != "error"), None)
         for row in candidates:
             yield Sample(
                 key=row.key,
@@ -84,11 +85,6 @@ def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> 
                 seed=derive_seed(seed, row.key, name, caption, row.candidate, *shard.retry_of),
                 rubric_criteria=criteria,
             )
-
-
-def _read_criteria(rows: Sequence[ImageRubric]) -> tuple[RubricCriterion, ...] | None:
-    """The criteria of an image's rubric; None if it has none or writing it failed."""
-    return next((row.criteria for row in rows if row.status != "error"), None)
 
 
 def work(

@@ -127,3 +127,12 @@ def weighted_mean(criteria: Iterable[Criterion]) -> float | None:
     decided = [(c.weight, c.value) for c in criteria if c.value is not None]
     total = math.fsum(weight for weight, _ in decided)
     return math.fsum(weight * value for weight, value in decided) / total if total else None
+
+
+def combine_criteria(criteria: Iterable[Criterion], *, undecided: str) -> ScoreResult:
+    """The weighted mean of criteria as a result; if no criterion has a value, "unknown" with the error `undecided`."""
+    criteria = tuple(criteria)
+    value = weighted_mean(criteria)
+    if value is None:
+        return ScoreResult(value=None, criteria=criteria, status="unknown", error=undecided)
+    return ScoreResult(value=value, criteria=criteria)

@@ -20,7 +20,7 @@ from stages import rubrics
 from stages.rubrics import RubricSpec
 from stages.scenes import claim_checks
 from stages.scenes.claim_checks import CaptionClaims
-from stages.scorers import Sample, ScoreResult, judge, weighted_mean
+from stages.scorers import Sample, ScoreResult, combine_criteria, judge
 from stages.text.prompts import map_where
 
 VERSION = 4
@@ -86,13 +86,8 @@ def _judge_samples(
 def _check_samples(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
         claims = claim_checks.collect_rewarded_claims(sample.text)
-        criteria = tuple(_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ())
-        value = weighted_mean(criteria)
-        if value is None:
-            error = "only a judge can decide these criteria"
-            yield ScoreResult(value=None, criteria=criteria, status="unknown", error=error)
-        else:
-            yield ScoreResult(value=value, criteria=criteria)
+        criteria = (_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ())
+        yield combine_criteria(criteria, undecided="only a judge can decide these criteria")
 
 
 def _check_criterion(criterion: RubricCriterion, claims: CaptionClaims) -> Criterion:

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from pipeline.sections import key
 from stages import flags
-from stages.scorers import Sample, ScoreResult, weighted_mean
+from stages.scorers import Sample, ScoreResult, combine_criteria
 from stages.text.repetition import find_loop, split_words
 
 VERSION = 1
@@ -76,13 +76,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
 
 def score(samples: Iterable[Sample], settings: Settings, _: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     for sample in samples:
-        criteria = tuple(_check_sample(sample, settings))
-        value = weighted_mean(criteria)
-        if value is None:
-            error = "all checks that apply have weight 0"
-            yield ScoreResult(value=None, criteria=criteria, status="unknown", error=error)
-        else:
-            yield ScoreResult(value=value, criteria=criteria)
+        yield combine_criteria(_check_sample(sample, settings), undecided="all checks that apply have weight 0")
 
 
 def _check_sample(sample: Sample, settings: Settings) -> Iterator[Criterion]:

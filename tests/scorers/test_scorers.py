@@ -42,3 +42,31 @@ def test_every_scorer_gives_one_result_per_sample(tmp_path: Path, words: str) ->
     for one in run.sections["score"].values():
         scorer = scorers.load_scorer(one.scorer, run=tmp_path, field="score")
         assert len(list(scorer.score([make_sample(words), make_sample()], {"model": echo.open(echo.Config())}))) == 2
+
+
+SCORER = """
+from dataclasses import dataclass
+
+from pipeline.sections import key
+from stages.scorers import ScoreResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    letter: str = key("a")
+
+
+def score(samples, settings, engines):
+    for sample in samples:
+        yield ScoreResult(value=float(settings.letter in sample.text))
+"""
+
+
+def test_a_scorer_can_be_a_module_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_scorers").mkdir()
+    (tmp_path / "own_scorers" / "letter.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = parse_score_run(tmp_path, score={"mine": {"kind": "own_scorers.letter", "letter": "c"}})
+    scorer = scorers.load_scorer(run.sections["score"]["mine"].scorer, run=tmp_path, field="score.mine")
+    assert [result.value for result in scorer.score([make_sample("cat"), make_sample("dog")], {})] == [1.0, 0.0]
+    assert scorer.slice(run, field="score.mine") == {"kind": "own_scorers.letter", "version": 1, "letter": "c"}
