@@ -1,8 +1,8 @@
-"""Decides how a whole run's states are known in seconds: stamps are kept, and read again where a file has changed.
+"""The states of a whole run in seconds, from cached footers.
 
-A file is the one that was read while its name, time, size and inode are; what is kept lies in .work/stamps, and without
-it the answers are the same. What lies beside tables is listed, a folder at once. What a state means is the ledger's to
-say: shards that stand alike are judged once.
+Footers are cached as columns in .work/stamps; a table whose name, time, size and inode are unchanged is not read again.
+Without the cache the answers are the same. Payload files are listed, one folder at a time. `ShardStates` decides what a
+state means, once for all shards whose files and inputs are alike.
 """
 
 from __future__ import annotations
@@ -27,184 +27,186 @@ from pipeline.execution.passes import Pass
 from pipeline.execution.states import Kind, ShardStates, State
 from pipeline.machine import num_cores
 from pipeline.storage import tables
-from pipeline.storage.listing import ABOUT, list_files
+from pipeline.storage.listing import FILE_COLUMNS, list_files
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     Ints = npt.NDArray[np.int64]
-    Columns = dict[str, Ints]  # equally long; a row for each table
+    Columns = dict[str, Ints]  # of equal length; a row for each file or shard
 
-SETTLED = 2 * 10**9  # nanoseconds: a file written later than this before it was read may change within one clock tick
-THREADS = 16  # that read stamps: a network file system answers each of them late
-MANY = 10_000  # shards, from which on it is worth processes to list their files
-CHUNK = 250  # stamps that a thread reads before it is given more
-SAID = ("num_rows", "digest", "head")  # by every stamp, besides an "input:FOLDER", "status:STATUS", "beside:FILES"
-STAMP = re.compile(
+SETTLED = 2 * 10**9  # nanoseconds: a file read sooner after its time than this may change within the same clock tick
+THREADS = 16  # that read footers: a network file system has a long latency
+MANY = 10_000  # shards from which processes list folders faster
+CHUNK = 250  # footers that a thread reads at a time
+FOOTER_COLUMNS = ("num_rows", "digest", "head")  # of every footer; others: input:FOLDER, status:STATUS, beside:FILES
+FOOTER = re.compile(
     rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+)(?:,"payload":(\{[^}]*\}))?,'
     rb'"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
     re.DOTALL,
 )
-NUMBER = re.compile(r"\d+(?=\.\w+$)")  # of the shard, in a file's name
-MIX = 6364136223846793005  # odd, so that no two numbers become one when they are multiplied by it
+NUMBER = re.compile(r"\d+(?=\.\w+$)")  # the shard's, in a file name
+MIX = 6364136223846793005  # odd, so that multiplication maps no two numbers to one
 
 
 class StateIndex:
     """The states of all shards of a plan."""
 
-    def __init__(self, ledger: ShardStates) -> None:
-        self._ledger, self._plan, self._passes = ledger, ledger.plan, ledger.passes
-        self._kept = ledger.run.folder / ".work" / "stamps"
+    def __init__(self, states: ShardStates) -> None:
+        self._shard_states, self._plan, self._passes = states, states.plan, states.passes
+        self._cache_folder = states.run.folder / ".work" / "stamps"
         self._broken: dict[str, list[int]] = {}
-        self.columns = cache(self._columns)
-        self._standing = cache(self._stand)
-        self._states = cache(self._judge)
+        self.columns = cache(self._columns_by_shard)
+        self._fingerprints = cache(self._compute_fingerprints)
+        self._states = cache(self._find_states)
 
     def kinds(self, p: Pass) -> npt.NDArray[np.str_]:
-        """The kind of every shard's state, by shard."""
+        """The kind of every shard's state, indexed by shard."""
         import numpy as np
 
-        states, alike = self._states(p.folder)
-        return np.array([state.kind for state in states])[alike]
+        states, which = self._states(p.folder)
+        return np.array([state.kind for state in states])[which]
 
     def shards(self, p: Pass, *kinds: Kind) -> list[int]:
-        """The shards whose state is one of these."""
+        """The shards whose state is of one of these kinds."""
         import numpy as np
 
-        states, alike = self._states(p.folder)
-        found: list[int] = np.flatnonzero(np.array([state.kind in kinds for state in states])[alike]).tolist()
-        return found
+        states, which = self._states(p.folder)
+        shards: list[int] = np.flatnonzero(np.array([state.kind in kinds for state in states])[which]).tolist()
+        return shards
 
     def reasons(self, p: Pass, kind: Kind) -> list[str]:
-        """Why shards are of this kind, each reason once."""
+        """The distinct reasons of states of this kind."""
         return list(dict.fromkeys(state.why for state in self._states(p.folder)[0] if state.kind == kind))
 
     def num_rows(self, p: Pass) -> int:
         return int(self.columns(p.folder)["num_rows"].sum())
 
     def statuses(self, p: Pass) -> dict[str, int]:
-        """Status -> rows, over all tables that are there."""
+        """Status -> rows, over all tables of the pass."""
         columns = self.columns(p.folder).items()
-        found = {name.removeprefix("status:"): int(rows.sum()) for name, rows in columns if name.startswith("status:")}
-        return {status: rows for status, rows in sorted(found.items()) if rows}
+        totals = {name.removeprefix("status:"): int(rows.sum()) for name, rows in columns if name.startswith("status:")}
+        return {status: total for status, total in sorted(totals.items()) if total}
 
     def broken(self, p: Pass) -> list[int]:
-        """Shards with a file in their table's place that is no whole table."""
+        """The shards whose table file is damaged."""
         self.columns(p.folder)
         return self._broken[p.folder]
 
-    def _judge(self, folder: str) -> tuple[list[State], Ints]:
-        """The states that there are, and for each shard which of them is its own."""
+    def _find_states(self, folder: str) -> tuple[list[State], Ints]:
+        """The distinct states, and for each shard the index of its own."""
         import numpy as np
 
-        _, first, alike = np.unique(self._standing(folder), return_index=True, return_inverse=True)
-        return [self._ledger.state(self._passes[folder], int(shard)) for shard in first], alike
+        _, first, which = np.unique(self._fingerprints(folder), return_index=True, return_inverse=True)
+        return [self._shard_states.state(self._passes[folder], int(shard)) for shard in first], which
 
-    def _stand(self, folder: str) -> Ints:
-        """For each shard a number that is equal where all is equal that its state depends on."""
+    def _compute_fingerprints(self, folder: str) -> Ints:
+        """For each shard a number; shards whose state depends on equal facts have equal numbers."""
         own, reads = self.columns(folder), self._passes[folder].reads
-        standing = own["head"]
+        fingerprints = own["head"]
         for name in reads or ("plan",):
-            wanted = self.columns(name)["digest"] if reads else self._plan_digests
-            standing = standing * MIX + (own.get(f"input:{name}", 0) == wanted)
+            current = self.columns(name)["digest"] if reads else self._plan_digests
+            fingerprints = fingerprints * MIX + (own.get(f"input:{name}", 0) == current)
         for name in reads:
-            standing = standing * MIX + self._standing(name)
+            fingerprints = fingerprints * MIX + self._fingerprints(name)
         for name in sorted(name for name in own if name.startswith("beside:")):
-            standing = standing * MIX + ((own[name] > 0) & (own[name] != self._beside[name]))
-        return standing
+            fingerprints = fingerprints * MIX + ((own[name] > 0) & (own[name] != self._payload_sizes[name]))
+        return fingerprints
 
     @cached_property
     def _tables(self) -> Mapping[str, Columns]:
-        """What lies in the folder of each pass."""
-        return self._listed({folder: f"{folder}/*.parquet" for folder in self._passes})
+        """The table files of each pass."""
+        return self._list_files({folder: f"{folder}/*.parquet" for folder in self._passes})
 
     @cached_property
-    def _beside(self) -> Mapping[str, Ints]:
-        """Of each kind of file that any stamp names, the bytes by shard as they are now; 0 where there is none."""
+    def _payload_sizes(self) -> Mapping[str, Ints]:
+        """The current sizes of each kind of payload file, by shard; 0 where there is none."""
         names = {name for folder in self._passes for name in self.columns(folder) if name.startswith("beside:")}
-        seen = self._listed({name: name.removeprefix("beside:") for name in sorted(names)})
-        return {name: self._spread(files)["size"] for name, files in seen.items()}
+        files = self._list_files({name: name.removeprefix("beside:") for name in sorted(names)})
+        return {name: self._spread_by_shard(columns)["size"] for name, columns in files.items()}
 
-    def _listed(self, patterns: Mapping[str, str]) -> Mapping[str, Columns]:
-        paths = [f"{self._ledger.run.folder}/{pattern}" for pattern in patterns.values()]
-        found = list_folders(paths, num_procs=num_cores() if self._plan.num_shards > MANY else 1)
-        return dict(zip(patterns, map(_sorted, found), strict=True))
+    def _list_files(self, patterns: Mapping[str, str]) -> Mapping[str, Columns]:
+        paths = [f"{self._shard_states.run.folder}/{pattern}" for pattern in patterns.values()]
+        files = list_folders(paths, num_procs=num_cores() if self._plan.num_shards > MANY else 1)
+        return dict(zip(patterns, map(_sort_files, files), strict=True))
 
-    def _columns(self, folder: str) -> Columns:
-        """What the files of a folder are and say, by shard; 0 where there is no table."""
-        return self._spread(self._current(folder))
+    def _columns_by_shard(self, folder: str) -> Columns:
+        """File and footer columns of a folder, indexed by shard; 0 where there is no table."""
+        return self._spread_by_shard(self._read_current(folder))
 
-    def _spread(self, known: Columns) -> Columns:
-        """The same by shard; 0 where there is nothing."""
+    def _spread_by_shard(self, columns: Columns) -> Columns:
+        """Columns indexed by shard instead of by file; 0 where there is no file."""
         import numpy as np
 
         num = self._plan.num_shards
-        planned = known["shard"] < num
-        spread = {name: np.zeros(num, np.int64) for name in known}
-        for name, column in known.items():
-            spread[name][known["shard"][planned]] = column[planned]
+        planned = columns["shard"] < num
+        spread = {name: np.zeros(num, np.int64) for name in columns}
+        for name, column in columns.items():
+            spread[name][columns["shard"][planned]] = column[planned]
         return spread
 
-    def _current(self, folder: str) -> Columns:
-        """The folder's whole tables as they are now, a row each; what was read is kept for the next time."""
+    def _read_current(self, folder: str) -> Columns:
+        """File and footer columns of the folder's whole tables, a row each; reads changed footers and caches all."""
         import numpy as np
 
-        seen, kept = self._tables[folder], _load(self._file(folder), (*ABOUT, *SAID))
+        files, cached = self._tables[folder], _load_columns(self._cache_file(folder), (*FILE_COLUMNS, *FOOTER_COLUMNS))
         self._broken[folder] = []
-        if all(np.array_equal(seen[name], kept[name]) for name in ABOUT):
-            return kept
-        at = np.searchsorted(kept["shard"], seen["shard"])
-        at[at == len(kept["shard"])] = 0
-        same = np.full(len(at), len(kept["shard"]) > 0)
+        if all(np.array_equal(files[name], cached[name]) for name in FILE_COLUMNS):
+            return cached
+        at = np.searchsorted(cached["shard"], files["shard"])
+        at[at == len(cached["shard"])] = 0
+        same = np.full(len(at), len(cached["shard"]) > 0)
         if same.any():
-            same = np.logical_and.reduce([kept[name][at] == seen[name] for name in ABOUT])
-        fresh = np.flatnonzero(~same)
-        read = self._read(folder, seen["shard"][fresh])
-        now = dict(seen)
-        for name in dict.fromkeys((*kept, *(name for said in read if said for name in said))):
-            if name not in ABOUT:
-                now[name] = np.zeros(len(at), np.int64)
-                now[name][same] = kept[name][at[same]] if name in kept else 0
-                now[name][fresh] = [said.get(name, 0) if said else 0 for said in read]
+            same = np.logical_and.reduce([cached[name][at] == files[name] for name in FILE_COLUMNS])
+        changed = np.flatnonzero(~same)
+        footers = self._read_footers(folder, files["shard"][changed])
+        current = dict(files)
+        for name in dict.fromkeys((*cached, *(name for footer in footers if footer for name in footer))):
+            if name not in FILE_COLUMNS:
+                current[name] = np.zeros(len(at), np.int64)
+                current[name][same] = cached[name][at[same]] if name in cached else 0
+                current[name][changed] = [footer.get(name, 0) if footer else 0 for footer in footers]
         whole = np.ones(len(at), bool)
-        whole[fresh] = [said is not None for said in read]
-        self._broken[folder] = seen["shard"][~whole].tolist()
-        settled = whole & (now["mtime"] < time.time_ns() - SETTLED)
-        _keep(self._file(folder), {name: column[settled] for name, column in now.items()})
-        return {name: column[whole] for name, column in now.items()}
+        whole[changed] = [footer is not None for footer in footers]
+        self._broken[folder] = files["shard"][~whole].tolist()
+        settled = whole & (current["mtime"] < time.time_ns() - SETTLED)
+        _save_columns(self._cache_file(folder), {name: column[settled] for name, column in current.items()})
+        return {name: column[whole] for name, column in current.items()}
 
-    def _read(self, folder: str, shards: Ints) -> list[Mapping[str, int] | None]:
-        paths = [f"{self._ledger.run.folder / folder}/{shard:05d}.parquet" for shard in shards]
+    def _read_footers(self, folder: str, shards: Ints) -> list[Mapping[str, int] | None]:
+        paths = [f"{self._shard_states.run.folder / folder}/{shard:05d}.parquet" for shard in shards]
         chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
         with ThreadPoolExecutor(THREADS) as pool:
-            return [said for chunk in pool.map(lambda chunk: [*map(_said, chunk)], chunks) for said in chunk]
+            footers = pool.map(lambda chunk: [*map(_read_footer_columns, chunk)], chunks)
+            return [footer for chunk in footers for footer in chunk]
 
-    def _file(self, folder: str) -> Path:
-        return self._kept / f"{folder.replace('/', '.')}.npz"
+    def _cache_file(self, folder: str) -> Path:
+        return self._cache_folder / f"{folder.replace('/', '.')}.npz"
 
     @cached_property
     def _plan_digests(self) -> Ints:
-        """Of all shards; kept for as long as the plan is the same file."""
+        """The plan's digests of all shards; cached while the plan file is unchanged."""
         import numpy as np
 
-        about = (self._ledger.run.folder / "plan.parquet").stat()
-        now, file = [about.st_mtime_ns, about.st_size, about.st_ino], self._file("plan")
-        kept = _load(file, ("plan", "digest"))
-        if kept["plan"].tolist() != now:
-            kept = {"plan": np.array(now), "digest": np.array([*map(_number, self._plan.digests())], np.int64)}
-            if about.st_mtime_ns < time.time_ns() - SETTLED:
-                _keep(file, kept)
-        return kept["digest"]
+        stat = (self._shard_states.run.folder / "plan.parquet").stat()
+        identity, file = [stat.st_mtime_ns, stat.st_size, stat.st_ino], self._cache_file("plan")
+        columns = _load_columns(file, ("plan", "digest"))
+        if columns["plan"].tolist() != identity:
+            digests = [*map(_parse_digest, self._plan.digests())]
+            columns = {"plan": np.array(identity), "digest": np.array(digests, np.int64)}
+            if stat.st_mtime_ns < time.time_ns() - SETTLED:
+                _save_columns(file, columns)
+        return columns["digest"]
 
 
-def _load(file: Path, names: Iterable[str]) -> Columns:
-    """The kept columns, with these among them; empty ones where nothing is kept, or nothing that reads."""
+def _load_columns(file: Path, names: Iterable[str]) -> Columns:
+    """Cached columns, with at least these names; empty columns if there is no cache, or a damaged one."""
     import numpy as np
 
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            columns = {name: kept[name] for name in kept.files}
+        with np.load(file, allow_pickle=False) as arrays:
+            columns = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         columns = {}
     if columns.keys() >= {*names} and all(column.dtype == np.int64 for column in columns.values()):
@@ -212,55 +214,52 @@ def _load(file: Path, names: Iterable[str]) -> Columns:
     return {name: np.empty(0, np.int64) for name in names}
 
 
-def _keep(file: Path, columns: Columns) -> None:
+def _save_columns(file: Path, columns: Columns) -> None:
     import numpy as np
 
-    with (
-        suppress(OSError),
-        tables.open_atomic(file, durable=False) as out,
-    ):  # the run may be read-only
+    with suppress(OSError), tables.open_atomic(file, durable=False) as out:  # the run may be read-only
         np.savez(out, **columns)  # type: ignore[arg-type]
 
 
 def list_folders(patterns: Iterable[str], *, num_procs: int) -> list[array[int]]:
-    """`listing` of each, several at once where there may be several processes."""
+    """`list_files` of each pattern, in parallel processes if `num_procs` is more than one."""
     if num_procs < 2:
         return [*map(list_files, patterns)]
     with ThreadPoolExecutor(num_procs) as pool:
-        return [*pool.map(_elsewhere, patterns)]
+        return [*pool.map(_list_in_process, patterns)]
 
 
-def _elsewhere(pattern: str) -> array[int]:
+def _list_in_process(pattern: str) -> array[int]:
     command = [sys.executable, "-I", "-S", str(Path(list_files.__code__.co_filename)), pattern]
     return array("q", subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _sorted(files: array[int]) -> Columns:
+def _sort_files(files: array[int]) -> Columns:
     import numpy as np
 
-    rows = np.array(files, np.int64).reshape(-1, len(ABOUT))
+    rows = np.array(files, np.int64).reshape(-1, len(FILE_COLUMNS))
     rows = rows[rows[:, 0].argsort()]
-    return {name: np.ascontiguousarray(column) for name, column in zip(ABOUT, rows.T, strict=True)}
+    return {name: np.ascontiguousarray(column) for name, column in zip(FILE_COLUMNS, rows.T, strict=True)}
 
 
-def _said(path: str) -> Mapping[str, int] | None:
-    """What is kept of a stamp; None when the table is broken or has just gone."""
+def _read_footer_columns(path: str) -> Mapping[str, int] | None:
+    """The columns of a table's footer; None if the table is damaged or was removed since it was listed."""
     try:
         text = tables.read_footer_text(Path(path))
     except (FileNotFoundError, BrokenTableError):
         return None
-    found = STAMP.fullmatch(text)
-    assert found is not None
-    digest, num_rows, payload, inputs, recipe, statuses = found.groups()
-    given = json.loads(inputs)
-    head = hashlib.sha256(json.dumps(sorted(given)).encode() + recipe).hexdigest()
-    said = {"num_rows": int(num_rows), "digest": _number(digest.decode()), "head": _number(head)}
-    said |= {f"input:{name}": _number(digest) for name, digest in given.items()}
-    beside = json.loads(payload or b"{}").items()
-    said |= {f"beside:{NUMBER.sub('*', name)}": num_bytes for name, num_bytes in beside}
-    return said | {f"status:{status}": num for status, num in json.loads(statuses).items()}
+    match = FOOTER.fullmatch(text)
+    assert match is not None
+    digest, num_rows, payload, inputs, rest, statuses = match.groups()
+    digests = json.loads(inputs)
+    head = hashlib.sha256(json.dumps(sorted(digests)).encode() + rest).hexdigest()  # of what decides rows but inputs
+    columns = {"num_rows": int(num_rows), "digest": _parse_digest(digest.decode()), "head": _parse_digest(head)}
+    columns |= {f"input:{name}": _parse_digest(digest) for name, digest in digests.items()}
+    sizes = json.loads(payload or b"{}").items()
+    columns |= {f"beside:{NUMBER.sub('*', name)}": num_bytes for name, num_bytes in sizes}
+    return columns | {f"status:{status}": num for status, num in json.loads(statuses).items()}
 
 
-def _number(digest: str) -> int:
-    """Of a hexadecimal digest, as many bits as a column holds."""
+def _parse_digest(digest: str) -> int:
+    """As many bits of a hexadecimal digest as a column holds."""
     return int(digest[:15], 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKED = "shards"  # the folder of the tars that ingest writes
+PACKED = "shards"  # folder of the tars that ingest writes
 
 
 def table_path(run: Path, folder: str, shard: int) -> Path:
@@ -12,5 +12,5 @@ def table_path(run: Path, folder: str, shard: int) -> Path:
 
 
 def work_folder(run: Path, folder: str, shard: int) -> Path:
-    """Where what is unfinished of a table's shard lies: outside every table's glob, gone when the table is there."""
+    """Folder of a table's unfinished work: outside every table's glob, and removed once the table is in place."""
     return run / ".work" / folder / f"{shard:05d}"

@@ -1,7 +1,8 @@
-"""Decides how a folder of a hundred thousand files is looked at: by its handle, and if need be in a process of its own.
+"""Fast listing of folders with a hundred thousand files.
 
-The way to the folder is long, and no file needs to go it. Python's threads wait for each other; this file is a program
-too, which imports next to nothing, so that several folders can be looked at at once. What files are, it does not know.
+Files are looked up relative to the folder's handle, which spares the kernel the folder's path. This file is also a
+program that imports almost nothing, so that several folders are listed in parallel: Python's threads would wait for
+each other. That is why it is a module of its own.
 """
 
 from __future__ import annotations
@@ -10,32 +11,32 @@ import os
 import sys
 from array import array
 
-ABOUT = ("shard", "mtime", "size", "inode")  # of a file; the time in nanoseconds
+FILE_COLUMNS = ("shard", "mtime", "size", "inode")  # of a file; the time in nanoseconds
 
 
 def list_files(pattern: str) -> array[int]:
-    """ABOUT of each file that matches, file after file, in no order.
+    """FILE_COLUMNS of each file that matches, one file after the other, unordered.
 
     Args:
         pattern: FOLDER/*.SUFFIX, where * is the number of a shard.
     """
     folder, _, suffix = pattern.rpartition("/*")
-    found = array("q")
+    values = array("q")
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        return found
+        return values
     try:
         for name in os.listdir(handle):  # noqa: PTH208
             if name.endswith(suffix) and (number := name[: -len(suffix)]).isdigit():
                 try:
                     about = os.stat(name, dir_fd=handle)
-                except FileNotFoundError:  # it was there a moment ago
+                except FileNotFoundError:  # removed since it was listed
                     continue
-                found.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
+                values.extend((int(number), about.st_mtime_ns, about.st_size, about.st_ino))
     finally:
         os.close(handle)
-    return found
+    return values
 
 
 if __name__ == "__main__":

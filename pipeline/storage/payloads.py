@@ -1,7 +1,7 @@
-"""Decides which files stand beside a table: the tars of packed images, and the finished training set.
+"""Payloads: files beside a table, such as the tars of packed images and the exported training set.
 
-A payload takes what a stage yields, writes its bytes, and gives the row. Its files appear under their names just
-before the table does, whose stamp has their names and sizes: what is lost or cut short later is noticed.
+A payload takes the outputs of a stage, writes their bytes, and returns their rows. Its files are renamed into place
+just before the table, whose footer has their names and sizes, so that missing or truncated files are noticed later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 512  # bytes of a tar header
 
 @dataclass(frozen=True, kw_only=True)
 class PackedImage:
-    """An image row, and its bytes when they are to be packed: as they are, never encoded again."""
+    """An image row, and its original bytes if they are to be packed; they are never re-encoded."""
 
     row: Image
     data: bytes | None
@@ -34,22 +34,22 @@ class PackedImage:
 
 
 class UnfinishedFile:
-    """A file being written outside its final folder; nothing is there until the first byte."""
+    """A file that is written outside its final folder; it is created when it is first opened."""
 
     def __init__(self, path: Path, *, work: Path) -> None:
         self.path = path
-        self._beside = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+        self._temporary = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
         self._file: io.BufferedWriter | None = None
 
     def open(self) -> io.BufferedWriter:
         if self._file is None:
-            for folder in (self.path.parent, self._beside.parent):
+            for folder in (self.path.parent, self._temporary.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._beside, "xb")
+            self._file = open(self._temporary, "xb")
         return self._file
 
     def commit(self) -> int:
-        """Puts the file in place and returns its bytes; without a byte written, the final name is free afterwards."""
+        """Puts the file in place and returns its size in bytes. If it was never opened, removes an earlier file."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
             return 0
@@ -57,18 +57,18 @@ class UnfinishedFile:
         os.fsync(self._file.fileno())
         num_bytes = os.fstat(self._file.fileno()).st_size
         self._file.close()
-        os.replace(self._beside, self.path)
+        os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
         return num_bytes
 
     def abandon(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._beside.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
 
 
 class TarWriter:
-    """A tar with equal bytes for equal members: no times, no owners."""
+    """Writes a tar without times or owners, so that equal members give equal bytes."""
 
     def __init__(self, file: UnfinishedFile) -> None:
         self.file, self.path = file, file.path
@@ -82,7 +82,7 @@ class TarWriter:
         info.size, info.mode, info.mtime = len(data), 0o644, 0
         offset = self._tar.offset + BLOCK
         self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # else a header of every member stays in memory
+        self._tar.members.clear()  # type: ignore[attr-defined]  # otherwise every member's header stays in memory
         return offset
 
     def commit(self) -> int:
@@ -92,7 +92,7 @@ class TarWriter:
 
 
 class ImagePacker:
-    """`shards/00000.tar`: the images of a corpus that was not in tars already."""
+    """Packs the images of a shard into `shards/00000.tar`, for corpora that are not in tars."""
 
     def __init__(self, run: Path, shard: int) -> None:
         self._run = run
@@ -112,14 +112,14 @@ class ImagePacker:
 
 
 def commit_files(run: Path, *files: TarWriter | UnfinishedFile) -> Mapping[str, int]:
-    """Renames finished files into place; returns path within the run -> bytes, without files that stayed empty."""
+    """Renames finished files into place; returns path relative to the run -> bytes, without empty files."""
     sizes = {str(file.path.relative_to(run)): file.commit() for file in files}
     return {name: num_bytes for name, num_bytes in sizes.items() if num_bytes}
 
 
-def find_damage(run: Path, stamp: TableFooter) -> str:
-    """Of the files that belong beside a table, the first that has gone or has another size, in words; "" for none."""
-    for name, num_bytes in stamp.payload.items():
+def find_damage(run: Path, footer: TableFooter) -> str:
+    """Describes the first payload file that is missing or has another size; "" if there is none."""
+    for name, num_bytes in footer.payload.items():
         try:
             size = (run / name).stat().st_size
         except FileNotFoundError:
@@ -130,11 +130,11 @@ def find_damage(run: Path, stamp: TableFooter) -> str:
 
 
 def read_intact_footer(run: Path, table: Path) -> TableFooter | None:
-    """The stamp of a table file that is whole and has all that belongs beside it; None otherwise."""
-    stamp = read_whole_footer(table)
-    return stamp if stamp is not None and not find_damage(run, stamp) else None
+    """The footer of a whole table with all its payload files; None otherwise."""
+    footer = read_whole_footer(table)
+    return footer if footer is not None and not find_damage(run, footer) else None
 
 
 def file_extension(format: str | None) -> str:
-    """The usual file name ending of a Pillow format."""
+    """The usual file name extension of a Pillow format, without a dot."""
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(format or "", format or "bin")

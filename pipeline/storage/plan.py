@@ -1,6 +1,6 @@
-"""Decides which shard holds which inputs, once: the plan is frozen, and growth only appends shards at its end.
+"""The plan: which shard holds which pieces of the corpus, frozen once; growth only appends shards.
 
-Also how people and Slurm write sets of shards. It does not know what a sample is.
+Also the notation of sets of shards, as --shard takes it. What a sample is, only sources know.
 """
 
 from __future__ import annotations
@@ -33,47 +33,46 @@ class Plan:
     """Some shards of the plan: shard -> pieces."""
 
     num_shards: int  # of the whole plan
-    rows: pa.Table  # sorted by shard; only of the shards asked for
+    rows: pa.Table  # sorted by shard; only of the loaded shards
 
     @classmethod
     def load(cls, path: Path, shards: str = "all") -> tuple[Plan, Sequence[int]]:
-        """The plan and the shards that the spec names; reads only the row groups which hold them.
+        """The plan and the shards that the spec names; reads only the row groups that hold them.
 
         Raises:
-            FileNotFoundError: nothing is planned.
-            SpecError: the spec is wrong, or names a shard that the plan does not have.
+            FileNotFoundError: there is no plan.
+            SpecError: the spec does not parse, or names a shard that the plan does not have.
         """
         import pyarrow.parquet as pq
 
         num_shards = count_shards(path)
-        wanted = parse_spec(shards, num_shards)
-        lo, hi = (wanted[0], wanted[-1]) if wanted else (0, -1)
+        selected = parse_spec(shards, num_shards)
+        first, last = (selected[0], selected[-1]) if selected else (0, -1)
         with pq.ParquetFile(path) as file:
             spans = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
-            groups = [i for i, span in enumerate(spans) if span.max >= lo and span.min <= hi]
-            return cls(num_shards=num_shards, rows=file.read_row_groups(groups)), wanted
+            groups = [i for i, span in enumerate(spans) if span.max >= first and span.min <= last]
+            return cls(num_shards=num_shards, rows=file.read_row_groups(groups)), selected
 
     def pieces(self, shard: int) -> list[Piece]:
         return [Planned(**row).piece for row in self._slice(shard)]
 
     def digest(self, shard: int) -> str:
-        """Of the shard's pieces, hex: the input of its ingest."""
-        return _digest(self._slice(shard))
+        """The SHA-256 of the shard's pieces, hex: the input digest of its ingest."""
+        return _hash_rows(self._slice(shard))
 
     def digests(self) -> Iterator[str]:
-        """Of every shard, when all were asked for."""
+        """The digests of all loaded shards, in order."""
         rows = (row for batch in self.rows.to_batches() for row in batch.to_pylist())
-        for _, of_shard in groupby(rows, key=itemgetter("shard")):
-            yield _digest(list(of_shard))
+        for _, shard_rows in groupby(rows, key=itemgetter("shard")):
+            yield _hash_rows(list(shard_rows))
 
     def num_samples(self, shard: int) -> int | None:
-        """How many inputs the shard has, where the plan can know it."""
+        """The number of samples of the shard; None where only reading the corpus would show."""
         counts = [piece.num_samples for piece in self.pieces(shard)]
         return None if None in counts else sum(count_shards for count_shards in counts if count_shards is not None)
 
     def _slice(self, shard: int) -> list[dict[str, Any]]:
-        column = self._shards
-        start, stop = bisect_left(column, shard), bisect_left(column, shard + 1)
+        start, stop = bisect_left(self._shards, shard), bisect_left(self._shards, shard + 1)
         rows: list[dict[str, Any]] = self.rows.slice(start, stop - start).to_pylist()
         return rows
 
@@ -82,23 +81,23 @@ class Plan:
         return array("q", self.rows.column("shard").to_pylist())
 
 
-def _digest(rows: list[dict[str, Any]]) -> str:
+def _hash_rows(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def write_plan(
     path: Path, pieces: Iterable[Piece], *, shard_size: int, place: Callable[[str], str] = str
 ) -> tuple[int, int]:
-    """Writes the plan, or extends it by what it does not have yet. Planned shards never change.
+    """Writes the plan, or extends it with new pieces. Planned shards never change.
 
     Args:
         path: plan.parquet.
-        pieces: the whole corpus as it is now.
+        pieces: of the whole corpus as it is now.
         shard_size: samples in a shard; a piece of unknown length is a shard of its own.
-        place: where a piece's file lies: two names of one place are one file.
+        place: maps a piece's file to its location; two names of one location are one file.
 
     Returns:
-        How many shards there were, and are.
+        The number of shards before and after.
     """
     planned = list(tables.read_rows(path, Planned)) if path.exists() else []
     before = planned[-1].shard + 1 if planned else 0
@@ -107,15 +106,15 @@ def write_plan(
     if first is None and planned:
         return before, before
     rows = [*planned, *([] if first is None else [first]), *new]
-    recipe = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
-    tables.write_rows(path, Planned, rows, recipe)
+    provenance = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
+    tables.write_rows(path, Planned, rows, provenance)
     return before, rows[-1].shard + 1 if rows else 0
 
 
 def find_new_pieces(
     planned: Iterable[Planned], pieces: Iterable[Piece], *, place: Callable[[str], str]
 ) -> Iterator[Piece]:
-    """What of the corpus is not planned yet: new files, and the new end of those that grew."""
+    """The pieces that are not planned yet: new files, and the ends of files that grew."""
     ends: dict[str, int | None] = {}
     for row in planned:
         file = place(row.file)
@@ -131,30 +130,30 @@ def find_new_pieces(
 
 
 def assign_shards(pieces: Iterable[Piece], *, shard_size: int, first: int = 0) -> Iterator[Planned]:
-    """Fills shards from `first` on, `shard_size` samples each, cutting pieces where a shard is full."""
+    """Fills shards from number `first` with `shard_size` samples each, splitting pieces where a shard is full."""
     shard, room = first, shard_size
     for piece in pieces:
         if piece.stop is None:
             shard, room = (shard if room == shard_size else shard + 1), 0
-            yield _planned(shard, piece, piece.start, None)
+            yield _plan_piece(shard, piece, piece.start, None)
             continue
         start = piece.start
         while start < piece.stop:
             if room == 0:
                 shard, room = shard + 1, shard_size
             stop = min(piece.stop, start + room)
-            yield _planned(shard, piece, start, stop)
+            yield _plan_piece(shard, piece, start, stop)
             start, room = stop, room - (stop - start)
 
 
-def _planned(shard: int, piece: Piece, start: int, stop: int | None) -> Planned:
+def _plan_piece(shard: int, piece: Piece, start: int, stop: int | None) -> Planned:
     if shard >= MAX_SHARDS:
         raise UserError(f"the corpus needs more than {MAX_SHARDS} shards; raise source.shard_size")
     return Planned(shard=shard, file=piece.file, start=start, stop=stop, num_bytes=piece.num_bytes)
 
 
 def count_shards(path: Path) -> int:
-    """How many shards are planned; reads the footer alone."""
+    """The number of planned shards, from the file's footer."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
@@ -174,7 +173,7 @@ def parse_spec(spec: str, num_shards: int) -> Sequence[int]:
     [3, 4, 5]
 
     Raises:
-        SpecError: it does not read, or names a shard that is not planned.
+        SpecError: it does not parse, or names a shard that is not planned.
     """
     if spec == "all":
         return range(num_shards)
@@ -185,13 +184,13 @@ def parse_spec(spec: str, num_shards: int) -> Sequence[int]:
         return range(index * num_shards // num, (index + 1) * num_shards // num)
     shards: set[int] = set()
     for part in spec.split(","):
-        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+)(?::([1-9][0-9]*))?)?", part)
-        if not found:
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+)(?::([1-9][0-9]*))?)?", part)
+        if not match:
             raise SpecError(f"--shard {spec}: {part!r} is none of 7, 0-9, 0-99:10, i/n, all, or a list of those")
-        lo, hi, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
-        if hi < lo or hi >= num_shards:
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last < first or last >= num_shards:
             raise SpecError(f"--shard {spec}: {part} is not within the plan's shards, 0-{num_shards - 1}")
-        shards.update(range(lo, hi + 1, step))
+        shards.update(range(first, last + 1, step))
     return sorted(shards)
 
 
@@ -207,4 +206,4 @@ def format_spec(shards: Iterable[int]) -> str:
             runs[-1][1] = shard
         else:
             runs.append([shard, shard])
-    return ",".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

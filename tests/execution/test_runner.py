@@ -1,4 +1,4 @@
-"""The machine's promises: rows are conserved, what is done is left alone, what changed is named, kills cost nothing."""
+"""The runner: rows are conserved, finished work is skipped, changes are named, and killed runs resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
 )
 @settings(max_examples=12)
 def test_rows_are_conserved(kinds: list[str], candidates: int, shares: dict[str, float], shard_size: int) -> None:
-    """The equations of 2.2, for any mix of inputs, statuses, candidates and passes."""
+    """Row counts match for any mix of inputs, statuses, candidates and passes."""
     with TemporaryDirectory() as tmp:
         run = begin(
             Path(tmp) / "run",
@@ -105,7 +105,7 @@ def test_a_finished_run_is_left_alone(run: Path) -> None:
     assert times(run) == before
 
 
-def test_another_time_out_or_window_changes_nothing(run: Path, finished: Path) -> None:
+def test_changed_timeouts_and_windows_change_nothing(run: Path, finished: Path) -> None:
     photos = finished.parent / "photos"
     write(run, sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"delay": 0.001}))
     before = times(run)
@@ -143,7 +143,7 @@ def states(run: Path) -> dict[str, str]:
     return {p.title: ledger.state(p, 0).kind for p in passes}
 
 
-def test_one_changed_word_makes_exactly_what_is_below_it_stale_and_is_named(run: Path) -> None:
+def test_a_changed_word_is_named_and_makes_exactly_its_dependants_stale(run: Path) -> None:
     recipe = (ROOT / "stages" / "recipes" / "dense.toml").read_text()
     (run / "recipes").mkdir()
     (run / "recipes" / "dense.toml").write_text(recipe.replace("Describe", "Depict", 1))
@@ -166,7 +166,7 @@ def test_one_changed_word_makes_exactly_what_is_below_it_stale_and_is_named(run:
     assert set(states(run).values()) == {"done"}
 
 
-def test_one_changed_condition_leaves_captions_and_scores_done(run: Path, finished: Path) -> None:
+def test_a_changed_condition_leaves_captions_and_scores_done(run: Path, finished: Path) -> None:
     photos = finished.parent / "photos"
     write(run, sections(photos, caption__dense={"num_candidates": 2}, filter={"rules": {"judged": "judge >= 0.6"}}))
     with pytest.raises(RefusedError, match=r"judge >= \[?.*0\.4.*0\.6|\[0\.4\] -> \[0\.6\]"):
@@ -175,7 +175,7 @@ def test_one_changed_condition_leaves_captions_and_scores_done(run: Path, finish
     assert states(run)["filter"] == "stale"
 
 
-def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
+def test_retry_makes_exactly_the_failed_rows_again(tmp_path: Path) -> None:
     source = corpus(tmp_path / "photos", ["jpg"] * 30)
     parts = sections(source, engines__captioner={"error_share": 0.3}, caption__dense={"num_candidates": 2})
     run = begin(tmp_path / "run", parts, max_error_share=1.0)
@@ -194,7 +194,7 @@ def test_retry_asks_again_for_exactly_the_failed_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_retry_made_stale_is_named_and_not_skipped(run: Path, finished: Path) -> None:
+def test_tables_that_a_retry_made_stale_are_named_and_not_skipped(run: Path, finished: Path) -> None:
     photos = finished.parent / "photos"
     parts = sections(photos, caption__dense={"num_candidates": 2}, engines__captioner={"empty_share": 0.5})
     write(run, parts, max_error_share=1.0)
@@ -205,7 +205,7 @@ def test_what_a_retry_made_stale_is_named_and_not_skipped(run: Path, finished: P
     assert states(run)["score:judge:dense"] == "stale"
 
 
-def test_a_retry_neither_mixes_words_nor_makes_images_again(run: Path) -> None:
+def test_retry_excludes_stale_keep_and_stages_with_payloads(run: Path) -> None:
     with pytest.raises(RefusedError, match="choose one"):
         make(run, "caption", retry=frozenset({"empty"}), stale="keep")
     before = times(run)
@@ -214,7 +214,7 @@ def test_a_retry_neither_mixes_words_nor_makes_images_again(run: Path) -> None:
     assert times(run) == before
 
 
-def test_a_damaged_part_is_made_again(tmp_path: Path, finished: Path) -> None:
+def test_rows_of_a_damaged_part_are_made_again(tmp_path: Path, finished: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "caption")
@@ -234,7 +234,7 @@ def test_a_damaged_part_is_made_again(tmp_path: Path, finished: Path) -> None:
     assert files(run / "caption") == files(finished / "caption")
 
 
-def test_an_engine_that_dies_is_a_failure_and_no_signal(tmp_path: Path) -> None:
+def test_a_dead_engine_is_a_failure_and_not_a_stop(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 60), engines__captioner={"die_after": 15})
     run = begin(tmp_path / "run", parts)
     make(run, "ingest")
@@ -245,7 +245,7 @@ def test_an_engine_that_dies_is_a_failure_and_no_signal(tmp_path: Path) -> None:
     assert make(run, "caption").done >= 1  # a new engine goes on
 
 
-def test_an_image_that_changed_since_ingest_is_no_training_data(tmp_path: Path) -> None:
+def test_an_image_that_changed_since_ingest_is_not_captioned(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
     make(run, "ingest")
     tar = run / "shards" / "00000.tar"
@@ -257,7 +257,7 @@ def test_an_image_that_changed_since_ingest_is_no_training_data(tmp_path: Path) 
     assert any("changed since ingest" in why for why in outcome.failures.values())
 
 
-def test_shards_made_one_by_one_end_with_the_card_of_all(tmp_path: Path) -> None:
+def test_shards_exported_one_by_one_end_with_a_card_of_the_whole_run(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 25)))
     for shard in ("0", "1"):
         make(run, shards=shard)
@@ -266,13 +266,13 @@ def test_shards_made_one_by_one_end_with_the_card_of_all(tmp_path: Path) -> None
     assert (run / "export" / "README.md").exists()
 
 
-def test_a_status_that_does_not_exist_is_refused(run: Path) -> None:
+def test_retry_of_an_unknown_status_is_refused(run: Path) -> None:
     with pytest.raises(RefusedError, match="--retry eror: the statuses here are empty, error, invalid"):
         make(run, "caption", retry=frozenset({"eror"}))
 
 
 @pytest.mark.slow
-def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path) -> None:
+def test_a_shard_fails_when_too_many_rows_fail(tmp_path: Path) -> None:
     source = corpus(tmp_path / "photos", ["jpg"] * 260)
     parts = sections(source, source={"shard_size": 260}, engines__captioner={"invalid_share": 1.0})
     parts["caption.dense"] = {"recipe": "structured", "engine": "captioner"}
@@ -284,14 +284,14 @@ def test_a_prompt_that_makes_every_answer_invalid_stops_the_shard(tmp_path: Path
     assert not list((run / "caption").rglob("*.parquet"))
 
 
-def test_what_the_machine_is_asked_before_its_input_is_there_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_pass_whose_input_is_missing_names_it(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
     done = recap_alone("run", "caption", "--run", run, check=False)
     assert done.returncode == 1
     assert "image/00000.parquet is missing" in done.stderr
 
 
-def test_the_seconds_of_overlapped_shards_add_up_to_those_of_the_pass(tmp_path: Path) -> None:
+def test_seconds_of_overlapping_shards_add_up_to_those_of_the_pass(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 20), engines__captioner={"delay": 0.1})
     run = begin(tmp_path / "run", parts)
     make(run, "ingest")
@@ -304,7 +304,7 @@ def test_the_seconds_of_overlapped_shards_add_up_to_those_of_the_pass(tmp_path: 
 
 
 @pytest.mark.slow
-def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before_the_next(tmp_path: Path) -> None:
+def test_an_engine_opens_once_serves_two_shards_at_a_time_and_closes_before_the_next(tmp_path: Path) -> None:
     record = tmp_path / "record"
     names = {
         f"engines__{n}": {"kind": "tests.support.recording", "name": n, "record": str(record)}
@@ -326,7 +326,7 @@ def test_an_engine_is_opened_once_asked_by_two_shards_together_and_closed_before
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path: Path, workers: int) -> None:
+def test_one_and_several_workers_make_the_same_tables(finished: Path, tmp_path: Path, workers: int) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for name in ("run.toml", "plan.parquet"):
@@ -337,8 +337,8 @@ def test_one_or_several_processes_make_the_same_tables(finished: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path, finished: Path, seed: int) -> None:
-    """The same command after SIGKILLs ends at the same bytes."""
+def test_runs_killed_at_any_moment_resume_to_the_same_bytes(tmp_path: Path, finished: Path, seed: int) -> None:
+    """After SIGKILLs, the same command gives the same bytes."""
     run = tmp_path / "run"
     run.mkdir()
     photos = finished.parent / "photos"
@@ -365,7 +365,7 @@ def test_a_kill_at_any_moment_costs_nothing(tmp_path: Path, finished: Path, seed
 
 
 @pytest.mark.slow
-def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
+def test_a_signal_stops_in_time_and_the_same_command_resumes(tmp_path: Path, finished: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     parts = sections(
@@ -392,7 +392,7 @@ def test_a_signal_stops_in_time_and_the_same_command_goes_on(tmp_path: Path, fin
     assert files(run / "caption") == files(finished / "caption")
 
 
-def test_the_time_left_is_that_of_the_rows_which_are_still_to_be_made(
+def test_time_left_counts_only_rows_that_are_still_to_be_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]

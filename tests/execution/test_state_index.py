@@ -1,4 +1,4 @@
-"""The survey of a whole run says of every shard what the ledger says of it alone, with a cache and without."""
+"""StateIndex gives every shard the state that ShardStates gives it alone, with and without the cache."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def kinds(run: Path) -> dict[str, list[str]]:
+def find_kinds(run: Path) -> dict[str, list[str]]:
     state = RunState(config.load(run))
     index = StateIndex(state.states)
     return {p.title: index.kinds(p).tolist() for p in state.passes}
 
 
-def one_by_one(run: Path) -> dict[str, list[str]]:
+def find_kinds_one_by_one(run: Path) -> dict[str, list[str]]:
     state = RunState(config.load(run))
     return {p.title: [state.states.state(p, shard).kind for shard in state.selected] for p in state.passes}
 
 
-def gone(run: Path) -> None:
+def remove_table(run: Path) -> None:
     (run / "caption" / "dense" / "00001.parquet").unlink()
 
 
-def cut(run: Path) -> None:
+def truncate_table(run: Path) -> None:
     os.truncate(run / "image" / "00003.parquet", 50)
 
 
-def nothing_made(run: Path) -> None:
+def remove_all_tables(run: Path) -> None:
     for name in ("image", "caption", "score", "verdict", "export"):
         shutil.rmtree(run / name)
 
 
-def other_words(run: Path) -> None:
+def change_rules(run: Path) -> None:
     photos = config.load(run).source.config.path
     write(run, sections(Path(photos), source={"shard_size": 2}, filter={"rules": {"judged": "judge >= 0.7"}}))
 
 
-def of_another_shard(run: Path) -> None:
+def copy_other_shard(run: Path) -> None:
     shutil.copy(run / "caption" / "dense" / "00000.parquet", run / "caption" / "dense" / "00004.parquet")
 
 
@@ -65,16 +65,16 @@ def no_rows_read(run: Path) -> None:
     shutil.copy(run / "plan.parquet", run / "verdict" / "00002.parquet")
 
 
-def no_images(run: Path) -> None:
+def remove_images(run: Path) -> None:
     shutil.rmtree(run / "shards")
 
 
-def cut_beside(run: Path) -> None:
+def truncate_payload(run: Path) -> None:
     (run / "shards" / "00002.tar").unlink()
     os.truncate(run / "export" / "parquet" / "00001.parquet", 50)
 
 
-def of_new_shards(run: Path) -> None:
+def add_shards(run: Path) -> None:
     os.truncate(run / "shards" / "00001.tar", 50)
     corpus(Path(config.load(run).source.config.path), ["jpg"] * 4, first=10)
     init.extend_plan(config.load(run))
@@ -83,56 +83,56 @@ def of_new_shards(run: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        gone,
-        cut,
-        nothing_made,
-        other_words,
-        of_another_shard,
+        remove_table,
+        truncate_table,
+        remove_all_tables,
+        change_rules,
+        copy_other_shard,
         no_rows_read,
-        no_images,
-        cut_beside,
-        of_new_shards,
+        remove_images,
+        truncate_payload,
+        add_shards,
     ],
 )
-def test_what_has_changed_is_seen_with_the_cache_and_without(
+def test_changes_are_found_with_and_without_the_cache(
     finished: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     for path in run.rglob("*.parquet"):
         os.utime(path, ns=(time.time_ns() - 10**10,) * 2)  # old enough to be kept
-    assert kinds(run) == one_by_one(run)
-    assert {kind for found in kinds(run).values() for kind in found} == {"done"}
+    assert find_kinds(run) == find_kinds_one_by_one(run)
+    assert {kind for found in find_kinds(run).values() for kind in found} == {"done"}
     change(run)
-    expected = one_by_one(run)
+    expected = find_kinds_one_by_one(run)
     assert {kind for found in expected.values() for kind in found} != {"done"}
-    assert kinds(run) == expected
-    assert kinds(run) == expected
+    assert find_kinds(run) == expected
+    assert find_kinds(run) == expected
     shutil.rmtree(run / ".work" / "stamps")
-    assert kinds(run) == expected
+    assert find_kinds(run) == expected
 
 
-def test_a_damaged_cache_is_no_cache(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_ignored(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    expected = kinds(run)
+    expected = find_kinds(run)
     for path in (run / ".work" / "stamps").iterdir():
         os.truncate(path, path.stat().st_size // 2)
-    assert kinds(run) == expected
+    assert find_kinds(run) == expected
 
 
-def survey(run: Path) -> dict[str, status.PassStatus]:
+def summarise(run: Path) -> dict[str, status.PassStatus]:
     state = RunState(config.load(run))
     return {p.title: p for p in status.summarise_passes(state, JobMonitor.query_slurm(state))}
 
 
 @pytest.mark.slow
-def test_every_reason_is_told(tmp_path: Path) -> None:
+def test_every_reason_for_stale_shards_is_listed(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 7)
     for shard in range(7):
         parts = sections(photos, source={"shard_size": 1}, caption__dense={"num_candidates": shard + 1})
         run = begin(tmp_path / "run", parts) if shard == 0 else write(tmp_path / "run", parts)
         make(run, "ingest", shards=str(shard))
         make(run, "caption", shards=str(shard))
-    found = survey(run)["caption:dense"]
+    found = summarise(run)["caption:dense"]
     assert sorted(found.reasons) == [f"num_candidates: {num} -> 7" for num in range(1, 7)]
     assert (
         status.format_table([found], JobMonitor.query_slurm(RunState(config.load(run)))).count("num_candidates")
@@ -141,17 +141,17 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["", '{"mess', "[]", "{}", "null"])
-def test_last_words_that_do_not_read_are_none(finished: Path, tmp_path: Path, words: str) -> None:
+def test_damaged_failure_files_are_ignored(finished: Path, tmp_path: Path, words: str) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "verdict" / "00001.parquet").unlink()
     folder = work_folder(run, "verdict", 1)
     write_failure(folder, "out of paper")
-    assert survey(run)["filter"].failures == {"00001": "out of paper"}
+    assert summarise(run)["filter"].failures == {"00001": "out of paper"}
     (folder / "failed.json").write_text(words)
-    assert survey(run)["filter"].failures == {}
+    assert summarise(run)["filter"].failures == {}
 
 
-def test_forgetting_a_shard_does_not_take_longer_when_more_are_known(finished: Path) -> None:
+def test_forgetting_a_shard_takes_constant_time(finished: Path) -> None:
     def seconds(num_known: int) -> float:
         ledger = RunState(config.load(finished)).states
         for shard in range(num_known):
@@ -164,7 +164,7 @@ def test_forgetting_a_shard_does_not_take_longer_when_more_are_known(finished: P
     assert seconds(20_000) < 20 * seconds(100)
 
 
-def test_folders_are_listed_alike_here_and_elsewhere(finished: Path, tmp_path: Path) -> None:
+def test_folders_are_listed_alike_in_threads_and_processes(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "7.tar").write_bytes(b"words")
     for name in ("x.tar", "7.tar.gz", ".8.tar"):
         (tmp_path / name).touch()

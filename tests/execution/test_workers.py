@@ -1,4 +1,4 @@
-"""What several worker processes promise: one node in parts, the tables of one process, no shard lost with a worker."""
+"""Worker processes: they divide a node, make the tables of one process, and lose no shard with a killed worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.runs import ROOT, begin, corpus, files, make, sections, write
         (0, "0,1", []),  # of a machine that has none
     ],
 )
-def test_devices_keep_the_names_that_they_were_given(num: int, given: str | None, names: list[str]) -> None:
+def test_devices_keep_the_names_of_cuda_visible_devices(num: int, given: str | None, names: list[str]) -> None:
     assert name_devices(num, given) == names
 
 
@@ -47,8 +47,8 @@ def test_a_node_is_divided_into_contiguous_parts() -> None:
     assert divide_node(2, cores=[0], devices=[]) == [NodeShare(), NodeShare()]
 
 
-class Telling:
-    """A job that says where it runs, and does what its task says."""
+class EchoJob:
+    """A job that does what its task names, and returns its process, cores and devices."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -73,7 +73,7 @@ class Telling:
 def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     core = min(os.sched_getaffinity(0))
     pool, messages = (
-        WorkerPool(Telling, [NodeShare(devices=("3",)), NodeShare(devices=("0", "1"), cores=(core,))]),
+        WorkerPool(EchoJob, [NodeShare(devices=("3",)), NodeShare(devices=("0", "1"), cores=(core,))]),
         list[str](),
     )
     tasks = [pool.submit(task, on_progress=messages.append) for task in ("wait", "wait")]
@@ -86,8 +86,8 @@ def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     assert VISIBLE not in os.environ
 
 
-def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
-    pool = WorkerPool(Telling, [NodeShare()])
+def test_errors_of_workers_are_raised_with_their_traceback() -> None:
+    pool = WorkerPool(EchoJob, [NodeShare()])
     with pytest.raises(ConfigError, match=r"a\.field: is wrong") as raised:
         pool.submit("fail", on_progress=print).result(60)
     assert any('raise ConfigError("run.toml' in note for note in raised.value.__notes__)
@@ -95,8 +95,8 @@ def test_what_a_worker_raises_is_raised_with_where_it_was() -> None:
     pool.shutdown()
 
 
-def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
-    pool = WorkerPool(Telling, [NodeShare(), NodeShare()])
+def test_a_killed_worker_fails_only_its_own_tasks() -> None:
+    pool = WorkerPool(EchoJob, [NodeShare(), NodeShare()])
     tasks: list[Future[Any]] = [pool.submit(task, on_progress=lambda _: None) for task in ("die", "work", "work")]
     with pytest.raises(WorkerDiedError, match="fewer --workers"):
         tasks[0].result(60)
@@ -107,7 +107,7 @@ def test_a_worker_that_is_killed_fails_its_own_tasks() -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, tiny_model: Path) -> None:
+def test_two_workers_with_a_model_each_make_the_tables_of_one_process(tmp_path: Path, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for n in range(12):
@@ -130,7 +130,7 @@ def test_two_workers_with_a_model_each_make_the_tables_of_one(tmp_path: Path, ti
 
 @pytest.mark.slow
 def test_each_worker_keeps_its_engine_and_overlaps_two_shards(tmp_path: Path) -> None:
-    """The engine answers nothing until two calls are under way together: shards of one process, or it would hang."""
+    """The engine answers only once two calls overlap, so shards made one after the other would hang."""
     record = tmp_path / "record"
     photos = corpus(tmp_path / "photos", ["jpg"] * 16)
     engine = {"kind": "tests.support.recording", "name": "captioner", "record": str(record), "overlap": 2}
@@ -150,9 +150,9 @@ def begin_and_caption(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> None:
-    child, run = under_way(tmp_path)
-    os.kill(children(child.pid)[0], signal.SIGKILL)
+def test_a_run_whose_workers_are_killed_fails_and_resumes(tmp_path: Path) -> None:
+    child, run = start_two_workers(tmp_path)
+    os.kill(list_workers(child.pid)[0], signal.SIGKILL)
     _, words = child.communicate(timeout=120)
     assert (child.returncode, "fewer --workers" in words) == (1, True)
     assert make(run, "caption", workers=2).exit_code == 0
@@ -160,15 +160,15 @@ def test_a_run_whose_workers_are_killed_fails_and_goes_on(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
-    child, run = under_way(tmp_path)
+    child, run = start_two_workers(tmp_path)
     child.send_signal(signal.SIGTERM)
     _, words = child.communicate(timeout=120)
     assert child.returncode == 75, words
     assert make(run, "caption").exit_code == 0
 
 
-def under_way(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
-    """Two workers that caption; there are more shards than can be in flight, so some are left."""
+def start_two_workers(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Starts captioning with two workers and more shards than can be in flight."""
     photos = corpus(tmp_path / "photos", ["jpg"] * 80)
     run = begin(tmp_path / "run", sections(photos, source={"shard_size": 5}, engines__captioner={"delay": 0.3}))
     make(run, "ingest")
@@ -183,8 +183,8 @@ def under_way(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     return child, run
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process started, but for multiprocessing's own helper."""
+def list_workers(pid: int) -> list[int]:
+    """The worker processes of a process, without multiprocessing's own helper."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(n) for n in found if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
 

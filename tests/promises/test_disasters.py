@@ -1,4 +1,4 @@
-"""Disasters: after each there is a clear message, exit 1, nothing half written in place, and a rerun ends right."""
+"""Disasters end with a clear message and exit 1, leave no unfinished file in place, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg",
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has disturbed."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was never interrupted."""
     folder = tmp_path_factory.mktemp("quiet")
     run = begin(folder / "run", sections(corpus(folder / "photos", IMAGES), source={"shard_size": 6}))
     assert make(run).exit_code == 0
@@ -30,29 +30,29 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(quiet: Path, tmp_path: Path) -> Path:
-    """The same, not begun."""
+def run(reference: Path, tmp_path: Path) -> Path:
+    """The same run, not started."""
     (tmp_path / "run").mkdir()
     for name in ("run.toml", "plan.parquet"):
-        shutil.copy(quiet / name, tmp_path / "run" / name)
+        shutil.copy(reference / name, tmp_path / "run" / name)
     return tmp_path / "run"
 
 
 def recap(run: Path, what: str = "all", *, under: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line, in a shell that takes something away from it."""
+    """The command line, after the shell commands of `under`."""
     command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run)])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", f"{under} {command}"], capture_output=True, text=True, env=env, check=False)
 
 
-def ends_right(run: Path, quiet: Path) -> None:
+def assert_rerun_completes(run: Path, reference: Path) -> None:
     assert recap(run).returncode == 0
     toll = disasters.Toll(kills_by_stage={})
-    disasters.compare(quiet, run, toll, alike=True, but=(".broken",))
+    disasters.compare(reference, run, toll, alike=True, but=(".broken",))
     assert (toll.harm, toll.rows > 0) == (0, True), toll
 
 
-def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -> None:
+def assert_clean_failure(done: subprocess.CompletedProcess[str], run: Path, *says: str) -> None:
     assert done.returncode == 1, done.stderr
     assert all(word in done.stderr for word in says), done.stderr
     assert "Traceback" not in done.stderr
@@ -63,83 +63,83 @@ def failed_well(done: subprocess.CompletedProcess[str], run: Path, *says: str) -
     ("kind", "kills"),
     [("echo", 10), ("server", 5), ("transformers", 6), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
 )
-def test_kills_cost_nothing(kind: str, kills: int) -> None:
-    toll = disasters.tormented(kind, kills=kills, seed=1)
+def test_killed_runs_lose_and_double_no_rows(kind: str, kills: int) -> None:
+    toll = disasters.kill_runs_of(kind, kills=kills, seed=1)
     assert (toll.kills >= kills, toll.harm) == (True, 0), toll
     assert toll.rows > 250 * toll.runs > 0
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_a_shard_in_several_processes_is_whole(run: Path, quiet: Path, num: int) -> None:
+def test_a_shard_made_by_several_processes_at_once_is_whole(run: Path, reference: Path, num: int) -> None:
     for stage in disasters.STAGES:
         processes = [disasters.start(run, stage) for _ in range(num)]
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0] * num, stage
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
-def test_a_full_disk(run: Path, quiet: Path) -> None:
+def test_a_full_disk(run: Path, reference: Path) -> None:
     alone = "export PYTHONDONTWRITEBYTECODE=1; ulimit -f 4;"  # compiled code would be cut too, and stay cut for all
-    failed_well(recap(run, under=alone), run, "ingest 00000 failed", "File too large")
+    assert_clean_failure(recap(run, under=alone), run, "ingest 00000 failed", "File too large")
     assert not [*run.glob("image/*"), *run.glob("shards/*")]
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
-def test_a_folder_that_is_read_only(run: Path, quiet: Path) -> None:
+def test_a_read_only_folder(run: Path, reference: Path) -> None:
     mine = "setpriv --bounding-set=-all --inh-caps=-all" if os.geteuid() == 0 else ""  # root may write anywhere
     assert make(run, "ingest").exit_code == 0
     run.chmod(0o555)
-    failed_well(recap(run, under=f"{mine}"), run, "caption:dense 00000 failed", "Permission denied")
+    assert_clean_failure(recap(run, under=f"{mine}"), run, "caption:dense 00000 failed", "Permission denied")
     run.chmod(0o755)
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
-def test_no_file_handles_left(run: Path, quiet: Path) -> None:
-    failed_well(recap(run, under="ulimit -n 7;"), run, "Too many open files")
-    ends_right(run, quiet)
+def test_too_few_file_handles(run: Path, reference: Path) -> None:
+    assert_clean_failure(recap(run, under="ulimit -n 7;"), run, "Too many open files")
+    assert_rerun_completes(run, reference)
 
 
 @pytest.mark.parametrize("table", ["image", "caption/dense", "score/judge/dense", "verdict", "export/index"])
-def test_a_table_that_was_cut_is_made_again(run: Path, quiet: Path, table: str) -> None:
+def test_a_truncated_table_is_made_again(run: Path, reference: Path, table: str) -> None:
     assert make(run).exit_code == 0
     path = run / table / "00001.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     done = recap(run)
     assert done.returncode == 0
     assert f"{path} is not a whole Parquet file; it is made again" in done.stderr
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
 @pytest.mark.parametrize(
     ("table", "next_stage"), [("image", "caption"), ("caption/dense", "score"), ("verdict", "export")]
 )
-def test_a_flipped_byte_is_noticed_by_who_reads_the_table(run: Path, quiet: Path, table: str, next_stage: str) -> None:
+def test_a_flipped_byte_is_noticed_by_the_next_stage(run: Path, reference: Path, table: str, next_stage: str) -> None:
     stage = disasters.STAGES[disasters.STAGES.index(next_stage) - 1]
     for one in disasters.STAGES[: disasters.STAGES.index(stage) + 1]:
         assert make(run, one).exit_code == 0
     path = run / table / "00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:60] + bytes([whole[60] ^ 16]) + whole[61:])
-    failed_well(recap(run, next_stage), run, str(path), "it lies in 00001.parquet.broken now")
+    assert_clean_failure(recap(run, next_stage), run, str(path), "it is now 00001.parquet.broken")
     assert (run / table / "00001.parquet.broken").exists()
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
-def test_a_tar_of_images_that_was_changed(run: Path, quiet: Path) -> None:
+def test_a_changed_tar_of_images(run: Path, reference: Path) -> None:
     assert make(run, "ingest").exit_code == 0
     tar = run / "shards" / "00001.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    failed_well(recap(run), run, "shards/00001.tar", "changed since ingest")
-    ends_right(run, quiet)
+    assert_clean_failure(recap(run), run, "shards/00001.tar", "changed since ingest")
+    assert_rerun_completes(run, reference)
 
 
-def test_a_stage_whose_images_were_lost_names_them(run: Path, quiet: Path) -> None:
+def test_a_stage_names_missing_images(run: Path, reference: Path) -> None:
     assert make(run, "ingest").exit_code == 0
     (run / "shards" / "00001.tar").unlink()
-    failed_well(recap(run, "caption"), run, "shards/00001.tar is missing; run the stage that makes it first")
+    assert_clean_failure(recap(run, "caption"), run, "shards/00001.tar is missing; run the stage that makes it first")
     assert [path.name for path in (run / "caption" / "dense").iterdir()] == ["00000.parquet"]
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_a_stage_whose_images_were_lost_names_them(run: Path, quiet: Path) -> No
     ],
 )
 @pytest.mark.parametrize("size", [None, 50])
-def test_a_file_beside_a_table_that_was_lost_or_cut_is_made_again(
-    run: Path, quiet: Path, file: str, stage: str, size: int | None
+def test_missing_and_truncated_payloads_are_made_again(
+    run: Path, reference: Path, file: str, stage: str, size: int | None
 ) -> None:
     assert make(run).exit_code == 0
     captions = times(run / "caption")
@@ -170,4 +170,4 @@ def test_a_file_beside_a_table_that_was_lost_or_cut_is_made_again(
     assert (done.returncode, "; it is made again" in done.stderr, found in done.stderr) == (0, True, True)
     assert "1 shard tables made" in done.stderr
     assert times(run / "caption") == captions
-    ends_right(run, quiet)
+    assert_rerun_completes(run, reference)

@@ -1,4 +1,4 @@
-"""The plan: shards fill up, specs read and print, and no key ever moves when the corpus grows."""
+"""The plan: shards fill up, specs parse and print, and no key changes when the corpus grows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_sample_is_planned_once_in_order(sizes: list[int | None], shard_si
 
 
 @given(sizes, st.integers(1, 10))
-def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[int | None], shard_size: int) -> None:
+def test_shards_have_the_given_size_and_unknown_lengths_a_shard_each(sizes: list[int | None], shard_size: int) -> None:
     rows = list(assign_shards(corpus(sizes), shard_size=shard_size))
     for shard in {row.shard for row in rows}:
         pieces = [row for row in rows if row.shard == shard]
@@ -52,7 +52,7 @@ def test_shards_hold_what_was_asked_and_unknown_lengths_stand_alone(sizes: list[
 
 
 @given(sizes, st.integers(1, 10))
-def test_the_digests_of_all_shards_are_those_of_each(sizes: list[int | None], shard_size: int) -> None:
+def test_digests_of_all_shards_equal_those_of_each(sizes: list[int | None], shard_size: int) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "plan.parquet"
         _, num_shards = write_plan(path, corpus(sizes), shard_size=shard_size)
@@ -82,7 +82,7 @@ def test_no_key_moves_when_the_corpus_grows(
     assert len(samples(after)) == len(everything)
 
 
-def test_the_plan_of_some_shards_reads_like_the_plan_of_all(tmp_path: Path) -> None:
+def test_part_of_a_plan_reads_like_the_whole(tmp_path: Path) -> None:
     path = tmp_path / "plan.parquet"
     write_plan(path, corpus([7] * 5000), shard_size=10)
     whole, every = Plan.load(path)
@@ -95,7 +95,7 @@ def test_the_plan_of_some_shards_reads_like_the_plan_of_all(tmp_path: Path) -> N
 
 
 @given(st.sets(st.integers(0, 400), min_size=1))
-def test_specs_print_and_parse(shards: set[int]) -> None:
+def test_specs_round_trip(shards: set[int]) -> None:
     assert parse_spec(format_spec(shards), 401) == sorted(shards)
 
 
@@ -109,11 +109,11 @@ def test_blocks_cover_the_plan_once(num_shards: int, num_blocks: int) -> None:
     ("spec", "shards"),
     [("7", [7]), ("0-9", list(range(10))), ("0-9:4", [0, 4, 8]), ("3,5,8-11", [3, 5, 8, 9, 10, 11]), ("5,3,5", [3, 5])],
 )
-def test_specs_as_people_write_them(spec: str, shards: list[int]) -> None:
+def test_specs_as_users_write_them(spec: str, shards: list[int]) -> None:
     assert list(parse_spec(spec, 12)) == shards
 
 
 @pytest.mark.parametrize("spec", ["", "x", "12", "3-1", "0-12", "1/0", "2/2", "1,,2", "-1", "0-4:0", "all,1"])
-def test_wrong_specs_say_what_is_wrong(spec: str) -> None:
+def test_wrong_specs_are_explained(spec: str) -> None:
     with pytest.raises(SpecError, match="--shard"):
         parse_spec(spec, 12)

@@ -1,4 +1,4 @@
-"""Tables: rows come back as they went in, files are whole or absent, and equal rows are equal bytes."""
+"""Tables: rows round-trip, files are whole or absent, and equal rows give equal bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipeline.errors import BrokenTableError
 from pipeline.records import Caption, Criterion, Exported, Image, Record, Score, Stat, Verdict, arrow_schema
 from pipeline.storage import tables
 
-RECIPE = tables.Provenance(stage="caption", name="dense", version=1, slice={"a": [1, "é"]}, inputs={"image": "00"})
+PROVENANCE = tables.Provenance(stage="caption", name="dense", version=1, slice={"a": [1, "é"]}, inputs={"image": "00"})
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Any value of an annotation."""
+    """Values of an annotation."""
     args = get_args(hint)
     if type(None) in args:
         return st.one_of(st.none(), *(values(arg) for arg in args if arg is not type(None)))
@@ -45,24 +45,24 @@ def rows(record: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("record", [Image, Caption, Score, Verdict, Stat, Exported])
-def test_rows_come_back_as_they_went_in(record: type[Record]) -> None:
+def test_rows_round_trip(record: type[Record]) -> None:
     @given(st.lists(rows(record), max_size=5))
     def round_trip(given_rows: list[Record]) -> None:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "t.parquet"
-            stamp = tables.write_rows(path, record, given_rows, RECIPE)
+            footer = tables.write_rows(path, record, given_rows, PROVENANCE)
             assert list(tables.read_rows(path, record)) == given_rows
-            assert tables.read_footer(path) == stamp
-            assert (stamp.provenance, stamp.num_rows) == (RECIPE, len(given_rows))
+            assert tables.read_footer(path) == footer
+            assert (footer.provenance, footer.num_rows) == (PROVENANCE, len(given_rows))
             assert pq.read_schema(path).remove_metadata().equals(arrow_schema(record).remove_metadata())
 
     round_trip()
 
 
-def test_equal_rows_are_equal_bytes_over_many_row_groups(tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes_over_many_row_groups(tmp_path: Path) -> None:
     many = [score(f"{i:012d}") for i in range(2 * tables.ROWS_PER_GROUP + 7)]
-    stamps = [tables.write_rows(tmp_path / name, Score, iter(many), RECIPE) for name in ("a", "b")]
-    assert stamps[0] == stamps[1]
+    footers = [tables.write_rows(tmp_path / name, Score, iter(many), PROVENANCE) for name in ("a", "b")]
+    assert footers[0] == footers[1]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert pq.read_metadata(tmp_path / "a").num_row_groups == 3
     assert list(tables.read_rows(tmp_path / "a", Score)) == many
@@ -73,19 +73,19 @@ def score(key: str) -> Score:
     return Score(key=key, caption="c", candidate=0, name="n", value=0.5, criteria=(mark,), status="ok", error=None)
 
 
-def test_the_digest_tells_other_rows_apart(tmp_path: Path) -> None:
-    one = tables.write_rows(tmp_path / "a", Score, [score("1")], RECIPE)
-    other = tables.write_rows(tmp_path / "b", Score, [score("2")], RECIPE)
+def test_different_rows_have_different_digests(tmp_path: Path) -> None:
+    one = tables.write_rows(tmp_path / "a", Score, [score("1")], PROVENANCE)
+    other = tables.write_rows(tmp_path / "b", Score, [score("2")], PROVENANCE)
     assert one.digest != other.digest
     assert one.fingerprint == other.fingerprint
 
 
 def test_statuses_are_counted_in_the_footer(tmp_path: Path) -> None:
     bad = dataclasses.replace(score("2"), status="unknown", value=None)
-    tables.write_rows(tmp_path / "a", Score, [score("1"), bad, score("3")], RECIPE)
-    stamp = tables.read_footer(tmp_path / "a")
-    assert stamp is not None
-    assert stamp.statuses == {"ok": 2, "unknown": 1}
+    tables.write_rows(tmp_path / "a", Score, [score("1"), bad, score("3")], PROVENANCE)
+    footer = tables.read_footer(tmp_path / "a")
+    assert footer is not None
+    assert footer.statuses == {"ok": 2, "unknown": 1}
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -94,14 +94,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        tables.write_rows(tmp_path / "a", Score, broken(), RECIPE)
+        tables.write_rows(tmp_path / "a", Score, broken(), PROVENANCE)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, -1])
-def test_a_table_that_is_cut_is_named(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_table_is_named(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.parquet"
-    tables.write_rows(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], PROVENANCE)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(BrokenTableError, match=r"a\.parquet"):
         tables.read_footer(path)
@@ -109,12 +109,12 @@ def test_a_table_that_is_cut_is_named(tmp_path: Path, cut: int) -> None:
 
 def test_a_table_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    tables.write_rows(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], PROVENANCE)
     with pytest.raises(BrokenTableError, match=r"a\.parquet does not read as a image table"):
         list(tables.read_rows(path, Image))
 
 
-def test_no_table_is_no_stamp(tmp_path: Path) -> None:
+def test_a_missing_table_has_no_footer(tmp_path: Path) -> None:
     assert tables.read_footer(tmp_path / "none.parquet") is None
 
 
@@ -122,7 +122,7 @@ def test_no_table_is_no_stamp(tmp_path: Path) -> None:
 def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [score(str(i)) for i in range(20)]
-    tables.write_rows(path, Score, rows, RECIPE)
+    tables.write_rows(path, Score, rows, PROVENANCE)
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     for at in range(4, footer, 3):
@@ -133,9 +133,9 @@ def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
             assert error.path == path
 
 
-def test_a_damaged_stamp_is_noticed(tmp_path: Path) -> None:
+def test_a_damaged_footer_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    tables.write_rows(path, Score, [score("1")], RECIPE)
+    tables.write_rows(path, Score, [score("1")], PROVENANCE)
     whole = path.read_bytes()
     first = whole.rindex(b'{"check"')
     for at in range(first, whole.index(b"}}", first) + 1):
@@ -144,8 +144,8 @@ def test_a_damaged_stamp_is_noticed(tmp_path: Path) -> None:
             tables.read_footer(path)
 
 
-def test_a_stamp_longer_than_what_is_read_at_first(tmp_path: Path) -> None:
+def test_a_footer_longer_than_the_first_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    recipe = dataclasses.replace(RECIPE, slice={"words": "wörter " * 50_000})
-    stamp = tables.write_rows(path, Score, [score("1")], recipe)
-    assert tables.read_footer(path) == stamp
+    recipe = dataclasses.replace(PROVENANCE, slice={"words": "wörter " * 50_000})
+    footer = tables.write_rows(path, Score, [score("1")], recipe)
+    assert tables.read_footer(path) == footer

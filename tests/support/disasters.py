@@ -1,10 +1,10 @@
-"""Kills runs at random moments, over and over, and counts what that cost.
+"""Kills runs at random moments, many times, and counts lost and doubled rows.
 
-    python -m tests.support.disasters --kills 300                  # shared out among the engines that start at once
+    python -m tests.support.disasters --kills 300                  # divided among the engines that start in seconds
     python -m tests.support.disasters --kills 10 --engine vllm     # or echo, server, transformers
 
 Every stage is started, killed with SIGKILL at some moment, and started again, until it is done; then every table is
-compared with that of a run that nobody disturbed. Stages are killed equally often. A line of JSON for each engine.
+compared with that of an uninterrupted run. Stages are killed equally often. Prints a line of JSON for each engine.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ STAGES = ("ingest", "caption", "score", "filter", "export")
 MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD]
 AGE = 0.05  # seconds between parts, so that a short shard has some to adopt
 AT_ONCE = ("echo", "server", "transformers")  # engines that start in seconds
-MOST = 5  # kills of a stage of one run: then it may end, however slow the machine has become
-IMPORTED = {  # before a process of `start` begins: imports would be most of what is killed
+MOST = 5  # kills of a stage of one run; then it may end, even on a slow machine
+IMPORTED = {  # before `start`: otherwise most kills would hit imports
     "": ("__main__", "tests.support.runs", "pyarrow.parquet", "duckdb", "stages.export", "stages.scorers.judge"),
     "server": ("aiohttp",),
     "transformers": ("torch", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"),
@@ -46,7 +46,7 @@ IMPORTED = {  # before a process of `start` begins: imports would be most of wha
 
 @dataclass(kw_only=True)
 class Toll:
-    """What the kills have cost."""
+    """What the kills did to the runs."""
 
     runs: int = 0
     kills: int = 0
@@ -54,7 +54,7 @@ class Toll:
     rows: int = 0
     rows_lost: int = 0
     rows_doubled: int = 0
-    tables_that_differ: int = 0  # in their bytes, where the engine answers alike every time
+    tables_that_differ: int = 0  # in their bytes, where the engine is deterministic
     leftovers: int = 0  # unfinished files under a final folder
 
     @property
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.engine:
-        toll = tormented(args.engine, kills=args.kills, seed=args.seed)
+        toll = kill_runs_of(args.engine, kills=args.kills, seed=args.seed)
         print(json.dumps({"engine": args.engine, **asdict(toll)}))
         sys.exit(1 if toll.harm else 0)
     command = [sys.executable, "-m", "tests.support.disasters", "--seed", str(args.seed)]
@@ -77,18 +77,18 @@ def main() -> None:
     sys.exit(max(subprocess.run([*command, *share, "--engine", kind], check=False).returncode for kind in AT_ONCE))
 
 
-def tormented(kind: str, *, kills: int, seed: int) -> Toll:
-    """A toll, with an engine of this kind."""
+def kill_runs_of(kind: str, *, kills: int, seed: int) -> Toll:
+    """As `kill_runs`, with an engine of this kind."""
     stages = ("caption",) if kind == "vllm" else STAGES  # it is in no other stage's process
     alike = kind in ("echo", "server")
     early = [*IMPORTED[""], *IMPORTED.get(kind, ())]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(early)  # heeded by the first process alone
-    with tempfile.TemporaryDirectory() as folder, engines(kind, Path(folder)) as parts:
-        return torment(Path(folder), parts, kills=kills, seed=seed, alike=alike, stages=stages)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(early)  # only the first process uses it
+    with tempfile.TemporaryDirectory() as folder, configure_engines(kind, Path(folder)) as parts:
+        return kill_runs(Path(folder), parts, kills=kills, seed=seed, alike=alike, stages=stages)
 
 
 @contextmanager
-def engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
+def configure_engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
     """Sections of run.toml for an engine."""
     if kind == "echo":
         yield {"engines__captioner": {"delay": 0.002}, "engines__judge": {"delay": 0.002}}
@@ -106,7 +106,7 @@ def engines(kind: str, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
         yield {"engines__captioner": asked, "engines__judge": {"kind": "echo"}}
 
 
-def torment(
+def kill_runs(
     folder: Path,
     parts: Mapping[str, Mapping[str, Any]],
     *,
@@ -115,24 +115,24 @@ def torment(
     alike: bool = True,
     stages: tuple[str, ...] = STAGES,
 ) -> Toll:
-    """Makes runs, killed at random moments, until each of `stages` was killed often enough."""
-    noise, toll = Random(seed), Toll(kills_by_stage=dict.fromkeys(STAGES, 0))
+    """Makes runs, killing them at random moments, until each of `stages` was killed often enough."""
+    random, toll = Random(seed), Toll(kills_by_stage=dict.fromkeys(STAGES, 0))
     photos = corpus(folder / "photos", MIX * 2)
     settings = sections(photos, caption__dense={"recipe": "short", "num_candidates": 2}, **parts)
-    quiet = begin(folder / "quiet", settings)
-    seconds = {stage: _undisturbed(quiet, stage) for stage in STAGES}
+    reference = begin(folder / "quiet", settings)
+    seconds = {stage: _time_stage(reference, stage) for stage in STAGES}
     wanted = dict.fromkeys(stages, -(-kills // len(stages)))
     while any(toll.kills_by_stage[stage] < num for stage, num in wanted.items()):
         run = folder / "run"
         run.mkdir()
         for name in ("run.toml", "plan.parquet"):
-            shutil.copy(quiet / name, run)
+            shutil.copy(reference / name, run)
         for stage in STAGES:
             room = min(MOST, wanted.get(stage, 0) - toll.kills_by_stage[stage])
-            toll.kills_by_stage[stage] += _until_done(run, stage, noise, seconds, most=room)
+            toll.kills_by_stage[stage] += _kill_until_done(run, stage, random, seconds, most=room)
         toll.kills = sum(toll.kills_by_stage.values())
         toll.runs += 1
-        compare(quiet, run, toll, alike=alike)
+        compare(reference, run, toll, alike=alike)
         shutil.rmtree(run)
     return toll
 
@@ -140,42 +140,42 @@ def torment(
 def start(run: Path, what: str, **options: Any) -> BaseProcess:
     """`recap run` in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_work, args=(run, what, options))
+    process = context.Process(target=_run_stage, args=(run, what, options))
     process.start()
     return process
 
 
-def _work(run: Path, what: str, options: dict[str, Any]) -> None:
+def _run_stage(run: Path, what: str, options: dict[str, Any]) -> None:
     from pipeline.storage import parts
 
-    os.dup2(os.open(_log(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(_log_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     parts.MAX_AGE = AGE
     sys.exit(make(run, what, **options).exit_code)
 
 
-def _log(run: Path) -> Path:
+def _log_file(run: Path) -> Path:
     return run.with_suffix(".log")
 
 
-def _undisturbed(run: Path, stage: str) -> float:
+def _time_stage(run: Path, stage: str) -> float:
     begun = time.monotonic()
     process = start(run, stage)
     process.join()
-    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{_log(run).read_text()[-3000:]}"
+    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{_log_file(run).read_text()[-3000:]}"
     return time.monotonic() - begun
 
 
-def _until_done(run: Path, stage: str, noise: Random, seconds: dict[str, float], *, most: int) -> int:
+def _kill_until_done(run: Path, stage: str, random: Random, seconds: dict[str, float], *, most: int) -> int:
     """Starts a stage until it is done; returns how often it was killed.
 
     Args:
-        seconds: that each stage takes; noted anew when this one was left alone.
+        seconds: duration of each stage; updated when this one was not killed.
     """
     kills = 0
     while True:
         begun = time.monotonic()
         process = start(run, stage)
-        process.join(noise.uniform(0, seconds[stage]) if kills < most else None)
+        process.join(random.uniform(0, seconds[stage]) if kills < most else None)
         if process.exitcode is None and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -183,15 +183,15 @@ def _until_done(run: Path, stage: str, noise: Random, seconds: dict[str, float],
             if kills == 0:
                 seconds[stage] = time.monotonic() - begun
             return kills
-        said = _log(run).read_text()[-3000:]
+        said = _log_file(run).read_text()[-3000:]
         assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{said}"
         kills += 1
 
 
-def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[str, ...] = ()) -> None:
-    """Adds up what a run lacks, or has twice, against one that nobody disturbed."""
-    for name in sorted({*_tables(quiet), *_tables(run)}):
-        wanted, found = _ids(quiet / name), _ids(run / name)
+def compare(reference: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[str, ...] = ()) -> None:
+    """Counts rows that a run lacks or has twice, compared with an uninterrupted one."""
+    for name in sorted({*_list_tables(reference), *_list_tables(run)}):
+        wanted, found = _count_ids(reference / name), _count_ids(run / name)
         toll.rows += sum(found.values())
         toll.rows_lost += sum((wanted - found).values())
         toll.rows_doubled += sum((found - wanted).values())
@@ -201,16 +201,16 @@ def compare(quiet: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[str, 
             if path.name.startswith("."):
                 toll.leftovers += 1
                 continue
-            same = (quiet / name).exists() and (quiet / name).read_bytes() == path.read_bytes()
+            same = (reference / name).exists() and (reference / name).read_bytes() == path.read_bytes()
             toll.tables_that_differ += alike and not same and path.name != "README.md"  # it has the folder's name
 
 
-def _tables(run: Path) -> Iterator[str]:
+def _list_tables(run: Path) -> Iterator[str]:
     folders = ("image", "caption", "score", "verdict", "export")
     return (str(path.relative_to(run)) for top in folders for path in (run / top).rglob("*.parquet"))
 
 
-def _ids(path: Path) -> Counter[tuple[Any, ...]]:
+def _count_ids(path: Path) -> Counter[tuple[Any, ...]]:
     if not path.exists():
         return Counter()
     names = [n for n in ("key", "caption", "name", "candidate") if n in pq.read_schema(path).names]

@@ -25,7 +25,7 @@ FAULTS = ("500", "429", "hang", "broken", "closed")
 
 
 class Faulty:
-    """Runs on 127.0.0.1 in a thread of its own. What is public may be changed while it runs."""
+    """Runs on 127.0.0.1 in a thread of its own. Public attributes may be changed while it runs."""
 
     def __init__(
         self, *, upstream: str = "", share: float = 0.0, faults: tuple[str, ...] = FAULTS, port: int = 0
@@ -63,7 +63,7 @@ class Faulty:
         self._loop.run(self._start())
 
     def stop(self) -> None:
-        """Drops everything, as a server does that is killed."""
+        """Drops all connections, as a killed server does."""
         self._loop.run(self._stop())
 
     async def _start(self) -> None:

@@ -26,7 +26,7 @@ GOOD, BAD = ["jpg", "png", "webp"], ["cut", "empty", "text"]
 
 
 def picture(seed: int, format: str = "jpeg", size: tuple[int, int] = (40, 30)) -> bytes:
-    """A small picture that no other seed gives."""
+    """A small picture, different for every seed."""
     noise = random.Random(seed)
     image = Image.new("RGB", size, tuple(noise.randrange(256) for _ in range(3)))
     image.paste(tuple(noise.randrange(256) for _ in range(3)), (5, 5, noise.randrange(8, 36), noise.randrange(8, 26)))
@@ -71,7 +71,7 @@ def sections(photos: Path, /, **changes: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
-    """run.toml, whatever was there before."""
+    """Writes run.toml, replacing an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{key} = {init.format_toml(value)}\n" for key, value in top.items())
     for name, values in parts.items():
@@ -81,7 +81,7 @@ def write(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> P
 
 
 def begin(folder: Path, parts: Mapping[str, Mapping[str, Any]], **top: Any) -> Path:
-    """A run with its plan."""
+    """Creates a run with its plan."""
     write(folder, parts, **top)
     init.extend_plan(config.load(folder))
     return folder
@@ -94,10 +94,10 @@ def make(folder: Path, what: str = "all", *, shards: str = "all", stale: Stale =
 
 
 def recap(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command line in this process, which starts no interpreter for it; what it raises unforeseen is raised.
+    """The command line in this process. Unexpected exceptions are raised.
 
     Raises:
-        CalledProcessError: it ended with another code than 0, and `check`.
+        CalledProcessError: its exit code is not 0, and `check`.
     """
     out, err = (TextIOWrapper(BytesIO(), "utf-8", write_through=True) for _ in range(2))
     code: str | int | None = 0
@@ -118,7 +118,7 @@ def recap(*args: object, check: bool = True, **env: str) -> subprocess.Completed
 
 
 def recap_alone(*args: object, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as a user has it."""
+    """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *map(str, args)],
         capture_output=True,
@@ -138,5 +138,5 @@ def files(folder: Path, *, without: tuple[str, ...] = ("stats", ".work")) -> dic
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When every file below a folder was written, by name; nanoseconds."""
+    """The modification time of every file below a folder, by name; nanoseconds."""
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
