@@ -56,6 +56,7 @@ def test_every_manifest_follows_the_schema(file: Path) -> None:
         "sed = 1\n" + SOURCE,
         SOURCE + "[engines.a]\nkind = 'echo'\nmodl = 'm'",
         SOURCE + "[score.a]\nkind = 'text'\nmin_wrds = 3",
+        SOURCE + "[train]\nmethod = 'sft'\ngroup_size = 4",
         SOURCE + "[slurm.caption]\ngpu = 1",
         SOURCE + "[slurm.server]\nworkers = 1",
     ],
