@@ -1,6 +1,6 @@
-"""Prints how captioners stand to the truth beside teachers, consensus and alt text. The last line is JSON.
+"""Compares captioners with teachers, their consensus and alt text by the truth. The last line is JSON.
 
-Several models are taken as trainings of one captioner by several seeds: their mean and spread are printed too.
+Several models count as trainings of one captioner with several seeds: their mean and spread are printed too.
 
     python -m benchmarks.captioner [--scenes 1000] [MODEL ...]
 """
@@ -11,10 +11,17 @@ import argparse
 import json
 from statistics import mean, pstdev
 
-from benchmarks.held_out import CAPTIONER, alt_text, captions, line, rounded, show
-from benchmarks.teachers import committee
+from benchmarks.held_out import (
+    CAPTIONER,
+    generate_captions,
+    measure_captions,
+    print_table,
+    read_alt_text,
+    round_figures,
+)
+from benchmarks.teachers import measure_teachers
 
-TEACHER = "hasty"  # whom the captioner learnt from
+TEACHER = "hasty"  # the captioner learnt from its captions
 
 
 def main() -> None:
@@ -22,16 +29,20 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[CAPTIONER])
     parser.add_argument("--scenes", type=int, default=1000)
     args = parser.parse_args()
-    lines = committee(args.scenes)
-    lines["alt text"] = line([alt_text(index) for index in range(args.scenes)])
+    figures = measure_teachers(args.scenes)
+    figures["alt text"] = measure_captions([read_alt_text(index) for index in range(args.scenes)])
     for model in args.models:
-        lines[model] = line(captions(model, args.scenes))
-    show(lines)
-    reached = [lines[model].f1 for model in args.models]
-    share = mean(reached) / lines[TEACHER].f1
-    print(f"captioner: F1 {mean(reached):.3f} +- {pstdev(reached):.3f} over {len(reached)} training(s),")
+        figures[model] = measure_captions(generate_captions(model, args.scenes))
+    print_table(figures)
+    f1 = [figures[model].f1 for model in args.models]
+    share = mean(f1) / figures[TEACHER].f1
+    print(f"captioner: F1 {mean(f1):.3f} +- {pstdev(f1):.3f} over {len(f1)} training(s),")
     print(f"{share:.3f} of its teacher's ({TEACHER})")
-    print(json.dumps({"lines": {name: rounded(one) for name, one in lines.items()}, "share_of_teacher": share}))
+    print(
+        json.dumps(
+            {"lines": {name: round_figures(quality) for name, quality in figures.items()}, "share_of_teacher": share}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pipeline.machine import num_cores
 SIZES = {"64 px": (64, 64), "224 px": (224, 224), "640 px": (640, 427), "12 MP": (4000, 3000)}
 
 
-def corpus(size: tuple[int, int]) -> list[bytes]:
+def make_photographs(size: tuple[int, int]) -> list[bytes]:
     """A dozen photographs of `size`, no two alike, so that no cache serves them all."""
     import sklearn.datasets
     from PIL import Image
@@ -48,17 +48,17 @@ def corpus(size: tuple[int, int]) -> list[bytes]:
     return files
 
 
-def plain(data: bytes) -> str:
+def decode_plainly(data: bytes) -> str:
     from PIL import Image
 
     Image.open(io.BytesIO(data)).load()
     return hashlib.sha256(data).hexdigest()
 
 
-WAYS: dict[str, Callable[[bytes], object]] = {"plain": plain, "probe": probe}
+WAYS: dict[str, Callable[[bytes], object]] = {"plain": decode_plainly, "probe": probe}
 
 
-def bare(way: str, file: str, num_images: int) -> None:
+def run_bare_loop(way: str, file: str, num_images: int) -> None:
     """One of the bare loops' processes: waits for a line, then works through its images."""
     lengths, data = json.loads(Path(file).with_suffix(".json").read_text()), Path(file).read_bytes()
     files = [data[start : start + length] for start, length in lengths]
@@ -70,14 +70,14 @@ def bare(way: str, file: str, num_images: int) -> None:
     print("done", flush=True)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
+def measure_seconds(work: Callable[[], object]) -> tuple[float, float]:
     """Wall and CPU seconds that `work` took in this process."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def bare_seconds(way: str, file: Path, num_images: int, procs: int) -> tuple[float, float]:
+def time_bare_loops(way: str, file: Path, num_images: int, procs: int) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.decode", "--bare", way, str(file), str(num_images // procs)]
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(procs)
@@ -86,7 +86,7 @@ def bare_seconds(way: str, file: Path, num_images: int, procs: int) -> tuple[flo
     ends = [(to, back) for to, back in pipes if to and back]
     for _, back in ends:
         back.readline()
-    used = sum(cpu_seconds(process.pid) for process in started)
+    used = sum(read_cpu_seconds(process.pid) for process in started)
 
     def work() -> None:
         for to, _ in ends:
@@ -95,26 +95,26 @@ def bare_seconds(way: str, file: Path, num_images: int, procs: int) -> tuple[flo
         for _, back in ends:
             back.readline()
 
-    wall, _ = timed(work)
-    used = sum(cpu_seconds(process.pid) for process in started) - used
+    wall, _ = measure_seconds(work)
+    used = sum(read_cpu_seconds(process.pid) for process in started) - used
     for process in started:
         process.communicate()
     return wall, used
 
 
-def pool_seconds(pool: ProbePool, files: list[bytes], num_images: int) -> tuple[float, float]:
+def time_pool(pool: ProbePool, files: list[bytes], num_images: int) -> tuple[float, float]:
     pids = [worker._process.pid for worker in pool._workers if worker._process]
-    used = sum(map(cpu_seconds, pids))
-    wall, own = timed(lambda: sum(1 for _ in pool.map(islice(cycle(files), num_images))))
-    return wall, own + sum(map(cpu_seconds, pids)) - used
+    used = sum(map(read_cpu_seconds, pids))
+    wall, own = measure_seconds(lambda: sum(1 for _ in pool.map(islice(cycle(files), num_images))))
+    return wall, own + sum(map(read_cpu_seconds, pids)) - used
 
 
-def cpu_seconds(pid: int) -> float:
+def read_cpu_seconds(pid: int) -> float:
     """User and system time of a living process, from the clock that the scheduler keeps in nanoseconds."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs: int) -> dict[str, Any]:
+def measure_size(name: str, files: list[bytes], *, seconds: float, pairs: int, procs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ProbePool(num_procs=procs) as pool:
         file = Path(folder) / "corpus"
         file.write_bytes(b"".join(files))
@@ -122,13 +122,13 @@ def measure(name: str, files: list[bytes], *, seconds: float, pairs: int, procs:
         file.with_suffix(".json").write_text(json.dumps(list(zip(starts, map(len, files), strict=True))))
         for _ in pool.map(islice(cycle(files), (200 if len(files) > 2 else 8) * procs)):
             pass  # all processes are up
-        one = min(timed(lambda: [probe(data) for data in files])[0] for _ in range(5)) / len(files)
+        one = min(measure_seconds(lambda: [probe(data) for data in files])[0] for _ in range(5)) / len(files)
         num_images = int(seconds / one + 1) * procs
         took: dict[str, list[tuple[float, float]]] = {"plain": [], "probe": [], "pool": []}
         for _ in range(pairs):
             for way in WAYS:
-                took[way].append(bare_seconds(way, file, num_images, procs))
-            took["pool"].append(pool_seconds(pool, files, num_images))
+                took[way].append(time_bare_loops(way, file, num_images, procs))
+            took["pool"].append(time_pool(pool, files, num_images))
     rate = {way: num_images / statistics.median(wall for wall, _ in took[way]) for way in took}
     cost = {way: statistics.median(cpu for _, cpu in took[way]) / num_images for way in took}
     return {
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        bare(args.bare[0], args.bare[1], int(args.bare[2]))
+        run_bare_loop(args.bare[0], args.bare[1], int(args.bare[2]))
         return
     print(f"{args.procs} processes; images/s, medians of {args.pairs}; share = pool / loop, by wall and by CPU time")
     print(
@@ -160,7 +160,7 @@ def main() -> None:
     )
     rows = []
     for name, size in SIZES.items():
-        row = measure(name, corpus(size), seconds=args.seconds, pairs=args.pairs, procs=args.procs)
+        row = measure_size(name, make_photographs(size), seconds=args.seconds, pairs=args.pairs, procs=args.procs)
         rows.append(row)
         print(
             f"{name:8} {row['num_bytes'] / 1000:6.1f}"

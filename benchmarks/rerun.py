@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.scale import make_photos
+from benchmarks.scale import write_photos
 
 
 def main() -> None:
@@ -26,18 +26,18 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photos, run = Path(folder) / "photos", Path(folder) / "run"
-        make_photos(photos, args.shards)
-        recap("init", run, "--source", photos, "--shard-size", 1)
-        recap("run", "all", "--run", run, "--workers", 2)
+        write_photos(photos, args.shards)
+        time_recap("init", run, "--source", photos, "--shard-size", 1)
+        time_recap("run", "all", "--run", run, "--workers", 2)
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-        seconds = [(recap("run", "all", "--run", run), recap("--help")) for _ in range(args.pairs)]
+        seconds = [(time_recap("run", "all", "--run", run), time_recap("--help")) for _ in range(args.pairs)]
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "a rerun touched files"
     rerun, help_ = (median(pair[i] for pair in seconds) for i in (0, 1))
     print(f"{args.shards:,} shards, {len(before):,} files: a rerun takes {rerun:.2f} s, `recap --help` {help_:.2f} s")
     print(json.dumps({"benchmark": "rerun", "shards": args.shards, "rerun_seconds": rerun, "help_seconds": help_}))
 
 
-def recap(*args: object) -> float:
+def time_recap(*args: object) -> float:
     """Wall seconds of a command."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "pipeline", *map(str, args)], check=True, stdout=subprocess.DEVNULL)

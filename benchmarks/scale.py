@@ -36,20 +36,20 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work; a temporary folder by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        results = [measure(Path(folder), num, args.workers) for num in args.images]
-    show(results)
+        results = [measure_corpus(Path(folder), num, args.workers) for num in args.images]
+    print_results(results)
 
 
-def measure(folder: Path, num_images: int, workers: int) -> dict[str, object]:
+def measure_corpus(folder: Path, num_images: int, workers: int) -> dict[str, object]:
     photos, run = folder / f"photos{num_images}", folder / f"run{num_images}"
-    make_photos(photos, num_images)
-    recap("init", run, "--source", photos)
-    bare = [bare_rate(photos, workers)]
+    write_photos(photos, num_images)
+    run_recap("init", run, "--source", photos)
+    bare = [measure_bare_rate(photos, workers)]
     rates, peak = {}, 0
     for stage in STAGES:
-        seconds, memory = recap("run", stage, "--run", run, "--workers", workers)
+        seconds, memory = run_recap("run", stage, "--run", run, "--workers", workers)
         rates[stage], peak = num_images / seconds, max(peak, memory)
-    bare.append(bare_rate(photos, workers))
+    bare.append(measure_bare_rate(photos, workers))
     return {
         "images": num_images,
         "images_per_second": {stage: round(rate, 1) for stage, rate in rates.items()},
@@ -59,8 +59,8 @@ def measure(folder: Path, num_images: int, workers: int) -> dict[str, object]:
     }
 
 
-def make_photos(folder: Path, num: int) -> None:
-    distinct = [picture(seed) for seed in range(DISTINCT)]
+def write_photos(folder: Path, num: int) -> None:
+    distinct = [render_photo(seed) for seed in range(DISTINCT)]
     for i in range(num):
         place = folder / f"{i // 1000:04d}"
         place.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def make_photos(folder: Path, num: int) -> None:
         (place / f"{i:08d}.jpg").write_bytes(data[:2] + b"\xff\xfe\x00\x0a" + comment + data[2:])
 
 
-def picture(seed: int) -> bytes:
+def render_photo(seed: int) -> bytes:
     noise = random.Random(seed)
     small = Image.new("RGB", (16, 16))
     small.putdata([tuple(noise.randrange(256) for _ in range(3)) for _ in range(256)])
@@ -78,7 +78,7 @@ def picture(seed: int) -> bytes:
     return out.getvalue()
 
 
-def recap(*args: object) -> tuple[float, int]:
+def run_recap(*args: object) -> tuple[float, int]:
     """Wall seconds of a command, start-up included, and the peak memory of its largest process, KiB."""
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "pipeline", *map(str, args)], stderr=subprocess.DEVNULL)
@@ -88,7 +88,7 @@ def recap(*args: object) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss
 
 
-def bare_rate(photos: Path, workers: int) -> float:
+def measure_bare_rate(photos: Path, workers: int) -> float:
     """Images/s of reading, decoding and hashing in `workers` processes, and nothing else."""
     files = sorted(photos.rglob("*.jpg"))[:20_000]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -105,7 +105,7 @@ def decode_and_hash(file: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def show(results: list[dict[str, object]]) -> None:
+def print_results(results: list[dict[str, object]]) -> None:
     print(f"{'images':>9} " + " ".join(f"{stage + '/s':>10}" for stage in STAGES) + "   ingest/bare   peak MiB")
     for r in results:
         rates = " ".join(f"{rate:10,.0f}" for rate in r["images_per_second"].values())  # type: ignore[attr-defined]

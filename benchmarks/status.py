@@ -37,24 +37,24 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
-        num_tables = make(run, args.shards)
+        num_tables = create_run(run, args.shards)
         os.sync()
         time.sleep(3)
-        first, before = status(run)
+        first, before = time_status(run)
         assert all(p["done"] == args.shards for p in before), before
-        again, after = status(run)
+        again, after = time_status(run)
         assert after == before
         (run / "verdict" / f"{args.shards // 2:05d}.parquet").write_bytes(b"")
-        changed, seen = status(run)
+        changed, seen = time_status(run)
         assert [p["missing"] for p in seen if p["title"] == "filter"] == [str(args.shards // 2)]
         shutil.rmtree(run / ".work" / "stamps")
-        _, anew = status(run)
+        _, anew = time_status(run)
         assert anew == seen
         figures = {"first": first, "again": again, "one_changed": changed}
         print(json.dumps({"shards": args.shards, "tables": num_tables, **figures}), flush=True)
 
 
-def make(run: Path, num_shards: int) -> int:
+def create_run(run: Path, num_shards: int) -> int:
     """A run in which all is done; returns its number of tables."""
     sections = init.default_sections(
         {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
@@ -71,7 +71,7 @@ def make(run: Path, num_shards: int) -> int:
         )
         stats = (run / "stats" / p.folder / "00000.parquet").read_bytes()
         for shard in range(1, num_shards):
-            own = stamped(said, shard, inputs={} if p.reads else {old: plan.digest(shard)})
+            own = edit_footer(said, shard, inputs={} if p.reads else {old: plan.digest(shard)})
             (run / p.folder / f"{shard:05d}.parquet").write_bytes(data.replace(said, own))
             if shard % 50 == 1:
                 (run / "stats" / p.folder / f"{shard:05d}.parquet").write_bytes(stats)
@@ -81,7 +81,7 @@ def make(run: Path, num_shards: int) -> int:
     return num_shards * len(first.passes)
 
 
-def stamped(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
+def edit_footer(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
     """A stamp with another shard's files beside it, and other digests among its inputs."""
     values = json.loads(said)
     values.pop("check")
@@ -93,7 +93,7 @@ def stamped(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
     return text
 
 
-def status(run: Path) -> tuple[dict[str, float], list[dict[str, object]]]:
+def time_status(run: Path) -> tuple[dict[str, float], list[dict[str, object]]]:
     """Seconds on the clock and of the processor, and what was said."""
     begun, before = time.monotonic(), os.times()
     command = [sys.executable, "-m", "pipeline", "status", "--json", "--run", str(run)]

@@ -1,4 +1,4 @@
-"""Prints how the simulated teachers and their consensus stand to the truth. The last line is JSON.
+"""Compares the simulated teachers and their consensus with the truth. The last line is JSON.
 
 python -m benchmarks.teachers [NUM_SCENES]
 """
@@ -8,20 +8,21 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.held_out import Line, line, rounded, show, shown
+from benchmarks.held_out import CaptionQuality, list_scenes, measure_captions, print_table, round_figures
 from stages.scenes.teachers import TEACHERS, caption_scene, merge_captions
 
 
-def committee(num_scenes: int, *, shared: bool = False) -> dict[str, Line]:
-    said = {name: [caption_scene(name, scene, 0, shared=shared) for scene in shown(num_scenes)] for name in TEACHERS}
-    said["consensus"] = [merge_captions(captions) for captions in zip(*said.values(), strict=True)]
-    return {name: line(captions) for name, captions in said.items()}
+def measure_teachers(num_scenes: int, *, shared: bool = False) -> dict[str, CaptionQuality]:
+    scenes = list_scenes(num_scenes)
+    captions = {name: [caption_scene(name, scene, 0, shared=shared) for scene in scenes] for name in TEACHERS}
+    captions["consensus"] = [merge_captions(group) for group in zip(*captions.values(), strict=True)]
+    return {name: measure_captions(some) for name, some in captions.items()}
 
 
 def main() -> None:
-    lines = committee(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
-    show(lines)
-    print(json.dumps({name: rounded(one) for name, one in lines.items()}))
+    figures = measure_teachers(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    print_table(figures)
+    print(json.dumps({name: round_figures(quality) for name, quality in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def _read_model(run: Run, config: TrainConfig) -> tuple[Any, Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run.file}: train.model", f"{name!r} does not load: {error}") from error
-    return model.float(), processor, model.dtype
+    save_dtype = model.dtype
+    return model.float(), processor, save_dtype
 
 
 def save_model(task: TrainingTask, model: Any, *, output: Path, card: str) -> None:

@@ -1,9 +1,9 @@
-"""Measures how much memory a training takes for each million images: two steps, on tables of two sizes.
+"""Measures the memory that a training takes per million images, by two steps on tables of two sizes.
 
-A hundred scenes with a committee's rubrics are multiplied, under keys and digests of their own. Memory is what the
-kernel cannot drop and read from a file again, at its peak. The last line is JSON.
+The rows of a hundred scenes with a committee's rubrics are repeated, with keys and digests of their own. Memory is the
+peak of anonymous pages, which the kernel cannot drop and read from a file again. The last line is JSON.
 
-    python -m benchmarks.lessons [--images 20000 200000]
+    python -m benchmarks.training_memory [--images 20000 200000]
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs=2, default=[20_000, 200_000])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", help="the working directory; by default a temporary one")
     args = parser.parse_args()
     few, many = args.images
-    found = {}
+    results = {}
     for method in args.methods:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            peaks = [peak(make(Path(folder) / str(num), method, num)) for num in (few, many)]
+            peaks = [measure_peak(create_run(Path(folder) / str(num), method, num)) for num in (few, many)]
         growth = (peaks[1] - peaks[0]) / (many - few) * 1_000_000
-        found[method] = {"peak_mib": [round(mib) for mib in peaks], "mib_per_million_images": round(growth)}
+        results[method] = {"peak_mib": [round(mib) for mib in peaks], "mib_per_million_images": round(growth)}
         print(f"{method}: {peaks[0]:,.0f} MiB at {few:,} images, {peaks[1]:,.0f} MiB at {many:,}", flush=True)
-    print(json.dumps({"benchmark": "lessons", "images": args.images, **found}))
+    print(json.dumps({"benchmark": "training_memory", "images": args.images, **results}))
 
 
-def make(run: Path, method: str, num_images: int) -> Path:
-    """A run with so many images in its tables."""
+def create_run(run: Path, method: str, num_images: int) -> Path:
+    """A run with this many images in its tables."""
     committee = [name for name in TEACHERS if name != "hasty"]
     sections: dict[str, dict[str, Any]] = {
         "source": {"kind": "scenes", "num_images": DISTINCT, "broken_share": 0.0, "duplicate_share": 0.0},
@@ -72,31 +72,31 @@ def make(run: Path, method: str, num_images: int) -> Path:
         assert Runner(state).execute(select_passes(state.passes, stage)).exit_code == 0, f"{stage} failed"
     for folder, record in TABLES.items():
         file = run / folder / "00000.parquet"
-        rows, stamp = list(tables.read_rows(file, record)), tables.read_footer(file)
-        assert stamp is not None and len(rows) == DISTINCT
+        rows, footer = list(tables.read_rows(file, record)), tables.read_footer(file)
+        assert footer is not None and len(rows) == DISTINCT
         for shard in range(num_images // SIZE):
-            more = (multiplied(rows[i % DISTINCT], shard, i) for i in range(SIZE))
-            tables.write_rows(run / folder / f"{shard:05d}.parquet", record, more, stamp.provenance, durable=False)
+            repeated = (copy_row(rows[i % DISTINCT], shard, i) for i in range(SIZE))
+            tables.write_rows(run / folder / f"{shard:05d}.parquet", record, repeated, footer.provenance, durable=False)
     return run
 
 
-def multiplied(row: Any, shard: int, index: int) -> Any:
+def copy_row(row: Any, shard: int, index: int) -> Any:
     key = make_key(shard, index)
     if not isinstance(row, Image):
         return replace(row, key=key)
     return replace(row, key=key, shard=shard, index=index, sha256=hashlib.sha256(key.encode()).hexdigest())
 
 
-def peak(run: Path) -> float:
-    """Of a training's memory without pages of files, MiB."""
+def measure_peak(run: Path) -> float:
+    """Peak memory of a training without pages of files, MiB."""
     child = subprocess.Popen([sys.executable, "-m", "pipeline", "run", "train", "--run", str(run)])
-    most = 0
+    peak = 0
     while child.poll() is None:
         status = Path(f"/proc/{child.pid}/status").read_text()
-        most = max(most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
         time.sleep(0.02)
     assert child.returncode == 0, f"training in {run} ended with {child.returncode}"
-    return most / 1024
+    return peak / 1024
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decides nothing: an engine kind of one's own, whose engine was opened before, so that start-up is not measured."""
+"""An engine kind for benchmarks: it uses an engine that is open already, so that start-up is not measured."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator
 from pipeline.engines import Engine, Reply, Request, vllm
 
 Config = vllm.Config
-HELD: list[Engine] = []
+ENGINES: list[Engine] = []  # the open one
 
 
-def open(_: Config) -> Held:  # noqa: A001
-    return Held(HELD[0])
+def open(_: Config) -> SharedEngine:  # noqa: A001
+    return SharedEngine(ENGINES[0])
 
 
-class Held:
-    """Another engine, which closing leaves open."""
+class SharedEngine:
+    """Another engine, which stays open when this one is closed."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
