@@ -77,7 +77,7 @@ def test_all_examples_make_one_run(project: Path, zips: Path) -> None:
     captions = query(run, "SELECT text FROM caption WHERE name = 'colours'")
     keywords = query(run, "SELECT status, count(*) FROM score WHERE name = 'keywords' GROUP BY ALL ORDER BY ALL")
     criteria = query(run, "SELECT DISTINCT unnest(criteria).id FROM score WHERE name = 'headline' ORDER BY ALL")
-    exported = query(run, "SELECT key, sha256, caption FROM export ORDER BY key")
+    exported = query(run, "SELECT key || '.jpg', sha256, caption FROM export ORDER BY key")
     assert images[0] == ["0.zip/0.jpg", "ok", "A mostly green picture"]
     assert images[1] == ["0.zip/1.jpg", "ok", None]
     assert len(images) == 6

@@ -75,6 +75,8 @@ class Part:
             rows = [["Key", "Type", "Default", "Decides rows", "Meaning"], ["---"] * 5, *rows]
             lines += [_row(*(row if self.decides else (*row[:3], row[4]))) for row in rows]
             lines.append("")
+        elif not self.text:
+            lines += ["No keys of its own.", ""]
         return "\n".join(lines)
 
 
@@ -95,7 +97,9 @@ def configuration_parts() -> Iterator[Part]:
     yield from _plugin_parts("stages.scorers", "kind = {kind}")
     yield Part(title="`[filter]`", classes=(filter_stage.Config,))
     yield Part(title="`[export]`", classes=(export.Config,))
-    yield from _train_parts()
+    train = plugins.load("stages", "train").Config
+    yield Part(title="`[train]`", classes=(train,), text="Every method has these keys, and those of its own:")
+    yield from _plugin_parts("stages.training.methods", "method = {kind}")
     yield Part(
         title="`[slurm]`",
         classes=(sections.SlurmSettings,),
@@ -124,10 +128,6 @@ def _plugin_parts(package: str, title: str) -> Iterator[Part]:
         module = plugins.load(package, kind)
         if hasattr(module, "Config"):
             yield Part(title=f"`{title.format(kind=format_toml(kind))}`", classes=(module.Config,), level=3)
-
-
-def _train_parts() -> Iterator[Part]:
-    yield Part(title="`[train]`", classes=(plugins.load("stages", "train").Config,))
 
 
 def key_rows(cls: Any) -> Iterator[tuple[str, str, str, str, str]]:
