@@ -118,14 +118,14 @@ def begin_run_with_models(folder: Path, **engine: Any) -> Path:
     )
 
 
-def override_toml(name: str, run: Path, changes: dict[str, str]) -> None:
-    """The words that ship, changed, in the place where a run looks for its own."""
-    words = (ROOT / "stages" / name).read_text()
+def override_toml(shipped: str, own: Path, changes: dict[str, str]) -> None:
+    """Copies a TOML of stages/ to where a run overrides it, with some of its text replaced."""
+    text = (ROOT / "stages" / shipped).read_text()
     for before, after in changes.items():
-        assert before in words
-        words = words.replace(before, after)
-    (run / name).parent.mkdir()
-    (run / name).write_text(words)
+        assert before in text
+        text = text.replace(before, after)
+    own.parent.mkdir()
+    own.write_text(text)
 
 
 def read_rubrics(run: Path) -> list[ImageRubric]:
@@ -167,14 +167,15 @@ log_steps = 1
 
 @pytest.mark.vllm
 def test_served_models_write_and_judge(tiny_server: ModelServer, served_flags: dict[str, Any], tmp_path: Path) -> None:
-    """The way of manifests/rubicap-qwen2.5-vl-3b: a served model writes, another, of text alone, judges and rewards."""
+    """As in manifests/rubicap-qwen2.5-vl-3b: a served model writes, and another, which sees text only, judges."""
     served = {"kind": "openai", "model": "tiny", "max_pixels": tiny.PIXELS**2}
     run = begin_run_with_models(tmp_path / "run", **served, base_url="http://127.0.0.1:1/v1")
-    # An untrained model would rather say nothing, and has no end of words, or of the blanks that JSON may have.
+    # An untrained model prefers empty lists, and generates long strings and white space.
     hot = {"temperature = 0.0": "temperature = 1.0", "ladder = [0.3, 0.6, 0.9]": f"ladder = {[1.0] * 7}"}
     brief = {"max_criteria = 12": "min_criteria = 1\nmax_criteria = 2", "= 240": "= 16"}
-    override_toml("writers/committee.toml", run, {**hot, **brief})
-    override_toml("rubrics/text_only.toml", run, {**hot, "max_tokens = 2048": "max_tokens = 128"})
+    override_toml("rubric_writers/committee.toml", run / "writers/committee.toml", {**hot, **brief})
+    short = {"max_tokens = 2048": "max_tokens = 128"}
+    override_toml("rubrics/text_only.toml", run / "rubrics/text_only.toml", {**hot, **short})
     toml = (run / "run.toml").read_text() + TRAIN_SECTION
 
     def at(server: ModelServer) -> config.Run:
