@@ -1,4 +1,4 @@
-"""Parquet files of a corpus, read a little at a time, with a broken file told apart from a broken disk.
+"""Parquet files of a corpus, read a little at a time, with a broken file distinguished from a broken disk.
 
 It refuses to know what the columns mean.
 """

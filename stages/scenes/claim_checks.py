@@ -36,9 +36,9 @@ class CaptionClaims:
         return claim in self.claims.get(claim.kind, ())
 
     def denies(self, claim: Claim) -> bool:
-        return any(contradicts(claim, other) for other in self.count_against(claim.kind))
+        return any(contradicts(claim, other) for other in self.claims_against(claim.kind))
 
-    def count_against(self, kind: Kind) -> frozenset[Claim]:
+    def claims_against(self, kind: Kind) -> frozenset[Claim]:
         """The claims that may count against the caption: stray ones too."""
         return self.claims.get(kind, frozenset()).union(claim for claim in self.stray if claim.kind == kind)
 
@@ -88,11 +88,11 @@ class Check:
             case "states":
                 return all(claim in caption and not caption.denies(claim) for claim in self.claims)
             case "avoids":
-                return not any(claim in caption.count_against(claim.kind) for claim in self.claims)
+                return not any(claim in caption.claims_against(claim.kind) for claim in self.claims)
             case "only":
                 assert self.kind is not None
                 is_silent = self.kind not in caption.claims
-                return caption.count_against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
+                return caption.claims_against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
         return caption.is_plain
 
     @property

@@ -1,4 +1,4 @@
-"""A corpus in tars or Parquet that was moved: `source.path` is all that has to be changed."""
+"""After a corpus in tars or Parquet moves, only `source.path` has to change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.wrapped import make_tar
 
 
 def corpus(folder: Path, kind: str) -> Path:
-    """Two files of three images each, one of them in a folder of its own."""
+    """Two files of three images each, one of them in a subfolder."""
     for number, name in enumerate(("00", "deep/01")):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
     run = begin(tmp_path / "run", parts)
     assert make(run, "ingest").done == 2
     (tmp_path / "here").rename(tmp_path / "there")
-    assert make(run, "caption").exit_code == (kind == "webdataset")  # its images lie in the tars
+    assert make(run, "caption").exit_code == (kind == "webdataset")  # its images are read from the tars
     parts["source"]["path"] = str(tmp_path / "there")
     write(run, parts)
     assert init.extend_plan(config.load(run)) == (2, 2)
@@ -52,25 +52,25 @@ def test_a_corpus_may_be_moved(kind: str, tmp_path: Path) -> None:
     assert len(examples) == 6
 
 
-def test_names_are_from_the_folder_that_is_meant(tmp_path: Path) -> None:
+def test_pieces_are_named_relative_to_the_corpus(tmp_path: Path) -> None:
     from pipeline.sources import webdataset
 
     corpus(tmp_path / "c", "webdataset")
 
-    def named(*paths: str) -> list[str]:
-        where = tuple(f"{tmp_path}/c{path}" for path in paths)
-        source = webdataset.Config(path=where if len(where) > 1 else where[0])
+    def list_names(*paths: str) -> list[str]:
+        paths = tuple(f"{tmp_path}/c{path}" for path in paths)
+        source = webdataset.Config(path=paths if len(paths) > 1 else paths[0])
         pieces = list(webdataset.pieces(source))
         assert all(Path(webdataset.place(piece.file, source)).is_file() for piece in pieces)
         return [piece.file for piece in pieces]
 
-    assert named("") == named("/") == ["00.tar", "deep/01.tar"]
-    assert named("/*.tar") == named("/00.tar") == named("/{00..00}.tar") == ["00.tar"]
-    assert named("/deep/{01..01}.tar") == ["01.tar"]
-    assert named("/00.tar", "/deep") == [f"{tmp_path}/c/00.tar", f"{tmp_path}/c/deep/01.tar"]
+    assert list_names("") == list_names("/") == ["00.tar", "deep/01.tar"]
+    assert list_names("/*.tar") == list_names("/00.tar") == list_names("/{00..00}.tar") == ["00.tar"]
+    assert list_names("/deep/{01..01}.tar") == ["01.tar"]
+    assert list_names("/00.tar", "/deep") == [f"{tmp_path}/c/00.tar", f"{tmp_path}/c/deep/01.tar"]
 
 
-def test_a_plan_with_whole_paths_is_not_doubled(tmp_path: Path) -> None:
+def test_a_plan_with_absolute_paths_is_not_doubled(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "c", "webdataset"), source={"kind": "webdataset"}))
     path = run / "plan.parquet"
     short = [row.file for row in tables.read_rows(path, Planned)]

@@ -18,30 +18,30 @@ from tests.support.corpora import make_mutants, write_hostile_files, write_photo
 BUDGET = 64 * 28 * 28
 
 
-def shown(data: bytes, found: Probe) -> bool:
-    """Whether a model can be shown what `probe` found, at the size and in the mode that it takes."""
+def is_decodable(data: bytes, result: Probe) -> bool:
+    """True when the image decodes at the size and in the mode that a model takes."""
     try:
         picture = decode_pixels(data, PixelRule(max_pixels=BUDGET))
     except UndecodableError:
         return False
     assert picture.mode == "RGB" and picture.width % 28 == picture.height % 28 == 0
-    assert picture.width * picture.height <= BUDGET and found.width and found.height
-    assert (picture.width > picture.height) <= (found.width >= found.height)
+    assert picture.width * picture.height <= BUDGET and result.width and result.height
+    assert (picture.width > picture.height) <= (result.width >= result.height)
     return True
 
 
-def test_photographs_have_the_right_status_and_are_shown(tmp_path: Path) -> None:
+def test_photographs_have_the_right_status_and_decode(tmp_path: Path) -> None:
     expected = write_photographs(tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in expected}
-    found = {name: probe(data) for name, data in files.items()}
-    assert {name: one.status for name, one in found.items()} == expected
+    results = {name: probe(data) for name, data in files.items()}
+    assert {name: one.status for name, one in results.items()} == expected
     assert len(files) == len(list(tmp_path.iterdir())) > 70
-    for name, one in found.items():
-        assert shown(files[name], one) == (one.status == "ok") or one.status == "too_small", name
+    for name, one in results.items():
+        assert is_decodable(files[name], one) == (one.status == "ok") or one.status == "too_small", name
         assert (one.error is None) == (one.status == "ok")
-    assert [found[f"animated.{ending}"].num_frames for ending in ("gif", "webp", "png")] == [3, 2, 2]
-    assert [found[f"misnamed_{name}"].format for name in ("png.jpg", "jpeg.webp")] == ["png", "jpeg"]
-    assert {(found[f"turned_{n}.jpg"].width, found[f"turned_{n}.jpg"].orientation) for n in range(1, 9)} == {
+    assert [results[f"animated.{ending}"].num_frames for ending in ("gif", "webp", "png")] == [3, 2, 2]
+    assert [results[f"misnamed_{name}"].format for name in ("png.jpg", "jpeg.webp")] == ["png", "jpeg"]
+    assert {(results[f"turned_{n}.jpg"].width, results[f"turned_{n}.jpg"].orientation) for n in range(1, 9)} == {
         *((160, n) for n in range(1, 5)),
         *((106, n) for n in range(5, 9)),
     }
@@ -62,8 +62,8 @@ def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
         assert len(row.error or "") < 400
 
 
-def test_a_hostile_corpus_is_the_same_for_a_seed(tmp_path: Path) -> None:
-    def contents(name: str, seed: int) -> dict[str, bytes]:
+def test_a_hostile_corpus_is_determined_by_its_seed(tmp_path: Path) -> None:
+    def read_contents(name: str, seed: int) -> dict[str, bytes]:
         write_hostile_files(tmp_path / name, seed)
         return {
             os.path.relpath(Path(place) / file, tmp_path / name): (Path(place) / file).read_bytes()
@@ -71,7 +71,7 @@ def test_a_hostile_corpus_is_the_same_for_a_seed(tmp_path: Path) -> None:
             for file in files
         }
 
-    once, again, other = contents("once", 1), contents("again", 1), contents("other", 2)
+    once, again, other = read_contents("once", 1), read_contents("again", 1), read_contents("other", 2)
     assert once == again
     assert once != other and once.keys() == other.keys()
 
@@ -87,7 +87,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
 
 
 def check_mutants(seed: int, num: int, pool: ProbePool) -> Counter[str]:
-    """Each mutant has a row that says the same every time, and what is ok can be shown."""
+    """Each mutant has one deterministic row, and those with status ok decode."""
     files = list(make_mutants(seed, num))
     rows = list(pool.map(files))
     assert len(rows) == len(files) == num
@@ -95,13 +95,13 @@ def check_mutants(seed: int, num: int, pool: ProbePool) -> Counter[str]:
         assert not re.search(r"crashed|took more|ended| 0x[0-9a-f]{6}", row.error or ""), row
         assert row == probe(data)
         if row.status == "ok" and row.width and row.height:
-            strip = max(row.width, row.height) > 200 * min(row.width, row.height)
-            assert strip or shown(data, row), row
+            is_strip = max(row.width, row.height) > 200 * min(row.width, row.height)
+            assert is_strip or is_decodable(data, row), row
     return Counter(row.status for row in rows)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_mutants_quickly() -> None:
+def test_mutants_have_deterministic_rows() -> None:
     with ProbePool(num_procs=2, timeout=20, max_memory=2 << 30) as pool:
         statuses = check_mutants(1, 400, pool)
     assert statuses["ok"] > 40 and statuses["unreadable"] > 40

@@ -1,4 +1,4 @@
-"""Real photographs in every dress, with a real (untrained) vision-language model, through the whole pipeline."""
+"""Real photographs in many formats through the whole pipeline, with a real (untrained) vision-language model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.runs import ROOT, begin, make, recap_alone, sections
 MODEL = {"kind": "transformers", "dtype": "float32", "max_pixels": 112 * 112, "batch_size": 8}
 
 
-def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
+def read_rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
     return [row for path in sorted((run / folder).glob("*.parquet")) for row in tables.read_rows(path, record)]
 
 
-def parts(photos: Path, model: Path) -> dict[str, dict[str, object]]:
-    """Captions of an untrained model end by themselves only now and then: the lengths are all that is asked for."""
+def make_sections(photos: Path, model: Path) -> dict[str, dict[str, object]]:
+    """Captions of an untrained model rarely end by themselves, so the only rule is their length."""
     return sections(
         photos,
         source={"shard_size": 20, "max_error_share": 1.0},
@@ -38,13 +38,13 @@ def parts(photos: Path, model: Path) -> dict[str, dict[str, object]]:
 @pytest.mark.slow
 def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny_model: Path) -> None:
     expected = corpora.write_photographs(tmp_path / "photos")
-    run = begin(tmp_path / "run", parts(tmp_path / "photos", tiny_model), max_error_share=1.0)
+    run = begin(tmp_path / "run", make_sections(tmp_path / "photos", tiny_model), max_error_share=1.0)
     done = recap_alone("run", "all", "--run", run, check=False)
     assert done.returncode == 0, done.stderr
-    images = rows(run, "image", Image)
+    images = read_rows(run, "image", Image)
     assert {image.source_key: image.status for image in images} == expected
     assert len(images) == len(expected) > 60
-    captions = rows(run, "caption/dense", Caption)
+    captions = read_rows(run, "caption/dense", Caption)
     assert [row.key for row in captions] == [image.key for image in images if image.status == "ok"]
     assert {row.model for row in captions} == {str(tiny_model)}
     assert sum(row.num_output_tokens or 0 for row in captions) > len(captions)
@@ -54,15 +54,15 @@ def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny
 
 
 @pytest.mark.slow
-def test_a_kill_costs_a_real_model_no_row_and_few_words(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_kill_loses_no_row_of_a_real_model(tmp_path: Path, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for number, data in enumerate(list(corpora.load_photographs().values())[:12] * 5):
         (photos / f"{number:03d}.jpg").write_bytes(data)
-    undisturbed = begin(tmp_path / "whole", parts(photos, tiny_model), max_error_share=1.0)
+    undisturbed = begin(tmp_path / "whole", make_sections(photos, tiny_model), max_error_share=1.0)
     make(undisturbed, "ingest")
     make(undisturbed, "caption")
-    killed = begin(tmp_path / "killed", parts(photos, tiny_model), max_error_share=1.0)
+    killed = begin(tmp_path / "killed", make_sections(photos, tiny_model), max_error_share=1.0)
     make(killed, "ingest")
     code = "from pipeline import cli; from pipeline.storage import parts; parts.MAX_AGE = 0.05; cli.main()"
     child = subprocess.Popen(
@@ -75,8 +75,8 @@ def test_a_kill_costs_a_real_model_no_row_and_few_words(tmp_path: Path, tiny_mod
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     make(killed, "caption")
-    texts = [{row.key: row.text for row in rows(run, "caption/dense", Caption)} for run in (undisturbed, killed)]
-    assert len(rows(killed, "caption/dense", Caption)) == len(texts[1])
+    texts = [{row.key: row.text for row in read_rows(run, "caption/dense", Caption)} for run in (undisturbed, killed)]
+    assert len(read_rows(killed, "caption/dense", Caption)) == len(texts[1])
     assert texts[0].keys() == texts[1].keys()
     same = sum(texts[0][key] == texts[1][key] for key in texts[0])
     assert same >= 0.99 * len(texts[0])

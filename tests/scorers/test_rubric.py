@@ -173,7 +173,7 @@ def test_false_claims_count_however_their_sentence_continues() -> None:
 def test_sentence_fragments_never_raise_the_reward() -> None:
     criteria = write_criteria(["A red ring. One object."] * 3, "A blue star.")
     assert compute_reward("A red ring is what one sees", criteria) <= compute_reward("", criteria)
-    assert claim_checks.collect_rewarded_claims("A red ring is there").count_against("object") == {
+    assert claim_checks.collect_rewarded_claims("A red ring is there").claims_against("object") == {
         Claim("object", "red ring", "")
     }
     assert not claim_checks.collect_rewarded_claims("A red ring is there").claims
