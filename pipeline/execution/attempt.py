@@ -41,7 +41,7 @@ class Attempt:
         self.path = table_path(self.run, self.p.folder, self.shard.number)
         self.before = read_intact_footer(self.run, self.path)
         self.parts = Parts(work_folder(self.run, self.p.folder, self.shard.number), self.p.record, self.provenance)
-        self.tally = ShardTally(self.p, self.meter)
+        self.tally = ShardTally(self.meter, max_error_share=self.p.max_error_share)
         if self.retry and self.before:
             self.shard.retry_of = (self.before.digest,)
 

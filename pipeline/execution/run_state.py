@@ -91,6 +91,6 @@ class RunState:
         if not p.reads:
             counts = [self.plan.num_samples(shard) for shard in shards]
             return None if None in counts else sum(count or 0 for count in counts)
-        stamps = [self.states.footer(p.reads[-1], shard) for shard in shards]
-        usable = sum(stamp.statuses.get("ok", stamp.num_rows) for stamp in stamps if stamp)
+        footers = [self.states.footer(p.reads[-1], shard) for shard in shards]
+        usable = sum(footer.statuses.get("ok", footer.num_rows) for footer in footers if footer)
         return usable * int(p.slice.get("num_candidates", 1))

@@ -10,14 +10,15 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from pipeline import config
 from pipeline.errors import (
     BrokenTableError,
     EngineDiedError,
@@ -29,12 +30,12 @@ from pipeline.errors import (
 )
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import Pass
-from pipeline.execution.run_state import RunState
-from pipeline.execution.shard_maker import ShardMaker, ShardResult, WorkerJob
+from pipeline.execution.run_state import RunState, Stale
+from pipeline.execution.shard_maker import ShardMaker, ShardResult
 from pipeline.execution.signals import stop_on_signal
 from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
-from pipeline.progress import ProgressMeter, say
+from pipeline.progress import ProgressMeter, ProgressRelay, say
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import write_failure
@@ -72,7 +73,7 @@ class Runner:
         self.outcome = Outcome()
         self._stop = threading.Event()  # a signal came
         self._given_up = False  # no further shard would succeed
-        self._maker = ShardMaker(self.state, stop=self._stop, retry=self.retry, limit=self.limit)
+        self._maker = ShardMaker(self.state.states, stop=self._stop, retry=self.retry, limit=self.limit)
         self._pool: WorkerPool | None = None
 
     def execute(self, passes: Sequence[Pass]) -> Outcome:
@@ -253,3 +254,42 @@ def _set_aside(path: Path) -> str:
     with suppress(FileNotFoundError):
         os.replace(path, aside)
     return aside.name
+
+
+class WorkerJob:
+    """What a worker process does: makes shards with engines of its own, which stay open for the whole pass."""
+
+    def __init__(self, folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
+        self._state = RunState(config.load(folder), shards=shards, stale=stale)
+        self._stop = threading.Event()
+        self._maker = ShardMaker(self._state.states, stop=self._stop, retry=retry)
+        self._engines = EnginePool(self._state.run.engines)
+        self._passes = {p.folder: p for p in self._state.passes}
+        self._current: Pass | None = None
+        self._lock = threading.Lock()
+
+    def do(self, task: tuple[str, int], send: Callable[[Any], None]) -> ShardResult:
+        folder, shard = task
+        self._switch_to(self._passes[folder])
+        self._state.states.forget(shard)
+        relay = ProgressRelay(send)
+        try:
+            return self._maker.make(self._passes[folder], shard, self._engines, relay)
+        finally:
+            relay.flush()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        self._switch_to(None)
+
+    def _switch_to(self, p: Pass | None) -> None:
+        """Closes what only the previous pass needs; none of its tasks is running when the pass changes."""
+        with self._lock:
+            if self._current is p:
+                return
+            if self._current is not None and self._current.close is not None:
+                self._current.close()
+            self._engines.close_all_but(p.engines if p is not None else ())
+            self._current = p

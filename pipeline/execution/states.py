@@ -16,7 +16,7 @@ from pipeline.storage.payloads import find_damage
 from pipeline.storage.plan import Plan
 
 Kind = Literal["done", "missing", "incomplete", "behind", "stale", "blocked"]
-DUE: tuple[Kind, ...] = ("missing", "incomplete", "behind")  # made without being asked for by --stale redo
+DUE: tuple[Kind, ...] = ("missing", "incomplete", "behind")  # made again without --stale redo
 
 
 @dataclass(frozen=True, kw_only=True)

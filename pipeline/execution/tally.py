@@ -10,7 +10,6 @@ from collections import Counter
 from importlib.metadata import version
 
 from pipeline.errors import ShardFailedError
-from pipeline.execution.passes import Pass
 from pipeline.progress import ProgressMeter
 from pipeline.records import Record, Stat, status_of
 
@@ -44,8 +43,8 @@ class SharedStopwatch:
 class ShardTally:
     """Counts one shard's rows, and fails the shard when too many of them have failed."""
 
-    def __init__(self, p: Pass, meter: ProgressMeter) -> None:
-        self.p, self.meter = p, meter
+    def __init__(self, meter: ProgressMeter, *, max_error_share: float) -> None:
+        self.meter, self.max_error_share = meter, max_error_share
         self.started_at = time.time()
         self.num_rows = self.num_new = self.num_errors = 0
         self.num_retries = self.num_prompt_tokens = self.num_output_tokens = 0
@@ -74,18 +73,20 @@ class ShardTally:
             common = f"{status_of(row)}: {error.partition(': ')[0]}"
             self.messages[common] += 1
             self.examples.setdefault(common, error)
-        if self.num_rows >= MIN_ROWS and self.num_errors > self.p.max_error_share * self.num_rows:
+        if self.num_rows >= MIN_ROWS and self.num_errors > self.max_error_share * self.num_rows:
             raise ShardFailedError(self._describe_failure())
 
     def _count_status(self, row: Record) -> None:
         self.num_rows += 1
         self.num_errors += status_of(row) in row.failed
 
-    def make_stat(self, shard: int, *, seconds: float, waiting: float | None) -> Stat:
+    def make_stat(
+        self, *, stage: str, name: str, caption: str, shard: int, seconds: float, waiting: float | None
+    ) -> Stat:
         return Stat(
-            stage=self.p.stage,
-            name=self.p.name,
-            caption=self.p.caption,
+            stage=stage,
+            name=name,
+            caption=caption,
             shard=shard,
             started_at=self.started_at,
             seconds=seconds,
@@ -108,5 +109,5 @@ class ShardTally:
         example = f", e.g. {self.examples[message]}" if message in self.examples else ""
         return (
             f"{self.num_errors} of its first {self.num_rows} rows failed, more than max_error_share ="
-            f" {self.p.max_error_share}; the commonest message ({num} times): {message}{example}"
+            f" {self.max_error_share}; the commonest message ({num} times): {message}{example}"
         )

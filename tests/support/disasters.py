@@ -183,8 +183,8 @@ def _kill_until_done(run: Path, stage: str, random: Random, seconds: dict[str, f
             if kills == 0:
                 seconds[stage] = time.monotonic() - begun
             return kills
-        said = _log_file(run).read_text()[-3000:]
-        assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{said}"
+        output = _log_file(run).read_text()[-3000:]
+        assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{output}"
         kills += 1
 
 

@@ -110,8 +110,8 @@ def recap(*args: object, check: bool = True, **env: str) -> subprocess.Completed
             cli.main()
         except SystemExit as ended:
             code = ended.code
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
-    done = subprocess.CompletedProcess(["recap", *map(str, args)], int(code or 0), *said)
+    output = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    done = subprocess.CompletedProcess(["recap", *map(str, args)], int(code or 0), *output)
     if check:
         done.check_returncode()
     return done
