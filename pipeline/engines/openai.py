@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.decoding import images
 from pipeline.engines import Reply, Request, Sampling, _chat
 from pipeline.engines._options import Model, Serving, require_module
+from pipeline.engines._redaction import Redactor
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, ConfigError, EngineDiedError, ServerError, UndecodableError
 from pipeline.sections import key
@@ -34,7 +35,6 @@ FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further o
 MAX_DELAY = 15.0  # ... up to this
 BAD_REQUEST = frozenset({400, 413, 414, 415, 422})  # the request is wrong
 BAD_SETUP = frozenset({401, 403, 404, 405})  # the API key, the URL or the model's name is wrong
-MAX_QUOTED = 300  # characters of a server's response that a message quotes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +202,7 @@ class _Client:
     def __init__(self, config: Config, *, model: str) -> None:
         self._config, self._model = config, model
         self._key = os.environ[config.api_key_env] if config.api_key_env else ""
+        self._redactor = Redactor(self._key)
         self._servers: list[_Server] = []
         self._health = _Health(config.give_up_after)
         self._session: aiohttp.ClientSession | None = None
@@ -264,7 +265,7 @@ class _Client:
         server.num_in_flight += 1
         server.num_sent += 1
         try:
-            reply = _parse_reply(await self._post(server, body), server.url)
+            reply = self._read_reply(await self._post(server, body), server.url)
         finally:
             server.num_in_flight -= 1
         server.is_down = False
@@ -282,12 +283,11 @@ class _Client:
         except TimeoutError as error:
             raise ServerError(f"{url} gave no answer in {self._config.timeout:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(
-                f"{url} cannot be reached: {type(error).__name__} {self._redact_key(str(error))}"
-            ) from error
+            quoted = self._redactor.quote(str(error))
+            raise ServerError(f"{url} cannot be reached: {type(error).__name__} {quoted}") from error
         if response.status == 200:
             return content
-        message = f"{url} answered {response.status}: {self._redact_key(_extract_error(content))}"
+        message = f"{url} answered {response.status}: {self._redactor.quote(_extract_error(content))}"
         if response.status in BAD_REQUEST:
             self._health.record_success()
             raise BadRequestError(message)
@@ -306,8 +306,13 @@ class _Client:
             )
         return self._session
 
-    def _redact_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _read_reply(self, body: bytes, url: str) -> Reply:
+        try:
+            reply = _parse_reply(body)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            quoted = self._redactor.quote(body.decode(errors="replace"))
+            raise ServerError(f"{url} sent a malformed response ({type(error).__name__}): {quoted}") from error
+        return replace(reply, text=self._redactor.mask_answer(reply.text))
 
     def _start_health_check(self, server: _Server) -> None:
         if server.health_check is None or server.health_check.done():
@@ -363,26 +368,22 @@ def _parse_retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _extract_error(body: bytes) -> str:
-    """Returns the error message of a response in one line."""
+    """Returns the error message of a response, or else all of it."""
     text = body.decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         text = json.loads(text)["error"]["message"]
-    return " ".join(str(text).split())[:MAX_QUOTED]
+    return str(text)
 
 
-def _parse_reply(body: bytes, url: str) -> Reply:
-    try:
-        answer = json.loads(body)
-        choice = answer["choices"][0]
-        usage = answer.get("usage") or {}
-        logprobs = choice.get("logprobs")
-        return Reply(
-            text=choice["message"]["content"] or "",
-            finish_reason=choice["finish_reason"],
-            num_prompt_tokens=usage.get("prompt_tokens"),
-            num_output_tokens=usage.get("completion_tokens"),
-            logprobs=tuple(token["logprob"] for token in logprobs["content"]) if logprobs else None,
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        text = " ".join(body[:MAX_QUOTED].decode(errors="replace").split())
-        raise ServerError(f"{url} sent a malformed response ({type(error).__name__}): {text}") from error
+def _parse_reply(body: bytes) -> Reply:
+    answer = json.loads(body)
+    choice = answer["choices"][0]
+    usage = answer.get("usage") or {}
+    logprobs = choice.get("logprobs")
+    return Reply(
+        text=choice["message"]["content"] or "",
+        finish_reason=choice["finish_reason"],
+        num_prompt_tokens=usage.get("prompt_tokens"),
+        num_output_tokens=usage.get("completion_tokens"),
+        logprobs=tuple(token["logprob"] for token in logprobs["content"]) if logprobs else None,
+    )
