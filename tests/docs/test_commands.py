@@ -49,7 +49,7 @@ def test_command_parses(words: list[str]) -> None:
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that the first words name, and its arguments; COMMAND stands for any."""
+    """The command that the first words name, and its arguments; COMMAND is any command."""
     command: Any = typer.main.get_command(app)
     while words and words[0] != "COMMAND" and words[0] in getattr(command, "commands", {}):
         command, words = command.commands[words[0]], words[1:]

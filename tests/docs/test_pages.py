@@ -43,6 +43,14 @@ def test_links_and_anchors_resolve(page: Path) -> None:
         assert not anchor or anchor in list_anchors(target), link
 
 
+def test_modules_and_make_targets_exist() -> None:
+    text = "".join(page.read_text() for page in (*PAGES, ROOT / "CHANGELOG.md"))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+    for module in re.findall(r"python -m ([a-z_.]+[a-z])", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
 def test_security_page_names_tests_that_exist() -> None:
     names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
     assert names
@@ -51,7 +59,7 @@ def test_security_page_names_tests_that_exist() -> None:
 
 
 def test_configuration_page_is_generated_from_the_code() -> None:
-    """A new plugin may be missing from the page until `make docs` adds it; whatever is there is up to date."""
+    """A new plugin may be missing from the page until `make docs` adds it; what the page has is up to date."""
     page = reference.CONFIGURATION.read_text()
     parts = [part for part in reference.configuration_parts() if f"\n{'#' * part.level} {part.title}\n" in page]
     assert {"Top level", "`[source]`", "`[filter]`", "`[export]`", "`[slurm]`"} <= {part.title for part in parts}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from pathlib import Path
@@ -29,7 +30,7 @@ CONFIGURATION = DOCS / "configuration.md"
 TABLES = DOCS / "sql-and-tables.md"
 MARKERS = "<!-- generated: the columns of pipeline/records.py -->", "<!-- end of the generated part -->"
 
-UNSTAMPED = {"max_error_share"}  # in no fingerprint, whatever its declaration
+UNSTAMPED = {"max_error_share"}  # in no fingerprint, although declared like keys that are
 READ_FROM_FILE = {"flags"}  # the file's content is in the fingerprint, not its name
 SQL_TYPES = {"str": "VARCHAR", "int": "BIGINT", "float": "DOUBLE", "bool": "BOOLEAN"}
 
@@ -69,7 +70,7 @@ class Part:
 
     def render(self) -> str:
         lines = [f"{'#' * self.level} {self.title}", ""]
-        lines += [self.text, ""] if self.text else []
+        lines += [*textwrap.wrap(self.text, 120), ""] if self.text else []
         rows = [list(row) for cls in self.classes for row in key_rows(cls)]
         if rows:
             rows = [["Key", "Type", "Default", "Decides rows", "Meaning"], ["---"] * 5, *rows]
