@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import shutil
 import tomllib
@@ -49,6 +50,22 @@ def test_modules_and_make_targets_exist() -> None:
     assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
     for module in re.findall(r"python -m ([a-z_.]+[a-z])", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_python_names_exist() -> None:
+    renamed = re.findall(r"^\| .* \| (`.*) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "extending.md").read_text() + "\n".join(line.partition(";")[0] for line in renamed)
+    names = re.findall(r"`((?:pipeline|stages)(?:\.\w+)+)`", text)
+    assert len(names) > 10
+    assert [name for name in names if not is_importable(name)] == []
+
+
+def is_importable(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_security_page_names_tests_that_exist() -> None:
