@@ -122,3 +122,9 @@ def test_an_example_in_a_plugin_directory_needs_no_dot(
     assert plugins.load(package, name).__name__ == f"{package}.{name}"
     monkeypatch.delitem(sys.modules, f"{package}.{name}")
     monkeypatch.delattr(module, name)
+
+
+def test_init_takes_a_source_of_ones_own(project: Path, zips: Path) -> None:
+    recap("init", project / "run", "--source", zips, "--kind", "my_recap.zips")
+    recap("run", "ingest", "--run", project / "run")
+    assert query(project / "run", "SELECT count(*) FROM image WHERE status = 'ok'") == [[6]]
