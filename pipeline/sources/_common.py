@@ -5,9 +5,11 @@ It works on names and values, and refuses to know whether they came from files, 
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,15 @@ IMAGES = {  # extensions in use for images, whether or not this machine decodes 
 }
 TEXTS = ("txt", "caption")  # extensions of a text about the image beside it
 ALT_TEXTS = ("caption", "text", "TEXT", "txt")  # columns and JSON keys
+MARKS = {  # byte order marks and their codecs; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+GUESSED_ENCODING = "cp1252"  # of a text without a mark that is not UTF-8
+ENCODING = "text_encoding"  # the metadata of such a text
 MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, since it is held in memory
 MAX_TEXT_BYTES = 1 << 24  # of one text or JSON file
 MAX_LEVELS = 64  # of nested JSON: deeper than real metadata, and within what other readers accept
@@ -41,15 +52,17 @@ def explain_size(num_bytes: int, limit: int) -> str | None:
     return f"its {num_bytes} bytes exceed the limit of {limit}" if num_bytes > limit else None
 
 
-def add_text(raw: Raw, fields: Mapping[str, Any], *, texts: Mapping[str, str] | None = None, column: str = "") -> Raw:
+def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] | None = None, column: str = "") -> Raw:
     """Adds alt text, where there is some, and everything else about the sample as metadata.
 
     Args:
         fields: its columns, or the object in its JSON.
-        texts: its text files by extension; they come before the fields.
+        files: its text files by extension; they come before the fields.
         column: the only text or field to take alt text from; "" means the usual ones.
     """
-    texts = texts or {}
+    texts = {name: decode_text(data) for name, data in (files or {}).items()}
+    if any(find_encoding(data) == GUESSED_ENCODING for data in (files or {}).values()):
+        fields = {**fields, ENCODING: GUESSED_ENCODING}
     names = (column,) if column else ALT_TEXTS
     candidates = [(name, texts[name]) for name in ((column,) if column else TEXTS) if name in texts]
     candidates += [(name, _first_string(fields[name])) for name in names if name in fields]
@@ -66,20 +79,48 @@ def _first_string(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def find_encoding(data: bytes) -> str:
+    """The codec of a text: that of its byte order mark, UTF-8 if it is valid, otherwise `GUESSED_ENCODING`."""
+    if codec := find_mark(data):
+        return codec
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return GUESSED_ENCODING
+    return "utf-8"
+
+
+def find_mark(data: bytes) -> str | None:
+    """The codec that a byte order mark names; None without a mark."""
+    return next((codec for mark, codec in MARKS.items() if data.startswith(mark)), None)
+
+
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, replacing invalid bytes, without a byte order mark and the last line's end."""
-    return data.decode("utf-8-sig", "replace").rstrip("\r\n")
+    """Decodes a text as in `find_encoding`, replacing invalid bytes, without the last line's end."""
+    return data.decode(find_encoding(data), "replace").rstrip("\r\n")
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The object in a JSON file. Another value is kept under the name "json"; invalid or too deep JSON, as text."""
+    """The object in a JSON file, with its `ENCODING` if that was guessed.
+
+    Another value is kept under the name "json"; invalid or too deep JSON, as text.
+    """
+    text = decode_text(data)
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return {"json": decode_text(data)}
+        value = text
     if not _is_shallow(value):
-        return {"json": decode_text(data)}
-    return value if isinstance(value, dict) else {"json": value}
+        value = text
+    fields = value if isinstance(value, dict) else {"json": value}
+    return fields | ({ENCODING: GUESSED_ENCODING} if find_encoding(data) == GUESSED_ENCODING else {})
+
+
+def loosen_name(name: str) -> str:
+    """A file's name without what is commonly lost when it is copied into a table: outer blanks, the kind of slash, the
+    case, and the composition of accents."""
+    parts = unicodedata.normalize("NFC", name.replace("\\", "/")).strip().casefold().split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
 def _is_shallow(value: Any, levels: int = MAX_LEVELS) -> bool:

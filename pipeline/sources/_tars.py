@@ -92,13 +92,13 @@ class Tar:
 
     def read_sample(self, sample: Sample, *, extension: str = "", column: str = "") -> Raw:
         """The sample: its image as in `read_image`, alt text from `column` or the usual names, and metadata."""
-        texts = {}
+        files = {}
         for name in dict.fromkeys((*_common.TEXTS, column)):
             if (member := sample.members.get(name)) and member.error is None and name != "json":
-                texts[name] = _common.decode_text(self._read_data(member, _common.MAX_TEXT_BYTES))
+                files[name] = self._read_data(member, _common.MAX_TEXT_BYTES)
         json = sample.members.get("json", NO_FILE)
         fields = _common.parse_json(self._read_data(json, _common.MAX_TEXT_BYTES)) if json.error is None else {}
-        return _common.add_text(self.read_image(sample, extension), fields, texts=texts, column=column)
+        return _common.add_text(self.read_image(sample, extension), fields, files=files, column=column)
 
     def _read_data(self, member: _tar_format.Member, limit: int = _common.MAX_IMAGE_BYTES) -> bytes:
         self.stream.seek(member.offset)

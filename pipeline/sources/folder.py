@@ -12,13 +12,15 @@ import json
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
+from pipeline import progress
 from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 SIDECARS = (*_common.TEXTS, "json")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls them in an imagefolder
 FILE_NAME = "file_name"  # their column with the image's path, relative to the metadata file
+RELIST_SECONDS = 10  # between two listings of a changing directory
+NUM_EXAMPLES = 3  # of lost metadata rows, in a message
 NUM_ROWS = 10_000  # of a metadata file, converted to columns at a time
 
 
@@ -48,15 +52,23 @@ def pieces(config: Config) -> Iterator[Piece]:
     """Every input, directory by directory, by name.
 
     Raises:
-        ConfigError: there is no such directory, a metadata file has no `file_name`, or none has the alt text's column.
+        ConfigError: there is no such directory, a metadata file cannot be read or has no `file_name`, or none has the
+            alt text's column.
     """
     root = _files.check_directory(config.path)
     columns: set[str] = set()
+    used: dict[Path, bytearray] = {}  # by metadata file: for each row, whether an image has it
     for folder, names in _walk_folders(str(root)):
         for name in METADATA:
             if name in names:
                 columns.update(_read_columns(root / folder / name))
-        yield from (Piece(file=_escape_name(folder + name), stop=1) for name in _list_inputs(names))
+                used[root / folder / name] = bytearray()
+        for name in _list_inputs(names):
+            piece = Piece(file=_escape_name(folder + name), stop=1)
+            if used and _common.is_image(name):
+                _note_rows(config.path, piece.file, used)
+            yield piece
+    _report_unused_rows(root, used)
     if config.alt_text and columns and config.alt_text not in columns:
         message = f"no metadata file has a column {config.alt_text!r}; they have {', '.join(sorted(columns))}"
         raise ConfigError("source.alt_text", message)
@@ -92,11 +104,34 @@ def _walk_folders(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _list_inputs(names: list[str]) -> Iterator[str]:
-    images = {one for name in names if _common.is_image(name) for one in (name, name.rpartition(".")[0])}
+    images = _list_stems(names)
+    odd = {sidecar for group in _pair_odd_sidecars(names).values() for sidecar in group}
     for name in names:
-        is_sidecar = _common.parse_extension(name) in SIDECARS and name.rpartition(".")[0] in images
+        is_sidecar = name in odd or (_common.parse_extension(name) in SIDECARS and name.rpartition(".")[0] in images)
         if not is_sidecar and name not in METADATA:
             yield name
+
+
+def _list_stems(names: Iterable[str]) -> set[str]:
+    """What the name of a sidecar may have before its extension: an image's name with and without its own."""
+    return {one for name in names if _common.is_image(name) for one in (name, name.rpartition(".")[0])}
+
+
+def _pair_odd_sidecars(names: Collection[str]) -> dict[str, list[str]]:
+    """The sidecars of images that differ from the image's name in case, or have an extension in upper case."""
+    stems = _list_stems(names)
+    odd: dict[str, list[str]] = defaultdict(list)  # by their stem in lower case
+    for name in names:
+        stem, _, ending = name.rpartition(".")
+        if ending.lower() in SIDECARS and not (stem in stems and ending in SIDECARS):
+            odd[stem.casefold()].append(name)
+    pairs: dict[str, list[str]] = defaultdict(list)
+    for image in filter(_common.is_image, names if odd else ()):
+        for stem in (image.rpartition(".")[0], image):
+            for name in odd.get(stem.casefold(), ()):
+                if (own := name.rpartition(".")[0]) == stem or own not in stems:
+                    pairs[image].append(name)
+    return pairs
 
 
 def _escape_name(name: str) -> str:
@@ -112,15 +147,33 @@ def _unescape_name(name: str) -> str:
 
 
 def _add_text(raw: Raw, path: str, config: Config) -> Raw:
-    texts, fields = {}, _find_row(config.path, raw.source_key)
-    for stem in (path.rpartition(".")[0], path):
-        for ending in SIDECARS:
-            data = _read_sidecar(f"{stem}.{ending}", config.path)
-            if data is not None and ending == "json":
-                fields |= _common.parse_json(data)
-            elif data is not None:
-                texts[ending] = _common.decode_text(data)
-    return _common.add_text(raw, fields, texts=texts, column=config.alt_text)
+    files, fields = {}, _find_row(config.path, raw.source_key)
+    folder, _, name = path.rpartition("/")
+    sidecars = [f"{folder}/{odd}" for odd in _list_odd_sidecars(folder).get(name, ())]
+    sidecars += [f"{stem}.{ending}" for stem in (path.rpartition(".")[0], path) for ending in SIDECARS]
+    for sidecar in sidecars:  # an exact name overrides the others
+        data, ending = _read_sidecar(sidecar, config.path), _common.parse_extension(sidecar)
+        if data is not None and ending == "json":
+            fields |= _common.parse_json(data)
+        elif data is not None:
+            files[ending] = data
+    return _common.add_text(raw, fields, files=files, column=config.alt_text)
+
+
+def _list_odd_sidecars(folder: str) -> dict[str, list[str]]:
+    try:
+        status = Path(folder).stat()
+        return _load_odd_sidecars(folder, status.st_ino, int(status.st_mtime) // RELIST_SECONDS)
+    except OSError as error:
+        if error.errno not in _files.UNREADABLE:
+            raise
+        return {}
+
+
+@lru_cache(maxsize=8)
+def _load_odd_sidecars(folder: str, inode: int, modified: int) -> dict[str, list[str]]:  # noqa: ARG001
+    """Args: inode, modified: they make a changed directory another cache entry."""
+    return _pair_odd_sidecars(sorted(path.name for path in Path(folder).iterdir()))
 
 
 def _read_sidecar(path: str, root: str) -> bytes | None:
@@ -132,31 +185,86 @@ def _read_sidecar(path: str, root: str) -> bytes | None:
 
 def _find_row(root: str, name: str) -> dict[str, Any]:
     """The image's row in the nearest metadata file that has one; empty when none has."""
+    for path, relative in _list_metadata(root, name):
+        if path.is_file():
+            table = _open_metadata(path)
+            if (index := table.find_row(relative)) is not None:
+                row: dict[str, Any] = json.loads(table.rows[index].as_py())
+                return row
+    return {}
+
+
+def _note_rows(root: str, name: str, used: Mapping[Path, bytearray]) -> None:
+    """Marks the image's row in each metadata file as used."""
+    for path, relative in _list_metadata(root, name):
+        if (flags := used.get(path)) is not None:
+            table = _open_metadata(path)
+            if (index := table.find_row(relative)) is not None:
+                flags.extend(bytes(max(0, len(table.rows) - len(flags))))
+                for double in _find_indices(table.names, table.names[index].as_py()):
+                    flags[double] = True
+
+
+def _report_unused_rows(root: Path, used: Mapping[Path, bytearray]) -> None:
+    """Prints a line for each metadata file with rows that no image has."""
+    for path, flags in used.items():
+        table = _open_metadata(path)
+        if num_lost := len(table.rows) - sum(flags):
+            flags.extend(bytes(max(0, len(table.rows) - len(flags))))
+            lost = islice((index for index, is_used in enumerate(flags) if not is_used), NUM_EXAMPLES)
+            names = ", ".join(repr(table.names[index].as_py()) for index in lost)
+            progress.say(
+                f"{path.relative_to(root)}: {num_lost} of {len(table.rows)} rows name no image in the folder: {names}"
+                + (", ..." if num_lost > NUM_EXAMPLES else "")
+            )
+
+
+def _list_metadata(root: str, name: str) -> Iterator[tuple[Path, str]]:
+    """Where the metadata of an image may be, nearest first, and what it would call the image."""
     image = PurePosixPath(name)
     for folder in image.parents:
         for metadata in METADATA:
-            path = Path(root, _unescape_name(str(folder)), metadata)
-            if path.is_file():
-                status = path.stat()
-                row = _load_table(path, status.st_mtime_ns, status.st_size).find_row(str(image.relative_to(folder)))
-                if row is not None:
-                    return row
-    return {}
+            yield Path(root, _unescape_name(str(folder)), metadata), str(image.relative_to(folder))
+
+
+def _open_metadata(path: Path) -> _Table:
+    status = path.stat()
+    return _load_table(path, status.st_mtime_ns, status.st_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
-    """A metadata file as two columns of text: about as large in memory as on disk, in any format."""
+    """A metadata file as columns of text: about as large in memory as on disk, in any format."""
 
+    folder: Path  # that its names are relative to
     names: pa.Array  # sorted
     rows: pa.Array  # JSON
+    loose_names: pa.Array  # sorted, of the names that `loosen_name` changes
+    loose_rows: pa.Array  # their numbers
 
-    def find_row(self, name: str) -> dict[str, Any] | None:
-        index = bisect_left(range(len(self.names)), name, key=lambda index: self.names[index].as_py())
-        if index == len(self.names) or self.names[index].as_py() != name:
-            return None
-        row: dict[str, Any] = json.loads(self.rows[index].as_py())
-        return row
+    def find_row(self, name: str) -> int | None:
+        """The number of the row with the name or, without one, of the only row whose name is loosely the same.
+
+        A row that has the exact name of another file is that file's.
+        """
+        if (exact := next(_find_indices(self.names, name), None)) is not None:
+            return exact
+        loose = _common.loosen_name(name)
+        indices = [*_find_indices(self.names, loose)]
+        indices += [self.loose_rows[index].as_py() for index in _find_indices(self.loose_names, loose)]
+        free = [index for index in indices if not self._is_file(self.names[index].as_py())]
+        return free[0] if len(free) == 1 else None
+
+    def _is_file(self, name: str) -> bool:
+        return "\0" not in name and os.path.lexists(self.folder / _unescape_name(name))
+
+
+def _find_indices(names: pa.Array, name: str) -> Iterator[int]:
+    """The positions of a name among sorted names."""
+    index = bisect_left(range(len(names)), name, key=lambda index: names[index].as_py())
+    while index < len(names) and names[index].as_py() == name:
+        yield index
+        index += 1
 
 
 @lru_cache(maxsize=8)
@@ -166,11 +274,23 @@ def _load_table(path: Path, modified: int, size: int) -> _Table:  # noqa: ARG001
 
     schema = pa.schema([("names", pa.large_string()), ("rows", pa.large_string())])
     chunks, rows = [schema.empty_table()], _read_rows(path)
-    while batch := list(islice(rows, NUM_ROWS)):
-        names = [os.path.normpath(_common.replace_surrogates(row.pop(FILE_NAME))) for row in batch]
-        chunks.append(pa.table([names, [_common.format_json(row) for row in batch]], schema))
+    try:
+        while batch := list(islice(rows, NUM_ROWS)):
+            names = [os.path.normpath(_common.replace_surrogates(row.pop(FILE_NAME))) for row in batch]
+            chunks.append(pa.table([names, [_common.format_json(row) for row in batch]], schema))
+    except (csv.Error, BrokenParquetError) as error:
+        raise ConfigError(str(path), f"cannot be read: {error}") from error
     table = pa.concat_tables(chunks).sort_by("names")
-    return _Table(names=table["names"].combine_chunks(), rows=table["rows"].combine_chunks())
+    names = table["names"].combine_chunks()
+    loose = ((_common.loosen_name(name.as_py()), index) for index, name in enumerate(names))
+    pairs = sorted(pair for pair in loose if pair[0] != names[pair[1]].as_py())
+    return _Table(
+        folder=path.parent,
+        names=names,
+        rows=table["rows"].combine_chunks(),
+        loose_names=pa.array([name for name, _ in pairs], pa.large_string()),
+        loose_rows=pa.array([index for _, index in pairs], pa.int64()),
+    )
 
 
 def _read_columns(path: Path) -> Collection[str]:
@@ -189,11 +309,11 @@ def _read_columns(path: Path) -> Collection[str]:
 
 
 def _read_csv_columns(stream: BinaryIO) -> Collection[str]:
-    return next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
+    return next(csv.reader(_open_text(stream, newline="")), [])
 
 
 def _read_jsonl_columns(stream: BinaryIO) -> Collection[str]:
-    return _common.parse_json(next(iter(stream), b"{}")).keys()
+    return _common.parse_json(next(_open_text(stream, newline="\n"), "{}").encode(errors="surrogateescape")).keys()
 
 
 def _read_parquet_columns(stream: BinaryIO) -> Collection[str]:
@@ -209,16 +329,33 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     return (row for row in read(path) if isinstance(row.get(FILE_NAME), str))
 
 
+def _open_text(stream: BinaryIO, *, newline: str) -> TextIO:
+    """Opens a text by its byte order mark; without one as UTF-8, other bytes as surrogates."""
+    codec = _common.find_mark(stream.read(4)) or "utf-8"
+    stream.seek(0)
+    errors = "surrogateescape" if codec.startswith("utf-8") else "replace"
+    return io.TextIOWrapper(stream, codec, errors=errors, newline=newline)
+
+
+def _decode_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `_open_text`; fields that are not UTF-8 are decoded as other texts are."""
+    odd = {name: value for name, value in row.items() if isinstance(value, str) and not value.isascii()}
+    data = {name: value.encode(errors="surrogateescape") for name, value in odd.items()}
+    is_guessed = any(_common.find_encoding(one) == _common.GUESSED_ENCODING for one in data.values())
+    decoded = {name: one.decode(_common.find_encoding(one), "replace") for name, one in data.items()}
+    return {**row, **decoded, **({_common.ENCODING: _common.GUESSED_ENCODING} if is_guessed else {})}
+
+
 def _read_csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_common.MAX_TEXT_BYTES)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        for row in csv.DictReader(lines, restkey=""):
-            yield dict(row)
+    with path.open("rb") as stream:
+        yield from map(_decode_fields, csv.DictReader(_open_text(stream, newline=""), restkey=""))
 
 
 def _read_jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        yield from map(_common.parse_json, lines)
+    with path.open("rb") as stream:
+        for line in _open_text(stream, newline="\n"):
+            yield _common.parse_json(line.encode(errors="surrogateescape"))
 
 
 def _read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -349,6 +349,55 @@ class TestFolder:
             self.read(tmp_path, alt_text="txet")
         assert self.read(tmp_path, alt_text="text")["a.jpg"].alt_text == "words"
 
+    def test_sidecars_may_be_spelled_in_another_case(self, tmp_path: Path) -> None:
+        write(tmp_path, {f"{name}.JPG": "" for name in ("D1", "D2", "D3", "D4", "D5", "d5")})
+        write(tmp_path, {"D1.TXT": "1", "D2.JSON": '{"caption": "2"}', "d3.txt": "3", "D4.txt": "4", "D4.TXT": "other"})
+        write(tmp_path, {"D5.Txt": "large", "d5.txt": "small", "notes.TXT": "no image's"})
+        raws = self.read(tmp_path)
+        assert {name: raw.alt_text for name, raw in raws.items()} == {
+            "D1.JPG": "1",
+            "D2.JPG": "2",
+            "D3.JPG": "3",
+            "D4.JPG": "4",
+            "D5.JPG": "large",
+            "d5.JPG": "small",
+            "notes.TXT": None,
+        }
+
+    @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "cp1252"])
+    def test_texts_are_decoded_by_mark_then_as_utf8_then_as_cp1252(self, tmp_path: Path, codec: str) -> None:
+        text = "café “smart” – a dog’s bowl"
+        mark = b"\xfe\xff" if codec == "utf-16-be" else b""
+        table = f"file_name,text\nc.jpg,{text}\nplain.jpg,plain\n"
+        write(tmp_path, {"a.jpg": "", "b.jpg": "", "csv/c.jpg": "", "csv/plain.jpg": "", "jsonl/c.jpg": ""})
+        write(tmp_path, {"a.txt": mark + text.encode(codec), "csv/metadata.csv": mark + table.encode(codec)})
+        lines = json.dumps({"file_name": "c.jpg", "text": text}, ensure_ascii=False)
+        write(tmp_path, {"b.json": mark + json.dumps({"caption": text}, ensure_ascii=False).encode(codec)})
+        write(tmp_path, {"jsonl/metadata.jsonl": mark + lines.encode(codec)})
+        raws = self.read(tmp_path)
+        assert raws.pop("csv/plain.jpg").metadata == "{}"
+        flag = '{"text_encoding": "cp1252"}' if codec == "cp1252" else "{}"
+        assert {(raw.alt_text, raw.metadata) for raw in raws.values()} == {(text, flag)}
+
+    def test_metadata_rows_find_files_whose_names_are_written_another_way(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write(tmp_path, dict.fromkeys(("sub/a.jpg", "B.JPG", "c.jpg", "é.jpg", "x.jpg", "X.jpg", "y.jpg"), ""))
+        names = ["sub\\a.jpg", "b.jpg", " c.jpg", "e\u0301.jpg", "x.jpg", "Y.jpg", "y.JPG", "gone.jpg", "x.jpg"]
+        write_metadata(tmp_path / "metadata.csv", [{"file_name": name, "text": name} for name in names])
+        assert {name: raw.alt_text for name, raw in self.read(tmp_path).items()} == {
+            "sub/a.jpg": "sub\\a.jpg",
+            "B.JPG": "b.jpg",
+            "c.jpg": " c.jpg",
+            "é.jpg": "e\u0301.jpg",
+            "x.jpg": "x.jpg",
+            "X.jpg": None,
+            "y.jpg": None,  # x.jpg's row is its own; two rows may be y.jpg's
+        }
+        assert capsys.readouterr().err == (
+            "metadata.csv: 3 of 9 rows name no image in the folder: 'Y.jpg', 'gone.jpg', 'y.JPG'\n"
+        )
+
     @pytest.mark.slow
     def test_reads_an_imagefolder_as_datasets_does(self, tmp_path: Path) -> None:
         import datasets
