@@ -43,8 +43,6 @@ def load(folder: Path) -> Run:
         ConfigError: the file is missing, is not TOML, or has a key or value that is not allowed.
     """
     file = folder / "run.toml"
-    if glob := sorted(set("[*?") & set(str(file.absolute()))):
-        raise ConfigError(str(file), f"a run's path must not contain {glob[0]}: SQL would read other directories too")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ MAX_QUOTED = 100  # characters of a statement in an error
 QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # DuckDB's, which only read
 ALLOWED = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
 EXPLAIN = re.compile(r"^EXPLAIN\b\s*(ANALYZE\b|\(\s*(ANALYZE|FORMAT)\b[\w\s,']*\))?", re.IGNORECASE)
+HANDLE = re.compile(r"/proc/self/fd/\d+/")  # of a run's folder, in the paths that DuckDB reads
 TABLE_FUNCTIONS = re.compile(  # except those that take a view's name as text: the view would not be defined
     r"(read|parquet|duckdb|pragma)_\w+|generate_series|glob|json_(each|tree)|range|repeat(_row)?|sniff_csv|unnest"
 )
@@ -51,8 +53,9 @@ class Connection:
     run has no such table, it is empty, with the right columns.
     """
 
-    def __init__(self, duck: duckdb.DuckDBPyConnection, views: Iterable[str]) -> None:
-        self.duck = duck
+    def __init__(self, duck: duckdb.DuckDBPyConnection, views: Iterable[str], *, handle: int) -> None:
+        """`handle` is that of the run's folder, through which the views read."""
+        self.duck, self._handle = duck, handle
         self._undefined = {_view_name(statement): statement for statement in views}
         for record in RECORDS:
             columns = ", ".join(
@@ -72,14 +75,18 @@ class Connection:
             try:
                 self.duck.execute(self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
             except duckdb.Error as error:
-                why = str(error).partition("\n")[0]  # the rest shows our statement, not the user's
+                why = _format_error(error).partition("\n")[0]  # the rest shows our statement, not the user's
                 if "No files found" not in why:
                     remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
                     raise MachineError(f"a file of {name} does not read: {why}; {remedy}") from error
             del self._undefined[name]
 
     def close(self) -> None:
+        """Idempotent."""
         self.duck.close()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
     def __enter__(self) -> Connection:
         return self
@@ -98,13 +105,16 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     """
     import duckdb
 
-    run = folder.absolute()
     duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
+    # DuckDB reads *, [ and \ in any part of a path as a pattern. Through a handle the run's own path is no part of it.
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    root = f"/proc/self/fd/{handle}"
+    allowed = ", ".join(quote_literal(f"{path}/") for path in (root, folder.absolute()))
     duck.execute(QUIET)
-    duck.execute(f"SET allowed_directories = [{quote_literal(str(run) + '/')}]")
+    duck.execute(f"SET allowed_directories = [{allowed}]")
     duck.execute("SET enable_external_access = false")
     duck.execute("SET lock_configuration = true")
-    return Connection(duck, _read_views(run, files, where or {}))
+    return Connection(duck, _read_views(root, files, where or {}), handle=handle)
 
 
 def connect_run(run: Run, *, files: str = "*.parquet") -> Connection:
@@ -134,10 +144,9 @@ def _list_named_folders(run: Run) -> Iterator[str]:
     yield from list_score_folders(run, run.sections["score"])
 
 
-def _read_views(run: Path, files: str, where: Mapping[str, str]) -> Iterator[str]:
-    """The statements of manifests/views.sql with absolute paths."""
+def _read_views(folder: str, files: str, where: Mapping[str, str]) -> Iterator[str]:
+    """The statements of manifests/views.sql with paths below `folder`, which means nothing to DuckDB."""
     text = (resources.files("manifests") / "views.sql").read_text(encoding="utf-8")
-    folder = str(run).replace("'", "''")
     for statement in filter(None, map(str.strip, re.sub(r"--[^\n]*", "", text).split(";"))):
         condition = where.get(_view_name(statement))
         absolute = statement.replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{folder}/")
@@ -257,10 +266,15 @@ def _translate_errors() -> Iterator[None]:
         yield
     except duckdb.IOException as error:
         if "No files found" in str(error):
-            raise QueryError(str(error)) from error
-        raise MachineError(str(error)) from error
+            raise QueryError(_format_error(error)) from error
+        raise MachineError(_format_error(error)) from error
     except duckdb.Error as error:
-        raise QueryError(str(error)) from error
+        raise QueryError(_format_error(error)) from error
+
+
+def _format_error(error: Exception) -> str:
+    """DuckDB's message, with the files of the run relative to its folder."""
+    return HANDLE.sub("", str(error))
 
 
 def _list_values(key: str, tree: Any) -> Iterator[str]:
