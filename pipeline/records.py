@@ -9,11 +9,12 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+R = TypeVar("R", bound="Record")
 ImageStatus = Literal["ok", "empty", "unreadable", "unsupported", "too_small", "too_large"]
 CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "error"]
 ScoreStatus = Literal["ok", "unknown", "error"]
@@ -330,6 +331,55 @@ def make_key(shard: int, index: int) -> str:
     """
     assert shard < 10**6 > index, f"sample {index} of shard {shard} has no key: a shard holds at most a million samples"
     return f"{shard:06d}{index:06d}"
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, which no file can hold, replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def make_storable(row: R) -> R:
+    """The row, or, if a table cannot hold one of its values, the same row with that value replaced and its status.
+
+    The status is "invalid", or "error" in tables without it. Rows without either are returned as they are.
+    """
+    unstorable = [name for name, value in vars(row).items() if not _is_storable(value)]
+    if not unstorable:
+        return row
+    statuses = get_args(get_type_hints(type(row)).get("status"))
+    status = next((status for status in ("invalid", "error") if status in statuses), None)
+    if status is None:
+        return row
+    changes = {name: _replace_unstorable(getattr(row, name)) for name in unstorable}
+    changes |= dict.fromkeys({"value", "fields"} & vars(row).keys())
+    error = f"a table cannot hold its {' and '.join(unstorable)}"
+    plain: Any = row
+    repaired: R = dataclasses.replace(plain, **{**changes, "status": status, "error": error})
+    return repaired
+
+
+def _is_storable(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or replace_surrogates(value) == value
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, tuple):
+        return all(map(_is_storable, value))
+    return not dataclasses.is_dataclass(value) or all(map(_is_storable, vars(value).values()))
+
+
+def _replace_unstorable(value: Any) -> Any:
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if isinstance(value, int) and not _is_storable(value):
+        return 0
+    if isinstance(value, tuple):
+        return tuple(map(_replace_unstorable, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: _replace_unstorable(part) for name, part in vars(value).items()})
+    return value
 
 
 def arrow_schema(record: type[Record]) -> pa.Schema:

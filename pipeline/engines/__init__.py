@@ -3,7 +3,7 @@
 The folder is the registry: one engine per file, named by `engines.NAME.kind`. An engine is a module with two names:
 `Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.sections.key`; and
 `open(config) -> Engine`, which loads the model. An engine passes every attempt through `finish_attempt`, so that
-sampling ladders have one meaning.
+sampling ladders have one meaning, and every reply holds text and numbers that a table can hold.
 
 An engine knows nothing of images' origins, captions or rubrics. A request that cannot be answered is a reply with an
 error; an engine that cannot answer at all raises `EngineDiedError`.
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
+
+from pipeline.engines import _output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Reply:
     text: str = ""
     finish_reason: str | None = None  # "stop", "length"; None when nothing was generated
     error: str | None = None  # why there is no answer
+    fault: str = ""  # why the text is no usable answer, to any prompt; "": it may be one
     problem: str = ""  # what `accept` returned for the last attempt; "" when it was accepted
     attempt: int = 0  # from 1; 0 when nothing was generated
     sampling: Sampling = field(default_factory=Sampling)  # of that attempt
@@ -93,8 +96,23 @@ def finish_attempt(request: Request, reply: Reply, attempt: int) -> tuple[Reply,
     Every engine calls this once per attempt, counted from 1. An answer is final when it was accepted, failed as a
     request, or came from the ladder's last rung.
     """
+    reply = clean_reply(reply)
     reply = replace(reply, attempt=attempt, sampling=request.ladder[attempt - 1], seed=request.seed + attempt - 1)
     if reply.error is not None:
         return reply, True
-    problem = request.accept(reply)
+    problem = request.accept(reply) or reply.fault
     return replace(reply, problem=problem), not problem or attempt == len(request.ladder)
+
+
+def clean_reply(reply: Reply) -> Reply:
+    """Returns the reply with text and numbers in every field; sound ones are unchanged."""
+    output = _output.read_output(
+        content=reply.text,
+        finish_reason=reply.finish_reason,
+        error=reply.error,
+        fault=reply.fault,
+        num_prompt_tokens=reply.num_prompt_tokens,
+        num_output_tokens=reply.num_output_tokens,
+        logprobs=reply.logprobs,
+    )
+    return replace(reply, **vars(output))

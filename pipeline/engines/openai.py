@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
-from pipeline.engines import Reply, Request, Sampling, _chat
+from pipeline.engines import Reply, Request, Sampling, _chat, _output
 from pipeline.engines._options import Model, Serving, require_module
 from pipeline.engines._redaction import Redactor
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
@@ -308,11 +308,12 @@ class _Client:
 
     def _read_reply(self, body: bytes, url: str) -> Reply:
         try:
-            reply = _parse_reply(body)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reply = Reply(**vars(_output.parse_completion(body)))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             quoted = self._redactor.quote(body.decode(errors="replace"))
             raise ServerError(f"{url} sent a malformed response ({type(error).__name__}): {quoted}") from error
-        return replace(reply, text=self._redactor.mask_answer(reply.text))
+        shown = None if reply.error is None else self._redactor.quote(reply.error)
+        return replace(reply, text=self._redactor.mask_answer(reply.text), error=shown)
 
     def _start_health_check(self, server: _Server) -> None:
         if server.health_check is None or server.health_check.done():
@@ -373,17 +374,3 @@ def _extract_error(body: bytes) -> str:
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         text = json.loads(text)["error"]["message"]
     return str(text)
-
-
-def _parse_reply(body: bytes) -> Reply:
-    answer = json.loads(body)
-    choice = answer["choices"][0]
-    usage = answer.get("usage") or {}
-    logprobs = choice.get("logprobs")
-    return Reply(
-        text=choice["message"]["content"] or "",
-        finish_reason=choice["finish_reason"],
-        num_prompt_tokens=usage.get("prompt_tokens"),
-        num_output_tokens=usage.get("completion_tokens"),
-        logprobs=tuple(token["logprob"] for token in logprobs["content"]) if logprobs else None,
-    )

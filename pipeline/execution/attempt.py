@@ -17,7 +17,7 @@ from pipeline.errors import OvertakenError, StoppedError
 from pipeline.execution.passes import Pass, Payload, Shard
 from pipeline.execution.tally import ShardTally
 from pipeline.progress import ProgressMeter
-from pipeline.records import Record, status_of
+from pipeline.records import Record, make_storable, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
@@ -75,7 +75,7 @@ class Attempt:
                 if self.parts.add(row):
                     self._check_overtaken()
         except BaseException:  # Ctrl-C too: finished rows are saved
-            with suppress(OSError):  # the disk may be what failed
+            with suppress(OSError, ValueError):  # the disk or a row may be what failed
                 self.parts.flush()
             raise
         self._check_overtaken()
@@ -123,7 +123,7 @@ class Attempt:
         for output in self.p.work(draw_inputs(), engines):
             assert output.id == pending[0], f"{self.p.title} gave row {output.id} for input {pending[0]}"
             pending.popleft()
-            row = payload.take(output) if payload else output
+            row = make_storable(payload.take(output) if payload else output)
             self.tally.count(row)
             yield row
         if stopped.is_set():

@@ -46,13 +46,13 @@ def read_answer(reply: Reply, answer_format: AnswerFormat | None = None) -> Answ
     if reply.error is not None:
         return _reject("error", raw, reply.error)
     if not raw:
-        return _reject("empty", raw, "the answer is empty")
+        return _reject("empty", raw, reply.fault or "the answer is empty")
     text, fields, problem = _parse_structured(raw, answer_format) if answer_format else (raw, None, "")
     if loop := find_loop(text):
         return _reject("repeated", raw, f"the answer loops: {loop}")
-    if reply.finish_reason != "stop":
-        return _reject("truncated", raw, _explain_truncation(reply))
-    if problem:
+    if reply.finish_reason == "length" or (reply.finish_reason != "stop" and not reply.fault):
+        return _reject("truncated", raw, reply.fault or _explain_truncation(reply))
+    if problem := reply.fault or problem:
         return _reject("invalid", raw, problem)
     return Answer(text=text, fields=fields, status="ok", error=None)
 
@@ -65,6 +65,8 @@ def read_value(reply: Reply, schema: Mapping[str, Any]) -> Any:
     """
     if reply.error is not None:
         raise ValueError(reply.error)
+    if reply.fault:
+        raise ValueError(reply.fault)
     if reply.finish_reason != "stop":
         raise ValueError(_explain_truncation(reply))
     return _parse_value(reply.text, schema)

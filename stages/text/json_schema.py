@@ -37,11 +37,16 @@ def parse_json(text: str) -> Any:
         ValueError: the text is not JSON, or an object in it repeats a name; the message says what and where.
     """
     try:
-        return json.loads(
+        value = json.loads(
             strip_fence(text), strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant
         )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a text in it holds half a character, a lone surrogate") from error
+    return value
 
 
 def strip_fence(text: str) -> str:
@@ -52,7 +57,10 @@ def strip_fence(text: str) -> str:
 
 def find_problem(value: Any, schema: Mapping[str, Any]) -> str:
     """The first violation of the schema; "" when there is none."""
-    return next(_find_problems(value, schema, ""), "")
+    try:
+        return next(_find_problems(value, schema, ""), "")
+    except RecursionError:
+        return "it is nested too deeply"
 
 
 def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:

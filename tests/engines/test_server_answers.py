@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from pipeline.engines import Reply
+from pipeline.engines import Reply, Sampling, clean_reply, finish_attempt
 from pipeline.engines._redaction import MAX_QUOTED, Redactor
 from tests.engines.test_openai import opened, request
 from tests.support.scripted import SOUND, Scripted, complete
@@ -59,3 +61,125 @@ def test_other_spellings_of_a_key_are_masked_and_quotes_are_printable() -> None:
     assert redactor.quote('1 a\\"b/c d\\u20ac 2 a%22b%2Fc%20d%E2%82%AC 3\n\x1b[31m\ud83d') == "1 *** 2 *** 3 [31m"
     assert Redactor("").quote("plain") == "plain"
     assert ask(lambda *_: complete(SOUND)).text == SOUND
+
+
+PARTS = [{"type": "text", "text": SOUND[:10]}, {"type": "text", "text": SOUND[10:]}]
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+DEEP = json.loads("[" * 400 + "]" * 400)
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "error"),
+    [
+        (PARTS, SOUND, None),
+        ([THINKING, *PARTS], SOUND, None),
+        ([SOUND], SOUND, None),
+        (PARTS[0], SOUND[:10], None),
+        ({"text": SOUND}, SOUND, None),
+        (SOUND + " \ud83d\ude00", SOUND + " 😀", None),
+        ([SOUND + "\ud83d", "\ude00"], SOUND + "😀", None),
+        (None, "", None),
+        ([], "", None),
+        (7, "", "of type int"),
+        (True, "", "of type bool"),
+        ({"type": "image", "text": SOUND}, "", "something else"),
+        ({"type": ["text"], "text": SOUND}, "", "something else"),
+        ([7], "", "something else"),
+        (DEEP, "", "something else"),
+        ([{"type": "refusal", "refusal": "no\ud83d"}], "", "the model refused: no"),
+        ("word " * 60_000, "word " * 52_428 + "word", "300000 characters"),
+    ],
+)
+def test_content_becomes_text_or_is_an_error(content: Any, text: str, error: str | None) -> None:
+    reply = ask(lambda *_: complete(content))
+    assert (reply.text, reply.fault) == (text, "") and (reply.error is None) == (error is None)
+    assert (error or "") in (reply.error or "") and (reply.error or "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices": [{"message": ' * 50_000, b"1" * 100_000, b"\xff", b"[]"]
+)
+def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
+    assert "malformed response" in str(ask(lambda *_: body).error)
+
+
+@pytest.mark.parametrize(
+    ("reason", "stored"),
+    [
+        ("stop", "stop"),
+        ("eos", "stop"),
+        ("eos_token", "stop"),
+        ("end", "stop"),
+        ("end_turn", "stop"),
+        ("END_TURN", "stop"),
+        (None, "stop"),
+        ("length", "length"),
+        ("MAX_TOKENS", "length"),
+    ],
+)
+def test_servers_names_of_ends_and_cuts_are_known(reason: Any, stored: str) -> None:
+    reply = ask(lambda *_: complete(SOUND, reason))
+    assert (reply.text, reply.finish_reason, reply.error, reply.fault) == (SOUND, stored, None, "")
+
+
+def test_a_missing_reason_to_stop_is_an_end_if_there_is_text() -> None:
+    assert ask(lambda *_: {"choices": [{"message": {"content": SOUND}}]}).finish_reason == "stop"
+    assert ask(lambda *_: {"choices": [{"message": {"content": ""}}]}).finish_reason is None
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (complete(None, "content_filter"), "content filter .*content_filter"),
+        (complete("A red", "content_filter"), "content filter .*content_filter"),
+        (complete(None, refusal="I cannot describe this person."), "the model refused: I cannot describe this person"),
+        (complete(None, "refusal"), "the model refused"),
+        (complete(None, "tool_calls", tool_calls=[{"id": "a"}]), "called a tool .*tool_calls"),
+        (complete(None, "stop", tool_calls=[{"id": "a"}]), "called a tool .*tool_calls"),
+        (complete(SOUND, 7), "finish_reason is of type int"),
+        (complete(SOUND, {"a": "\ud83d"}), "finish_reason is of type dict"),
+    ],
+)
+def test_an_answer_that_will_not_change_is_named_and_not_retried(body: dict[str, Any], error: str) -> None:
+    with Scripted(lambda *_: body) as server, opened(server) as engine:
+        (reply,) = engine.generate([request(0, ladder=(Sampling(),) * 5, accept=lambda _: "never")])
+    assert re.search(error, str(reply.error)) and (reply.attempt, server.seen.total()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"), [(complete(SOUND + "\ud83d"), "surrogate"), (complete(SOUND, "odd"), "'odd'")]
+)
+def test_a_fault_that_another_attempt_may_not_have_is_retried(body: dict[str, Any], fault: str) -> None:
+    with Scripted(lambda *_: body) as server, opened(server) as engine:
+        (reply,) = engine.generate([request(0, ladder=(Sampling(),) * 3)])
+    assert fault in reply.fault == reply.problem and (reply.attempt, reply.error) == (3, None)
+    reply.text.encode()
+
+
+@pytest.mark.parametrize("count", [-1, 2**63, 2**40, "5", None, True, [], 5.5, math.inf, math.nan])
+def test_nonsense_counts_are_unknown(count: Any) -> None:
+    body = complete(SOUND) | {"usage": {"prompt_tokens": count, "completion_tokens": 5.0}}
+    reply = ask(lambda *_: json.dumps(body).encode())
+    assert (reply.text, reply.num_prompt_tokens, reply.num_output_tokens) == (SOUND, None, 5)
+
+
+@pytest.mark.parametrize("usage", [None, [], "x", 7])
+def test_odd_usage_and_logprobs_leave_the_answer(usage: Any) -> None:
+    body = complete(SOUND) | {"usage": usage}
+    body["choices"][0]["logprobs"] = {"content": [{"logprob": usage}]}
+    reply = ask(lambda *_: body)
+    assert (reply.text, reply.num_output_tokens, reply.error) == (SOUND, None, None)
+
+
+def test_replies_of_every_engine_are_cleaned() -> None:
+    odd = Reply(text="half \ud83d", finish_reason="EOS", num_output_tokens=-1, logprobs=(math.nan,))
+    reply, _ = finish_attempt(request(0), odd, 1)
+    assert (reply.text, reply.finish_reason, reply.num_output_tokens, reply.logprobs) == (
+        "half \ufffd",
+        "stop",
+        None,
+        None,
+    )
+    assert "surrogate" in reply.fault
+    sound = Reply(text=SOUND, finish_reason="stop", num_output_tokens=5, logprobs=(-0.5,))
+    assert clean_reply(sound) == sound
