@@ -1,12 +1,12 @@
-"""What it costs to decode images out of harm's way: `ProbePool` against bare loops on the same number of processes.
+"""Measures the cost of decoding images in isolation: `ProbePool` against bare loops on the same number of processes.
 
     python -m benchmarks.decode [--seconds 2] [--pairs 5] [--procs N]
 
-Three ways to check the same JPEGs, held in memory, by turns:
-  plain   a loop over Pillow's full decode and sha256: what one would write without thinking
-  probe   a loop over `pipeline.decoding.images.probe`, in processes that share nothing and that a bad file would end
+Three ways to check the same JPEGs in memory take turns:
+  plain   a loop over Pillow's full decode and SHA-256, the obvious code
+  probe   a loop over `pipeline.decoding.images.probe`, in separate processes, which a bad file could kill
   pool    `ProbePool`, fed by one parent over pipes
-The last line is JSON. Shares by CPU time count all processes, the parent too, and hardly mind a busy machine.
+The last line is JSON. Shares by CPU time count all processes, the parent included; a busy machine hardly affects them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = {"64 px": (64, 64), "224 px": (224, 224), "640 px": (640, 427), "12 MP":
 
 
 def make_photographs(size: tuple[int, int]) -> list[bytes]:
-    """A dozen photographs of `size`, no two alike, so that no cache serves them all."""
+    """A dozen different photographs of `size`, too many for a cache."""
     import sklearn.datasets
     from PIL import Image
 
@@ -59,7 +59,7 @@ WAYS: dict[str, Callable[[bytes], object]] = {"plain": decode_plainly, "probe": 
 
 
 def run_bare_loop(way: str, file: str, num_images: int) -> None:
-    """One of the bare loops' processes: waits for a line, then works through its images."""
+    """The process of a bare loop: waits for a line, then checks its images."""
     lengths, data = json.loads(Path(file).with_suffix(".json").read_text()), Path(file).read_bytes()
     files = [data[start : start + length] for start, length in lengths]
     WAYS[way](files[0])
@@ -110,7 +110,7 @@ def time_pool(pool: ProbePool, files: list[bytes], num_images: int) -> tuple[flo
 
 
 def read_cpu_seconds(pid: int) -> float:
-    """User and system time of a living process, from the clock that the scheduler keeps in nanoseconds."""
+    """User and system time of a running process, from the scheduler's nanosecond clock."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
@@ -146,7 +146,7 @@ def measure_size(name: str, files: list[bytes], *, seconds: float, pairs: int, p
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each loop, about")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each loop, approximately")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--procs", type=int, default=num_cores())
     parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""Measures what the pipeline costs around vLLM: the same images, flags and sampling, with and without it.
+"""Measures the pipeline's overhead around vLLM: the same images, flags and sampling, with and without the pipeline.
 
 (a) a bare loop over vLLM's asynchronous engine, images decoded in memory beforehand; (b) `recap run caption` with the
 engine in process, from tars to Parquet; (c) the same over a server; (d) datatrove's inference runner on that server,
 payloads prebuilt in memory. (a) and (b), and (c) and (d), take turns; start-up is excluded everywhere. Then (a) and (b)
 with 12-megapixel photographs, where the bare loop decodes with Pillow's draft mode in a pool of two threads. The bare
-loop asks vLLM as its documentation does, so vLLM tokenizes each prompt and detokenizes token by token; the pipeline
-spares itself both. vLLM starts twice, once in process and once as a server. datatrove gets an environment of its own,
-for its extras would replace vLLM.
+loop calls vLLM as its documentation does, so that vLLM tokenizes each prompt and detokenizes token by token; the
+pipeline avoids both. vLLM starts twice, once in process and once as a server. datatrove gets an environment of its own,
+because its extras would replace vLLM.
 
     python -m benchmarks.engine [--images 2000] [--pairs 5] [--photographs 200] [--out benchmarks/results/engine.json]
 """
@@ -67,24 +67,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--photographs", type=int, default=200, help="of 12 megapixels; 0: leave that part out")
+    parser.add_argument("--photographs", type=int, default=200, help="of 12 megapixels; 0: skip that part")
     parser.add_argument("--in-flight", type=int, default=128)
     parser.add_argument("--peer", type=Path, default=ROOT / ".venv-datatrove", help="datatrove's environment")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures; without it they are printed alone")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     start, where = time.monotonic(), describe_machine()
     install_peer(args.peer)
     with tempfile.TemporaryDirectory() as folder:
         results = measure_all(Path(folder), args)
-    found = (
+    figures = (
         {"benchmark": "engine", "machine": where}
         | summarise(results, args)
         | {"seconds": round(time.monotonic() - start)}
     )
-    print_summary(found)
+    print_summary(figures)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def measure_all(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -118,15 +118,15 @@ def measure_all(folder: Path, args: argparse.Namespace) -> dict[str, list[float]
 
 
 def take_turns(ways: dict[str, Callable[[], dict[str, float]]], num_pairs: int) -> dict[str, list[float]]:
-    """Each way once to warm up, then all of them in turn, forwards and backwards."""
-    found: dict[str, list[float]] = {}
+    """Runs each way once to warm up, then all of them in turn, forwards and backwards."""
+    results: dict[str, list[float]] = {}
     for turn in range(num_pairs + 1):
         for name in list(ways)[:: 1 if turn % 2 else -1]:
             measured = ways[name]()
             print(f"  {name}: {measured}", flush=True)
             for what, value in measured.items() if turn else ():
-                found.setdefault(name if what == "rate" else f"{name} {what}", []).append(value)
-    return found
+                results.setdefault(name if what == "rate" else f"{name} {what}", []).append(value)
+    return results
 
 
 # (a)
@@ -143,13 +143,13 @@ def open_engine(model: Path, args: argparse.Namespace) -> Iterator[vllm.Vllm]:
 
 
 def make_engine_keys(model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    # Without a prefix cache, for every round shows the same images.
+    # Without a prefix cache, since every round has the same images.
     extra = {"enable_prefix_caching": False}
     return {**FLAGS, "model": str(model), "max_in_flight": args.in_flight, "max_pixels": SIDE * SIDE, "extra": extra}
 
 
 def run_bare_loop(engine: vllm.Vllm, images: list[Any], args: argparse.Namespace) -> dict[str, float]:
-    """Images/s of the engine alone. Pictures that are still files are decoded in a pool of two threads."""
+    """Images/s of the engine alone. Images that are still files are decoded in a pool of two threads."""
     core = engine._core._engine
     text = engine._prompter.render_text(Request(id="", prompt=PROMPT, images=(b"",)))
     start, spent = time.perf_counter(), read_cpu_seconds()
@@ -222,11 +222,11 @@ def read_totals(run: Path, name: str) -> tuple[int, int, float]:
     return rows, int(tokens or 0), round(waiting or 0.0, 4)
 
 
-# What the CPU did
+# CPU time
 
 
 def time_decoding(decode: Callable[[bytes], Image.Image], images: list[bytes]) -> float:
-    """Milliseconds of one thread for an image."""
+    """Milliseconds of one thread to decode an image."""
     begun = time.process_time()
     for data in images:
         decode(data)
@@ -234,12 +234,12 @@ def time_decoding(decode: Callable[[bytes], Image.Image], images: list[bytes]) -
 
 
 def read_cpu_seconds() -> tuple[float, float]:
-    """Of this process, and of those that it has started: vLLM's, where nothing else runs."""
+    """CPU time of this process, and of its child processes, which are vLLM's."""
     return time.process_time(), sum(time.clock_gettime(~pid << 3 | 2) for pid in list_children(os.getpid()))
 
 
 def list_children(pid: int) -> Iterator[int]:
-    """With their own."""
+    """The child processes, with theirs."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
             yield child
@@ -255,7 +255,7 @@ def measure_cpu(before: tuple[float, float], num_images: int) -> dict[str, float
 
 
 def make_payloads(run: Path, file: Path) -> Path:
-    """The requests as the openai engine sends them."""
+    """Writes the requests as the openai engine sends them."""
     engine = openai.open(openai.Config(model="tiny", base_url="http://127.0.0.1:1/v1", max_pixels=SIDE * SIDE))
     with file.open("w") as out:
         for n, image in enumerate(read_images(run)):
@@ -280,9 +280,9 @@ def run_peer(python: Path, payloads: Path, url: str, args: argparse.Namespace) -
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise SystemExit(f"datatrove failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    of_an_image = measure_cpu(spent, found["num"]) | {"own ms": round(1000 * found["cpu"] / found["num"], 2)}
-    return {"rate": found["num"] / found["seconds"], **of_an_image}
+    result = json.loads(done.stdout.splitlines()[-1])
+    of_an_image = measure_cpu(spent, result["num"]) | {"own ms": round(1000 * result["cpu"] / result["num"], 2)}
+    return {"rate": result["num"] / result["seconds"], **of_an_image}
 
 
 # The corpus
@@ -332,11 +332,11 @@ def render_table(values: dict[str, Any]) -> str:
 
 
 def read_images(run: Path) -> list[bytes]:
-    found = []
+    images = []
     for path in sorted((run.parent / "tars").glob("*.tar")):
         with tarfile.open(path) as tar:
-            found += [file.read() for member in tar if (file := tar.extractfile(member))]
-    return found
+            images += [file.read() for member in tar if (file := tar.extractfile(member))]
+    return images
 
 
 def render_photograph(seed: int, size: tuple[int, int]) -> bytes:
@@ -360,7 +360,7 @@ NAMES = {
 
 
 def summarise(results: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
-    """What is printed and kept; rates in images/s, ratios of neighbours in time."""
+    """The figures to print and keep: rates in images/s, ratios of consecutive measurements."""
     return {
         "images": args.images,
         "photographs": args.photographs,
@@ -406,17 +406,17 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def print_summary(found: dict[str, Any]) -> None:
-    print(f"\n{found['machine']}\n{found['images']} images, {found['in_flight']} in flight; images/s")
-    for name, rates in found["rates"].items():
-        waited = found["waiting"].get(name)
+def print_summary(figures: dict[str, Any]) -> None:
+    print(f"\n{figures['machine']}\n{figures['images']} images, {figures['in_flight']} in flight; images/s")
+    for name, rates in figures["rates"].items():
+        waited = figures["waiting"].get(name)
         idle = f"   engine waited {median(waited):.1%}" if waited else ""
         print(f"  ({name}) {NAMES[name]:42} median {median(rates):7.1f}   {min(rates):7.1f} to {max(rates):7.1f}{idle}")
-    for name, cpu in found["cpu_ms_of_an_image"].items():
+    for name, cpu in figures["cpu_ms_of_an_image"].items():
         print(f"  ({name}) CPU time of an image: {cpu['own']:5.1f} ms of its own, {cpu['vllm']:5.1f} ms of vLLM's")
-    for name, spent in found["decode_ms_of_an_image"].items():
+    for name, spent in figures["decode_ms_of_an_image"].items():
         print(f"  ({name}) of it, decoding an image takes {spent:.1f} ms, alone and in one thread")
-    for pair, ratios in found["ratios"].items():
+    for pair, ratios in figures["ratios"].items():
         print(f"  {pair:7} median {median(ratios):.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
 
 

@@ -1,8 +1,8 @@
-"""Sends prebuilt payloads through datatrove's inference runner; runs in an environment of its own.
+"""Sends prebuilt payloads through datatrove's inference runner, in an environment of its own.
 
     python benchmarks/peer_datatrove.py PAYLOADS.jsonl URL MODEL IN_FLIGHT
 
-Prints the seconds from the first request to the last answer, those of CPU in between, and how many answers came.
+Prints the seconds from the first request to the last answer, the CPU seconds in between, and the number of answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures what it costs to find that nothing is to be done: `recap run all` on a finished run of many shards.
+"""Measures `recap run all` on a finished run of many shards, where nothing is left to do.
 
     python -m benchmarks.rerun [--shards 1000]
 
@@ -31,7 +31,7 @@ def main() -> None:
         time_recap("run", "all", "--run", run, "--workers", 2)
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         seconds = [(time_recap("run", "all", "--run", run), time_recap("--help")) for _ in range(args.pairs)]
-        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "a rerun touched files"
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "the rerun changed files"
     rerun, help_ = (median(pair[i] for pair in seconds) for i in (0, 1))
     print(f"{args.shards:,} shards, {len(before):,} files: a rerun takes {rerun:.2f} s, `recap --help` {help_:.2f} s")
     print(json.dumps({"benchmark": "rerun", "shards": args.shards, "rerun_seconds": rerun, "help_seconds": help_}))

@@ -1,7 +1,7 @@
-"""Measures whether the machine keeps up and stays small: many small JPEGs through all stages with the echo engine.
+"""Measures throughput and memory: many small JPEGs through all stages with the echo engine.
 
-Prints images/s for each stage, ingest as a share of a bare decode-and-hash loop on the same cores, and peak memory at
-both sizes. The last line is JSON.
+Prints images/s of each stage, ingest over a bare decode-and-hash loop on the same cores, and peak memory at both corpus
+sizes. The last line is JSON.
 
     python -m benchmarks.scale [--images 10000 100000] [--workers 2]
 """
@@ -25,7 +25,7 @@ from statistics import median
 from PIL import Image
 
 SIDE = 128  # pixels
-DISTINCT = 512  # pictures; files differ by a comment in the JPEG, so that no two have equal bytes
+DISTINCT = 512  # images; a comment in each JPEG makes all files different
 STAGES = ("ingest", "caption", "score", "filter", "export")
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs=2, default=[10_000, 100_000])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", help="the working directory; by default a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = [measure_corpus(Path(folder), num, args.workers) for num in args.images]
@@ -89,7 +89,7 @@ def run_recap(*args: object) -> tuple[float, int]:
 
 
 def measure_bare_rate(photos: Path, workers: int) -> float:
-    """Images/s of reading, decoding and hashing in `workers` processes, and nothing else."""
+    """Images/s of reading, decoding and hashing alone, in `workers` processes."""
     files = sorted(photos.rglob("*.jpg"))[:20_000]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(decode_and_hash, files[:64])

@@ -1,8 +1,8 @@
-"""Measures how long `recap status` takes on a run of many shards: at first, again, after one file has changed.
+"""Measures `recap status` on a run of many shards: the first time, again, and after one file has changed.
 
-Beside the seconds on the clock stand those of the processor, which a busy machine falsifies less.
-Every shard has all its tables; they are copies of one shard's, each with the stamp that its own place in the plan asks
-for. What belongs beside them has the right size and holds nothing. The last line is JSON.
+Prints seconds of wall and CPU time; a busy machine affects the latter less. Every shard has all its tables, copies of
+one shard's with the footer of their own place in the plan. Files beside them have the right size and no content. The
+last line is JSON.
 
     python -m benchmarks.status [--shards 100000]
 """
@@ -33,7 +33,7 @@ SIZE = 4  # images in a shard
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--folder", help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", help="the working directory; by default a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def create_run(run: Path, num_shards: int) -> int:
-    """A run in which all is done; returns its number of tables."""
+    """Makes a finished run; returns its number of tables."""
     sections = init.default_sections(
         {"kind": "scenes", "num_images": SIZE * num_shards, "shard_size": SIZE}, engine="echo", model=None
     )
@@ -82,7 +82,7 @@ def create_run(run: Path, num_shards: int) -> int:
 
 
 def edit_footer(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
-    """A stamp with another shard's files beside it, and other digests among its inputs."""
+    """The footer for another shard, with its files and the digests of its inputs."""
     values = json.loads(said)
     values.pop("check")
     given = values["recipe"]["inputs"]
@@ -94,7 +94,7 @@ def edit_footer(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
 
 
 def time_status(run: Path) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """Seconds on the clock and of the processor, and what was said."""
+    """Seconds of wall and CPU time, and the passes that it prints."""
     begun, before = time.monotonic(), os.times()
     command = [sys.executable, "-m", "pipeline", "status", "--json", "--run", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,6 +1,8 @@
 """An optimizer for weights in 16 bits: it updates 32-bit copies, matrices by Muon and the rest by AdamW.
 
 A model of a few million parameters on two cores is limited by examples, not by steps, and Muon needs fewer examples.
+torch.optim.Muon always orthogonalises in bfloat16: where a CPU emulates it, a step takes 5.2 s instead of 0.3 s
+(`ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.optimizer`). It has no 32-bit copies either.
 """
 
 from __future__ import annotations
