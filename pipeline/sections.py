@@ -35,6 +35,7 @@ def key(
     help: str = "",
     *,
     stamp: bool | str = True,
+    stamp_default: bool = True,
     shown: bool = True,
     least: float | None = None,
     most: float | None = None,
@@ -47,12 +48,14 @@ def key(
         default: the value of a section without this key; a key without a default is required.
         help: one line that `recap init` and editors show.
         stamp: whether the value decides rows, and so belongs to the fingerprint; a string is its name there.
+        stamp_default: whether the fingerprint has the default too; False for a key that was added after runs were made.
         shown: whether `recap init` writes it; False for keys that only tests set.
         least, most: bounds of a number, inclusive.
         locate: "path": relative to the directory of run.toml; "model": also in `<run>/models` or stages/models;
             "endpoint": a URL, or the word `endpoint` for the server that `recap serve` starts.
     """
-    about = {"help": help, "stamp": stamp, "shown": shown, "least": least, "most": most, "locate": locate}
+    about: dict[str, Any] = {"help": help, "stamp": stamp, "stamp_default": stamp_default, "shown": shown}
+    about |= {"least": least, "most": most, "locate": locate}
     if factory is not MISSING:
         return dataclasses.field(default_factory=factory, metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -60,10 +63,12 @@ def key(
 
 def stamped(config: Any) -> dict[str, Any]:
     """The fields of a config that decide rows, as JSON values: its part of the fingerprint."""
-    names = {f.name: f.metadata.get("stamp", True) for f in dataclasses.fields(config)}
-    return {
-        field if name is True else name: plain_value(getattr(config, field)) for field, name in names.items() if name
-    }
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        name, value = f.metadata.get("stamp", True), getattr(config, f.name)
+        if name and (f.metadata.get("stamp_default", True) or value != f.default):
+            fields[f.name if name is True else name] = plain_value(value)
+    return fields
 
 
 def plain_value(value: Any) -> Any:

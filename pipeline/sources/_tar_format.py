@@ -77,6 +77,11 @@ def read_members(tar: BinaryIO) -> Iterator[Member]:
         yield _make_damage(min(at, end), "is cut off: its end mark is missing")
 
 
+def is_header(block: bytes) -> bool:
+    """True for the first block of an uncompressed tar with members."""
+    return len(block) == BLOCK and block != ZERO and _parse_header(block) is not None
+
+
 def _make_damage(at: int, problem: str) -> Member:
     return Member(name="", offset=at, size=0, error=f"the tar {problem} at byte {at}")
 

@@ -1,7 +1,8 @@
 """Tars as samples: fetched and unpacked where needed, grouped by name, each with its image.
 
-A sample is the adjacent members that share a path up to the first dot of the file name, as in webdataset. It refuses
-to know what images, alt text and metadata are (`_common`), and how a tar is laid out (`_tar_format`).
+A sample is the adjacent members that share a key: the path up to the first dot of the file name, as in webdataset, or
+up to the last. It refuses to know what images, alt text and metadata are (`_common`), and how a tar is laid out
+(`_tar_format`).
 """
 
 from __future__ import annotations
@@ -9,19 +10,26 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, cast
+from functools import partial
+from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.records import Raw
 from pipeline.sources import _common, _files, _tar_format
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY_BYTES = 1 << 20  # moved at a time when a tar is staged
+SplitAt = Literal["first", "last"]
+NOT_TAKEN = (
+    "another image of its sample is taken: set source.image to the extension to take or, when file names contain dots,"
+    ' source.split_keys = "last"'
+)
 NO_FILE = _tar_format.Member(name="", offset=0, size=0, error="there is no image in the sample")
 SCRATCH_HELP = "the folder for copies of remote and compressed tars while they are read; empty: the system's"
 MAX_TAR_HELP = "a compressed tar that unpacks to more bytes than this is cut off there"
@@ -31,9 +39,9 @@ MAX_TAR_HELP = "a compressed tar that unpacks to more bytes than this is cut off
 class Sample:
     """Adjacent members that share a key."""
 
-    key: str  # the path up to the first dot of the file name
+    key: str  # the path up to the first or last dot of the file name
     members: dict[str, _tar_format.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
-    error: str | None = None  # this is no sample, but a range of the tar that cannot be read
+    error: str | None = None  # this is no sample, but a range of the tar or an image that cannot be used
 
     def mark_ambiguous(self) -> Sample:
         """The sample without usable members, since the one before it has a member of the same name."""
@@ -48,6 +56,13 @@ class Sample:
         last = (member for name, member in self.members.items() if _common.is_image(f".{name}"))
         return next(exact, next(last, NO_FILE))
 
+    def list_other_images(self) -> Iterator[Sample]:
+        """The images that `find_image` leaves when no extension is given, as samples with an error."""
+        taken = self.find_image("")
+        for name, member in self.members.items():
+            if member is not taken and member.error is None and _common.is_image(f".{name}"):
+                yield Sample(key=member.name, error=NOT_TAKEN)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tar:
@@ -58,10 +73,14 @@ class Tar:
     file: str | None  # path of the same bytes on disk; None for a scratch copy
     error: str | None = None  # why it ends early
 
-    def list_samples(self) -> Iterator[Sample]:
-        """All samples in order, from the headers alone, with damaged ranges between them."""
+    def list_samples(self, split_at: SplitAt = "first") -> Iterator[Sample]:
+        """All samples in order, from the headers alone, with damaged ranges between them.
+
+        Args:
+            split_at: the dot of a file name at which its key ends.
+        """
         sample: Sample | None = None
-        for one in filter(None, map(self._make_sample, _tar_format.read_members(self.stream))):
+        for one in filter(None, (self._make_sample(m, split_at) for m in _tar_format.read_members(self.stream))):
             if sample is not None and one.key == sample.key and not one.members.keys() & sample.members.keys():
                 sample.members.update(one.members)
                 continue
@@ -72,13 +91,15 @@ class Tar:
         if sample is not None:
             yield sample
 
-    def _make_sample(self, member: _tar_format.Member) -> Sample | None:
+    def _make_sample(self, member: _tar_format.Member, split_at: SplitAt) -> Sample | None:
         """A sample of one member; None when the member is hidden."""
         if not member.name:
             error = "; ".join(error for error in (member.error, self.error) if error)
             return Sample(key=f"{self.name}@{member.offset}", error=error)
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
+        if stem and extension and split_at == "last":
+            stem, _, extension = name.rpartition(".")
         return Sample(key=folder + slash + stem, members={extension.lower(): member}) if stem else None
 
     def read_image(self, sample: Sample, extension: str = "") -> Raw:
@@ -133,7 +154,13 @@ def open_tar(file: str, *, scratch: str, max_bytes: int) -> Iterator[Tar]:
             yield Tar(name=name, stream=stream, file=file if is_local else None)
         else:
             copy = stack.enter_context(_open_scratch(scratch))
-            error = _unpack_stream(open_unpacked(stream), copy, max_bytes)
+            packed = open_unpacked(stream)
+            error = _unpack_stream(packed, copy, max_bytes, step=COPY_BYTES)
+            if error:  # again in small steps, since a decoder that fails drops what it unpacked in the same step
+                stream.seek(0)
+                copy.seek(0)
+                again = open_unpacked(stream)  # beside the first, since Arrow's decoders close the file when they go
+                error = _unpack_stream(again, copy, max_bytes, step=_tar_format.BLOCK)
             yield Tar(name=name, stream=copy, file=None, error=error)
 
 
@@ -144,27 +171,30 @@ def _open_scratch(scratch: str) -> BinaryIO:
 def _choose_decoder(stream: BinaryIO) -> Callable[[BinaryIO], Any] | None:
     """Opens the unpacked stream, by the first bytes, since names may be wrong; None when it is not compressed."""
     decoders: dict[bytes, Callable[[BinaryIO], Any]] = {
-        b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-        b"BZh": bz2.BZ2File,
-        b"\xfd7zXZ\0": lzma.LZMAFile,
-        b"\x28\xb5\x2f\xfd": _open_zstd,
+        rb"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+        rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.BZ2File,
+        rb"\xfd7zXZ\0|\x5d\0\0": lzma.LZMAFile,  # xz, and the older lzma
+        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": partial(_open_arrow, codec="zstd"),  # or a frame to be skipped
+        rb"\x04\x22\x4d\x18": partial(_open_arrow, codec="lz4"),
     }
-    first = stream.read(6)
+    first = stream.read(_tar_format.BLOCK)
     stream.seek(0)
-    return next((decoder for magic, decoder in decoders.items() if first.startswith(magic)), None)
+    if _tar_format.is_header(first):  # a member's name may look like a packing
+        return None
+    return next((decoder for magic, decoder in decoders.items() if re.match(magic, first)), None)
 
 
-def _open_zstd(stream: BinaryIO) -> Any:
+def _open_arrow(stream: BinaryIO, *, codec: str) -> Any:
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), codec)
 
 
-def _unpack_stream(packed: Any, output: BinaryIO, max_bytes: int) -> str | None:
-    """Writes the unpacked bytes; returns the error that ended them early."""
+def _unpack_stream(packed: Any, output: BinaryIO, max_bytes: int, *, step: int) -> str | None:
+    """Writes the unpacked bytes, at most `step` at a time; returns the error that ended them early."""
     while True:
         try:
-            data = packed.read(COPY_BYTES)
+            data = packed.read1(step)
         except (EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # from the disk: decoders set no number

@@ -18,6 +18,11 @@ from pipeline.sources import _common, _files, _survey, _tars
 class Config:
     path: str | tuple[str, ...] = _files.declare_paths(".tar")
     image: str = key("", "the extension of the image where a sample has several; empty: the first that is an image's")
+    split_keys: _tars.SplitAt = key(
+        "first",
+        "the dot of a file name at which the sample's key ends: first, as webdataset has it, or last",
+        stamp_default=False,
+    )
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     scratch: str = key("", _tars.SCRATCH_HELP, stamp=False, locate="path")
     max_tar_bytes: int = key(10**11, _tars.MAX_TAR_HELP, least=1)
@@ -44,7 +49,16 @@ def place(file: str, config: Config) -> str:
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
-    """The samples of a tar, in its order."""
+    """The samples of a tar, in its order; then the images that none of them takes, unless the config chooses."""
     with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
-        for sample in islice(tar.list_samples(), piece.start, piece.stop):
+        for sample in islice(_list_samples(tar, config), piece.start, piece.stop):
             yield tar.read_sample(sample, column=config.alt_text, extension=config.image)
+
+
+def _list_samples(tar: _tars.Tar, config: Config) -> Iterator[_tars.Sample]:
+    others: list[_tars.Sample] = []
+    for sample in tar.list_samples(config.split_keys):
+        yield sample
+        if not config.image:
+            others += sample.list_other_images()
+    yield from others

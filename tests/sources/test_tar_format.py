@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import random
 import tarfile
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
-from pipeline.sources import _tar_format, webdataset
+from pipeline.sections import stamped
+from pipeline.sources import _tar_format, _tars, webdataset
 from tests.support.serving import serve_folder
 from tests.support.wrapped import add, make_tar
 
@@ -146,10 +148,42 @@ class TestSamples:
     def test_have_the_image_with_the_configured_extension(self, tmp_path: Path) -> None:
         members = {"a.seg.png": b"mask", "a.jpg": b"photo", "b.jpg": b"photo", "c.cls": b"1"}
         (tmp_path / "a.tar").write_bytes(make_tar(members))
-        assert [raw.data for raw in read_tars(tmp_path)] == [b"photo", b"photo", None]
+        assert [raw.data for raw in read_tars(tmp_path)] == [b"photo", b"photo", None, None]
         assert [raw.data for raw in read_tars(tmp_path, image="seg.png")] == [b"mask", None, None]
         assert collect_errors(read_tars(tmp_path, image="seg.png"))["b"] == "there is no seg.png in the sample"
-        assert collect_errors(read_tars(tmp_path)) == {"c": "there is no image in the sample"}
+        assert collect_errors(read_tars(tmp_path)) == {
+            "c": "there is no image in the sample",
+            "a.seg.png": _tars.NOT_TAKEN,
+        }
+
+    def test_every_image_that_is_not_taken_is_a_row(self, tmp_path: Path) -> None:
+        names = ["www.site_0.jpg", "www.site_0.txt", "www.site_1.jpg", "www.site_1.txt", "b.mask.png", "b.jpg"]
+        (tmp_path / "a.tar").write_bytes(make_tar({name: name.encode() for name in names}))
+        raws = read_tars(tmp_path)
+        assert [(raw.source_key, raw.data) for raw in raws] == [
+            ("www", b"www.site_0.jpg"),
+            ("b", b"b.jpg"),
+            ("www.site_1.jpg", None),
+            ("b.mask.png", None),
+        ]
+        for error in collect_errors(raws).values():
+            assert (
+                "set source.image to the extension to take or, when file names contain dots, source.split_keys" in error
+            )
+        assert len(read_tars(tmp_path, image="jpg")) == 2
+
+    def test_may_have_keys_that_end_at_the_last_dot(self, tmp_path: Path) -> None:
+        members = {f"a.b/www.site_{n}{end}": f"{n}".encode() for n in range(3) for end in (".jpg", ".txt")}
+        (tmp_path / "a.tar").write_bytes(make_tar(members | {"a.b/.hidden.jpg": b"", "plain.jpg": b"p"}))
+        raws = read_tars(tmp_path, split_keys="last")
+        assert [(raw.source_key, raw.data, raw.alt_text) for raw in raws] == [
+            *((f"a.b/www.site_{n}", f"{n}".encode(), f"{n}") for n in range(3)),
+            ("plain", b"p", None),
+        ]
+
+    def test_split_keys_is_in_the_fingerprint_only_when_it_is_set(self) -> None:
+        default, last = (stamped(webdataset.Config(path="x", **keys)) for keys in ({}, {"split_keys": "last"}))
+        assert last == default | {"split_keys": "last"}
 
     def test_that_are_hostile_are_errors_and_the_others_are_read(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "a.tar", "w") as writer:
@@ -241,6 +275,39 @@ class TestStaging:
         assert last.data is None
         assert last.error
         assert "is cut off" in last.error
+
+    @pytest.mark.parametrize("ending", PACKERS)
+    def test_keeps_everything_before_a_fault_behind_the_data(self, tmp_path: Path, ending: str) -> None:
+        (tmp_path / f"a.tar.{ending}").write_bytes(PACKERS[ending](make_tar(PLAIN)) + b"garbage")
+        assert [raw.data for raw in read_tars(tmp_path)] == list(PLAIN.values())
+
+    @pytest.mark.parametrize("ending", PACKERS)
+    def test_keeps_the_samples_before_a_cut(self, tmp_path: Path, ending: str) -> None:
+        noise = {f"{n:03d}.jpg": random.Random(n).randbytes(9000) for n in range(200)}
+        packed = PACKERS[ending](make_tar(noise))
+        (tmp_path / f"a.tar.{ending}").write_bytes(packed[: len(packed) * 9 // 10])
+        raws = [raw.data for raw in read_tars(tmp_path) if raw.error is None]
+        lost_block = {"bz2": 100, "zst": 15}.get(ending, 2)  # a packing unpacks whole blocks
+        assert raws == list(noise.values())[: len(raws)]
+        assert len(raws) >= 180 - lost_block
+
+    def test_packings_are_known_by_all_first_bytes_that_their_formats_define(self, tmp_path: Path) -> None:
+        data = make_tar(PLAIN)
+        packed = {
+            "skippable frame first": b"\x5a\x2a\x4d\x18\x03\0\0\0abc" + pa.compress(data, "zstd", asbytes=True),
+            "lz4": pa.compress(data, "lz4", asbytes=True),
+            "lzma": lzma.compress(data, format=lzma.FORMAT_ALONE),
+            "two members": gzip.compress(data[:5000]) + gzip.compress(data[5000:]),
+        }
+        for name, content in packed.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a.tar").write_bytes(content)
+            assert [raw.data for raw in read_tars(tmp_path / name)] == list(PLAIN.values()), name
+
+    @pytest.mark.parametrize("name", ["BZh91AY&SY.jpg", "]", "\x04\x22\x4d\x18"])
+    def test_a_members_name_is_not_taken_for_a_packing(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "a.tar").write_bytes(make_tar({name: b"data", "a.jpg": b"a"}))
+        assert [raw.data for raw in read_tars(tmp_path) if raw.error is None][-1] == b"a"
 
     def test_stops_an_archive_bomb(self, tmp_path: Path) -> None:
         bomb = make_tar({"a.jpg": b"a", "bomb.jpg": bytes(1 << 24), "b.jpg": b"b"})
