@@ -30,6 +30,9 @@ app = typer.Typer(
 slurm = typer.Typer(help="Run the stages as chained Slurm array jobs.", no_args_is_help=True)
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run's directory.", show_default="current directory")]
+ShardOption = Annotated[
+    str, typer.Option(help="The shards: 7, 0-9, 0-99:10, 3,5,8-11, i/n (block i of n, from 0) or all.")
+]
 StaleOption = Annotated[
     Literal["stop", "redo", "keep"],
     typer.Option(help="For stale tables: stop with an error, redo them, or keep using them."),
@@ -154,9 +157,7 @@ def run_stage(
         typer.Argument(metavar="STAGE[:NAME]", help="ingest, caption, rubric, score, filter, export, train or all."),
     ],
     run: RunOption = Path(),
-    shard: Annotated[
-        str, typer.Option(help="The shards: 7, 0-9, 0-99:10, 3,5,8-11, i/n (block i of n, from 0) or all.")
-    ] = "all",
+    shard: ShardOption = "all",
     workers: Annotated[int, typer.Option(help="Processes, each with its own engine and GPUs.", min=1)] = 1,
     stale: StaleOption = "stop",
     retry: Annotated[str, typer.Option(help="Retry the rows with these statuses, e.g. error,truncated.")] = "",
@@ -289,6 +290,23 @@ def serve_engine(
     from pipeline.commands import serve
 
     serve.serve_engine(config.load(run), engine, host=host, port=port, ready_timeout=ready_timeout)
+
+
+@app.command("verify", epilog="Example: recap verify --run runs/photos --shard 0/16")
+def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
+    """Read every file of the run and name what is damaged.
+
+    Prints a line for each damaged file, with the command that mends it, and exits with 1 if there is one. Missing and
+    stale tables are no damage; `recap status` shows them.
+    """
+    from pipeline import config
+    from pipeline.commands import verify
+
+    num_damaged = 0
+    for line in verify.verify_run(config.load(run), shards=shard):
+        print(line, flush=True)
+        num_damaged += 1
+    raise typer.Exit(1 if num_damaged else 0)
 
 
 app.add_typer(slurm, name="slurm")

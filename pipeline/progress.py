@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -11,12 +12,24 @@ from typing import Any
 
 from pipeline.records import Record, status_of
 
+# C0, DEL and C1; marks, embeddings and isolates of writing direction; line separators; lone surrogates.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 RELAY_INTERVAL = 0.5  # seconds between progress messages of a worker process
 LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
 
 
+def escape_controls(text: str, *, keep: str = "\n\t") -> str:
+    r"""Text with control characters and marks of writing direction as escapes, so that it cannot rule a terminal.
+
+    >>> escape_controls("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return CONTROLS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+
+
 def say(message: str) -> None:
     """Prints a line for the user, above any progress bar."""
+    message = escape_controls(message)
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -20,11 +20,13 @@ from pipeline.records import Exported, Image, NamedScore
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.database import list_score_folders
+from pipeline.storage.payloads import write_sums
 from stages.exporters import ExportPayload, ExportSample
 from stages.exporters._card import build_card
 from stages.sql import find_scores
 
 VERSION = 1
+WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
 
 # One row per chosen caption, with the scores that the filter uses, without those that have no value.
 CHOSEN = """
@@ -102,6 +104,7 @@ def passes(run: Run) -> Iterable[Pass]:
             run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
         ),
         finish=finish,
+        whole_files=WHOLE_FILES,
     )
 
 
@@ -159,9 +162,9 @@ SUMMARY = """
 
 
 def finish(run: Run, is_new: bool) -> None:
-    """Writes export/stats.json and the dataset card, unless they exist and no shard is new."""
-    folder, settings = run.folder / "export", run.sections["export"][""]
-    if not is_new and (folder / "stats.json").exists() and (folder / "README.md").exists():
+    """Writes export/stats.json, the dataset card and their digests, unless they exist and no shard is new."""
+    settings = run.sections["export"][""]
+    if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
         return
     with database.connect(run.folder) as connection:
         result = database.run_query(connection, SUMMARY)
@@ -178,7 +181,9 @@ def finish(run: Run, is_new: bool) -> None:
         formats=settings.formats,
         rules=run.sections["filter"][""].rules,
     )
-    for name, text in {"stats.json": json.dumps(stats, indent=2) + "\n", "README.md": card}.items():
-        if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
-            with tables.open_atomic(folder / name) as file:
+    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
+        path = run.folder / name
+        if not path.exists() or path.read_bytes() != text.encode():
+            with tables.open_atomic(path) as file:
                 file.write(text.encode())
+    write_sums(run.folder, "export/index", WHOLE_FILES)

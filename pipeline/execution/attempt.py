@@ -21,7 +21,7 @@ from pipeline.records import Record, make_storable, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
-from pipeline.storage.payloads import read_intact_footer
+from pipeline.storage.payloads import hash_file, read_intact_footer
 
 
 @dataclass(kw_only=True)
@@ -89,6 +89,7 @@ class Attempt:
             assert writer.num_rows == expected, f"{self.p.title}: {writer.num_rows} rows of {expected} were written"
             if payload:
                 writer.payload = payload.commit()
+                writer.payload_sha256 = {name: hash_file(self.run / name) for name in writer.payload}
         self.parts.discard()
 
     def _restore_rows(self, *, resumable: bool) -> Iterator[Record]:

@@ -153,6 +153,7 @@ class Pass:
     work: Work = field(repr=False)
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
     finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # after the last shard; True: some new
+    whole_files: tuple[str, ...] = ()  # of the whole run, relative to it, that `finish` writes
     close: Callable[[], None] | None = field(default=None, repr=False)  # releases what its work holds open
 
     @property

@@ -43,7 +43,7 @@ CHUNK = 250  # footers that a thread reads at a time
 FOOTER_COLUMNS = ("num_rows", "digest", "head")  # of every footer; others: input:FOLDER, status:STATUS, beside:FILES
 FOOTER = re.compile(
     rb'\{"check":"\w+","digest":"(\w+)","num_rows":(\d+)(?:,"payload":(\{[^}]*\}))?,'
-    rb'"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
+    rb'(?:"payload_sha256":\{[^}]*\},)?"recipe":\{"inputs":(\{[^}]*\})(.*),"statuses":(\{[^}]*\})\}',
     re.DOTALL,
 )
 NUMBER = re.compile(r"\d+(?=\.\w+$)")  # the shard's, in a file name

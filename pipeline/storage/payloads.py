@@ -6,19 +6,22 @@ just before the table, whose footer has their names and sizes, so that missing o
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import tarfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.records import Image
 from pipeline.storage.layout import PACKED, work_folder
-from pipeline.storage.tables import TableFooter, read_whole_footer, sync_folder
+from pipeline.storage.tables import TableFooter, open_atomic, read_whole_footer, sync_folder
 
 BLOCK = 512  # bytes of a tar header
+SUMS = "SHA256SUMS"  # file beside an export's tables with the digests of all exported files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,39 @@ def read_intact_footer(run: Path, table: Path) -> TableFooter | None:
     """The footer of a whole table with all its payload files; None otherwise."""
     footer = read_whole_footer(table)
     return footer if footer is not None and not find_damage(run, footer) else None
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(run: Path, folder: str, names: Iterable[str]) -> None:
+    """Writes FOLDER/SHA256SUMS, as `sha256sum -c` reads it there.
+
+    Args:
+        folder: of the tables whose payload files are listed, relative to the run.
+        names: further files to list, relative to the run.
+    """
+    footers = (read_whole_footer(path) for path in sorted((run / folder).glob("*.parquet")))
+    digests = {name: digest for footer in footers if footer for name, digest in footer.payload_sha256.items()}
+    digests |= {name: hash_file(run / name) for name in names}
+    with open_atomic(run / folder / SUMS) as file:
+        file.writelines(f"{digests[name]}  {os.path.relpath(name, folder)}\n".encode() for name in sorted(digests))
+
+
+def read_sums(run: Path, folder: str) -> dict[str, str]:
+    """Path relative to the run -> SHA-256, hex; see `write_sums`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    *lines, end = (run / folder / SUMS).read_text(encoding="utf-8").split("\n")
+    matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
+    if end or None in matches:
+        raise ValueError("has lines that are no SHA-256 and path")
+    return {os.path.normpath(f"{folder}/{match[2]}"): match[1] for match in matches if match}
 
 
 def file_extension(format: str | None) -> str:

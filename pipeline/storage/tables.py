@@ -22,6 +22,7 @@ from pipeline.records import Record, arrow_schema, column_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class TableFooter:
     num_rows: int
     statuses: Mapping[str, int] = field(default_factory=dict)  # status -> rows; {} where rows have none
     payload: Mapping[str, int] = field(default_factory=dict)  # payload file, relative to the run -> bytes
+    payload_sha256: Mapping[str, str] = field(default_factory=dict)  # payload file -> hex; {} in older tables
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +70,8 @@ class TableFooter:
         """The JSON object that is stored, without its checksum."""
         values = asdict(self)
         values["recipe"] = values.pop("provenance")
+        if not self.payload_sha256:
+            del values["payload_sha256"]
         return values
 
 
@@ -202,22 +206,27 @@ def verify_checksums(path: Path, record: type[Record]) -> None:
         pass
 
 
+def open_parquet(file: IO[bytes], record: type[Record]) -> pq.ParquetWriter:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetWriter(file, arrow_schema(record), compression="zstd", write_page_checksum=True)
+
+
 class TableWriter:
     """Writes rows to an open Parquet file in fixed row groups, so that equal rows give equal bytes."""
 
     footer: TableFooter  # once closed
     payload: Mapping[str, int]  # files beside the table, for its footer
+    payload_sha256: Mapping[str, str]
 
     def __init__(self, file: IO[bytes], record: type[Record], provenance: Provenance) -> None:
-        import pyarrow.parquet as pq
-
-        self._parquet = pq.ParquetWriter(file, arrow_schema(record), compression="zstd", write_page_checksum=True)
+        self._parquet = open_parquet(file, record)
         self._record, self._provenance = record, provenance
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()
         self.num_rows = 0
         self._statuses: Counter[str] = Counter()
-        self.payload = {}
+        self.payload, self.payload_sha256 = {}, {}
 
     def add(self, row: Record) -> None:
         self._rows.append(row)
@@ -246,6 +255,7 @@ class TableWriter:
                 num_rows=self.num_rows,
                 statuses=dict(sorted(self._statuses.items())),
                 payload=self.payload,
+                payload_sha256=self.payload_sha256,
             )
             self._parquet.add_key_value_metadata({FOOTER_KEY: format_footer(self.footer.values)})
         self._parquet.close()

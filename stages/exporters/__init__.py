@@ -5,9 +5,10 @@ The folder is the registry. A name with a dot is a module of your own. A form is
 - `open(run, shard, work) -> FormWriter`: the writer of one shard, where `run` is the run's folder, `shard` its number,
   and `work` the folder for unfinished files. Nothing is created before the first sample;
 
-and, if the dataset card is to describe it,
+and, if the dataset card is to describe it, or `recap verify` is to compare its images with the rows,
 
-- `CARD`: a `CardEntry`.
+- `CARD`: a `CardEntry`;
+- `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file.
 
 Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """

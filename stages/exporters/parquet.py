@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,15 @@ ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 
 
 def open(run: Path, shard: int, work: Path) -> ImageParquet:
     return ImageParquet(run, UnfinishedFile(run / "export" / "parquet" / f"{shard:05d}.parquet", work=work))
+
+
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=["key", "image"]):
+            for row in batch.to_pylist():
+                yield row["key"], row["image"]["bytes"]
 
 
 class ImageParquet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,16 @@ CARD = CardEntry(image="jpg", caption="txt")
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
     return WebDataset(run, UnfinishedFile(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+
+
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name, _, suffix = member.name.partition(".")
+            if suffix not in ("json", "txt"):
+                file = tar.extractfile(member)
+                assert file is not None, f"{path}: {member.name} is not a file"
+                yield name, file.read()
 
 
 class WebDataset:

@@ -1,0 +1,43 @@
+"""The lines of `recap verify`: each damaged file of a run, with the command that mends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from pipeline.errors import StoppedError
+from pipeline.execution.run_state import RunState
+from pipeline.execution.signals import stop_on_signal
+from pipeline.execution.verification import Damage, Verification, check_plan
+from pipeline.progress import ProgressMeter, escape_controls, say
+from pipeline.sections import Run
+
+
+def verify_run(run: Run, *, shards: str) -> Iterator[str]:
+    """Reads everything of the shards that a spec names; yields a line for each damaged file.
+
+    Raises:
+        RefusedError, SpecError: there is no plan, or it lacks a shard.
+        StoppedError: a signal came.
+    """
+    if damage := check_plan(run):
+        yield _format_damage(damage)
+        say("recap: nothing else was read: the plan decides what the tables should hold")
+        return
+    state, stop, num_damaged = RunState(run, shards=shards), threading.Event(), 0
+    with stop_on_signal(stop), ProgressMeter("verify", num_shards=len(state.selected), num_rows=None) as meter:
+        verification = Verification(state, meter)
+        for shard in state.selected:
+            for damage in verification.find_damage(shard):
+                num_damaged += 1
+                yield _format_damage(damage)
+            state.states.forget(shard)
+            meter.shard_done()
+            if stop.is_set():
+                raise StoppedError
+    say(f"{verification.num_tables} tables of {len(state.selected)} shards read, {num_damaged} files damaged")
+
+
+def _format_damage(damage: Damage) -> str:
+    reason = " ".join(damage.reason.split())
+    return escape_controls(f"{damage.path} {reason}; to mend it: {damage.remedy}", keep="")

@@ -1,0 +1,214 @@
+"""Verification of a whole run: its files against their checksums, and its tables against the plan and each other.
+
+It only reads. What is missing or stale is no damage: `recap status` shows it, and `recap run` makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from tarfile import TarError
+
+from pipeline import plugins
+from pipeline.errors import BrokenTableError, MachineError
+from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.run_state import RunState
+from pipeline.progress import ProgressMeter
+from pipeline.records import Caption, Exported, Image, ImageRubric, Planned, Record, Score, Stat, Step, make_key
+from pipeline.sections import Run
+from pipeline.storage import tables
+from pipeline.storage.database import find_leftovers
+from pipeline.storage.integrity import check_payload_file, check_table
+from pipeline.storage.layout import PACKED, table_path
+from pipeline.storage.payloads import SUMS, hash_file, read_sums
+
+LEFTOVERS: Mapping[str, type[Record]] = {"caption": Caption, "rubric": ImageRubric, "score": Score}  # first folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A damaged file and what mends it."""
+
+    path: str  # relative to the run
+    reason: str
+    remedy: str  # a shell command, or advice where there is none
+
+
+def check_plan(run: Run) -> Damage | None:
+    """Damage of the plan. Without it no table can be compared with anything."""
+    path = run.folder / "plan.parquet"
+    try:
+        check_table(path, Planned)
+    except FileNotFoundError:
+        return None  # reading the run says so
+    except BrokenTableError as error:
+        advice = f"restore it from a copy; if the corpus is unchanged: {_remove(path)} && {_recap('plan', run)}"
+        return Damage(path=path.name, reason=error.message, remedy=advice)
+    return None
+
+
+class Verification:
+    """Reads everything of the selected shards of a run, and with the first shard what belongs to no shard."""
+
+    def __init__(self, state: RunState, meter: ProgressMeter) -> None:
+        self.state, self.run, self._meter = state, state.run, meter
+        self.num_tables = 0
+
+    def find_damage(self, shard: int) -> Iterator[Damage]:
+        damaged = False  # a table of this shard, or a file beside one
+        for p in self.state.passes:
+            for damage in self._check_pass(p, shard, damaged):
+                damaged = True
+                yield damage
+            yield from self._check_file(table_path(self.run.folder / "stats", p.folder, shard), Stat, "")
+        for folder in find_leftovers(self.run):
+            path = table_path(self.run.folder, folder, shard)
+            yield from self._check_file(path, LEFTOVERS[folder.partition("/")[0]], "")
+        if shard == 0:
+            yield from self._check_whole_run()
+
+    def _check_pass(self, p: Pass, shard: int, damaged: bool) -> Iterator[Damage]:
+        path, command = table_path(self.run.folder, p.folder, shard), _recap(f"run {p.title} --shard {shard}", self.run)
+        broken = [*self._check_file(path, p.record, command)]
+        yield from broken
+        footer = None if broken else tables.read_footer(path)
+        if footer is None:
+            return
+        reasons = {name: check_payload_file(self.run.folder, name, footer) for name in footer.payload}
+        reasons |= dict(self._compare_images(p, shard, [name for name, reason in reasons.items() if not reason]))
+        for name, reason in reasons.items():
+            if reason:
+                remedy = f"{_remove(self.run.folder / name)} && {command}"
+                yield Damage(path=name, reason=reason, remedy=remedy)
+        sound = not damaged and not any(reasons.values())  # views of SQL read more tables than those of the pass
+        if sound and (reason := self._compare_rows(p, shard, footer)):
+            yield self._describe(path, reason, command)
+
+    def _check_file(self, path: Path, record: type[Record], command: str) -> Iterator[Damage]:
+        """Verifies a table, if there is one."""
+        try:
+            footer = check_table(path, record)
+        except FileNotFoundError:
+            return
+        except BrokenTableError as error:
+            yield self._describe(path, error.message, command)
+        else:
+            self._meter.add(footer.num_rows, 0)
+        self.num_tables += 1
+
+    def _compare_images(self, p: Pass, shard: int, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Compares packed or exported images with the digests in their rows; yields payload files that differ."""
+        rows = self._shard(shard).read_table(p.folder, p.record)
+        if p.record is Exported:
+            digests = {row.key: row.sha256 for row in rows if isinstance(row, Exported)}
+            forms = plugins.list_names("stages.exporters")
+            for name in names:
+                form = Path(name).parts[1]
+                module = plugins.load("stages.exporters", form) if form in forms else None
+                if module and hasattr(module, "read_images"):
+                    yield name, _compare_digests(module.read_images(self.run.folder / name), digests)
+        elif p.record is Image:
+            packed = (row for row in rows if isinstance(row, Image) and row.file and Path(row.file).parts[0] == PACKED)
+            with closing(self._shard(shard)) as images:
+                for row in packed:
+                    if row.file in names:
+                        try:
+                            images.read_image(row)
+                        except BrokenTableError as error:
+                            yield row.file or "", error.message
+
+    def _compare_rows(self, p: Pass, shard: int, footer: tables.TableFooter) -> str:
+        """Compares the rows of an up-to-date table with the inputs that they are made from; "" if they agree."""
+        if not p.reads and footer.provenance.inputs.get("plan") != self.state.plan.digest(shard):
+            return "was made from other files than plan.parquet names"
+        if self.state.states.state(p, shard).kind != "done":
+            return ""
+        ids = (row.id for row in self._shard(shard).read_table(p.folder, p.record))
+        if not p.reads:
+            planned = self.state.plan.num_samples(shard)
+            num = footer.num_rows if planned is None else planned
+            return _compare_ids(ids, ((make_key(shard, index),) for index in range(num)))
+        try:
+            with closing(self._shard(shard)) as inputs:
+                return _compare_ids(ids, (item.id for item in p.inputs(inputs)))
+        except (MachineError, RuntimeError) as error:
+            return f"does not fit its inputs: {error}"
+
+    def _check_whole_run(self) -> Iterator[Damage]:
+        folder = self.run.folder
+        for path in sorted((folder / "step").glob("*.parquet")):
+            yield from self._check_file(path, Step, "")
+        for p in self.state.passes:
+            for path in sorted((folder / p.folder).glob("*.parquet")):
+                if path.stem.isdigit() and int(path.stem) >= self.state.plan.num_shards:
+                    yield self._describe(path, "belongs to no shard of plan.parquet", "")
+            yield from self._check_sums(p)
+
+    def _check_sums(self, p: Pass) -> Iterator[Damage]:
+        """Compares the list of an export's digests with the files that belong to no shard, and with the footers."""
+        folder, sums = self.run.folder, self.run.folder / p.folder / SUMS
+        if not sums.exists():
+            return
+        whole = [name for name in p.whole_files if (folder / name).exists()]
+        remedy = f"{_remove(*(folder / name for name in p.whole_files), sums)} && {_recap(f'run {p.title}', self.run)}"
+        footers = [tables.read_whole_footer(path) for path in sorted((folder / p.folder).glob("*.parquet"))]
+        recorded = {name: digest for footer in footers if footer for name, digest in footer.payload_sha256.items()}
+        try:
+            listed = read_sums(folder, p.folder)
+            unlike = sorted(name for name, digest in recorded.items() if listed.get(name) != digest)
+            unlike += sorted({*whole} - {*listed})
+            reason = f"does not have the digest of {unlike[0]}" if unlike else ""
+        except ValueError as error:
+            listed, reason = {}, str(error)
+        if reason:
+            yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
+            return
+        for name in whole:
+            if listed[name] != hash_file(folder / name):
+                reason = f"has changed since it was written: its SHA-256 is not that in {p.folder}/{SUMS}"
+                yield Damage(path=name, reason=reason, remedy=remedy)
+
+    def _describe(self, path: Path, reason: str, command: str) -> Damage:
+        remedy = f"{_remove(path)} && {command}" if command else _remove(path)
+        return Damage(path=str(path.relative_to(self.run.folder)), reason=reason, remedy=remedy)
+
+    def _shard(self, number: int) -> Shard:
+        return Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number))
+
+
+def _compare_digests(images: Iterable[tuple[str, bytes]], digests: Mapping[str, str]) -> str:
+    try:
+        found = {key: hashlib.sha256(data).hexdigest() for key, data in images}
+    except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
+        return f"does not read: {error}"
+    unlike = sorted(key for key in {*found, *digests} if found.get(key) != digests.get(key))
+    return f"has {len(unlike)} images that are not those of their rows, {unlike[0]} the first" if unlike else ""
+
+
+def _compare_ids(rows: Iterable[tuple[str | int, ...]], expected: Iterable[tuple[str | int, ...]]) -> str:
+    for row, other in zip_longest(rows, expected):
+        if row is None:
+            return f"has no row {other}"
+        if row != other:
+            return f"has a row {row} where its inputs give " + ("none" if other is None else str(other))
+    return ""
+
+
+def _remove(*paths: Path) -> str:
+    return " ".join(["rm -f", *map(_quote, paths)])
+
+
+def _recap(command: str, run: Run) -> str:
+    return f"recap {command} --run {_quote(run.folder)}"
+
+
+def _quote(path: Path) -> str:
+    """A path as a shell word on one line."""
+    text = str(path)
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(f"\\x{b:02x}" for b in os.fsencode(path)) + "'"

@@ -1,0 +1,95 @@
+"""Verification of single files: every byte of a table, and payload files by their recorded sizes and digests.
+
+It knows files and the rows they hold; which tables a run should have is known elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+from pipeline.errors import BrokenTableError
+from pipeline.records import Record, arrow_schema
+from pipeline.storage import tables
+from pipeline.storage.payloads import hash_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CREATOR = "parquet-cpp-arrow version "
+
+
+def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
+    """Reads a whole table and returns its footer.
+
+    Page checksums protect the rows alone. A Parquet file also has page headers, statistics and a schema, with which
+    DuckDB decides what it reads; so the rows are written again, and the bytes must be equal. Another version of Arrow
+    may write other bytes: the tables that it wrote are only verified by their checksums.
+
+    Raises:
+        FileNotFoundError: there is no such table.
+        BrokenTableError: the file has changed since it was written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, schema = tables.read_footer_text(path), arrow_schema(record)
+    with open(path, "rb") as file:
+        comparison = _Comparison(file)
+        with tables.open_parquet(cast(IO[bytes], comparison), record) as writer:
+            for batch in tables.read_batches(path, record):
+                batch = pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                writer.write_batch(batch, row_group_size=tables.ROWS_PER_GROUP)
+            writer.add_key_value_metadata({tables.FOOTER_KEY: text})
+        differs_at = comparison.finish()
+    if differs_at is not None:
+        creator = str(pq.read_metadata(path).created_by)
+        if creator == CREATOR + pa.cpp_version or not re.fullmatch(rf"{CREATOR}[0-9.]+", creator):
+            raise BrokenTableError(path, f"has changed since it was written: byte {differs_at:,} is not what it was")
+    footer = tables.read_footer(path)
+    assert footer is not None, f"{path} was removed while it was read"
+    return footer
+
+
+class _Comparison(io.RawIOBase):
+    """A file for writing that compares with another, and stores nothing."""
+
+    def __init__(self, other: IO[bytes]) -> None:
+        self._other, self._position = other, 0
+        self._differs_at: int | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Buffer) -> int:
+        written = bytes(data)
+        expected = self._other.read(len(written))
+        if self._differs_at is None and expected != written:
+            pairs = zip(expected, written, strict=False)
+            self._differs_at = self._position + next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected))
+        self._position += len(written)
+        return len(written)
+
+    def finish(self) -> int | None:
+        """The offset of the first byte that differs, also where one file is longer; None if they are equal."""
+        if self._differs_at is None and self._other.read(1):
+            return self._position
+        return self._differs_at
+
+
+def check_payload_file(run: Path, name: str, footer: tables.TableFooter) -> str:
+    """Describes the damage of one payload file; "" if there is none."""
+    path, num_bytes = run / name, footer.payload[name]
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    if size != num_bytes:
+        return f"has {size:,} bytes; it was written with {num_bytes:,}"
+    digest = footer.payload_sha256.get(name)
+    return "has changed since it was written: its SHA-256 differs" if digest not in (None, hash_file(path)) else ""

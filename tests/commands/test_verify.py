@@ -1,0 +1,176 @@
+"""`recap verify` names every damaged file of a run and the command that mends it; a sound run gives exit code 0."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.records import Caption, Step
+from pipeline.storage import tables
+from tests.support.runs import ROOT, begin, corpus, make, recap, sections
+
+NUM_FLIPS = 60
+UNPROTECTED = ("run.toml",)  # the user's own
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    parts = sections(corpus(folder / "photos", ["jpg", "png", "cut", "webp"] * 2), source={"shard_size": 4})
+    run = begin(folder / "run", parts)
+    assert make(run).exit_code == 0
+    step = tables.Provenance(stage="train", name="", version=1, slice={}, inputs={})
+    tables.write_rows(run / "step" / "00000.parquet", Step, [Step(step=1, name="loss", value=0.5)], step)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    copy = finished.parent / tmp_path.name  # beside the corpus
+    shutil.copytree(finished, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+def verify(run: Path, *arguments: str) -> list[str]:
+    done = recap("verify", "--run", run, *arguments, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == (1 if lines else 0)
+    return lines
+
+
+def protected_files(run: Path) -> list[Path]:
+    found = sorted(file for file in run.rglob("*") if file.is_file())
+    return [file for file in found if ".work" not in file.parts and file.name not in UNPROTECTED]
+
+
+def test_a_sound_run_has_no_damage_and_nothing_is_written(run: Path) -> None:
+    before = {file: file.read_bytes() for file in protected_files(run)}
+    done = recap("verify", "--run", run)
+    assert (done.stdout, done.returncode) == ("", 0)
+    assert "tables of 2 shards read, 0 files damaged" in done.stderr
+    assert {file: file.read_bytes() for file in protected_files(run)} == before
+
+
+def test_single_flipped_bits_are_named_in_every_kind_of_file(run: Path) -> None:
+    noise, num_flips, kinds, beside = random.Random(15), 0, set(), False
+    while num_flips < NUM_FLIPS:
+        flipped, beside = {}, not beside  # files beside tables in every other round: damaged tables do not name them
+        for file in protected_files(run):
+            is_beside = file.suffix in (".tar", "") or file.parent == run / "export" / "parquet"
+            if file.name == "plan.parquet" or is_beside != beside or (not beside and noise.random() < 0.5):
+                continue
+            flipped[file] = file.read_bytes()
+            flip_bit(file, noise)
+            kinds.add(file.parent.relative_to(run))
+        damage = [line.partition("; to mend it: ")[0] for line in verify(run)]
+        assert all(any(str(file.relative_to(run)) in line for line in damage) for file in flipped)
+        num_flips += len(flipped)
+        for file, data in flipped.items():
+            file.write_bytes(data)
+    assert {file.parent.relative_to(run) for file in protected_files(run)} - kinds <= {Path()}
+    assert verify(run) == []
+
+
+def test_flipped_bits_of_the_plan_are_named_before_anything_is_compared_with_it(run: Path) -> None:
+    noise, data = random.Random(16), (run / "plan.parquet").read_bytes()
+    for _ in range(10):
+        flip_bit(run / "plan.parquet", noise)
+        (line,) = verify(run)
+        assert line.startswith("plan.parquet ") and "restore it from a copy" in line
+        (run / "plan.parquet").write_bytes(data)
+
+
+def flip_bit(file: Path, noise: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    bit = noise.randrange(len(data) * 8)
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image/00001.parquet",
+        "shards/00000.tar",
+        "verdict/00000.parquet",
+        "export/webdataset/00001.tar",
+        "export/parquet/00000.parquet",
+        "export/README.md",
+        "export/index/SHA256SUMS",
+        "stats/verdict/00000.parquet",
+    ],
+)
+def test_the_printed_command_mends_the_file(run: Path, name: str) -> None:
+    before = (run / name).read_bytes()
+    flip_bit(run / name, random.Random(17))
+    (line,) = verify(run)
+    path, commands = line.split(" ")[0], line.partition("; to mend it: ")[2].split(" && ")
+    assert path == name
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "rm":
+            for word in words[1:]:
+                Path(word).unlink()
+        else:
+            assert program == "recap"
+            recap(*words)
+    assert verify(run) == []
+    if not name.startswith(("stats", "export/README", "export/index")):  # the card's title is the directory's name
+        assert (run / name).read_bytes() == before
+
+
+def test_rows_that_do_not_fit_their_inputs_are_named(run: Path) -> None:
+    path = run / "caption" / "dense" / "00000.parquet"
+    footer, rows = tables.read_footer(path), list(tables.read_rows(path, Caption))
+    assert footer is not None
+    tables.write_rows(path, Caption, rows[1:], footer.provenance)
+    shutil.rmtree(run / "export")
+    lines = [line for line in verify(run) if line.startswith("caption/")]
+    assert len(lines) == 1 and "inputs" in lines[0] and "recap run caption:dense --shard 0" in lines[0]
+
+
+def test_tables_beyond_the_plan_and_missing_payload_are_named_but_not_missing_tables(run: Path) -> None:
+    shutil.copy(run / "image" / "00000.parquet", run / "image" / "00007.parquet")
+    (run / "export" / "webdataset" / "00001.tar").unlink()
+    (run / "verdict" / "00000.parquet").unlink()
+    assert [line.split(";")[0] for line in verify(run)] == [
+        "image/00007.parquet belongs to no shard of plan.parquet",
+        "export/webdataset/00001.tar is missing",
+    ]
+
+
+def test_shards_are_verified_by_themselves(run: Path) -> None:
+    flip_bit(run / "verdict" / "00001.parquet", random.Random(18))
+    assert verify(run, "--shard", "0/2") == []
+    assert [line.split(" ")[0] for line in verify(run, "--shard", "1/2")] == ["verdict/00001.parquet"]
+    assert recap("verify", "--run", run, "--shard", "9", check=False).returncode == 2
+
+
+def test_exported_images_are_compared_with_their_rows_where_no_digest_is_recorded(tmp_path: Path) -> None:
+    with tarfile.open(ROOT / "tests" / "data" / "earlier_runs" / "photos.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    run = tmp_path / "photos"
+    assert verify(run) == []
+    assert tables.read_footer(run / "export" / "index" / "00000.parquet").payload_sha256 == {}  # type: ignore[union-attr]
+    for name in ("webdataset/00000.tar", "parquet/00000.parquet"):
+        file = run / "export" / name
+        data = bytearray(file.read_bytes())
+        data[5000] ^= 1  # within an image
+        file.write_bytes(data)
+    damaged = sorted(line.split(" ")[0] for line in verify(run))
+    assert damaged == ["export/parquet/00000.parquet", "export/webdataset/00000.tar"]
+
+
+def test_an_export_lists_its_digests(run: Path) -> None:
+    listed = (run / "export" / "index" / "SHA256SUMS").read_text().splitlines()
+    assert sorted(line.split("  ")[1] for line in listed) == sorted(
+        [f"../{name}" for name in ("README.md", "stats.json", "parquet/00000.parquet", "parquet/00001.parquet")]
+        + ["../webdataset/00000.tar", "../webdataset/00001.tar"]
+    )
