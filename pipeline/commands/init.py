@@ -72,15 +72,16 @@ def extend_plan(run: Run) -> tuple[int, int]:
     """
     path = run.folder / "plan.parquet"
     try:
-        pieces = run.source.module.pieces(run.source.config)
+        pieces = list(run.source.module.pieces(run.source.config))
+        if not path.exists() and not any(piece.num_samples is None or piece.num_samples > 0 for piece in pieces):
+            raise UserError(f"{run.file}: source: there are no images in it")
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
     except ConfigError as error:  # its message names the field
         raise UserError(f"{run.file}: {error}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{run.file}: source: {error}") from error
-    if after == 0:
-        path.unlink()
-        raise UserError(f"{run.file}: source: there are no images in it")
     return before, after
 
 

@@ -1,16 +1,21 @@
 """The plan: which shard holds which pieces of the corpus, frozen once; growth only appends shards.
 
+Everything else trusts the plan, so it is verified when it is read: pages by their checksums, and the Parquet footer,
+which locates the pages, by a checksum of its own. Plans of earlier versions lack the latter and remain readable.
+
 Also the notation of sets of shards, as --shard takes it. What a sample is, only sources know.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -18,14 +23,19 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import SpecError, UserError
-from pipeline.records import Piece, Planned
+from pipeline.errors import BrokenTableError, MachineError, SpecError, UserError
+from pipeline.records import Piece, Planned, arrow_schema
 from pipeline.storage import tables
+from pipeline.storage.lock import hold_lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_SHARDS = 1_000_000  # six digits in the key
+CHECKSUM_KEY = "recap.footer"  # of the Parquet footer's checksum, within that footer
+ZEROS = b"0" * 64  # in the checksum's place while it is computed
+ENCODED_KEY = b"\x18" + bytes([len(CHECKSUM_KEY)]) + CHECKSUM_KEY.encode() + b"\x18" + bytes([len(ZEROS)])  # in Thrift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +52,12 @@ class Plan:
         Raises:
             FileNotFoundError: there is no plan.
             SpecError: the spec does not parse, or names a shard that the plan does not have.
+            MachineError: the plan is damaged.
         """
-        import pyarrow.parquet as pq
-
-        num_shards = count_shards(path)
-        selected = parse_spec(shards, num_shards)
-        first, last = (selected[0], selected[-1]) if selected else (0, -1)
-        with pq.ParquetFile(path) as file:
+        with _open_plan(path) as file:
+            num_shards = _count_shards(file)
+            selected = parse_spec(shards, num_shards)
+            first, last = (selected[0], selected[-1]) if selected else (0, -1)
             spans = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
             groups = [i for i, span in enumerate(spans) if span.max >= first and span.min <= last]
             return cls(num_shards=num_shards, rows=file.read_row_groups(groups)), selected
@@ -98,17 +107,97 @@ def write_plan(
 
     Returns:
         The number of shards before and after.
+
+    Raises:
+        MachineError: the plan is damaged, or another process replaced it at the same time.
+        RefusedError: another process does not release the plan.
     """
-    planned = list(tables.read_rows(path, Planned)) if path.exists() else []
-    before = planned[-1].shard + 1 if planned else 0
-    new = assign_shards(find_new_pieces(planned, pieces, place=place), shard_size=shard_size, first=before)
-    first = next(new, None)
-    if first is None and planned:
-        return before, before
-    rows = [*planned, *([] if first is None else [first]), *new]
-    provenance = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
-    tables.write_rows(path, Planned, rows, provenance)
+    corpus = list(pieces)  # before the lock is taken: listing may take hours
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(path.with_name(f".{path.name}.lock")) as is_held:
+        planned = _read_planned(path)
+        before = planned[-1].shard + 1 if planned else 0
+        new = list(assign_shards(find_new_pieces(planned, corpus, place=place), shard_size=shard_size, first=before))
+        if not new and planned:
+            return before, before
+        rows = [*planned, *new]
+        content = _format_plan(rows)
+        with tables.open_atomic(path) as file:
+            file.write(content)
+            if not is_held():  # this process was suspended for so long that another took the lock
+                raise MachineError(f"{path} was extended by another process meanwhile; run the command again")
     return before, rows[-1].shard + 1 if rows else 0
+
+
+def _read_planned(path: Path) -> list[Planned]:
+    try:
+        with _open_plan(path) as file:
+            return [Planned(**row) for batch in file.iter_batches() for row in batch.to_pylist()]
+    except FileNotFoundError:
+        return []
+
+
+def _format_plan(rows: Iterable[Planned]) -> bytes:
+    """The plan as a file, with the checksum of its Parquet footer."""
+    provenance = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
+    out = io.BytesIO()
+    with tables.TableWriter(out, Planned, provenance) as writer:
+        for row in rows:
+            writer.add(row)
+        writer.add_metadata({CHECKSUM_KEY: ZEROS.decode()})
+    content = out.getvalue()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = content.rindex(ENCODED_KEY) + len(ENCODED_KEY)
+    checksum = hashlib.sha256(content[start:]).hexdigest().encode()
+    return content[:at] + checksum + content[at + len(ZEROS) :]
+
+
+@contextmanager
+def _open_plan(path: Path) -> Iterator[pq.ParquetFile]:
+    """
+    Raises:
+        FileNotFoundError: there is no plan.
+        MachineError: it is damaged, or what is read of it is.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        _verify_footer(path)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow.names != arrow_schema(Planned).names:
+                raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
+            yield file
+    except (MemoryError, UserError):  # Arrow's own MemoryError is an ArrowException
+        raise
+    except (pa.ArrowException, BrokenTableError, OSError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # from the system
+        raise MachineError(
+            f"{path} is damaged ({error}); restore it from a backup. Without one, and only if the corpus has neither"
+            " changed nor grown since, move the file away and run `recap plan`: it writes the same plan again"
+        ) from error
+
+
+def _verify_footer(path: Path) -> None:
+    """Verifies the Parquet footer, where it has a checksum, and ours within it.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError, BrokenTableError: it is damaged.
+    """
+    tables.read_footer_text(path)
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(size - 8)
+        file.seek(size - 8 - int.from_bytes(file.read(4), "little"))
+        footer = file.read()
+    at = footer.rfind(ENCODED_KEY) + len(ENCODED_KEY)
+    if at < len(ENCODED_KEY):
+        return
+    blank = footer[:at] + ZEROS + footer[at + len(ZEROS) :]
+    if hashlib.sha256(blank).hexdigest().encode() != footer[at : at + len(ZEROS)]:
+        raise ValueError("its footer has changed since it was written")
 
 
 def find_new_pieces(
@@ -154,13 +243,15 @@ def _plan_piece(shard: int, piece: Piece, start: int, stop: int | None) -> Plann
 
 def count_shards(path: Path) -> int:
     """The number of planned shards, from the file's footer."""
-    import pyarrow.parquet as pq
+    with _open_plan(path) as file:
+        return _count_shards(file)
 
-    metadata = pq.read_metadata(path)
-    groups = metadata.num_row_groups
-    if groups == 0 or metadata.num_rows == 0:
+
+def _count_shards(file: pq.ParquetFile) -> int:
+    groups = file.num_row_groups
+    if groups == 0 or file.metadata.num_rows == 0:
         return 0
-    last: int = metadata.row_group(groups - 1).column(0).statistics.max
+    last: int = file.metadata.row_group(groups - 1).column(0).statistics.max
     return last + 1
 
 

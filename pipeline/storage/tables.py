@@ -186,6 +186,8 @@ def read_batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
             for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(column_names(record))):
                 num_rows += len(batch)
                 yield batch.select(list(column_names(record)))
+    except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
+        raise
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
     except OSError as error:
@@ -233,6 +235,10 @@ class TableWriter:
         self.num_rows += 1
         if len(self._rows) == ROWS_PER_GROUP:
             self._write_group()
+
+    def add_metadata(self, values: Mapping[str, str]) -> None:
+        """Adds values to the Parquet footer, beside ours."""
+        self._parquet.add_key_value_metadata(values)
 
     def _write_group(self) -> None:
         batch = to_arrow(self._record, self._rows)

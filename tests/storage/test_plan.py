@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import SpecError
+from pipeline.errors import MachineError, RefusedError, SpecError
 from pipeline.records import Piece, Planned, make_key
 from pipeline.storage import tables
+from pipeline.storage.lock import hold_lock
 from pipeline.storage.plan import Plan, assign_shards, count_shards, format_spec, parse_spec, write_plan
 
 sizes = st.lists(st.one_of(st.none(), st.integers(0, 30)), min_size=1, max_size=12)
@@ -117,3 +125,94 @@ def test_specs_as_users_write_them(spec: str, shards: list[int]) -> None:
 def test_wrong_specs_are_explained(spec: str) -> None:
     with pytest.raises(SpecError, match="--shard"):
         parse_spec(spec, 12)
+
+
+def test_plans_at_once_keep_the_shards_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    write_plan(path, corpus([5]), shard_size=2)
+    before = list(tables.read_rows(path, Planned))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=extend, args=(path, f"more{n}")) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    after = list(tables.read_rows(path, Planned))
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert after[: len(before)] == before
+    assert {row.file for row in after} == {"file0", *(f"more{n}-{i}" for n in range(3) for i in range(5))}
+    assert [row.shard for row in after] == sorted(row.shard for row in after)
+    assert len({(row.file, row.start) for row in after}) == len(after)
+    assert os.listdir(tmp_path) == [path.name]  # noqa: PTH208
+
+
+def extend(path: Path, name: str) -> None:
+    """Extends the plan five times, as `recap plan` after each of five files came."""
+    for i in range(5):
+        write_plan(path, [Piece(file=f"{name}-{n}", start=0, stop=3) for n in range(i + 1)], shard_size=2)
+
+
+def test_locks_of_processes_that_are_gone_are_removed_and_others_respected(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path.write_text(json.dumps({"host": platform.node(), "pid": dead.pid}))
+    with hold_lock(path) as is_held:
+        assert is_held()
+        with pytest.raises(RefusedError, match=rf"held by another process.*{os.getpid()}"), hold_lock(path, max_wait=0):
+            pass
+        assert is_held()
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with pytest.raises(RefusedError, match="elsewhere"), hold_lock(path, max_wait=0):
+        pass
+    os.utime(path, (0, 0))
+    with hold_lock(path):
+        assert os.getpid() == json.loads(path.read_text())["pid"]
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_a_plan_that_was_taken_over_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    write_plan(path, corpus([5]), shard_size=2)
+    before = path.read_bytes()
+
+    def place(file: str) -> str:  # called while the lock is held
+        (tmp_path / ".plan.parquet.lock").unlink(missing_ok=True)
+        return file
+
+    with pytest.raises(MachineError, match="run the command again"):
+        write_plan(path, corpus([5, 5]), shard_size=2, place=place)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("num", [1, 2500])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path, num: int) -> None:
+    path = tmp_path / "plan.parquet"
+    write_plan(path, corpus([7] * num), shard_size=10)
+    content, (whole, _) = path.read_bytes(), Plan.load(path)
+    random, num_refused = Random(1), 0
+    for _ in range(300):
+        at, bit = random.randrange(len(content)), random.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            plan, _ = Plan.load(path)
+        except MachineError as error:
+            num_refused += 1
+            assert "plan.parquet is damaged" in str(error) and "restore it from a backup" in str(error)
+            with pytest.raises(MachineError, match="damaged"):
+                write_plan(path, corpus([*[7] * num, 1]), shard_size=10)
+        else:
+            assert (plan.num_shards, plan.rows.equals(whole.rows)) == (whole.num_shards, True)
+    assert num_refused > 200
+    path.write_bytes(content[:-20])
+    with pytest.raises(MachineError, match="damaged"):
+        Plan.load(path)
+
+
+def test_a_plan_without_checksums_stays_readable(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.parquet", tmp_path / "old.parquet"
+    write_plan(new, corpus([7, None, 3]), shard_size=2)
+    rows = list(tables.read_rows(new, Planned))
+    tables.write_rows(old, Planned, rows, tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={}))
+    assert list(Plan.load(old)[0].digests()) == list(Plan.load(new)[0].digests())
+    assert write_plan(old, corpus([7, None, 3, 1]), shard_size=2)[1] == count_shards(new) + 1
