@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.engines._thoughts import extract_answer
 from pipeline.records import replace_surrogates
 
 MAX_CHARACTERS = 2**18  # of an answer: a row group of such texts is still below Arrow's 2 GiB
@@ -96,6 +97,9 @@ def read_output(
     whole = replace_surrogates(text)
     if whole.count("\ufffd") > text.count("\ufffd"):
         fault = fault or HALF_CHARACTER
+    if not error:
+        whole, thoughts = extract_answer(whole)
+        fault = fault or thoughts
     reason, reason_error, reason_fault = _read_reason(finish_reason, has_text=bool(text))
     error = error or reason_error
     return Output(

@@ -79,7 +79,7 @@ def _parse_structured(raw: str, answer_format: AnswerFormat) -> tuple[str, str |
     except ValueError as error:
         return raw, None, str(error)
     prose = answer_format.to_prose(value).strip()
-    return (prose, json_schema.strip_fence(raw), "") if prose else (raw, None, "the answer's fields are empty")
+    return (prose, json_schema.find_json(raw), "") if prose else (raw, None, "the answer's fields are empty")
 
 
 def _parse_value(text: str, schema: Mapping[str, Any]) -> Any:

@@ -29,7 +29,7 @@ _FENCE = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, with or without a code fence.
+    """The value of a JSON text, with or without a code fence or words around its one object.
 
     Strings may contain raw line breaks and tabs: models write them, and not every grammar forbids it.
 
@@ -38,7 +38,7 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(
-            strip_fence(text), strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant
+            find_json(text), strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -47,6 +47,23 @@ def parse_json(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError("a text in it holds half a character, a lone surrogate") from error
     return value
+
+
+def find_json(text: str) -> str:
+    """The JSON in a text: without the code fence around it, or the one object among words; else the whole text."""
+    whole = strip_fence(text)
+    start, end = whole.find("{"), whole.rfind("}") + 1
+    if _is_json(whole) or not 0 <= start < end or set("[]") & {*whole[:start], *whole[end:]}:
+        return whole
+    return whole[start:end] if _is_json(whole[start:end]) else whole
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def strip_fence(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engines import Engine, Reply, Sampling
+from pipeline.engines import Engine, Reply, Sampling, clean_reply
 from pipeline.errors import MachineError
 from pipeline.records import Criterion, ImageRubric, RubricCriterion, arrow_schema
 from pipeline.storage import tables
@@ -197,7 +197,9 @@ def make_completion_reader(
 
     def read(text: str, ids: Sequence[int]) -> Answer:
         ended = bool(ids) and ids[-1] in end_tokens
-        return read_answer(Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling), form)
+        return read_answer(
+            clean_reply(Reply(text=text, finish_reason="stop" if ended else "length", sampling=sampling)), form
+        )
 
     return read
 

@@ -70,3 +70,48 @@ def test_strings_may_contain_raw_control_characters() -> None:
 def test_invalid_json_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         json_schema.parse_json(text)
+
+
+OBJECT = '{"kind": "cat", "names": ["{}"]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OBJECT,
+        f"```json\n{OBJECT}\n```",
+        f"```json\n{OBJECT}```",
+        f"```json {OBJECT} ```",
+        f"```{OBJECT}```",
+        f"Here is the JSON:\n```json\n{OBJECT}\n```",
+        f"```json\n{OBJECT}\n```\nLet me know if you need more.",
+        f"Here it is: {OBJECT}",
+        f"{OBJECT} I hope that it helps.",
+    ],
+)
+def test_the_one_object_of_an_answer_is_found(text: str) -> None:
+    assert json_schema.find_json(text) == OBJECT and json_schema.parse_json(text) == json.loads(OBJECT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{OBJECT} {OBJECT}", f"Words {{ and {OBJECT}", f"[{OBJECT}", OBJECT + "}", OBJECT[:-1], "{" * 100_000, "no"],
+)
+def test_anything_but_one_object_is_no_json(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        json_schema.parse_json(text)
+
+
+@pytest.mark.parametrize("text", ['{"kind": "\\ud83d"}', '{"\\uDE00": 1}'])
+def test_a_text_with_half_a_character_is_no_json(text: str) -> None:
+    with pytest.raises(ValueError, match="half a character"):
+        json_schema.parse_json(text)
+
+
+def test_values_nested_too_deeply_are_a_problem() -> None:
+    value: list[Any] = []
+    for _ in range(5_000):
+        value = [value]
+    assert json_schema.find_problem(value, {"type": "array"}) == "it is nested too deeply"
+    with pytest.raises(ValueError, match="nested too deeply"):
+        json_schema.parse_json("[" * 100_000)
