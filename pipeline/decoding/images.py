@@ -43,6 +43,7 @@ BROKEN = (
     zlib.error,
 )
 
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # chunks that decide the picture; eXIf turns it
 MIN_PIXELS = 56 * 56  # Qwen2-VL's own minimum
 MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
 MAX_ASPECT = 200  # Qwen2-VL's processor rejects longer strips
@@ -120,21 +121,30 @@ class _ProbeState:
 
 def _inspect_image(state: _ProbeState, limits: Limits) -> None:
     state.format = _require_format(state.data)
-    image = _open_image(state.data, state.format)
+    try:
+        _inspect_data(state, state.data, state.format, limits)
+    except BROKEN:
+        if state.format != "PNG":
+            raise
+        _inspect_data(state, _drop_side_chunks(state.data), state.format, limits)
+
+
+def _inspect_data(state: _ProbeState, data: bytes, name: str, limits: Limits) -> None:
+    image = _open_image(data, name)
     header = image.size
     state.orientation = _read_orientation(image)
-    state.size = _apply_orientation(header, state.orientation, state.format)
+    state.size = _apply_orientation(header, state.orientation, name)
     _check_size(state.size, limits)
-    if state.format == "JPEG":
+    if name == "JPEG":
         width, height = state.size
-        if width * height > 64 * 8 * len(state.data):  # libjpeg fills missing data with grey, but 8x8 pixels take a bit
-            message = f"a JPEG file of {len(state.data)} bytes cannot hold the {width}x{height} pixels of its header"
+        if width * height > 64 * 8 * len(data):  # libjpeg fills missing data with grey, but 8x8 pixels take a bit
+            message = f"a JPEG file of {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
             raise _ProbeError("unreadable", message)
         image.draft(None, (1, 1))
     _load_pixels(image)
-    if state.format == "PNG":  # its EXIF may follow the pixels
+    if name == "PNG":  # its EXIF may follow the pixels
         state.orientation = _read_orientation(image)
-        state.size = _apply_orientation(header, state.orientation, state.format)
+        state.size = _apply_orientation(header, state.orientation, name)
     state.num_frames = _count_frames(image)
 
 
@@ -162,6 +172,28 @@ def _open_image(data: bytes, name: str) -> ImageFile:
     """Reads the header. Calls the reader directly: `PIL.Image.open` guesses, and its bomb limit is a global."""
     with _convert_bomb_errors():
         return formats.import_readers()[name](io.BytesIO(data))
+
+
+def _list_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The name and all bytes of each chunk of a PNG; the last may be cut off."""
+    at, kind = 8, b""
+    while at < len(data) and kind != b"IEND":
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        yield kind, data[at : at + 12 + size]
+        at += 12 + size
+
+
+def _drop_side_chunks(data: bytes) -> bytes:
+    """A PNG without texts, profiles and animation, and without optional chunks whose checksum is wrong, as libpng does.
+
+    Pillow refuses the whole file for any of those.
+    """
+    kept = [data[:8]]
+    for kind, chunk in _list_chunks(data):
+        is_required = kind[:1].isupper()
+        if kind in PNG_PIXELS and (is_required or zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")):
+            kept.append(chunk)
+    return b"".join(kept)
 
 
 def _load_pixels(image: ImageFile) -> None:
@@ -277,8 +309,12 @@ def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
     name = None
     try:
         name = _require_format(data)
-        image = _open_image(data, name)
-        return _decode_image(image, name, rule)
+        try:
+            return _decode_image(_open_image(data, name), name, rule)
+        except BROKEN:
+            if name != "PNG":
+                raise
+            return _decode_image(_open_image(_drop_side_chunks(data), name), name, rule)
     except _ProbeError as error:
         raise UndecodableError(str(error)) from error
     except UndecodableError:
@@ -354,9 +390,14 @@ def can_send_unchanged(data: bytes, rule: PixelRule) -> bool:
         name = _require_format(data)
         image = _open_image(data, name)
         size = rule.target_size(*image.size)
-        return name in ("JPEG", "PNG") and image.size == size and _is_plain(image)
+        return name in ("JPEG", "PNG") and image.size == size and _is_plain(image) and not _has_late_chunks(data, name)
     except (*BROKEN, _ProbeError):
         return False
+
+
+def _has_late_chunks(data: bytes, name: str) -> bool:
+    """True when a PNG has texts or EXIF behind its pixels, which other readers may refuse."""
+    return name == "PNG" and [kind for kind, _ in _list_chunks(data)][-2:] != [b"IDAT", b"IEND"]
 
 
 def _is_plain(image: ImageFile) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 import numpy as np
@@ -220,3 +222,36 @@ def test_odd_files_print_no_warnings() -> None:
     command = [sys.executable, "-c", f"{code}; probe(data); decode_pixels(data, PixelRule())"]
     done = subprocess.run(command, input=data, capture_output=True, check=True, env={**os.environ, "PYTHONPATH": "."})
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def make_chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + body) if crc is None else crc
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+LARGE = zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([make_chunk(b"iCCP", b"CMYK\0\0" + LARGE)], id="large profile"),
+        pytest.param([make_chunk(b"iCCP", b"")], id="empty profile"),
+        pytest.param([make_chunk(b"zTXt", b"workflow\0\0" + LARGE)], id="large zTXt"),
+        pytest.param([make_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE)], id="large iTXt"),
+        pytest.param([make_chunk(b"zTXt", b"%d\0\0" % n + zlib.compress(bytes(10**6))) for n in range(70)], id="many"),
+        pytest.param([make_chunk(b"tEXt", b"a\0b", crc=1)], id="wrong checksum"),
+        pytest.param([make_chunk(b"eXIf", b"II*\0", crc=1)], id="wrong checksum of EXIF"),
+        pytest.param([make_chunk(b"pHYs", b"\0\0")], id="short chunk"),
+    ],
+)
+def test_side_chunks_of_a_png_do_not_decide_whether_it_is_read(chunks: list[bytes], is_late: bool) -> None:
+    plain = encoded(corners(), "PNG")
+    at = plain.index(b"IEND") - 4 if is_late else 33
+    data = plain[:at] + b"".join(chunks) + plain[at:]
+    assert (probe(data).status, probe(data).error) == ("ok", None)
+    assert decode_pixels(data, PixelRule()).tobytes() == decode_pixels(plain, PixelRule()).tobytes()
+    assert probe(data[: data.index(b"IDAT") + 40]).status == "unreadable"
+    if is_late:
+        assert not can_send_unchanged(data, PixelRule(factor=1, min_pixels=1))
