@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from pipeline.errors import BrokenParquetError, ConfigError
+from pipeline.errors import BrokenParquetError, ConfigError, MachineError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
 from pipeline.sources import _columns, _common, _files, _parquet, _survey
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+ALLOW_HELP = "whether files that have changed since they were planned are read, since rows were only appended to them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class Config:
     alt_text: str = key("", _common.ALT_TEXT_HELP)
     source_key: str = key("", _columns.KEY_HELP)
     image_root: str = key("", _columns.ROOT_HELP, stamp=False, locate="path")
+    allow_rewritten: bool = key(False, ALLOW_HELP, stamp=False)
 
 
 def claims(path: str) -> bool:
@@ -60,9 +64,15 @@ def place(file: str, config: Config) -> str:
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
-    """The rows of the piece; each that cannot be read is a row with an error."""
+    """The rows of the piece; each that cannot be read is a row with an error.
+
+    Raises:
+        MachineError: the file has been rewritten since it was planned, so that its rows may be others.
+    """
     name = piece.file.rpartition("/")[2]
     with _files.open_file(place(piece.file, config)) as stream:
+        if not config.allow_rewritten:
+            _check_unchanged(stream, piece)
         try:
             table = _parquet.open_table(stream)
             columns = _choose_columns(table.schema_arrow, config)
@@ -78,6 +88,16 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
                 yield from _read_group(batches, rows.start, part, columns, config, name)
         lost = range(max(num_rows, selected.start), selected.stop)
         yield from _make_lost_rows(lost, name, f"the file now has {num_rows} rows")
+
+
+def _check_unchanged(stream: BinaryIO, piece: Piece) -> None:
+    num_bytes = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    if piece.stop is not None and piece.num_bytes not in (None, num_bytes):
+        raise MachineError(
+            f"{piece.file} has been rewritten since it was planned: it has {num_bytes} bytes and had {piece.num_bytes};"
+            " restore it or make a new run, or if rows were only appended, set source.allow_rewritten = true"
+        )
 
 
 def _read_group(

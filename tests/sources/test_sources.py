@@ -25,7 +25,7 @@ import pytest
 
 from pipeline import plugins
 from pipeline.commands.init import guess_source
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, MachineError, UserError
 from pipeline.records import Raw
 from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
 from pipeline.storage import plan
@@ -163,6 +163,8 @@ class TestEverySource:
         before = read_planned(source, file, config)
         assert len(before) == 9
         plan.write_plan(file, source.pieces(SOURCES[source](tmp_path / "corpus", 14)), shard_size=3)
+        if source is parquet:  # it cannot grow without being rewritten
+            config = replace(config, allow_rewritten=True)
         after = read_planned(source, file, config)
         assert after[:9] == before
         assert sorted(raw.alt_text or "" for raw in after) == sorted(text for _, _, text in list_samples(14))
@@ -525,11 +527,25 @@ class TestParquet:
         assert all((raw.error is None) != (raw.data is None) for raw in raws)
         assert "cannot be read" in (raws[-1].error or "")
 
+    @pytest.mark.parametrize("num", [3, 5, 8])
+    def test_a_file_rewritten_since_it_was_planned_is_refused(self, tmp_path: Path, num: int) -> None:
+        config = make_parquet(tmp_path / "corpus", 5)
+        (piece,) = parquet.pieces(config)
+        assert len(list(parquet.read(piece, config))) == 5
+        file = Path(parquet.place(piece.file, config))
+        make_parquet(tmp_path / "corpus", num)
+        table = pq.read_table(file)
+        pq.write_table(table.take(list(reversed(range(table.num_rows)))), file, compression="gzip")
+        part = replace(piece, start=1, stop=2)
+        with pytest.raises(MachineError, match=r"rewritten since it was planned: .*source.allow_rewritten = true"):
+            next(parquet.read(part, config))
+        assert len(list(parquet.read(part, replace(config, allow_rewritten=True)))) == 1
+
     def test_a_file_that_became_shorter_keeps_its_planned_rows(self, tmp_path: Path) -> None:
         config = make_parquet(tmp_path / "corpus", 5)
         (piece,) = parquet.pieces(config)
         make_parquet(tmp_path / "corpus", 3)
-        raws = list(parquet.read(piece, config))
+        raws = list(parquet.read(piece, replace(config, allow_rewritten=True)))
         assert [raw.error for raw in raws] == [None] * 3 + ["the file now has 3 rows"] * 2
 
     @pytest.mark.parametrize(
