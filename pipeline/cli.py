@@ -145,9 +145,10 @@ def try_pass(
     """
     from pipeline import config
     from pipeline.commands import preview
+    from pipeline.progress import escape_controls
 
     for line in preview.preview_passes(config.load(run), name, num_images=images):
-        print(line)
+        print(escape_controls(line))
 
 
 @app.command("run", epilog="Example: recap run caption --shard 0-99 --run runs/photos")
@@ -196,14 +197,14 @@ def print_status(
     from pipeline import config
     from pipeline.commands import status
     from pipeline.execution.run_state import RunState
-    from pipeline.progress import say
+    from pipeline.progress import escape_controls, say
     from pipeline.slurm.jobs import JobMonitor
     from pipeline.storage.database import find_leftovers
 
     state = RunState(config.load(run))
     monitor = JobMonitor.query_slurm(state)
     passes = status.summarise_passes(state, monitor)
-    print(status.format_json(passes) if as_json else status.format_table(passes, monitor))
+    print(status.format_json(passes) if as_json else escape_controls(status.format_table(passes, monitor)))
     if folders := find_leftovers(state.run):
         say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
 
@@ -339,17 +340,19 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
 
 def main() -> None:
     """The command `recap`."""
+    from pipeline.progress import escape_controls
+
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"recap: {error}", file=sys.stderr)
+        print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
         sys.exit(2)
     except StoppedError:
         sys.exit(75)
     except BrokenPipeError:  # `recap sql ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MachineError) as error:
-        print(f"recap: {error}", file=sys.stderr)
+        print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

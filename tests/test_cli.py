@@ -21,7 +21,10 @@ from pipeline.cli import app
 from pipeline.commands import init
 from pipeline.commands.sql import list_queries, print_query, read_query
 from pipeline.errors import MachineError, QueryError
+from pipeline.progress import say
 from pipeline.storage import database
+from pipeline.storage.layout import work_folder
+from pipeline.storage.parts import write_failure
 from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap, recap_alone, sections, times, write
 from tests.support.wrapped import make_tar
 
@@ -478,3 +481,26 @@ def test_missing_api_key_is_named_with_its_engine(tmp_path: Path) -> None:
     done = recap("run", "all", "--run", run, check=False)
     message = f"{run}/run.toml: engines.captioner: api_key_env: the environment has no NO_SUCH_KEY"
     assert (done.returncode, message in done.stderr) == (2, True)
+
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\u2066e\x07f\rg\x00h"
+
+
+def test_no_output_for_people_has_raw_control_or_bidi_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "cut"])
+    (photos / "00000.txt").write_text(HOSTILE.replace("\x00", ""), encoding="utf-8")
+    run = begin(tmp_path / "run", sections(photos, engines__captioner={"text": HOSTILE}))
+    shown = [
+        recap("try", "caption:dense", "--images", 2, "--run", run).stdout,
+        recap("sql", f'SELECT {database.quote_literal(HOSTILE[:-2])} AS "x\x1by"', "--run", run).stdout,
+        recap("sql", f"SELECT nothing AS {database.quote_identifier(HOSTILE[:-2])}", "--run", run, check=False).stderr,
+    ]
+    write_failure(work_folder(run, "image", 0), HOSTILE)
+    shown.append(recap("status", "--run", run).stdout)
+    for text in shown:
+        assert "\\x1b" in text
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", text)
+    say(HOSTILE)
+    assert capsys.readouterr().err == "a\\x1b[2Jb\\x9b31mc\\u202ed\\u2066e\\x07f\\rg\\x00h\n"

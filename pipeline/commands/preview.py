@@ -15,6 +15,7 @@ from pipeline.execution.pass_graph import add_inputs, list_passes, select_passes
 from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
+from pipeline.progress import escape_controls
 from pipeline.records import Caption, Image, ImageRubric, Piece, Score
 from pipeline.sections import Run
 from pipeline.storage.plan import assign_shards
@@ -87,7 +88,7 @@ def _format_images(shard: Shard, passes: list[Pass]) -> Iterator[str]:
             results.setdefault(key, []).append(text)
     for image in shard.read_table("image", Image):
         size = f"{image.width} x {image.height}" if image.width else image.error
-        yield f"{image.key}  {image.source_key}  ({image.status}, {size})"
+        yield escape_controls(f"{image.key}  {image.source_key}  ({image.status}, {size})", keep="")
         yield _wrap_text("alt text", image.alt_text or "(none)")
         yield from results.get(image.key, [])
         yield ""

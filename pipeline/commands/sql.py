@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UnknownNameError
 from pipeline.plugins import explain_unknown
+from pipeline.progress import escape_controls
 from pipeline.storage import database
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
 
 
 def _print_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    cells = [names, *([_format_cell(value) for value in row] for row in rows)]
+    cells = [[_format_cell(name) for name in names], *([_format_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
@@ -100,7 +101,7 @@ def _replace_infinite(value: Any) -> Any:
 def _format_cell(value: Any) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     text = " ".join(text.split())
-    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
+    return escape_controls(text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…")
 
 
 PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json}

@@ -247,7 +247,7 @@ class _Client:
                     self._start_health_check(server)
             if up := [server for server in self._servers if not server.is_down]:
                 return min(up, key=lambda server: (server.num_in_flight, server.num_sent))
-            missing = f"{self._config.base_url} does not exist; `recap serve` writes it"
+            missing = f"{self._config.base_url} does not exist or does not read; `recap serve` writes it"
             self._health.record_failure(self._health.last_error if self._servers else missing)
             await asyncio.sleep(self._choose_delay(3))
 
@@ -356,9 +356,9 @@ def _resolve_urls(given: str) -> list[str]:
         return [given.rstrip("/")]
     try:
         endpoint = json.loads(Path(given).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return [str(endpoint["base_url"]).rstrip("/")]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # or another program is just writing it
         return []
-    return [str(endpoint["base_url"]).rstrip("/")]
 
 
 def _parse_retry_after(headers: Mapping[str, str]) -> float:

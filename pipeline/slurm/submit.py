@@ -105,7 +105,13 @@ def select_jobs(run: Run, names: Sequence[str], *, stale: Stale) -> tuple[RunSta
 
     Raises:
         UserError: run.toml is invalid, a name is unknown, or a table is stale and `stale` is "stop".
+        RefusedError: the run's path has characters that a line #SBATCH cannot hold.
     """
+    path = str(run.folder.resolve())
+    if not path.isprintable() or set(path) & set('"\\'):
+        raise RefusedError(
+            f"{path!r}: job scripts cannot name this directory; rename it without quotes, \\ and controls"
+        )
     for name in run.slurm.settings.serve:
         check_served(run, name)
     state = RunState(run, stale=stale)

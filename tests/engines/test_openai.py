@@ -165,6 +165,15 @@ def test_a_server_restarted_on_another_port_is_found_by_its_endpoint_file(tmp_pa
     assert second.seen.total() > 0
 
 
+@pytest.mark.parametrize("text", ["", '{"base_url": "http://127', "[]", "3", '{"url": "http://127.0.0.1:1/v1"}', "\0"])
+def test_a_cut_endpoint_file_counts_as_missing_and_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "endpoint.json"
+    file.write_text(text)
+    with opened(base_url=str(file), give_up_after=0.5) as engine, pytest.raises(EngineDiedError) as raised:
+        list(engine.generate([request(0)]))
+    assert f"{file} does not exist or does not read; `recap serve` writes it" in str(raised.value)
+
+
 def test_images_of_the_right_size_are_sent_unchanged_and_others_reduced_losslessly() -> None:
     large = tiny.make_picture(1, edge=500)
     with Faulty() as server, opened(server, max_pixels=224 * 224) as engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,21 @@ def test_several_scripts_are_refused_by_sbatch_as_one_file(tmp_path: Path) -> No
     text = recap("slurm", "script", "ingest", "caption", "--run", run).stdout
     assert text.startswith("# ingest: script 1 of 2")
     assert "\n# caption: script 2 of 2, a file of its own\n#!/bin/bash\n" in text
+
+
+@pytest.mark.parametrize("name", ["a\nb", 'a"b', "a\\b", "a\x1b[2Jb"])
+def test_a_path_that_job_scripts_cannot_hold_is_refused_on_one_line(tmp_path: Path, name: str) -> None:
+    run = begin(tmp_path / name / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
+    done = recap("slurm", "script", "ingest", "--run", run, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "rename it" in done.stderr and done.stderr[:-1].isprintable()
+
+
+def test_a_single_quote_and_spaces_in_the_path_are_quoted(tmp_path: Path) -> None:
+    run = begin(tmp_path / "it's a run", sections(corpus(tmp_path / "photos", ["jpg"])))
+    script = recap("slurm", "script", "ingest", "--run", run).stdout
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"--run {shlex.quote(str(run))}" in script
 
 
 def test_job_ignores_a_pipeline_package_in_its_working_directory(tmp_path: Path) -> None:
