@@ -18,7 +18,7 @@ from pipeline import plugins
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
 from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
-from pipeline.sources import _survey
+from pipeline.sources import _common, _survey
 from pipeline.storage import tables
 from pipeline.storage.plan import write_plan
 from pipeline.validation import describe_type
@@ -29,6 +29,18 @@ HEADER = (
     "# Changing a key that decides rows makes the tables below it stale; time-outs and URLs decide no rows.",
     "",
 )
+TABLE_ADVICE = (
+    "is a table of texts; write the folder of its images, with the table in it as metadata{0} and the column file_name,"
+    " or fetch the images of its URLs with img2dataset first"
+)
+FOREIGN_FILES = {  # advice on files that no source reads, by extension
+    "image": "is one image; write its folder, or several images as a folder",
+    ".zip": "is a ZIP archive, which no source reads; unpack it and write the folder",
+    ".rar": "is a RAR archive, which no source reads; unpack it and write the folder",
+    ".7z": "is a 7z archive, which no source reads; unpack it and write the folder",
+    **{ending: TABLE_ADVICE.format(ending) for ending in (".csv", ".jsonl")},
+    **{ending: TABLE_ADVICE.format(".csv") for ending in (".tsv", ".json")},
+}
 LEAST_SPECIFIC = ("parquet", "webdataset", "folder")  # sources whose `claims` is called last, in this order
 
 
@@ -105,6 +117,8 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
     if not (is_url or any(c in source for c in "*?{") or path.exists()):
         raise UserError(f"--source {source}: there is no such file or directory (hf:NAME is a Hugging Face dataset)")
     if kind is None:
+        if advice := FOREIGN_FILES.get("image" if _common.is_image(path.name) else path.suffix.lower()):
+            raise UserError(f"--source {source}: {advice}")
         raise UserError(f"--source {source}: is of no known kind; set --kind to one of {', '.join(kinds)}")
     return {"kind": kind, "path": source if is_url else str(path.absolute())}
 

@@ -160,9 +160,13 @@ def _add_image(raw: Raw, data: Any, path: str, roots: Sequence[str]) -> Raw:
         return replace(raw, error=f"the image is of the type {type(data).__name__}, not bytes")
     if not path:
         return replace(raw, error="the row has no image")
-    error = "URLs are not fetched" if _files.is_url(path) else "set source.image_root to open it"
-    for root in () if _files.is_url(path) else roots:
+    is_zipped = path.startswith("zip://") and not _files.is_url(path.partition("::")[2])
+    is_url = _files.is_url(path) and not is_zipped
+    error = "URLs are not fetched" if is_url else "set source.image_root to open it"
+    for root in () if is_url else roots:
         try:
+            if is_zipped:
+                return replace(raw, data=_files.read_zipped(path, root, limit=_common.MAX_IMAGE_BYTES))
             return replace(raw, data=_files.read_inside(str(Path(root, path)), root, limit=_common.MAX_IMAGE_BYTES))
         except UnusableFileError as unusable:
             error = str(unusable)

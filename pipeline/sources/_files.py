@@ -10,7 +10,10 @@ import glob
 import os
 import re
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -179,6 +182,15 @@ def read_inside(path: str, root: str, *, limit: int) -> bytes:
         UnusableFileError: it is elsewhere, missing, not a regular file, too large, or may not be read.
         OSError: the disk failed, or the directory itself is gone.
     """
+    with open_inside(path, root) as stream:
+        if problem := _common.explain_size(os.fstat(stream.fileno()).st_size, limit):
+            raise UnusableFileError(problem)
+        return stream.read()
+
+
+@contextmanager
+def open_inside(path: str, root: str) -> Iterator[BinaryIO]:
+    """Opens a file as `read_inside` does; raises the same errors."""
     try:
         real, home = os.path.realpath(path), os.path.realpath(root)
         if os.path.commonpath([real, home]) != home:
@@ -186,10 +198,29 @@ def read_inside(path: str, root: str, *, limit: int) -> bytes:
         status = Path(real).stat()  # before it is opened, since opening a pipe blocks
         if not stat.S_ISREG(status.st_mode):
             raise UnusableFileError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
-        if problem := _common.explain_size(status.st_size, limit):
-            raise UnusableFileError(problem)
-        return Path(real).read_bytes()
+        stream = open(real, "rb")
     except OSError as error:
         if error.errno not in UNREADABLE or not Path(root).is_dir():
             raise
         raise UnusableFileError(f"it cannot be read: {error.strerror}") from error
+    with stream:
+        yield stream
+
+
+def read_zipped(url: str, root: str, *, limit: int) -> bytes:
+    """Reads a member of a zip archive inside the directory `root`, named as `datasets` does: `zip://MEMBER::ARCHIVE`.
+
+    Raises:
+        UnusableFileError: the archive or the member is elsewhere, missing, damaged, encrypted or too large.
+        OSError: as `read_inside`.
+    """
+    member, _, archive = url.removeprefix("zip://").partition("::")
+    with open_inside(archive, root) as stream:
+        try:
+            with zipfile.ZipFile(stream) as files, files.open(member) as data:
+                content = data.read(limit + 1)
+        except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UnusableFileError(f"it cannot be read from its archive: {error}") from error
+    if problem := _common.explain_size(len(content), limit):
+        raise UnusableFileError(problem)
+    return content

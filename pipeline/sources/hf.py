@@ -20,6 +20,7 @@ from pipeline.sources import _columns, _common
 if TYPE_CHECKING:
     import datasets
 
+MAX_MESSAGE = 400  # characters of the library's errors
 BATCH_ROWS = 16  # memory-mapped at a time, without a copy
 
 
@@ -87,6 +88,7 @@ def _open_splits(config: Config) -> Mapping[str, datasets.Dataset]:
 
 def _load_dataset(config: Config) -> datasets.Dataset | datasets.DatasetDict:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(
@@ -96,8 +98,12 @@ def _load_dataset(config: Config) -> datasets.Dataset | datasets.DatasetDict:
             revision=config.revision or None,
             cache_dir=config.cache or None,
         )
-    except (ValueError, FileNotFoundError) as error:  # the library's errors for a name that does not exist
-        raise ConfigError("source.path", f"{config.path!r} cannot be loaded: {error}") from error
+    except (ValueError, FileNotFoundError, RuntimeError, NotImplementedError, DatasetsError) as error:
+        # What does not exist, a loading script, files of different columns. A disk that fails is behind some of these.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            raise error.__cause__ from error
+        message = " ".join(f"{error}: {error.__cause__ or ''}".split()).rstrip(":")[:MAX_MESSAGE]
+        raise ConfigError("source.path", f"{config.path!r} cannot be loaded: {message}") from error
 
 
 def _choose_columns(split: datasets.Dataset, config: Config) -> _columns.Columns:

@@ -44,6 +44,7 @@ PHOTOS = {name: read_photo("sklearn", f"datasets/images/{name}") for name in ("c
     name: read_photo("skimage", f"data/{name}")
     for name in ("rocket.jpg", "cell.png", "chelsea.png", "text.png", "multipage.tif", "no_time_for_that_tiny.gif")
 }
+IMAGES = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
 Maker = Callable[[Path, int], Any]
 
 
@@ -222,10 +223,20 @@ class TestClaims:
         fsspec.filesystem("memory").pipe("/claimed/deep/a.tar", b"")
         assert guess_source("memory://claimed") == {"kind": "webdataset", "path": "memory://claimed"}
 
-    @pytest.mark.parametrize("name", ["photo.jpg", "photos.zip", "*"])
-    def test_an_unclaimed_path_needs_a_kind(self, tmp_path: Path, name: str) -> None:
-        write(tmp_path, {"photo.jpg": "", "photos.zip": ""})
-        with pytest.raises(UserError, match=r"--source .*: is of no known kind; set --kind to one of folder, hf, "):
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("photo.JPG", "is one image; write its folder"),
+            ("photos.zip", "is a ZIP archive, which no source reads; unpack it"),
+            ("urls.csv", r"is a table of texts; .* as metadata\.csv and the column file_name"),
+            ("urls.jsonl", r"is a table of texts; .* as metadata\.jsonl"),
+            ("unknown", "is of no known kind; set --kind to one of folder, hf, "),
+            ("*", "is of no known kind; set --kind to one of folder, hf, "),
+        ],
+    )
+    def test_an_unclaimed_path_is_refused_with_advice(self, tmp_path: Path, name: str, message: str) -> None:
+        write(tmp_path, dict.fromkeys(("photo.JPG", "photos.zip", "urls.csv", "urls.jsonl", "unknown"), ""))
+        with pytest.raises(UserError, match=f"--source .*: {message}"):
             guess_source(str(tmp_path / name))
         assert guess_source(str(tmp_path / name), kind="webdataset")["kind"] == "webdataset"
 
@@ -513,6 +524,26 @@ class TestParquet:
             "URLs are not fetched",
         ]
 
+    def test_members_of_local_zip_archives_are_read_below_image_root(self, tmp_path: Path) -> None:
+        import zipfile
+
+        (tmp_path / "root").mkdir()
+        for place in (tmp_path, tmp_path / "root"):
+            with zipfile.ZipFile(place / "a.zip", "w") as archive:
+                archive.writestr("in/a.jpg", b"jpeg")
+        (tmp_path / "root/broken.zip").write_bytes(b"PK")
+        archives = ["root/a.zip", "a.zip", "root/gone.zip", "root/broken.zip"]
+        paths = [f"zip://in/a.jpg::{tmp_path}/{name}" for name in archives]
+        paths += [f"zip://b.jpg::{tmp_path}/root/a.zip", "zip://a.jpg::https://host/a.zip"]
+        pq.write_table(
+            pa.table({"image": [{"bytes": None, "path": path} for path in paths]}, IMAGES), tmp_path / "a.pq"
+        )
+        config = parquet.Config(path=str(tmp_path / "a.pq"), image_root=str(tmp_path / "root"))
+        first, *others = read_all(parquet, config)
+        assert first.data == b"jpeg"
+        reasons = ["leads out of the folder", "No such file", "not a zip file", "no item named 'b.jpg'", "URLs are not"]
+        assert [reason in (raw.error or "") for raw, reason in zip(others, reasons, strict=True)] == [True] * 5
+
     def test_a_broken_file_loses_only_its_broken_rows(self, tmp_path: Path) -> None:
         images = [bytes([number]) * 5000 for number in range(8)]
         file = tmp_path / "a.parquet"
@@ -647,6 +678,20 @@ class TestHf:
         assert {raw.metadata for raw in raws} == {'{"revision": "v1"}'}
         with pytest.raises(ConfigError, match=r"source\.path: .* cannot be loaded"):
             read_all(hf, replace(config, split="dev"))
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({"corpus.py": "raise SystemExit"}, "cannot be loaded: .*script"),
+            ({"a.jsonl": '{"a": 1}', "b.jsonl": '{"b": [1]}'}, "cannot be loaded: .*generating the dataset: .*"),
+        ],
+        ids=["a loading script", "mixed schemas"],
+    )
+    def test_what_the_library_cannot_load_is_one_line(self, tmp_path: Path, files: Any, message: str) -> None:
+        write(tmp_path / "corpus", files)
+        with pytest.raises(ConfigError, match=message) as caught:
+            list(hf.pieces(hf.Config(path=str(tmp_path / "corpus"), cache=str(tmp_path / "cache"))))
+        assert "\n" not in str(caught.value)
 
 
 class TestImg2dataset:
