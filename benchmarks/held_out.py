@@ -1,4 +1,4 @@
-"""What the benchmarks of the scenes world share: held-out images, models, and measures of captions by the truth."""
+"""Held-out images, models and measures by the truth, for the benchmarks of the scenes world."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ def main() -> None:
         again, after = time_status(run)
         assert after == before
         (run / "verdict" / f"{args.shards // 2:05d}.parquet").write_bytes(b"")
-        changed, seen = time_status(run)
-        assert [p["missing"] for p in seen if p["title"] == "filter"] == [str(args.shards // 2)]
+        changed, after_change = time_status(run)
+        assert [p["missing"] for p in after_change if p["title"] == "filter"] == [str(args.shards // 2)]
         shutil.rmtree(run / ".work" / "stamps")
-        _, anew = time_status(run)
-        assert anew == seen
+        _, rebuilt = time_status(run)
+        assert rebuilt == after_change
         figures = {"first": first, "again": again, "one_changed": changed}
         print(json.dumps({"shards": args.shards, "tables": num_tables, **figures}), flush=True)
 
@@ -65,42 +65,42 @@ def create_run(run: Path, num_shards: int) -> int:
     plan = RunState(config.load(run)).plan
     old = plan.digest(0)
     for p in first.passes:
-        data, said = (
+        data, footer = (
             (run / p.folder / "00000.parquet").read_bytes(),
             tables.read_footer_text(run / p.folder / "00000.parquet"),
         )
         stats = (run / "stats" / p.folder / "00000.parquet").read_bytes()
         for shard in range(1, num_shards):
-            own = edit_footer(said, shard, inputs={} if p.reads else {old: plan.digest(shard)})
-            (run / p.folder / f"{shard:05d}.parquet").write_bytes(data.replace(said, own))
+            own = edit_footer(footer, shard, inputs={} if p.reads else {old: plan.digest(shard)})
+            (run / p.folder / f"{shard:05d}.parquet").write_bytes(data.replace(footer, own))
             if shard % 50 == 1:
                 (run / "stats" / p.folder / f"{shard:05d}.parquet").write_bytes(stats)
-            for name, size in json.loads(said)["payload"].items():
+            for name, size in json.loads(footer)["payload"].items():
                 with open(run / name.replace("00000", f"{shard:05d}"), "xb") as file:
                     file.truncate(size)
     return num_shards * len(first.passes)
 
 
-def edit_footer(said: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
+def edit_footer(footer: bytes, shard: int, *, inputs: Mapping[str, str]) -> bytes:
     """The footer for another shard, with its files and the digests of its inputs."""
-    values = json.loads(said)
+    values = json.loads(footer)
     values.pop("check")
     given = values["recipe"]["inputs"]
     values["recipe"]["inputs"] = {folder: inputs.get(digest, digest) for folder, digest in given.items()}
     values["payload"] = {name.replace("00000", f"{shard:05d}"): size for name, size in values["payload"].items()}
     text = tables.format_footer(values).encode()
-    assert len(text) == len(said)
+    assert len(text) == len(footer)
     return text
 
 
 def time_status(run: Path) -> tuple[dict[str, float], list[dict[str, object]]]:
     """Seconds of wall and CPU time, and the passes that it prints."""
-    begun, before = time.monotonic(), os.times()
+    start, before = time.monotonic(), os.times()
     command = [sys.executable, "-m", "pipeline", "status", "--json", "--run", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"clock": round(time.monotonic() - begun, 2), "cpu": round(used, 2)}, json.loads(done.stdout)
+    return {"clock": round(time.monotonic() - start, 2), "cpu": round(used, 2)}, json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Decides nothing: the parts of `recap run train`, which stages/train.py puts together."""
+"""The parts of a training, which stages/train.py puts together."""

@@ -1,4 +1,4 @@
-"""What a training leaves beside the model: its learning curve as a table, and the model's card."""
+"""The records of a training beside the model: its learning curve as a table, and the model's card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples are learnt and which are held out, and the order of both.
+"""The split into training and held-out examples, and the order of both.
 
 The order follows from its arguments alone, so that a resumed training continues with the same examples.
 """

@@ -1,4 +1,4 @@
-"""What a model in training is asked: the recipes of caption passes, or the one that `[train]` names."""
+"""The prompts of a model in training: the recipes of caption passes, or the one that `[train]` names."""
 
 from __future__ import annotations
 

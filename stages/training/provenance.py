@@ -1,4 +1,4 @@
-"""What a model is trained from, and whether a model or its checkpoints in the run are still current."""
+"""The provenance of a model, and whether a model and checkpoints in the run are still current."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def make_completion_reader(
 
 
 def measure_style(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, float]:
-    """How answers are worded, whatever they state. A change in these rates shows that a reward is being gamed."""
+    """Rates of how answers are worded. A change in them shows that a reward is being gamed."""
     found = [flags.find_flags(text, patterns) for text in texts]
     rates = {f"rate/{name}": fmean(name in names for names in found) for name in LOGGED_FLAGS if name in patterns}
     return {

@@ -16,7 +16,7 @@ STAMPED_METHODS = ("sft", "regions", "grpo")  # every model is stamped with the 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`[train]`, whatever its method."""
+    """The keys of `[train]` that every method has."""
 
     method: str = key(
         "sft",

@@ -1,4 +1,4 @@
-"""What all methods' trainers share: arguments, optimizer, checkpoints and progress.
+"""The parts that the trainers of all methods share: arguments, optimizer, checkpoints and progress.
 
 It does not know what is learnt, nor from what.
 """

@@ -1,4 +1,4 @@
-"""Trains the vision tower alone: it learns what lies under each image token of labelled scenes."""
+"""Trains the vision tower alone: it learns what each image token of a labelled scene shows."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Config:
 
     scores: str = key("", "a judge's score pass, whose verdicts are learnt; empty: learn the captions' texts")
     turns: int = key(1, "questions about one image in one example", least=1)
-    regions: float = key(0.0, "weight of a second loss: naming what lies under each image token", least=0)
+    regions: float = key(0.0, "weight of a second loss: naming what each image token shows", least=0)
 
 
 def check_config(config: TrainConfig) -> None:
