@@ -22,7 +22,8 @@
     │   └── BrokenParquetError           a Parquet file of the corpus that does not read
     └── RequestError                     never an exit code: the error of a reply, or a retry
         ├── BadRequestError              this request cannot be answered
-        └── ServerError                  the server failed; a retry may succeed
+        ├── ServerError                  the server failed; a retry may succeed
+        └── BodyError                    a response's body cannot be read
 
 An OSError that reaches the command line counts as the machine's: exit 1.
 """
@@ -131,6 +132,10 @@ class RequestError(Exception):
 
 class BadRequestError(RequestError):
     """The request cannot be answered; a retry would fail too."""
+
+
+class BodyError(RequestError):
+    """The body of a response is too large, or does not decompress."""
 
 
 class ServerError(RequestError):

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
 from pipeline.engines import Reply, Request, Sampling, _chat, _output
+from pipeline.engines._http import ENCODINGS, read_body
 from pipeline.engines._options import Model, Serving, require_module
 from pipeline.engines._redaction import Redactor
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
-from pipeline.errors import BadRequestError, ConfigError, EngineDiedError, ServerError, UndecodableError
+from pipeline.errors import BadRequestError, BodyError, ConfigError, EngineDiedError, ServerError, UndecodableError
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further one ...
 MAX_DELAY = 15.0  # ... up to this
+MAX_REDIRECTS = 3  # of one request
 BAD_REQUEST = frozenset({400, 413, 414, 415, 422})  # the request is wrong
 BAD_SETUP = frozenset({401, 403, 404, 405})  # the API key, the URL or the model's name is wrong
 
@@ -276,17 +278,19 @@ class _Client:
 
         url = f"{server.url}/chat/completions"
         try:
-            async with self._open_session().post(
-                url, data=body, headers={"Content-Type": "application/json"}
-            ) as response:
-                content = await response.read()
+            response, content = await self._exchange(url, body)
         except TimeoutError as error:
             raise ServerError(f"{url} gave no answer in {self._config.timeout:g} s") from error
+        except BodyError as error:
+            raise ServerError(f"{url} {error}") from error
         except (aiohttp.ClientError, OSError) as error:
             quoted = self._redactor.quote(str(error))
             raise ServerError(f"{url} cannot be reached: {type(error).__name__} {quoted}") from error
         if response.status == 200:
             return content
+        if 300 <= response.status < 400:
+            target = self._redactor.quote(response.headers.get("Location", "nowhere"))
+            raise EngineDiedError(f"{url} redirects to {target}; pictures are not sent there unless base_url names it")
         message = f"{url} answered {response.status}: {self._redactor.quote(_extract_error(content))}"
         if response.status in BAD_REQUEST:
             self._health.record_success()
@@ -295,13 +299,29 @@ class _Client:
             raise EngineDiedError(message)
         raise ServerError(message, wait=_parse_retry_after(response.headers))
 
+    async def _exchange(self, url: str, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Sends a request, and again where the same server redirects it to; returns the last response and its body."""
+        num_redirects = 0
+        while True:
+            async with self._open_session().post(
+                url, data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
+            ) as response:
+                encoding = response.headers.get("Content-Encoding", "")
+                content = await read_body(response.content.iter_any(), encoding=encoding)
+            target = _find_redirect(response)
+            if target is None or num_redirects == MAX_REDIRECTS:
+                return response, content
+            url, num_redirects = target, num_redirects + 1
+
     def _open_session(self) -> aiohttp.ClientSession:
         import aiohttp
 
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
-                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                headers={"Accept-Encoding": ENCODINGS}
+                | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=10),
             )
         return self._session
@@ -326,7 +346,7 @@ class _Client:
         try:
             timeout = aiohttp.ClientTimeout(total=10)
             async with self._open_session().get(
-                f"{server.url.removesuffix('/v1')}/health", timeout=timeout
+                f"{server.url.removesuffix('/v1')}/health", timeout=timeout, allow_redirects=False
             ) as response:
                 server.is_down = response.status >= 500
         except (TimeoutError, aiohttp.ClientError, OSError):
@@ -359,6 +379,20 @@ def _resolve_urls(given: str) -> list[str]:
         return [str(endpoint["base_url"]).rstrip("/")]
     except (FileNotFoundError, ValueError, LookupError, TypeError):  # or another program is just writing it
         return []
+
+
+def _find_redirect(response: aiohttp.ClientResponse) -> str | None:
+    """Returns the URL to which the server redirects the request; None if it does not, or to another server."""
+    from yarl import URL
+
+    location = response.headers.get("Location")
+    if response.status not in (307, 308) or location is None:
+        return None
+    try:
+        target = response.url.join(URL(location))
+        return str(target) if target.origin() == response.url.origin() else None
+    except ValueError:
+        return None
 
 
 def _parse_retry_after(headers: Mapping[str, str]) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
+import tracemalloc
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from aiohttp import web
 
 from pipeline.engines import Reply, Sampling, clean_reply, finish_attempt
 from pipeline.engines._redaction import MAX_QUOTED, Redactor
+from pipeline.errors import EngineDiedError
 from tests.engines.test_openai import opened, request
 from tests.support.scripted import SOUND, Scripted, complete
 
@@ -183,3 +188,72 @@ def test_replies_of_every_engine_are_cleaned() -> None:
     assert "surrogate" in reply.fault
     sound = Reply(text=SOUND, finish_reason="stop", num_output_tokens=5, logprobs=(-0.5,))
     assert clean_reply(sound) == sound
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip", "deflate", "raw deflate"])
+def test_answers_may_be_compressed(encoding: str) -> None:
+    body = json.dumps(complete(SOUND)).encode()
+    bits = {"": None, "gzip": 31, "deflate": 15, "raw deflate": -15}[encoding]
+    if bits is not None:
+        packer = zlib.compressobj(wbits=bits)
+        body = packer.compress(body) + packer.flush()
+    headers = {"Content-Encoding": encoding.split()[-1]} if encoding else {}
+    assert ask(lambda *_: web.Response(body=body, headers=headers)).text == SOUND
+
+
+async def send_endlessly(
+    request: web.Request, *, headers: dict[str, str], chunk: bytes, pause: float
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    with suppress(ConnectionError):
+        while True:
+            await response.write(chunk)
+            await asyncio.sleep(pause)
+    return response
+
+
+def test_an_endless_body_is_cut_off() -> None:
+    reply = ask(lambda r, _: send_endlessly(r, headers={}, chunk=b" " * 2**20, pause=0.0))
+    assert "sent more than 8 MiB" in str(reply.error)
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_gzip_bomb_is_cut_off(status: int) -> None:
+    packer = zlib.compressobj(9, wbits=31)
+    bomb = b"".join(packer.compress(b" " * 2**20) for _ in range(256)) + packer.flush()
+    tracemalloc.start()
+    reply = ask(lambda *_: web.Response(body=bomb, status=status, headers={"Content-Encoding": "gzip"}))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "sent more than 8 MiB" in str(reply.error) and peak < 64 * 2**20
+
+
+def test_a_body_that_trickles_is_cut_off_by_the_timeout() -> None:
+    reply = ask(lambda r, _: send_endlessly(r, headers={}, chunk=b" ", pause=0.02), timeout=1.0)
+    assert "gave no answer in 1 s" in str(reply.error)
+
+
+@pytest.mark.parametrize(("encoding", "body"), [("br", b"x"), ("gzip, gzip", b"x"), ("gzip", b"x" * 99)])
+def test_an_unknown_or_wrong_encoding_is_an_error(encoding: str, body: bytes) -> None:
+    reply = ask(lambda *_: web.Response(body=body, headers={"Content-Encoding": encoding}))
+    assert "sent a body" in str(reply.error)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_pictures_are_not_sent_to_another_server(status: int) -> None:
+    with Scripted(lambda *_: complete(SOUND)) as other:
+        headers = {"Location": f"{other.url}/chat/completions"}
+        with pytest.raises(EngineDiedError, match=f"redirects to {other.url}/chat/completions"):
+            ask(lambda *_: web.Response(status=status, headers=headers))
+        assert other.seen.total() == 0
+
+
+def test_a_redirect_within_a_server_is_followed_but_not_for_ever() -> None:
+    def redirect(request: web.Request, _: Any) -> Any:
+        again = {"Location": "/v1/chat/completions?again"}
+        return complete(SOUND) if "again" in request.query else web.Response(status=307, headers=again)
+
+    assert ask(redirect).text == SOUND
+    with pytest.raises(EngineDiedError, match="redirects to /v1"):
+        ask(lambda *_: web.Response(status=308, headers={"Location": "/v1/chat/completions"}))
