@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +35,15 @@ class Attempt:
     retry: frozenset[str]  # statuses whose rows are made again
     stop: threading.Event
     meter: ProgressMeter
+    before_commit: Callable[[], None] = lambda: None  # called when the table is written, before it is in place
 
     def __post_init__(self) -> None:
         self.run = self.shard.run.folder
         self.path = table_path(self.run, self.p.folder, self.shard.number)
         self.before = read_intact_footer(self.run, self.path)
-        self.parts = Parts(work_folder(self.run, self.p.folder, self.shard.number), self.p.record, self.provenance)
+        retry_of = (self.before.digest, *sorted(self.retry)) if self.retry and self.before else ()
+        work = work_folder(self.run, self.p.folder, self.shard.number)
+        self.parts = Parts(work, self.p.record, self.provenance, retry_of=retry_of)
         self.tally = ShardTally(self.meter, max_error_share=self.p.max_error_share)
         if self.retry and self.before:
             self.shard.retry_of = (self.before.digest,)
@@ -90,6 +93,7 @@ class Attempt:
             if payload:
                 writer.payload = payload.commit()
                 writer.payload_sha256 = {name: hash_file(self.run / name) for name in writer.payload}
+            self.before_commit()
         self.parts.discard()
 
     def _restore_rows(self, *, resumable: bool) -> Iterator[Record]:

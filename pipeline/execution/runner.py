@@ -37,7 +37,7 @@ from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
 from pipeline.progress import ProgressMeter, ProgressRelay, say
 from pipeline.storage import tables
-from pipeline.storage.layout import table_path, work_folder
+from pipeline.storage.layout import sweep_unfinished, table_path, work_folder
 from pipeline.storage.parts import write_failure
 
 OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
@@ -82,6 +82,7 @@ class Runner:
         Raises:
             RefusedError: a table is stale and `stale` is "stop", or a status to retry does not exist.
         """
+        sweep_unfinished(self.state.run.folder)  # of killed commands, beside the plan and run.toml
         self._check_retry([p for p in passes if not p.has_payload])
         self.state.check_not_stale(passes)
         engines = EnginePool(self.state.run.engines)

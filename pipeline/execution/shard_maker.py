@@ -40,7 +40,28 @@ class ShardMaker:
 
     def make(self, p: Pass, number: int, engines: EnginePool, meter: ProgressMeter) -> ShardResult:
         """Makes one shard of one pass and records its statistics; raises what `Attempt.make` raises."""
-        run = self.states.run
+        run, stats = self.states.run, list[Stat]()
+        started = self._stopwatch.start()
+
+        def make_stat() -> None:
+            seconds = self._stopwatch.stop(started)
+            stats.append(
+                attempt.tally.make_stat(
+                    stage=p.stage,
+                    name=p.name,
+                    caption=p.caption,
+                    shard=number,
+                    seconds=seconds,
+                    waiting=engines.waiting(p.engines),
+                )
+            )
+
+        def save_stat() -> None:  # before the table: a shard that is killed after its table is not made again
+            make_stat()
+            path = table_path(run.folder / "stats", p.folder, number)
+            provenance = tables.Provenance(stage="stats", name="", version=1, slice={}, inputs={})
+            tables.write_rows(path, Stat, stats, provenance, work=attempt.parts.folder)
+
         attempt = Attempt(
             p=p,
             shard=Shard(run=run, number=number, pieces=self.states.plan.pieces(number), limit=self.limit),
@@ -49,22 +70,11 @@ class ShardMaker:
             retry=self.retry,
             stop=self.stop,
             meter=meter,
+            before_commit=save_stat,
         )
-        started = self._stopwatch.start()
         try:
             overtaken = not attempt.make(engines)
         finally:
-            seconds = self._stopwatch.stop(started)
-        stat = attempt.tally.make_stat(
-            stage=p.stage,
-            name=p.name,
-            caption=p.caption,
-            shard=number,
-            seconds=seconds,
-            waiting=engines.waiting(p.engines),
-        )
-        if not overtaken:
-            path = table_path(run.folder / "stats", p.folder, number)
-            provenance = tables.Provenance(stage="stats", name="", version=1, slice={}, inputs={})
-            tables.write_rows(path, Stat, [stat], provenance)
-        return ShardResult(stat=stat, overtaken=overtaken)
+            if not stats:
+                make_stat()
+        return ShardResult(stat=stats[0], overtaken=overtaken)

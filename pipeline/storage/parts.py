@@ -2,15 +2,17 @@
 
 A part is a small table outside every table's glob, renamed into place, with the provenance of the table that it will
 join. Any process may adopt the parts of an earlier attempt or of another process; of rows with one id, the first wins.
+A retry has parts of its own, since those of the table that it replaces hold the rows to be made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from heapq import merge
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, status_of
 from pipeline.storage import tables
+from pipeline.storage.layout import is_old, sweep_unfinished
 
 MAX_AGE = 20.0  # seconds that a finished row waits for its part: at most this much finished work is lost by a kill
 MAX_ROWS = 5_000  # rows held in memory
@@ -26,8 +29,12 @@ MAX_ROWS = 5_000  # rows held in memory
 class Parts:
     """The rows of one shard of one pass, while they are being made."""
 
-    def __init__(self, folder: Path, record: type[Record], provenance: tables.Provenance) -> None:
+    def __init__(
+        self, folder: Path, record: type[Record], provenance: tables.Provenance, *, retry_of: tuple[str, ...] = ()
+    ) -> None:
+        """`retry_of` has the digest of the table that is retried, and the statuses; () where a table is made."""
         self.folder = folder
+        self._retry = "".join(f"-{text}" for text in retry_of)
         self._record, self._provenance = record, provenance
         self._adopted: list[Callable[[], Iterator[Record]]] = []
         self._own: list[Path] = []
@@ -79,12 +86,23 @@ class Parts:
             last = row.id
 
     def discard(self) -> None:
-        """Removes the unfinished work of this shard, other processes' too, because the table is in place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the parts of the table that is in place, other processes' too, and what was abandoned.
+
+        Work on another table of this shard, with another configuration or a retry, may be in use and stays.
+        """
+        for path in self.folder.glob("*.parquet"):
+            with suppress(OSError):
+                if path.name.startswith(f"{self._prefix}-") or is_old(path):
+                    path.unlink()
+        with suppress(OSError):
+            (self.folder / "failed.json").unlink(missing_ok=True)
+            sweep_unfinished(self.folder)
+            self.folder.rmdir()
 
     @property
     def _prefix(self) -> str:
-        return self._provenance.fingerprint[:16]
+        fingerprint = self._provenance.fingerprint[:16]
+        return f"{fingerprint}_{hashlib.sha256(self._retry.encode()).hexdigest()[:16]}" if self._retry else fingerprint
 
 
 def write_failure(folder: Path, message: str) -> None:

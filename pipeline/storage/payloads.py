@@ -11,13 +11,12 @@ import io
 import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.records import Image
-from pipeline.storage.layout import PACKED, work_folder
+from pipeline.storage.layout import PACKED, unfinished_path, work_folder
 from pipeline.storage.tables import TableFooter, open_atomic, read_whole_footer, sync_folder
 
 BLOCK = 512  # bytes of a tar header
@@ -41,7 +40,7 @@ class UnfinishedFile:
 
     def __init__(self, path: Path, *, work: Path) -> None:
         self.path = path
-        self._temporary = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+        self._temporary = unfinished_path(path, work=work)
         self._file: io.BufferedWriter | None = None
 
     def open(self) -> io.BufferedWriter:

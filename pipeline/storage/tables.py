@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_ty
 
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, arrow_schema, column_names
+from pipeline.storage.layout import unfinished_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,10 +156,16 @@ def read_whole_footer(path: Path) -> TableFooter | None:
 
 
 def write_rows(
-    path: Path, record: type[R], rows: Iterable[R], provenance: Provenance, *, durable: bool = True
+    path: Path,
+    record: type[R],
+    rows: Iterable[R],
+    provenance: Provenance,
+    *,
+    work: Path | None = None,
+    durable: bool = True,
 ) -> TableFooter:
     """Writes a whole table; see `TableWriter` and `open_atomic`."""
-    with open_atomic(path, durable=durable) as file, TableWriter(file, record, provenance) as writer:
+    with open_atomic(path, work=work, durable=durable) as file, TableWriter(file, record, provenance) as writer:
         for row in rows:
             writer.add(row)
     return writer.footer
@@ -305,7 +311,7 @@ def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
         folder.mkdir(parents=True, exist_ok=True)
-    unfinished = work / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    unfinished = unfinished_path(path, work=work)
     try:
         with open(unfinished, "xb") as file:
             yield file

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -19,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config, progress
-from pipeline.errors import RefusedError
+from pipeline.errors import MachineError, RefusedError
 from pipeline.execution.pass_graph import list_passes
 from pipeline.execution.states import ShardStates
 from pipeline.records import Caption, Image, Record, Score, Stat, Verdict
 from pipeline.storage import tables
-from pipeline.storage.layout import work_folder
+from pipeline.storage.layout import unfinished_path, work_folder
 from pipeline.storage.parts import Parts
 from pipeline.storage.plan import Plan
 from tests.support.runs import BAD, GOOD, ROOT, begin, corpus, files, make, recap_alone, sections, times, write
@@ -232,6 +233,77 @@ def test_rows_of_a_damaged_part_are_made_again(tmp_path: Path, finished: Path) -
     part.write_bytes(data)
     assert make(run).exit_code == 0
     assert files(run / "caption") == files(finished / "caption")
+
+
+def test_a_retry_adopts_no_parts_of_the_table_that_it_replaces(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "photos", ["jpg"] * 30)
+    run = begin(tmp_path / "run", sections(source, engines__captioner={"empty_share": 0.4}), max_error_share=1.0)
+    make(run, "ingest")
+    make(run, "caption")
+    table = run / "caption" / "dense" / "00000.parquet"
+    footer = tables.read_footer(table)
+    assert footer is not None and footer.statuses["empty"] > 0
+    parts = Parts(work_folder(run, "caption/dense", 0), Caption, footer.provenance)  # as after a kill before clean-up
+    for row in tables.read_rows(table, Caption):
+        parts.add(row)
+    parts.flush()
+    make(run, "caption", shards="0", retry=frozenset({"empty"}))
+    (stat,) = tables.read_rows(run / "stats" / "caption" / "dense" / "00000.parquet", Stat)
+    assert stat.num_new_rows == footer.statuses["empty"]
+    interrupted = tables.read_footer(table)
+    assert interrupted is not None
+    again = Parts(
+        work_folder(run, "caption/dense", 0), Caption, footer.provenance, retry_of=(interrupted.digest, "empty")
+    )
+    for row in tables.read_rows(table, Caption):
+        if row.status == "empty":
+            again.add(replace(row, status="ok", text="made by a retry that was killed"))
+    again.flush()
+    make(run, "caption", shards="0", retry=frozenset({"empty"}))
+    texts = [row.text for row in tables.read_rows(table, Caption)]
+    assert texts.count("made by a retry that was killed") == interrupted.statuses.get("empty", 0)
+
+
+def test_work_in_use_outlives_the_shard_and_abandoned_work_does_not(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
+    make(run, "ingest")
+    make(run, "caption")
+    table = run / "caption" / "dense" / "00000.parquet"
+    footer, caption_rows = tables.read_footer(table), list(tables.read_rows(table, Caption))
+    assert footer is not None
+    table.unlink()
+    work = work_folder(run, "caption/dense", 0)
+    other = Parts(work, Caption, replace(footer.provenance, version=99))
+    other.add(caption_rows[0])
+    other.flush()
+    (used,) = work.glob("*.parquet")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    live = unfinished_path(table, work=work)
+    gone = work / live.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    old_part, old = work / "0123456789abcdef-0.parquet", work / ".00000.parquet.0123456789ab.tmp"
+    beside = [run / path.name.replace("00000.parquet", "run.toml") for path in (live, gone, old)]
+    for path in (live, gone, old_part, old, *beside):
+        path.write_bytes(b"")
+    for path in (old_part, old, beside[-1]):
+        os.utime(path, (0, 0))
+    assert make(run, "caption").exit_code == 0
+    assert sorted(work.iterdir()) == sorted([used, live])
+    assert [path for path in beside if path.exists()] == [beside[0]]
+    assert {row.id for row in tables.read_rows(used, Caption)} == {caption_rows[0].id}
+
+
+def test_statistics_are_in_place_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
+
+    def die(_: Parts) -> None:
+        raise MachineError("killed after the table")
+
+    monkeypatch.setattr(Parts, "discard", die)
+    assert make(run, "ingest").exit_code == 1
+    assert (run / "image" / "00000.parquet").exists()
+    (stat,) = tables.read_rows(run / "stats" / "image" / "00000.parquet", Stat)
+    assert (stat.num_rows, stat.num_new_rows) == (3, 3)
 
 
 def test_a_dead_engine_is_a_failure_and_not_a_stop(tmp_path: Path) -> None:
