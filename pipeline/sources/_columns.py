@@ -5,7 +5,10 @@ It works on Arrow schemas and rows, for Parquet and `datasets` alike, and refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +19,15 @@ from pipeline.sources import _common, _files
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
+NO_IMAGE_NAMES = re.compile(r"(.*_)?(sha\d*|md5|crc32|\w*hash|digest|url|uuid|embedding)|thumb(nail)?", re.IGNORECASE)
 KEY_NAMES = ("__key__", "key", "uid", "id")
 IMAGE_HELP = "the column with the images; empty: the one named like an image, or the only one that holds bytes"
 KEY_HELP = "the column with the samples' names; empty: __key__, key, uid or id, else the image's path, else the row"
 ROOT_HELP = "the folder of the images for rows that have only a path to theirs; no path outside it is opened"
+MAX_SHORT_BYTES = 1 << 12  # on average, of binary values that are read as metadata
 MAX_BYTES = 1 << 26  # of rows converted to Python at a time, when there are more than one
 
 
@@ -39,8 +45,13 @@ class Columns:
         return list(dict.fromkeys([self.image, *([self.source_key] if self.source_key else []), *self.metadata]))
 
 
-def choose_columns(schema: pa.Schema, *, image: str, source_key: str, alt_text: str) -> Columns:
+def choose_columns(
+    schema: pa.Schema, *, image: str, source_key: str, alt_text: str, short: Collection[str] = ()
+) -> Columns:
     """Takes the columns that the config names and, for each "", finds one by name and type.
+
+    Args:
+        short: columns of binary values that are short enough for metadata, since texts may lack their annotation.
 
     Raises:
         ConfigError: a column that the config names is missing, or no one column is clearly the images'.
@@ -54,18 +65,35 @@ def choose_columns(schema: pa.Schema, *, image: str, source_key: str, alt_text: 
     if not _holds_images(schema.field(image).type):
         raise ConfigError("source.image", f"column {image!r} holds {schema.field(image).type}, not image files")
     source_key = source_key or next((name for name in KEY_NAMES if name in schema.names and name != image), "")
-    metadata = tuple(f.name for f in schema if f.name not in (image, source_key) and _holds_metadata(f.type))
+    texts = {*short, *_common.ALT_TEXTS, alt_text}
+    metadata = tuple(
+        f.name
+        for f in schema
+        if f.name not in (image, source_key) and (_holds_metadata(f.type) or (_is_binary(f.type) and f.name in texts))
+    )
     return Columns(image=image, source_key=source_key, alt_text=alt_text, metadata=metadata)
 
 
 def _find_image_column(schema: pa.Schema) -> str:
-    candidates = [field.name for field in schema if _holds_images(field.type)]
-    preferred = [name for name in [*_list_image_features(schema), *IMAGE_NAMES] if name in candidates]
-    if preferred or len(candidates) == 1:
-        return (preferred or candidates)[0]
+    candidates: list[str] = [field.name for field in schema if _holds_images(field.type)]
+    preferred: list[str] = [name for name in [*_list_image_features(schema), *IMAGE_NAMES] if name in candidates]
+    if preferred:
+        return preferred[0]
+    if lists := [field.name for field in schema if _holds_image_lists(field.type)]:
+        others = f"; or choose one of {', '.join(candidates)}" if candidates else ""
+        message = f"column {lists[0]!r} holds lists of images, which are not supported: write one image a row{others}"
+        raise ConfigError("source.image", message)
+    if len(candidates) == 1 and not _is_other_name(candidates[0]):
+        return candidates[0]
     if not candidates:
         raise ConfigError("source.image", f"no column holds image files; there are {', '.join(schema.names)}")
-    raise ConfigError("source.image", f"several columns may hold the images; choose one of {', '.join(candidates)}")
+    problem = "several columns may hold the images" if len(candidates) > 1 else "no column is clearly the images'"
+    raise ConfigError("source.image", f"{problem}; choose one of {', '.join(candidates)}")
+
+
+def _is_other_name(name: str) -> bool:
+    """True for a column of bytes that by its name holds something else: a hash, a text, an id."""
+    return name in (*KEY_NAMES, *_common.ALT_TEXTS) or NO_IMAGE_NAMES.fullmatch(name) is not None
 
 
 def _list_image_features(schema: pa.Schema) -> list[str]:
@@ -85,6 +113,13 @@ def _holds_images(type: pa.DataType) -> bool:
     return _is_binary(type) or pa.types.is_null(type)
 
 
+def _holds_image_lists(type: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    return is_list and not pa.types.is_null(type.value_type) and _holds_images(type.value_type)
+
+
 def _holds_metadata(type: pa.DataType) -> bool:
     """False for long binary values, which JSON cannot hold and which would cost many bytes to read."""
     import pyarrow as pa
@@ -92,6 +127,17 @@ def _holds_metadata(type: pa.DataType) -> bool:
     if pa.types.is_fixed_size_binary(type):
         return bool(type.byte_width <= _common.MAX_HEX_BYTES)
     return not _is_binary(type) and not (pa.types.is_struct(type) and _holds_images(type))
+
+
+def list_short_columns(table: pq.ParquetFile) -> list[str]:
+    """The columns of short binary values: hashes, ids, and texts without the UTF-8 annotation."""
+    if not table.metadata.num_row_groups:
+        return []
+    group = table.metadata.row_group(0)
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    return [
+        chunk.path_in_schema for chunk in chunks if chunk.total_uncompressed_size <= MAX_SHORT_BYTES * group.num_rows
+    ]
 
 
 def _is_binary(type: pa.DataType) -> bool:
@@ -114,11 +160,35 @@ def read_samples(
         image = row.pop(columns.image)
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
         path = path if isinstance(path, str) else ""
-        key = row.pop(columns.source_key, None)
-        if key in (None, ""):
+        key = _format_key(row.pop(columns.source_key, None))
+        if not key:
             key = next((path.removeprefix(f"{root}/") for root in roots if path.startswith(f"{root}/")), path)
-        raw = Raw(source_key=_common.replace_surrogates(str(key)) or f"{name}:{number}", data=None)
+        row = {one: _read_text(value) for one, value in row.items()}
+        raw = Raw(source_key=_common.replace_surrogates(key) or f"{name}:{number}", data=None)
         yield _common.add_text(_add_image(raw, data, path, roots), row, column=columns.alt_text)
+
+
+def _format_key(value: Any) -> str:
+    """A sample's name as text: whole numbers without a fraction, bytes as text or hex; "" for NaN and none."""
+    value = _read_text(value)
+    if isinstance(value, float):
+        return "" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
+
+
+def _read_text(value: Any) -> Any:
+    """Bytes that are printable UTF-8 as text; any other value unchanged."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return value
+    return value if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) else text
 
 
 def make_lost_row(row: int, *, name: str, error: str) -> Raw:

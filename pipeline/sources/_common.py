@@ -66,6 +66,10 @@ def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] 
     names = (column,) if column else ALT_TEXTS
     candidates = [(name, texts[name]) for name in ((column,) if column else TEXTS) if name in texts]
     candidates += [(name, _first_string(fields[name])) for name in names if name in fields]
+    inner = fields.get("json")  # a table that was made from tars has their JSON in a column, as an object or as text
+    inner = parse_json(inner.encode(errors="replace")) if isinstance(inner, str) else inner
+    if isinstance(inner, Mapping):
+        candidates += [(f"json.{name}", _first_string(inner[name])) for name in names if name in inner]
     alt_text = next((text for _, text in candidates if text.strip()), None)
     used = {name for name, text in candidates if text == alt_text}
     rest = {name: value for name, value in {**texts, **fields}.items() if name not in used or value != alt_text}
@@ -73,10 +77,9 @@ def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] 
 
 
 def _first_string(value: Any) -> str:
-    """A caption, or the first of several; "" for any other value."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, str) else ""
+    """A caption, or the first of several that is not blank; "" for any other value."""
+    values = value if isinstance(value, list) else [value]
+    return next((one for one in values if isinstance(one, str) and one.strip()), "")
 
 
 def find_encoding(data: bytes) -> str:

@@ -17,6 +17,7 @@ from pipeline.sources import _columns, _common, _files, _parquet, _survey
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ALLOW_HELP = "whether files that have changed since they were planned are read, since rows were only appended to them"
 
@@ -48,13 +49,13 @@ def pieces(config: Config) -> Iterator[Piece]:
         try:
             with _files.open_file(place(piece.file, config)) as stream:
                 table = _parquet.open_table(stream)
-                stop, schema = table.metadata.num_rows, table.schema_arrow
+                stop = table.metadata.num_rows
+                if not is_checked:
+                    _choose_columns(table, config)
+                    is_checked = True
         except BrokenParquetError:
             yield piece
             continue
-        if not is_checked:
-            _choose_columns(schema, config)
-            is_checked = True
         yield replace(piece, stop=stop)
 
 
@@ -75,7 +76,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
             _check_unchanged(stream, piece)
         try:
             table = _parquet.open_table(stream)
-            columns = _choose_columns(table.schema_arrow, config)
+            columns = _choose_columns(table, config)
         except (BrokenParquetError, ConfigError) as error:
             stop = piece.start + 1 if piece.stop is None else piece.stop
             yield from _make_lost_rows(range(piece.start, stop), name, str(error))
@@ -122,5 +123,11 @@ def _make_lost_rows(rows: range, name: str, error: str) -> Iterator[Raw]:
     return (_columns.make_lost_row(row, name=name, error=error) for row in rows)
 
 
-def _choose_columns(schema: pa.Schema, config: Config) -> _columns.Columns:
-    return _columns.choose_columns(schema, image=config.image, source_key=config.source_key, alt_text=config.alt_text)
+def _choose_columns(table: pq.ParquetFile, config: Config) -> _columns.Columns:
+    return _columns.choose_columns(
+        table.schema_arrow,
+        image=config.image,
+        source_key=config.source_key,
+        alt_text=config.alt_text,
+        short=_columns.list_short_columns(table),
+    )

@@ -524,6 +524,64 @@ class TestParquet:
             "URLs are not fetched",
         ]
 
+    def test_texts_and_urls_may_lack_the_utf8_annotation(self, tmp_path: Path) -> None:
+        columns = {"image": [b"jpeg"], "caption": ["é".encode()], "url": [b"http://x"], "hash": [b"\xff\0"]}
+        pq.write_table(pa.table(columns | {"other": [bytes(10_000)], "id": [b"name"]}), tmp_path / "a.parquet")
+        (raw,) = read_all(parquet, parquet.Config(path=str(tmp_path)))
+        assert (raw.source_key, raw.data, raw.alt_text) == ("name", b"jpeg", "é")
+        assert raw.metadata == '{"url": "http://x", "hash": "ff00"}'
+
+    @pytest.mark.parametrize(
+        ("values", "keys"),
+        [
+            ([b"a", b"\0\xff"], ["a", "00ff"]),
+            ([1.0, 12345678901.0, 0.5, float("nan")], ["1", "12345678901", "0.5", "a.parquet:3"]),
+            ([{"a": 1}], ['{"a": 1}']),
+            ([["a", "b"]], ['["a", "b"]']),
+        ],
+    )
+    def test_source_keys_are_text_whatever_their_type(self, tmp_path: Path, values: list[Any], keys: list[str]) -> None:
+        pq.write_table(pa.table({"image": [b"jpeg"] * len(values), "id": values}), tmp_path / "a.parquet")
+        assert [raw.source_key for raw in read_all(parquet, parquet.Config(path=str(tmp_path)))] == keys
+
+    @pytest.mark.parametrize(
+        ("column", "alt_text"),
+        [
+            ({"caption": ["", None, " ", "second"]}, "second"),
+            ({"json": {"caption": "inside", "width": 3}}, "inside"),
+            ({"json": '{"text": "inside"}'}, "inside"),
+            ({"caption": "outside", "json": {"caption": "inside"}}, "outside"),
+            ({"json": "[1"}, None),
+        ],
+    )
+    def test_captions_are_found_in_lists_and_json(
+        self, tmp_path: Path, column: dict[str, Any], alt_text: str | None
+    ) -> None:
+        columns = {name: [value] for name, value in column.items()}
+        pq.write_table(pa.table({"image": [b"jpeg"]} | columns), tmp_path / "a.parquet")
+        assert [raw.alt_text for raw in read_all(parquet, parquet.Config(path=str(tmp_path)))] == [alt_text]
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            (
+                {"images": [[b"jpeg"]]},
+                "column 'images' holds lists of images, which are not supported: write one image a row",
+            ),
+            (
+                {"images": [[{"bytes": b"jpeg"}]], "thumbnail": [b"small"]},
+                "lists of images.*; or choose one of thumbnail",
+            ),
+            ({"images": [[b"jpeg"]], "sha256": [b"hash"]}, "lists of images.*; or choose one of sha256"),
+            ({"url": [b"http://x"], "caption": [b"text"], "content": [b"jpeg"]}, "choose one of url, caption, content"),
+            ({"name": ["a"], "md5": [b"hash"]}, "no column is clearly the images'; choose one of md5"),
+        ],
+    )
+    def test_an_uncertain_image_column_is_refused(self, tmp_path: Path, columns: Any, message: str) -> None:
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match=message):
+            read_all(parquet, parquet.Config(path=str(tmp_path)))
+
     def test_members_of_local_zip_archives_are_read_below_image_root(self, tmp_path: Path) -> None:
         import zipfile
 
