@@ -30,6 +30,12 @@ class Redactor:
         """As `mask`, but leaves keys that are ordinary words."""
         return self.mask(text) if self._is_secret else text
 
+    def mask_body(self, body: bytes) -> bytes:
+        """As `mask_answer`, of a response before it is parsed."""
+        for form in self._forms if self._is_secret else ():
+            body = body.replace(form.encode(), MASK.encode())
+        return body
+
     def quote(self, text: str) -> str:
         """The masked text as a message shows it: printable, on one line, at most MAX_QUOTED characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in self.mask(text)).split())

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -327,13 +327,21 @@ class _Client:
         return self._session
 
     def _read_reply(self, body: bytes, url: str) -> Reply:
+        mask = self._redactor.mask_answer
         try:
-            reply = Reply(**vars(_output.parse_completion(body)))
+            output = _output.parse_completion(self._redactor.mask_body(body))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             quoted = self._redactor.quote(body.decode(errors="replace"))
             raise ServerError(f"{url} sent a malformed response ({type(error).__name__}): {quoted}") from error
-        shown = None if reply.error is None else self._redactor.quote(reply.error)
-        return replace(reply, text=self._redactor.mask_answer(reply.text), error=shown)
+        return Reply(
+            **vars(output)
+            | {
+                "text": mask(output.text),
+                "finish_reason": output.finish_reason and mask(output.finish_reason),
+                "fault": mask(output.fault),
+                "error": None if output.error is None else self._redactor.quote(output.error),
+            }
+        )
 
     def _start_health_check(self, server: _Server) -> None:
         if server.health_check is None or server.health_check.done():

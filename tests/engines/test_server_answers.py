@@ -257,3 +257,13 @@ def test_a_redirect_within_a_server_is_followed_but_not_for_ever() -> None:
     assert ask(redirect).text == SOUND
     with pytest.raises(EngineDiedError, match="redirects to /v1"):
         ask(lambda *_: web.Response(status=308, headers={"Location": "/v1/chat/completions"}))
+
+
+def test_the_key_is_masked_in_every_field_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sesame-1234")
+    for body in (
+        complete("a sesame-1234", "sesame-1234"),
+        complete("\u0073esame-1234"),
+        complete(None, refusal="sesame-1234"),
+    ):
+        assert "sesame" not in repr(ask(lambda *_, body=body: body, api_key_env="SOME_KEY"))  # type: ignore[misc]
