@@ -343,7 +343,7 @@ def main() -> None:
     from pipeline.progress import escape_controls
 
     try:
-        app(standalone_mode=True)
+        app([f" {word}" if is_sql_comment(word) else word for word in sys.argv[1:]], standalone_mode=True)
     except UserError as error:
         print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -354,6 +354,11 @@ def main() -> None:
     except (OSError, MachineError) as error:
         print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def is_sql_comment(word: str) -> bool:
+    """Whether an argument is SQL that begins with a comment; an option's name has no white space."""
+    return word.startswith("--") and any(map(str.isspace, word.partition("=")[0]))
 
 
 def report_outcome(outcome: Outcome) -> None:

@@ -240,6 +240,41 @@ def test_sql_only_reads_and_only_the_run(run: Path, query: str) -> None:
     assert times(run) == before
 
 
+@pytest.mark.parametrize("comment", ["-- one\n", "--one = two\n", "-- a\n-- b\n", "/* one */ ", "\n--x\n"])
+@pytest.mark.parametrize("begin_with", ["", "EXPLAIN "])
+def test_a_statement_may_begin_with_a_comment(run: Path, comment: str, begin_with: str) -> None:
+    done = recap("sql", f"{comment}{begin_with}SELECT count(*) AS num FROM image", "--run", run)
+    assert begin_with or done.stdout.split() == ["num", "24"]
+
+
+def test_sql_reads_nothing_outside_of_the_run_through_links_or_parent_folders(run: Path, tmp_path: Path) -> None:
+    outside = run.parent / "outside"
+    shutil.copytree(run / "verdict", outside)
+    (outside / "secret.txt").write_text("secret")
+    link = run / "linked"
+    link.symlink_to(outside)
+    try:
+        for path in (link, run / ".." / "outside", run / "verdict" / ".." / ".." / "outside"):
+            for query in ("FROM read_parquet('{}/*.parquet')", "FROM read_text('{}/secret.txt')", "FROM glob('{}/*')"):
+                done = recap("sql", query.format(path), "--run", run, check=False)
+                assert (done.returncode, done.stdout) == (2, ""), query.format(path)
+    finally:
+        link.unlink()
+        shutil.rmtree(outside)
+
+
+def test_a_query_without_memory_is_the_fault_of_the_machine(run: Path) -> None:
+    import duckdb
+
+    duck = duckdb.connect(config={"memory_limit": "20MB"})
+    query = "SELECT list(range::VARCHAR || repeat('x', 99)) FROM range(1000000)"
+    with (
+        database.Connection(duck, [], handle=os.open(run, os.O_RDONLY)) as connection,
+        pytest.raises(MachineError, match="Out of Memory"),
+    ):
+        list(database.query_rows(connection, query))
+
+
 COPY = "COPY (SELECT 1) TO '{run}/verdict/00000.parquet'"
 
 

@@ -158,7 +158,7 @@ def run_query(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
 
     Raises:
         QueryError: it could do more than read, or it fails.
-        MachineError: a file that it reads does not read.
+        MachineError: a file that it reads does not read, or there is too little memory.
     """
     with _translate_errors():
         return connection.duck.execute(_check_statement(connection, sql))
@@ -259,7 +259,7 @@ def _parse_statements(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Raises DuckDB's errors as a QueryError, or a MachineError where a file does not read."""
+    """Raises DuckDB's errors as a QueryError, or a MachineError where a file does not read or memory is short."""
     import duckdb
 
     try:
@@ -267,6 +267,8 @@ def _translate_errors() -> Iterator[None]:
     except duckdb.IOException as error:
         if "No files found" in str(error):
             raise QueryError(_format_error(error)) from error
+        raise MachineError(_format_error(error)) from error
+    except duckdb.OutOfMemoryException as error:
         raise MachineError(_format_error(error)) from error
     except duckdb.Error as error:
         raise QueryError(_format_error(error)) from error
