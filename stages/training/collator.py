@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # a label without a loss
+
+
+def leave_process_group() -> None:
+    """Takes a worker of a data loader out of the group, so that a signal to the group does not kill it.
+
+    The training process needs its workers until it has finished the step and saved a checkpoint; then it ends them.
+    """
+    import torch
+
+    if torch.utils.data.get_worker_info() is not None and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
 
 
 class Collator:
@@ -28,6 +40,7 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
+        leave_process_group()
         pixels = self._processor.image_processor(
             images=[self.load_image(example) for example in examples], return_tensors="pt"
         )

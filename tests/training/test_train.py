@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,25 @@ def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> Non
     settings = run.sections["train"][""]
     assert set(settings.captions) <= {*run.sections["caption"], "main"}
     assert getattr(settings.options.config, "scores", "") in {"", *run.sections["score"]}
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_group_of_a_training_ends_it_with_a_checkpoint(sft_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(sft_run, tmp_path / "run")
+    run = begin(tmp_path / "run", make_sft_sections(train={"steps": 10_000, "save_steps": 10_000, "num_workers": 1}))
+    command = [sys.executable, "-m", "pipeline", "run", "train", "--run", str(run)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    lines = []
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if "train: step 2/" in line:
+                os.killpg(process.pid, signal.SIGTERM)
+    text = "".join(lines)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
+    assert "SIGTERM: finishing what is in flight" in text
+    assert list((run / "train").glob("checkpoint-*"))
