@@ -27,13 +27,13 @@ from pipeline.records import (
     arrow_schema,
 )
 from pipeline.sections import Run
+from pipeline.storage import expressions
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Step, Stat, Exported)
-VOLATILE = "SELECT function_name FROM duckdb_functions() WHERE stability IN ('VOLATILE', 'CONSISTENT_WITHIN_QUERY')"
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
 ROWS_IN_MEMORY = 2_000  # of a query's result
 MAX_QUOTED = 100  # characters of a statement in an error
@@ -200,13 +200,12 @@ def find_columns(expression: str, *, clause: str) -> frozenset[str]:
     with duckdb.connect() as connection:
         connection.execute(QUIET)
         tree = _parse_statements(connection, clause.format(expression))
-        volatile = {name for (name,) in connection.execute(VOLATILE).fetchall()}
-    if problem := _find_problem(tree, volatile):
+    if problem := _find_problem(tree):
         raise QueryError(f"{expression!r} is no SQL that fits here: {problem}")
     return frozenset(_list_values("column_names", tree))
 
 
-def _find_problem(tree: Any, volatile: set[str]) -> str:
+def _find_problem(tree: Any) -> str:
     """Why a parsed clause is not one deterministic expression over a row; "" if it is."""
     if tree["error"]:
         return str(tree["error_message"])
@@ -216,10 +215,7 @@ def _find_problem(tree: Any, volatile: set[str]) -> str:
     modifiers = {modifier["type"] for modifier in node.get("modifiers", [])}
     if len(node.get("select_list", [])) != 1 or node["from_table"]["type"] != "EMPTY" or modifiers - {"ORDER_MODIFIER"}:
         return "more than one expression"
-    if "SUBQUERY" in _list_values("class", tree):
-        return "it has a query inside"
-    changing = sorted(volatile & set(_list_values("function_name", tree)))
-    return f"{changing[0]} gives different values at different times" if changing else ""
+    return expressions.find_problem(_walk(tree))
 
 
 def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:

