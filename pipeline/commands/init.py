@@ -119,7 +119,7 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
     if kind is None:
         if advice := FOREIGN_FILES.get("image" if _common.is_image(path.name) else path.suffix.lower()):
             raise UserError(f"--source {source}: {advice}")
-        raise UserError(f"--source {source}: is of no known kind; set --kind to one of {', '.join(kinds)}")
+        raise UserError(f"--source {source}: is not recognised as any source; choose one with --kind: {', '.join(kinds)}")
     return {"kind": kind, "path": source if is_url else str(path.absolute())}
 
 

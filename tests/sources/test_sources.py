@@ -45,6 +45,7 @@ PHOTOS = {name: read_photo("sklearn", f"datasets/images/{name}") for name in ("c
     for name in ("rocket.jpg", "cell.png", "chelsea.png", "text.png", "multipage.tif", "no_time_for_that_tiny.gif")
 }
 IMAGES = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+KINDS = ", ".join(plugins.list_names("pipeline.sources"))
 Maker = Callable[[Path, int], Any]
 
 
@@ -230,8 +231,8 @@ class TestClaims:
             ("photos.zip", "is a ZIP archive, which no source reads; unpack it"),
             ("urls.csv", r"is a table of texts; .* as metadata\.csv and the column file_name"),
             ("urls.jsonl", r"is a table of texts; .* as metadata\.jsonl"),
-            ("unknown", "is of no known kind; set --kind to one of folder, hf, "),
-            ("*", "is of no known kind; set --kind to one of folder, hf, "),
+            ("unknown", f"is not recognised as any source; choose one with --kind: {KINDS}$"),
+            ("*", f"is not recognised as any source; choose one with --kind: {KINDS}$"),
         ],
     )
     def test_an_unclaimed_path_is_refused_with_advice(self, tmp_path: Path, name: str, message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.errors import ConfigError
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.pass_graph import list_passes, select_passes
@@ -32,6 +32,8 @@ from tests.support.scoring import (
     parse_rubric_run,
 )
 from tests.support.served import ModelServer, serve_model
+
+WRITERS = ", ".join(plugins.list_names("stages.rubric_writers"))
 
 image_statuses = st.lists(
     st.tuples(*[st.lists(st.sampled_from(["ok", "ok", "error"]), min_size=1, max_size=2)] * 4), max_size=6
@@ -234,7 +236,7 @@ def test_run_all_skips_rubrics_that_nothing_reads(tmp_path: Path) -> None:
         ({"teachers": ["a", "a"]}, "each once"),
         ({"teachers": ["a", "student"]}, "student is 'student', which is one of the teachers too"),
         ({"agree": 4}, "agree = 4 is more than the 3 teachers"),
-        ({"writer": "claim"}, "rubric.mine.writer: 'claim' is none of claims, llm; did you mean 'claims'"),
+        ({"writer": "claim"}, f"rubric.mine.writer: 'claim' is none of {WRITERS}; did you mean 'claims'"),
         ({"engine": "model"}, "rubric.mine.engine: is not for the writer claims"),
         ({"writer": "llm"}, "rubric.mine.engine: is missing"),
         ({"writer": "llm", "engine": "modle"}, "rubric.mine.engine: 'modle' is none of model"),

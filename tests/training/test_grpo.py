@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.errors import RefusedError, StoppedError, UserError
 from pipeline.execution.run_state import RunState
 from stages import train
@@ -20,6 +20,8 @@ from stages.training.methods.grpo import check_prompt, collapse_image_tokens
 from stages.training.rewards import Reward
 from tests.support.runs import ROOT, begin, recap
 from tests.support.training_runs import TEACHERS, make_grpo_sections
+
+METHODS = ", ".join(plugins.list_names("stages.training.methods"))
 
 
 def copy_run(run: Path, to: Path, **changes: Any) -> Path:
@@ -50,7 +52,7 @@ def test_a_prompt_whose_image_tokens_are_expanded_twice_is_refused(processor: An
         ({"method": "sft"}, 'train.[a-z_]+: is a key of method = "grpo", and this is method = "sft"'),
         ({"turns": 2}, 'train.turns: is a key of method = "sft", and this is method = "grpo"'),
         ({"turn": 2}, "train.turn: unknown key"),
-        ({"method": "gpro"}, "train.method: 'gpro' is none of grpo, regions, sft; did you mean 'grpo'"),
+        ({"method": "gpro"}, f"train.method: 'gpro' is none of {METHODS}; did you mean 'grpo'"),
         ({"lora": 4}, "lora needs"),
         ({"rewards": {"committee": 0.0}}, "a weight is a number above 0"),
         ({"rewards": {"committee": float("nan")}}, "a weight is a number above 0"),
