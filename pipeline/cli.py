@@ -103,16 +103,20 @@ def init_run(
     run.toml explains each key and shows its default. The plan assigns every image of the corpus to a shard.
     """
     from pipeline.commands import init
-    from pipeline.progress import say
+    from pipeline.progress import format_quantity, say
 
     guessed = init.guess_source(source, kind=kind)
     sections = init.default_sections({**guessed, "shard_size": shard_size}, engine=engine, model=model)
     run, num_shards = init.create_run(folder, sections)
     if warning := init.describe_ignored_files(sections["source"]):
         say(f"recap: {warning}")
-    say(f"{run.file}: a {run.source.kind} source in {num_shards} shards; edit the file to change anything")
+    shards = format_quantity(num_shards, "shard")
+    say(f"{run.file}: a {run.source.kind} source in {shards}; edit the file to change anything")
     if engine == "echo":
-        say("its engine is `echo`, which invents text; to caption images, set a model in [engines.captioner]")
+        say("its engine is `echo`, which invents captions and random scores, so most captions are refused")
+        say("to caption images, set a model in [engines.captioner]")
+    else:
+        say("the judge is the captioner itself; for another, add its engine to run.toml and name it in [score.judge]")
     if engine == "openai":
         say("start its server with `recap serve captioner`, or set the URL of another in [engines.captioner]")
     quoted = shlex.quote(str(folder))
@@ -127,10 +131,10 @@ def extend_plan(run: RunOption = Path()) -> None:
     """
     from pipeline import config
     from pipeline.commands import init
-    from pipeline.progress import say
+    from pipeline.progress import format_quantity, say
 
     before, after = init.extend_plan(config.load(run))
-    say(f"{after} shards, {after - before} of them new")
+    say(f"{format_quantity(after, 'shard')}, {after - before} of them new")
 
 
 @app.command("try", epilog="Example: recap try caption:dense --images 5")
@@ -317,10 +321,14 @@ app.add_typer(slurm, name="slurm")
 def print_scripts(stages: Stages = None, run: RunOption = Path(), stale: StaleOption = "stop") -> None:
     """Print the job scripts of everything that is missing."""
     from pipeline import config
+    from pipeline.progress import say
     from pipeline.slurm import submit
 
     state, jobs = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
-    print("\n".join(submit.render_scripts(state, jobs)), end="")
+    scripts = list(submit.render_scripts(state, jobs))
+    print("\n".join(scripts), end="")
+    if not scripts:
+        say("nothing is missing: there is no job to submit")
 
 
 @slurm.command("submit", epilog="Example: recap slurm submit --run runs/photos")
@@ -330,12 +338,13 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
     Repeating the command is safe.
     """
     from pipeline import config
-    from pipeline.progress import say
+    from pipeline.progress import format_quantity, say
     from pipeline.slurm import submit
 
     state, jobs = submit.select_jobs(config.load(run), stages or ["all"], stale=stale)
     num_tasks = submit.submit_jobs(state, jobs)
-    say(f"{num_tasks} tasks submitted" if num_tasks else "nothing to submit: everything is done or queued")
+    submitted = f"{format_quantity(num_tasks, 'task')} submitted"
+    say(submitted if num_tasks else "nothing to submit: everything is done or queued")
 
 
 def main() -> None:
@@ -362,8 +371,8 @@ def is_sql_comment(word: str) -> bool:
 
 
 def report_outcome(outcome: Outcome) -> None:
-    from pipeline.progress import say
+    from pipeline.progress import format_quantity, say
 
     failed = f", {len(outcome.failures)} failed" if outcome.failures else ""
     stopped = "; stopped, the same command resumes" if outcome.stopped else ""
-    say(f"{outcome.done} shard tables made, {outcome.skipped} already done{failed}{stopped}")
+    say(f"{format_quantity(outcome.done, 'shard table')} made, {outcome.skipped} already done{failed}{stopped}")

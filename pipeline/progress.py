@@ -15,6 +15,8 @@ from pipeline.records import Record, status_of
 # C0, DEL and C1; marks, embeddings and isolates of writing direction; line separators; lone surrogates.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 RELAY_INTERVAL = 0.5  # seconds between progress messages of a worker process
+MIN_SECONDS, MIN_ROWS = 5.0, 20  # one of them has to pass before the time left is estimated
+EARLY_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # of tqdm, without the time left
 LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
 
 
@@ -41,15 +43,33 @@ def say(message: str) -> None:
 def format_count(num: float) -> str:
     """A count with thousands separators.
 
-    >>> short(1234567)
+    >>> format_count(1234567)
     '1,234,567'
     """
     return f"{num:,.0f}"
 
 
+def format_quantity(num: int, noun: str) -> str:
+    """A count with its noun, whose plural ends in s.
+
+    >>> format_quantity(1, "shard")
+    '1 shard'
+    """
+    return f"{format_count(num)} {noun if num == 1 else f'{noun}s'}"
+
+
+def format_rate(num: float) -> str:
+    """A number per second, with a decimal below 10.
+
+    >>> format_rate(0.25)
+    '0.2'
+    """
+    return f"{num:.1f}" if num < 9.95 else format_count(num)
+
+
 def format_duration(seconds: float) -> str:
     """
-    >>> duration(3725)
+    >>> format_duration(3725)
     '1 h 02 min'
     """
     if seconds < 60:
@@ -73,6 +93,7 @@ class ProgressMeter:
             from tqdm import tqdm
 
             self._bar = tqdm(total=self.num_rows, desc=self.title, unit=" rows", file=sys.stderr, dynamic_ncols=True)
+            self._bar.bar_format = EARLY_BAR if self.num_rows else None
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -97,6 +118,8 @@ class ProgressMeter:
             self.restored += restored
             if self._bar is not None:
                 self._bar.total = None if self.num_rows is None else self.num_rows - self.restored
+                if self._is_measured(time.monotonic()):
+                    self._bar.bar_format = None  # tqdm's own
                 self._bar.update(rows)
             elif time.monotonic() - self._printed_at > LINE_INTERVAL:
                 self._print_line()
@@ -107,12 +130,17 @@ class ProgressMeter:
             if self._bar is not None:
                 self._bar.set_postfix_str(f"shard {self.shards}/{self.num_shards}, {format_count(self.failed)} failed")
 
+    def _is_measured(self, now: float) -> bool:
+        return self.rows > 0 and (now - self._start >= MIN_SECONDS or self.rows >= MIN_ROWS)
+
     def _print_line(self) -> None:
         self._printed_at = time.monotonic()
         seconds = max(self._printed_at - self._start, 1e-9)
         rate = self.rows / seconds
         unfinished = max(0, (self.num_rows or 0) - self.restored - self.rows) if self.shards < self.num_shards else 0
-        left = f", {format_duration(unfinished / rate)} left" if unfinished and rate else ""
+        left = (
+            f", {format_duration(unfinished / rate)} left" if unfinished and self._is_measured(self._printed_at) else ""
+        )
         say(
             f"{self.title}: shard {self.shards}/{self.num_shards}, {format_count(self.rows)} rows, "
             f"{rate:,.1f} rows/s, {format_count(self.failed)} failed{left}"

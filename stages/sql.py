@@ -5,6 +5,8 @@ Does not know what a condition is used for.
 
 from __future__ import annotations
 
+import re
+
 from pipeline.errors import ConfigError, QueryError
 from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
@@ -22,7 +24,7 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
     try:
         names = database.find_columns(sql, clause=clause)
     except QueryError as error:
-        raise ConfigError(f"{run.file}: {field}", str(error)) from error
+        raise ConfigError(f"{run.file}: {field}", f"{error}{_suggest_quotes(run, sql)}") from error
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
     for score in run.sections["score"]:
         if score in taken:
@@ -30,8 +32,24 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
     known = {*run.sections["score"], *taken}
     if unknown := sorted(names - known):
         message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
-        raise ConfigError(f"{run.file}: {field}", message)
+        raise ConfigError(f"{run.file}: {field}", f"{message}{_suggest_quotes(run, sql)}")
     return set(names & set(run.sections["score"]))
+
+
+def _suggest_quotes(run: Run, sql: str) -> str:
+    """Advice on a score whose name is an SQL keyword or no identifier; "" if the SQL has no such name."""
+    for score in run.sections["score"]:
+        quoted = re.sub(rf'(?<!["\w]){re.escape(score)}(?!["\w])', f'"{score}"', sql)
+        if quoted != sql and not _is_identifier(score):
+            return f"; the score {score} needs double quotes in SQL, which single quotes keep in TOML: '{quoted}'"
+    return ""
+
+
+def _is_identifier(name: str) -> bool:
+    try:
+        return database.find_columns(name, clause=CONDITION) == {name}
+    except QueryError:
+        return False
 
 
 def check_query(run: Run, field: str, query: str) -> None:

@@ -20,7 +20,7 @@ from pipeline.commands.sql import read_query
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
-from pipeline.progress import format_count, format_duration
+from pipeline.progress import format_count, format_duration, format_rate
 from pipeline.report import render
 from pipeline.sources import scenes
 from pipeline.storage import database, tables
@@ -88,7 +88,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     if reasons:
         yield "  refused:   " + ", ".join(f"{reason} ({format_count(num)})" for reason, num in reasons)
     rate = steps["images"] / max(seconds, 1e-9)
-    yield f"  {format_count(rate)} images/s over all stages, {format_duration(seconds)} in all"
+    yield f"  {format_rate(rate)} images/s over all stages, {format_duration(seconds)} in all"
     yield ""
     yield "  accuracy against the known truth of the images, which no stage has seen:"
     yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"

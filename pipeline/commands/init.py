@@ -25,7 +25,7 @@ from pipeline.validation import describe_type
 
 WIDTH = 110
 HEADER = (
-    "# A run of recap; `recap run all` makes all of it. Keys behind a # show their defaults.",
+    "# A run of recap; `recap run all` makes all of it. Commented-out keys show their defaults.",
     "# Changing a key that decides rows makes the tables below it stale; time-outs and URLs decide no rows.",
     "",
 )
@@ -119,7 +119,9 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
     if kind is None:
         if advice := FOREIGN_FILES.get("image" if _common.is_image(path.name) else path.suffix.lower()):
             raise UserError(f"--source {source}: {advice}")
-        raise UserError(f"--source {source}: is not recognised as any source; choose one with --kind: {', '.join(kinds)}")
+        raise UserError(
+            f"--source {source}: is not recognised as any source; choose one with --kind: {', '.join(kinds)}"
+        )
     return {"kind": kind, "path": source if is_url else str(path.absolute())}
 
 

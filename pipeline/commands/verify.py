@@ -9,7 +9,7 @@ from pipeline.errors import StoppedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.signals import stop_on_signal
 from pipeline.execution.verification import Damage, Verification, check_plan
-from pipeline.progress import ProgressMeter, escape_controls, say
+from pipeline.progress import ProgressMeter, escape_controls, format_quantity, say
 from pipeline.sections import Run
 
 
@@ -35,7 +35,8 @@ def verify_run(run: Run, *, shards: str) -> Iterator[str]:
             meter.shard_done()
             if stop.is_set():
                 raise StoppedError
-    say(f"{verification.num_tables} tables of {len(state.selected)} shards read, {num_damaged} files damaged")
+    num_tables, shards = verification.num_tables, format_quantity(len(state.selected), "shard")
+    say(f"{format_quantity(num_tables, 'table')} of {shards} read, {format_quantity(num_damaged, 'file')} damaged")
 
 
 def _format_damage(damage: Damage) -> str:

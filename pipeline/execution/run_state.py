@@ -15,6 +15,7 @@ from pipeline.errors import RefusedError
 from pipeline.execution.pass_graph import list_passes
 from pipeline.execution.passes import Pass
 from pipeline.execution.states import ShardStates
+from pipeline.progress import format_quantity
 from pipeline.sections import Run
 from pipeline.storage.plan import Plan
 
@@ -55,7 +56,7 @@ class RunState:
         stale = [(p, state) for p, state in states if state.kind == "stale"]
         if stale:
             counts = Counter(p.title for p, _ in stale)
-            total = ", ".join(f"{title} ({num} shards)" for title, num in counts.items())
+            total = ", ".join(f"{title} ({format_quantity(num, 'shard')})" for title, num in counts.items())
             reasons = list(dict.fromkeys(f"  {p.title}: {state.why}" for p, state in stale))[:MAX_REASONS]
             choices = "use --stale redo to make them again, --stale keep to use them as they are"
             raise RefusedError("\n".join([f"stale: {total}", *reasons, choices]))

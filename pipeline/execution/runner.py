@@ -35,7 +35,7 @@ from pipeline.execution.shard_maker import ShardMaker, ShardResult
 from pipeline.execution.signals import stop_on_signal
 from pipeline.execution.states import DUE, State
 from pipeline.execution.workers import VISIBLE, WorkerPool, divide_node, visible_devices
-from pipeline.progress import ProgressMeter, ProgressRelay, say
+from pipeline.progress import ProgressMeter, ProgressRelay, format_quantity, say
 from pipeline.storage import tables
 from pipeline.storage.layout import sweep_unfinished, table_path, work_folder
 from pipeline.storage.parts import write_failure
@@ -175,7 +175,7 @@ class Runner:
         inputs = [q.title for q in self.state.passes if q.folder in p.reads]
         new = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in inputs)]
         if new:
-            others = f" (and {len(new) - 1} shards more like it)" if new[1:] else ""
+            others = f" (and {format_quantity(len(new) - 1, 'shard')} more like it)" if new[1:] else ""
             say(f"recap: {p.title} {new[0]:05d} failed: {reasons[new[0]]}{others}")
         self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in reasons.items()}
 

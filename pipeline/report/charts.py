@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.progress import format_count
+from pipeline.progress import format_count, format_quantity
 from pipeline.report.numbers import NUM_BINS, Curve, Distribution, Lengths
 
 WIDTH, HEIGHT = 360, 150  # of a chart; the page scales it
@@ -131,7 +131,7 @@ def plot_scores(scores: Distribution) -> Chart:
     """A histogram of scores."""
     step = 1 / NUM_BINS
     columns = [
-        Column(label=f"{place * step:.2f} to {(place + 1) * step:.2f}: {format_count(count)} captions", size=count)
+        Column(label=f"{place * step:.2f} to {(place + 1) * step:.2f}: {format_quantity(count, 'caption')}", size=count)
         for place, count in enumerate(scores.bins)
     ]
     ticks = [(round(place * NUM_BINS / 4), f"{place / 4:g}") for place in range(5)]

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.progress import format_count, format_duration
+from pipeline.progress import format_count, format_duration, format_quantity
 from pipeline.records import Criterion
 from pipeline.report import charts
 from pipeline.report.charts import Part, choose_tone, format_share
@@ -173,15 +173,19 @@ def summarise_run(numbers: ReportNumbers) -> str:
     """The run in a sentence or two."""
     funnel = numbers.funnel
     missing = max(0, (numbers.num_planned or 0) - funnel["in"])
-    more = f" {format_count(missing)} more are planned." if missing else ""
+    more = f" {format_count(missing)} more {'is' if missing == 1 else 'are'} planned." if missing else ""
     if not funnel["in"]:
         return f"No image has been read yet.{more}"
-    parts = [f"Of {format_count(funnel['in'])} images, {format_count(funnel['usable'])} could be used"]
+    parts = [f"Of {format_quantity(funnel['in'], 'image')}, {format_count(funnel['usable'])} could be used"]
     if numbers.captions:
-        parts.append(f"{format_count(funnel['captioned'])} were captioned")
+        parts.append(f"{format_count(funnel['captioned'])} {_was(funnel['captioned'])} captioned")
     if numbers.refusals or funnel["kept"]:
-        parts.append(f"{format_count(funnel['kept'])} were kept")
+        parts.append(f"{format_count(funnel['kept'])} {_was(funnel['kept'])} kept")
     return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + f"{parts[-1]}.{more}"
+
+
+def _was(num: int) -> str:
+    return "was" if num == 1 else "were"
 
 
 def _format_value(value: Any) -> Any:

@@ -21,7 +21,7 @@ from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState, Stale
 from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE, Kind
-from pipeline.progress import say
+from pipeline.progress import format_quantity, say
 from pipeline.sections import Plugin, Run, endpoint_file
 from pipeline.slurm import scheduler
 from pipeline.slurm.blocks import Job, find_block, parse_block, plan_jobs
@@ -170,7 +170,7 @@ def check_gpus(slurm_run: SlurmRun, job: Job) -> None:
     shards = -(-slurm_run.num_shards // slurm_run.num_blocks)
     if resources.workers > shards:
         say(
-            f"recap: {field}.workers: a task has {shards} shards for {resources.workers} workers; "
+            f"recap: {field}.workers: a task has {format_quantity(shards, 'shard')} for {resources.workers} workers; "
             f"set slurm.num_tasks = {max(1, slurm_run.num_shards // resources.workers)} or less to use all workers"
         )
 

@@ -201,7 +201,8 @@ def find_columns(expression: str, *, clause: str) -> frozenset[str]:
         connection.execute(QUIET)
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
-        raise QueryError(f"{expression!r} is no SQL that fits here: {problem}")
+        kind = "order" if "ORDER BY" in clause else "condition"
+        raise QueryError(f"{expression!r} is not a valid SQL {kind}: {problem}")
     return frozenset(_list_values("column_names", tree))
 
 

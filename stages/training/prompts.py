@@ -33,7 +33,8 @@ def check_captions(run: Run, config: TrainConfig) -> None:
         raise ConfigError(f"{run.file}: train.captions", f"is empty; there are {', '.join(known)}")
     for name in config.captions:
         if name not in known:
-            raise ConfigError(f"{run.file}: train.captions", plugins.explain_unknown(name, known))
+            advice = f"{plugins.explain_unknown(name, known)}; set it to names of [caption.NAME]"
+            raise ConfigError(f"{run.file}: train.captions", advice)
     if config.recipe:
         try:
             load_recipe(run, config, config.captions[0])

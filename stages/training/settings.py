@@ -26,7 +26,8 @@ class Config:
     model: str = key("new", "a model's folder or name on the Hub; new: a small untrained Qwen2.5-VL", locate="model")
     output: str = key("model", "the folder in the run that the trained model is written to", stamp=False)
     captions: tuple[str, ...] = key(
-        ("main",), "sft: caption passes to learn from; grpo: the one whose prompt the model answers"
+        ("main",),
+        "names of [caption.NAME]; sft: the passes to learn from; grpo: the one whose prompt the model answers",
     )
     recipe: str = key("", "the recipe that prompts the model; empty: the recipe of each of `captions`")
     steps: int = key(1000, "optimizer steps", least=1)

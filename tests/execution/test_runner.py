@@ -464,6 +464,24 @@ def test_a_signal_stops_in_time_and_the_same_command_resumes(tmp_path: Path, fin
     assert files(run / "caption") == files(finished / "caption")
 
 
+def test_time_left_is_not_estimated_from_the_first_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    with progress.ProgressMeter("caption:dense", num_shards=1, num_rows=1000) as meter:
+        for seconds, rows, end in [(4.0, 19, "0 failed\n"), (4.5, 1, " left\n"), (5.0, 0, " left\n")]:
+            now[0] = seconds
+            meter.add(rows, 0)
+            assert capsys.readouterr().err.endswith(end)
+    now[0] = 0.0
+    with progress.ProgressMeter("caption:dense", num_shards=1, num_rows=1000) as meter:
+        now[0] = 5.0
+        meter.add(1, 0)
+        assert capsys.readouterr().err.endswith("0 failed, 1 h 23 min left\n")
+
+
 def test_time_left_counts_only_rows_that_are_still_to_be_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,6 @@ def test_missing_and_truncated_payloads_are_made_again(
     assert num == 1 and all(why.startswith(found) for why in failures.values())
     done = recap(run)
     assert (done.returncode, "; it is made again" in done.stderr, found in done.stderr) == (0, True, True)
-    assert "1 shard tables made" in done.stderr
+    assert "1 shard table made" in done.stderr
     assert times(run / "caption") == captions
     assert_rerun_completes(run, reference)

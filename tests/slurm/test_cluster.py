@@ -164,7 +164,7 @@ def test_requeued_and_killed_tasks_leave_only_missing_shards_to_submit(tmp_path:
     run.wait_until_empty()
     log = (run.folder / "slurm" / "logs" / f"caption-{requeued}.log").read_text()
     assert re.search(r"SIG(TERM|USR1): finishing", log)
-    assert "1 shard tables made" in log
+    assert "1 shard table made" in log
     status = run.status()
     assert {p["missing"] for p in status.values()} == {"", "1"}
     assert {title.split(":")[0] for title, p in status.items() if p["missing"]} == {
@@ -200,7 +200,7 @@ def test_signalled_task_stops_and_is_requeued_alone(tmp_path: Path, env: dict[st
     run.wait_for("coming back", lambda: states().get(signalled) in ("PENDING", "COMPLETING"))
     assert all(states().get(other, "done") in ("RUNNING", "COMPLETING", "done") for other in before)
     run.wait_until_empty()
-    assert re.search(r"SIGUSR1.*stopped, the same command resumes.*1 shard tables made", log.read_text(), re.DOTALL)
+    assert re.search(r"SIGUSR1.*stopped, the same command resumes.*1 shard table made", log.read_text(), re.DOTALL)
     assert tables(run.folder) == expected(tmp_path / "plain", parts | {"engines.captioner": {"kind": "echo"}})
 
 

@@ -247,7 +247,7 @@ def test_workers_without_shards_are_named(tmp_path: Path) -> None:
     slurm = {"slurm.caption": {"gpus": 2, "workers": 2}}
     run = begin(tmp_path / "run", parts | slurm | {"engines.captioner": {"kind": "vllm", "model": "m"}})
     stderr = recap("slurm", "script", "caption", "--run", run).stderr
-    assert "a task has 1 shards for 2 workers; set slurm.num_tasks = 4 or less" in stderr
+    assert "a task has 1 shard for 2 workers; set slurm.num_tasks = 4 or less" in stderr
 
 
 def test_several_scripts_are_refused_by_sbatch_as_one_file(tmp_path: Path) -> None:
@@ -328,7 +328,8 @@ def test_finished_run_needs_no_jobs(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
     assert recap("slurm", "script", "caption", "--run", run).stdout.startswith("#!/bin/bash\n#SBATCH --job-name=recap-")
     recap("run", "all", "--run", run)
-    assert recap("slurm", "script", "--run", run).stdout == ""
+    script = recap("slurm", "script", "--run", run)
+    assert (script.stdout, script.stderr) == ("", "nothing is missing: there is no job to submit\n")
 
 
 def test_stale_tables_are_not_submitted_by_default(tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_stale_tables_are_not_submitted_by_default(tmp_path: Path) -> None:
     write(run, parts | {"caption.dense": {"recipe": "short", "engine": "captioner"}})
     done = recap("slurm", "script", "--run", run, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "stale: caption:dense (1 shards)" in done.stderr
+    assert "stale: caption:dense (1 shard)" in done.stderr
     redone = recap("slurm", "script", "caption", "--stale", "redo", "--run", run).stdout
     assert "--stale redo" in redone
 

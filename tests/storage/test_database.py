@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,25 @@ def test_conditions_that_see_more_than_their_row_or_change_with_time_are_refused
 def test_names_that_read_the_clock_without_parentheses_are_refused(run: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"uses {name}; the columns are"):
         find_scores(config.load(run), "filter.rules.x", f"{name} IS NOT NULL")
+
+
+@pytest.mark.parametrize("clause", ["SELECT {}", "SELECT 1 ORDER BY {}"])
+@pytest.mark.parametrize(
+    ("name", "sql", "quoted"),
+    [
+        ("distinct", "distinct > 0.5 AND width > 9", '"distinct" > 0.5 AND width > 9'),
+        ("order", "width > 9 AND order > 1", 'width > 9 AND "order" > 1'),
+    ],
+)
+def test_a_score_named_like_a_keyword_needs_quotes(
+    tmp_path: Path, name: str, sql: str, quoted: str, clause: str
+) -> None:
+    run = SimpleNamespace(file="run.toml", sections={"score": {"form": None, name: None}})
+    with pytest.raises(ConfigError, match=f"the score {name} needs double quotes .*: '{quoted}'$"):
+        find_scores(run, "filter.rules.x", sql, clause=clause)  # type: ignore[arg-type]
+    assert find_scores(run, "filter.rules.x", quoted, clause=clause) == {name}  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"is not a valid SQL (condition|order): [^;]*$"):
+        find_scores(run, "filter.rules.x", "form >", clause=clause)  # type: ignore[arg-type]
 
 
 def test_every_allowed_function_is_deterministic_in_this_duckdb() -> None:
