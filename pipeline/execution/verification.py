@@ -20,9 +20,9 @@ from pipeline.errors import BrokenTableError, MachineError
 from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.progress import ProgressMeter
-from pipeline.records import Caption, Exported, Image, ImageRubric, Planned, Record, Score, Stat, Step, make_key
+from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
-from pipeline.storage import tables
+from pipeline.storage import integrity, tables
 from pipeline.storage.database import find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
 from pipeline.storage.layout import PACKED, table_path
@@ -44,7 +44,7 @@ def check_plan(run: Run) -> Damage | None:
     """Damage of the plan. Without it no table can be compared with anything."""
     path = run.folder / "plan.parquet"
     try:
-        check_table(path, Planned)
+        integrity.check_plan(path)
     except FileNotFoundError:
         return None  # reading the run says so
     except BrokenTableError as error:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Record, arrow_schema
+from pipeline.records import Planned, Record, arrow_schema
 from pipeline.storage import tables
 from pipeline.storage.payloads import hash_file
+from pipeline.storage.plan import CHECKSUM_KEY, verify_plan_footer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,6 +34,17 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
         BrokenTableError: the file has changed since it was written.
     """
     import pyarrow as pa
+
+    try:
+        return _compare_table(path, record)
+    except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
+        raise
+    except (pa.ArrowException, ValueError) as error:  # of metadata that no reader of rows looks at
+        raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
+
+
+def _compare_table(path: Path, record: type[Record]) -> tables.TableFooter:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     text, schema = tables.read_footer_text(path), arrow_schema(record)
@@ -42,6 +54,9 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
             for batch in tables.read_batches(path, record):
                 batch = pa.RecordBatch.from_arrays(batch.columns, schema=schema)
                 writer.write_batch(batch, row_group_size=tables.ROWS_PER_GROUP)
+            stored = pq.read_metadata(path).metadata or {}
+            if checksum := stored.get(CHECKSUM_KEY.encode()):  # of the plan's Parquet footer
+                writer.add_key_value_metadata({CHECKSUM_KEY: checksum})
             writer.add_key_value_metadata({tables.FOOTER_KEY: text})
         differs_at = comparison.finish()
     if differs_at is not None:
@@ -51,6 +66,20 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
     footer = tables.read_footer(path)
     assert footer is not None, f"{path} was removed while it was read"
     return footer
+
+
+def check_plan(path: Path) -> None:
+    """As `check_table`, for the plan, whose Parquet footer has a checksum too.
+
+    Raises:
+        FileNotFoundError: there is no plan.
+        BrokenTableError: it has changed since it was written.
+    """
+    check_table(path, Planned)
+    try:
+        verify_plan_footer(path)
+    except ValueError as error:
+        raise BrokenTableError(path, f"has changed since it was written: {error}") from error
 
 
 class _Comparison(io.RawIOBase):

@@ -163,7 +163,7 @@ def _open_plan(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        _verify_footer(path)
+        verify_plan_footer(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.schema_arrow.names != arrow_schema(Planned).names:
                 raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
@@ -179,7 +179,7 @@ def _open_plan(path: Path) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def _verify_footer(path: Path) -> None:
+def verify_plan_footer(path: Path) -> None:
     """Verifies the Parquet footer, where it has a checksum, and ours within it.
 
     Raises:

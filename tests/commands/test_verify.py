@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import BrokenTableError
 from pipeline.records import Caption, Step
 from pipeline.storage import tables
+from pipeline.storage.integrity import check_plan
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections
 
 NUM_FLIPS = 60
@@ -85,6 +87,19 @@ def test_flipped_bits_of_the_plan_are_named_before_anything_is_compared_with_it(
         (line,) = verify(run)
         assert line.startswith("plan.parquet ") and "restore it from a copy" in line
         (run / "plan.parquet").write_bytes(data)
+
+
+@pytest.mark.slow
+def test_every_single_bit_of_a_plan_is_protected(run: Path) -> None:
+    path, data = run / "plan.parquet", (run / "plan.parquet").read_bytes()
+    for bit in range(len(data) * 8):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(BrokenTableError):
+            check_plan(path)
+    path.write_bytes(data)
+    check_plan(path)
 
 
 def flip_bit(file: Path, noise: random.Random) -> None:
