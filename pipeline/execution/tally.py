@@ -8,11 +8,13 @@ import threading
 import time
 from collections import Counter
 from importlib.metadata import version
+from pathlib import PurePosixPath
 
 from pipeline.errors import ShardFailedError
 from pipeline.progress import ProgressMeter
 from pipeline.records import Record, Stat, status_of
 
+MAX_EXTENSIONS = 5  # in a message
 MIN_ROWS = 200  # of a shard before its share of failed rows counts
 
 
@@ -50,6 +52,7 @@ class ShardTally:
         self.num_retries = self.num_prompt_tokens = self.num_output_tokens = 0
         self.messages: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.extensions: Counter[str] = Counter()  # of the corpus's files that failed
 
     def restore(self, row: Record) -> None:
         """Counts a row of an earlier attempt."""
@@ -73,6 +76,8 @@ class ShardTally:
             common = f"{status_of(row)}: {error.partition(': ')[0]}"
             self.messages[common] += 1
             self.examples.setdefault(common, error)
+            if ending := PurePosixPath(getattr(row, "source_key", "")).suffix:
+                self.extensions[ending.lower()] += 1
         if self.num_rows >= MIN_ROWS and self.num_errors > self.max_error_share * self.num_rows:
             raise ShardFailedError(self._describe_failure())
 
@@ -109,5 +114,10 @@ class ShardTally:
         example = f", e.g. {self.examples[message]}" if message in self.examples else ""
         return (
             f"{self.num_errors} of its first {self.num_rows} rows failed, more than max_error_share ="
-            f" {self.max_error_share}; the commonest message ({num} times): {message}{example}"
+            f" {self.max_error_share}; the commonest message ({num} times): {message}{example}{self._list_extensions()}"
         )
+
+    def _list_extensions(self) -> str:
+        """The extensions of the files that failed, commonest first; "" for rows that are no files."""
+        counts = ", ".join(f"{num} {end}" for end, num in self.extensions.most_common(MAX_EXTENSIONS))
+        return f"; among them {counts} (a folder's source.exclude leaves files out)" if counts else ""

@@ -18,12 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from pipeline import progress
 from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Piece
 from pipeline.sections import key
 from pipeline.sources import _common
 
 FIELD = "source.path"
+OUTSIDE = "it leads out of the folder"
 UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR)
 
 
@@ -96,10 +98,13 @@ def _match_path(path: str, endings: tuple[str, ...]) -> Iterator[Piece]:
 
 def _match_local(path: str, endings: tuple[str, ...]) -> Iterator[Piece]:
     if Path(path).is_dir():
-        for parent, folders, files in os.walk(path):
+        errors: list[OSError] = []
+        for parent, folders, files in os.walk(path, onerror=errors.append):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             matches = sorted(name for name in files if name[0] != "." and name.endswith(endings))
             yield from (_make_piece(f"{parent}/{name}") for name in matches)
+        if errors:
+            progress.say(f"{path}: {len(errors)} folders cannot be listed and are passed over: {errors[0]}")
     elif Path(path).exists():
         yield _make_piece(path)
     elif glob.has_magic(path):
@@ -172,29 +177,36 @@ def open_file(file: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.open(file, "rb").open())
 
 
-def read_inside(path: str, root: str, *, limit: int) -> bytes:
+def is_inside(path: str, root: str) -> bool:
+    """True when a path is below the directory `root` after all links are resolved."""
+    home = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), home]) == home
+
+
+def read_inside(path: str, root: str, *, limit: int, follow_links: bool = False) -> bytes:
     """Reads a file that is inside the directory `root` after all links are resolved.
 
     Args:
         limit: of its size, in bytes.
+        follow_links: reads it wherever links lead.
 
     Raises:
         UnusableFileError: it is elsewhere, missing, not a regular file, too large, or may not be read.
         OSError: the disk failed, or the directory itself is gone.
     """
-    with open_inside(path, root) as stream:
+    with open_inside(path, root, follow_links=follow_links) as stream:
         if problem := _common.explain_size(os.fstat(stream.fileno()).st_size, limit):
             raise UnusableFileError(problem)
         return stream.read()
 
 
 @contextmanager
-def open_inside(path: str, root: str) -> Iterator[BinaryIO]:
+def open_inside(path: str, root: str, *, follow_links: bool = False) -> Iterator[BinaryIO]:
     """Opens a file as `read_inside` does; raises the same errors."""
     try:
-        real, home = os.path.realpath(path), os.path.realpath(root)
-        if os.path.commonpath([real, home]) != home:
-            raise UnusableFileError("it leads out of the folder")
+        real = os.path.realpath(path)
+        if not follow_links and not is_inside(real, root):
+            raise UnusableFileError(OUTSIDE)
         status = Path(real).stat()  # before it is opened, since opening a pipe blocks
         if not stat.S_ISREG(status.st_mode):
             raise UnusableFileError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")

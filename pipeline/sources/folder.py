@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,17 @@ NUM_ROWS = 10_000  # of a metadata file, converted to columns at a time
 class Config:
     path: str = key(help="the folder with the images, and with their .txt or .json files", stamp=False, locate="path")
     alt_text: str = key("", _common.ALT_TEXT_HELP)
+    follow_links: bool = key(
+        False,
+        "read files and folders wherever symbolic links lead; otherwise only those inside the folder",
+        stamp_default=False,
+    )
+    exclude: tuple[str, ...] = key(
+        (),
+        'patterns of file names or paths that the plan leaves out, as in ["*.npz"]; what is planned stays, so to change'
+        " it at the start remove plan.parquet and run `recap plan`",
+        stamp=False,
+    )
 
 
 def claims(path: str) -> bool:
@@ -58,16 +70,25 @@ def pieces(config: Config) -> Iterator[Piece]:
     root = _files.check_directory(config.path)
     columns: set[str] = set()
     used: dict[Path, bytearray] = {}  # by metadata file: for each row, whether an image has it
-    for folder, names in _walk_folders(str(root)):
+    skipped: list[str] = []
+    for folder, names in _walk_folders(str(root), skipped, follow_links=config.follow_links):
         for name in METADATA:
-            if name in names:
+            if name in names and not _may_read(root / folder / name, config):
+                skipped.append(f"{folder}{name}")
+            elif name in names:
                 columns.update(_read_columns(root / folder / name))
                 used[root / folder / name] = bytearray()
         for name in _list_inputs(names):
+            if any(fnmatchcase(one, pattern) for pattern in config.exclude for one in (name, folder + name)):
+                continue
             piece = Piece(file=_escape_name(folder + name), stop=1)
             if used and _common.is_image(name):
                 _note_rows(config.path, piece.file, used)
             yield piece
+    if skipped:
+        few = ", ".join(map(repr, skipped[:NUM_EXAMPLES])) + (", ..." if skipped[NUM_EXAMPLES:] else "")
+        reasons = "no permission, or links that lead back or (without source.follow_links) out of the folder"
+        progress.say(f"{root}: {len(skipped)} folders and metadata files are passed over ({reasons}): {few}")
     _report_unused_rows(root, used)
     if config.alt_text and columns and config.alt_text not in columns:
         message = f"no metadata file has a column {config.alt_text!r}; they have {', '.join(sorted(columns))}"
@@ -83,24 +104,52 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
     if _common.is_image(piece.file):
         raw = _add_text(raw, path, config)
     try:
-        yield replace(raw, data=_files.read_inside(path, config.path, limit=_common.MAX_IMAGE_BYTES))
+        data = _files.read_inside(path, config.path, limit=_common.MAX_IMAGE_BYTES, follow_links=config.follow_links)
+        yield replace(raw, data=data)
     except UnusableFileError as error:
-        yield replace(raw, error=str(error))
+        advice = "; set source.follow_links = true to allow it" if str(error) == _files.OUTSIDE else ""
+        yield replace(raw, error=f"{error}{advice}")
 
 
-def _walk_folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Each directory below `root`, its name ending in "/", with its sorted file names; hidden ones are skipped."""
+def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Iterator[tuple[str, list[str]]]:
+    """Each directory below `root`, its name ending in "/", with its sorted file names; hidden ones are skipped.
+
+    Args:
+        skipped: gets the directories that may not be listed, and links to one that was listed before.
+        follow_links: goes into linked directories too.
+    """
     pending = [""]
+    seen: set[tuple[int, int]] = set()  # devices and inodes
     while pending:
         folder = pending.pop()
         files: list[str] = []
         folders: list[str] = []
-        with os.scandir(f"{root}/{folder}") as entries:
-            for entry in entries:
-                if entry.name[0] != ".":
-                    (folders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
+        try:
+            status = Path(root, folder).stat()
+            if follow_links and (status.st_dev, status.st_ino) in seen:
+                skipped.append(folder)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(f"{root}/{folder}") as entries:
+                for entry in entries:
+                    if entry.name[0] != ".":
+                        (folders if _is_folder(entry, follow_links) else files).append(entry.name)
+        except PermissionError:
+            skipped.append(folder)
+            continue
         yield folder, sorted(files)
         pending += [f"{folder}{name}/" for name in sorted(folders, reverse=True)]
+
+
+def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow_links)
+    except OSError:  # a link to itself
+        return False
+
+
+def _may_read(path: Path, config: Config) -> bool:
+    return config.follow_links or _files.is_inside(str(path), config.path)
 
 
 def _list_inputs(names: list[str]) -> Iterator[str]:
@@ -147,12 +196,12 @@ def _unescape_name(name: str) -> str:
 
 
 def _add_text(raw: Raw, path: str, config: Config) -> Raw:
-    files, fields = {}, _find_row(config.path, raw.source_key)
+    files, fields = {}, _find_row(config, raw.source_key)
     folder, _, name = path.rpartition("/")
     sidecars = [f"{folder}/{odd}" for odd in _list_odd_sidecars(folder).get(name, ())]
     sidecars += [f"{stem}.{ending}" for stem in (path.rpartition(".")[0], path) for ending in SIDECARS]
     for sidecar in sidecars:  # an exact name overrides the others
-        data, ending = _read_sidecar(sidecar, config.path), _common.parse_extension(sidecar)
+        data, ending = _read_sidecar(sidecar, config), _common.parse_extension(sidecar)
         if data is not None and ending == "json":
             fields |= _common.parse_json(data)
         elif data is not None:
@@ -176,17 +225,19 @@ def _load_odd_sidecars(folder: str, inode: int, modified: int) -> dict[str, list
     return _pair_odd_sidecars(sorted(path.name for path in Path(folder).iterdir()))
 
 
-def _read_sidecar(path: str, root: str) -> bytes | None:
+def _read_sidecar(path: str, config: Config) -> bytes | None:
+    if not os.path.lexists(path):
+        return None
     try:
-        return _files.read_inside(path, root, limit=_common.MAX_TEXT_BYTES) if os.path.lexists(path) else None
+        return _files.read_inside(path, config.path, limit=_common.MAX_TEXT_BYTES, follow_links=config.follow_links)
     except UnusableFileError:
         return None
 
 
-def _find_row(root: str, name: str) -> dict[str, Any]:
+def _find_row(config: Config, name: str) -> dict[str, Any]:
     """The image's row in the nearest metadata file that has one; empty when none has."""
-    for path, relative in _list_metadata(root, name):
-        if path.is_file():
+    for path, relative in _list_metadata(config.path, name):
+        if path.is_file() and _may_read(path, config):
             table = _open_metadata(path)
             if (index := table.find_row(relative)) is not None:
                 row: dict[str, Any] = json.loads(table.rows[index].as_py())

@@ -27,6 +27,7 @@ from pipeline import plugins
 from pipeline.commands.init import guess_source
 from pipeline.errors import ConfigError, MachineError, UserError
 from pipeline.records import Raw
+from pipeline.sections import stamped
 from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
 from pipeline.storage import plan
 from tests.support.serving import serve_folder
@@ -339,9 +340,44 @@ class TestFolder:
         assert sorted(raws) == sorted({*links, "a.jpg", "pipe.jpg"} - {"a.txt"})
         assert {name: raw.data for name, raw in raws.items() if raw.error is None} == {"a.jpg": b"a", "in.jpg": b"a"}
         assert raws["a.jpg"].alt_text is None
-        assert raws["out.jpg"].error == raws["far.jpg"].error == "it leads out of the folder"
+        advice = "it leads out of the folder; set source.follow_links = true to allow it"
+        assert raws["out.jpg"].error == raws["far.jpg"].error == advice
         assert raws["round"].error == "it is a folder"
         assert raws["pipe.jpg"].error == "it is not a regular file"
+
+    def test_one_rule_allows_links_out_of_the_folder_for_all_files(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        table = "file_name,text\na.jpg,in the table\n"
+        write(
+            tmp_path,
+            {"blobs/1": b"jpeg", "blobs/2": table, "blobs/3": "aside", "far/b.jpg": b"b", "root/own.jpg": b"o"},
+        )
+        links = {"a.jpg": "../blobs/1", "metadata.csv": "../blobs/2", "own.txt": "../blobs/3", "far": "../far"}
+        for name, target in (links | {"round": ".", "loop.jpg": "loop.jpg"}).items():
+            (tmp_path / "root" / name).symlink_to(target)
+        raws = self.read(tmp_path / "root")
+        assert {name for name, raw in raws.items() if raw.error is None} == {"own.jpg"}
+        assert {raw.alt_text for raw in raws.values()} == {None}
+        assert "1 folders and metadata files are passed over" in (message := capsys.readouterr().err)
+        assert "'metadata.csv'" in message
+        raws = self.read(tmp_path / "root", follow_links=True)
+        assert {name: (raw.data, raw.alt_text) for name, raw in raws.items()} == {
+            "a.jpg": (b"jpeg", "in the table"),
+            "own.jpg": (b"o", "aside"),
+            "far/b.jpg": (b"b", None),
+            "loop.jpg": (None, None),
+        }
+        assert "1 folders and metadata files are passed over" in (message := capsys.readouterr().err)
+        assert "'round/'" in message
+
+    def test_excluded_files_are_no_inputs(self, tmp_path: Path) -> None:
+        write(tmp_path, dict.fromkeys(["a.jpg", "a.npz", "b/c.jpg", "b/c.npz", "masks/a.png", "b/Thumbs.db"], ""))
+        assert list(self.read(tmp_path, exclude=("*.npz", "masks/*", "Thumbs.db"))) == ["a.jpg", "b/c.jpg"]
+
+    def test_new_keys_are_in_the_fingerprint_only_when_they_are_set(self) -> None:
+        assert stamped(folder.Config(path="x", exclude=("*.npz",))) == {"alt_text": ""}
+        assert stamped(folder.Config(path="x", follow_links=True)) == {"alt_text": "", "follow_links": True}
 
     def test_a_missing_file_is_a_row_but_a_missing_folder_raises(self, tmp_path: Path) -> None:
         config = make_folder(tmp_path / "corpus", 1)
