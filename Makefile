@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need on a machine with Python 3.11, git and make.
+# `make demo` and `make test` set up everything they need on a machine with Python 3.11 or later, git and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +28,7 @@ format: $(VENV)/.test  ## Fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-vllm: $(VENV)/.vllm  ## Install vLLM for a CPU; on a GPU: pip install 'recap-pipeline[vllm]'
+vllm: $(VENV)/.vllm  ## Install vLLM for a CPU; on a GPU: pip install '.[vllm]'
 
 test-vllm: $(VENV)/.vllm  ## Run the tests that serve models with vLLM
 	$(BIN)/python -m pytest -m "vllm and not slurm" --durations=10
