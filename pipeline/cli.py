@@ -86,7 +86,10 @@ def run_demo(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command("init", epilog="Example: recap init runs/real --source ~/photos --engine vllm --model Qwen/Qwen2.5-VL-3B-Instruct")
+@app.command(
+    "init",
+    epilog="Example: recap init runs/real --source ~/photos --engine vllm --model Qwen/Qwen2.5-VL-3B-Instruct",
+)
 def init_run(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory; created if missing.")],
     source: Annotated[str, typer.Option(help="A directory, tars, Parquet files, a URL, hf:NAME, or scenes.")],
