@@ -138,7 +138,11 @@ def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     shard = re.compile(
         r"((image|caption|score|verdict|stats|export)/[a-z/]*)?(00000\.(parquet|tar)|plan\.parquet|run\.toml)"
     )
-    assert {name for name in files(run) if not shard.fullmatch(name)} == {"export/README.md", "export/stats.json"}
+    assert {name for name in files(run) if not shard.fullmatch(name)} == {
+        "export/README.md",
+        "export/stats.json",
+        "export/index/SHA256SUMS",
+    }
     with tarfile.open(run / "export" / "webdataset" / "00000.tar") as made:
         assert all(re.fullmatch(r"\d{12}\.(jpg|txt|json)", name) for name in made.getnames())
 
