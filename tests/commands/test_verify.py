@@ -60,6 +60,7 @@ def test_a_sound_run_has_no_damage_and_nothing_is_written(run: Path) -> None:
     assert {file: file.read_bytes() for file in protected_files(run)} == before
 
 
+@pytest.mark.slow
 def test_single_flipped_bits_are_named_in_every_kind_of_file(run: Path) -> None:
     noise, num_flips, kinds, beside = random.Random(15), 0, set(), False
     while num_flips < NUM_FLIPS:
@@ -109,6 +110,7 @@ def flip_bit(file: Path, noise: random.Random) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

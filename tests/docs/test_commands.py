@@ -57,6 +57,7 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
     return command, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [words for words in COMMANDS if not reason_not_run(words)], ids=" ".join)
 def test_command_runs(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "init":
