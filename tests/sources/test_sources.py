@@ -622,18 +622,18 @@ class TestParquet:
     def test_members_of_local_zip_archives_are_read_below_image_root(self, tmp_path: Path) -> None:
         import zipfile
 
-        (tmp_path / "root").mkdir()
-        for place in (tmp_path, tmp_path / "root"):
+        (tmp_path / "inner").mkdir()
+        for place in (tmp_path, tmp_path / "inner"):
             with zipfile.ZipFile(place / "a.zip", "w") as archive:
                 archive.writestr("in/a.jpg", b"jpeg")
-        (tmp_path / "root/broken.zip").write_bytes(b"PK")
-        archives = ["root/a.zip", "a.zip", "root/gone.zip", "root/broken.zip"]
+        (tmp_path / "inner/broken.zip").write_bytes(b"PK")
+        archives = ["inner/a.zip", "a.zip", "inner/gone.zip", "inner/broken.zip"]
         paths = [f"zip://in/a.jpg::{tmp_path}/{name}" for name in archives]
-        paths += [f"zip://b.jpg::{tmp_path}/root/a.zip", "zip://a.jpg::https://host/a.zip"]
+        paths += [f"zip://b.jpg::{tmp_path}/inner/a.zip", "zip://a.jpg::https://host/a.zip"]
         pq.write_table(
             pa.table({"image": [{"bytes": None, "path": path} for path in paths]}, IMAGES), tmp_path / "a.pq"
         )
-        config = parquet.Config(path=str(tmp_path / "a.pq"), image_root=str(tmp_path / "root"))
+        config = parquet.Config(path=str(tmp_path / "a.pq"), image_root=str(tmp_path / "inner"))
         first, *others = read_all(parquet, config)
         assert first.data == b"jpeg"
         reasons = ["leads out of the folder", "No such file", "not a zip file", "no item named 'b.jpg'", "URLs are not"]
