@@ -352,20 +352,24 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
 
 def main() -> None:
     """The command `recap`."""
-    from pipeline.progress import escape_controls
-
     try:
         app([f" {word}" if is_sql_comment(word) else word for word in sys.argv[1:]], standalone_mode=True)
     except UserError as error:
-        print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
+        _print_error(error)
         sys.exit(2)
     except StoppedError:
         sys.exit(75)
     except BrokenPipeError:  # `recap sql ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MachineError) as error:
-        print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
+        _print_error(error)
         sys.exit(1)
+
+
+def _print_error(error: Exception) -> None:
+    from pipeline.progress import escape_controls  # here, so that `recap --help` does not import the records
+
+    print(f"recap: {escape_controls(str(error))}", file=sys.stderr)
 
 
 def is_sql_comment(word: str) -> bool:
