@@ -160,7 +160,7 @@ def map_ahead(
     def run_work(item: T) -> R | Exception:
         try:
             return work(item)
-        except Exception as error:
+        except Exception as error:  # any error of `work` reaches the consumer, in its place
             return error
 
     pending: deque[Future[R | Exception]] = deque()

@@ -100,7 +100,7 @@ class Runner:
                             p.close()
         except StoppedError:
             self.outcome.stopped = True
-        except BaseException:  # Ctrl-C too
+        except BaseException:  # a second Ctrl-C too: workers must not outlive the command; re-raised
             if self._pool is not None:
                 self._pool.kill()
             raise

@@ -98,7 +98,7 @@ def _load_dataset(config: Config) -> datasets.Dataset | datasets.DatasetDict:
             revision=config.revision or None,
             cache_dir=config.cache or None,
         )
-    except (ValueError, FileNotFoundError, RuntimeError, NotImplementedError, DatasetsError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError, DatasetsError) as error:
         # What does not exist, a loading script, files of different columns. A disk that fails is behind some of these.
         if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
             raise error.__cause__ from error

@@ -83,7 +83,7 @@ def test_a_server_that_stays_dead_ends_the_engine_with_its_url_and_the_seconds_w
 def test_a_server_that_only_returns_errors_counts_as_dead(status: int) -> None:
     with Faulty() as server, opened(server, give_up_after=1.0, num_tries=2) as engine:
         server.status = status
-        with pytest.raises(EngineDiedError, match=rf"answered {status}: as it was told; gave up after \d+ s"):
+        with pytest.raises(EngineDiedError, match=rf"answered {status}: as configured; gave up after \d+ s"):
             list(engine.generate([request(0)]))
 
 
@@ -114,7 +114,7 @@ def test_a_rejected_request_is_an_error_without_a_retry(status: int) -> None:
     with Faulty() as server, opened(server) as engine:
         server.status = status
         (reply,) = engine.generate([request(0)])
-        assert f"answered {status}: as it was told" in str(reply.error)
+        assert f"answered {status}: as configured" in str(reply.error)
     assert server.seen.total() == 1
 
 

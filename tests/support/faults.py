@@ -104,7 +104,7 @@ class Faulty:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return _error(401, f"a wrong key: {request.headers.get('Authorization')}")
         if self.status:
-            return _error(self.status, "as it was told")
+            return _error(self.status, "as configured")
         if fault in ("500", "429"):
             return _error(int(fault), "a fault was injected")
         await asyncio.sleep(self.delay * random.uniform(1 - self.jitter, 1 + self.jitter))
