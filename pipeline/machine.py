@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 
 def num_cores() -> int:
@@ -11,10 +12,13 @@ def num_cores() -> int:
 
 
 def emulates_bfloat16() -> bool:
-    """Whether bfloat16 products take this CPU about ten times as long as float32: torch has no fast kernel for them.
+    """Whether bfloat16 products take this CPU three to ten times as long as float32, for want of instructions.
 
-    Torch decides with the same two checks and has no public name for the second.
+    oneDNN runs them on any AVX-512, so its own check is not enough on x86. Torch has no public name for the checks.
     """
     import torch
 
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return True
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return platform.machine().lower() in ("x86_64", "amd64") and not has_instructions
