@@ -23,11 +23,11 @@ def list_passes(run: Run) -> list[Pass]:
     passes: list[Pass] = [p for module in modules if hasattr(module, "passes") for p in module.passes(run)]
     by_folder = {p.folder: p for p in passes}
     for p in passes:
-        for folder in p.reads:
+        for folder in p.depends_on:
             if folder not in by_folder:
                 field = f"{run.file}: {p.stage}.{p.name}"
                 raise ConfigError(field, f"reads {folder}/, which no pass of this run makes")
-    sorter = TopologicalSorter({p.folder: p.reads for p in passes})
+    sorter = TopologicalSorter({p.folder: p.depends_on for p in passes})
     try:
         sorter.prepare()
     except CycleError as error:
@@ -57,7 +57,7 @@ def add_inputs(passes: list[Pass], selected: list[Pass]) -> list[Pass]:
     folders = {p.folder for p in selected}
     for p in reversed(passes):
         if p.folder in folders:
-            folders.update(p.reads)
+            folders.update(p.depends_on)
     return [p for p in passes if p.folder in folders]
 
 

@@ -7,6 +7,9 @@ A stage is a module of stages/ with
 
 A pass carries the stage's two functions: `inputs` reads a shard's tables and yields one input for each row to make;
 `work` turns inputs into rows, one each, in order. Neither knows about output paths, resumption or other shards.
+
+A pass whose rows depend on other shards names their tables in `reads_all`. Its `prepare` reads them once for the whole
+run and fills a folder, from which each shard takes its part (`Shard.find_shared`).
 """
 
 from __future__ import annotations
@@ -17,14 +20,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from threading import Event
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.engines import Engine
-from pipeline.errors import BrokenTableError
+from pipeline.errors import BrokenTableError, StoppedError
 from pipeline.records import Image, Piece, Raw, Record
 from pipeline.sections import Run
 from pipeline.storage import database, tables
 from pipeline.storage.layout import PACKED, table_path
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
 
@@ -62,6 +69,7 @@ class Shard:
     pieces: Sequence[Piece]  # of the corpus, as planned
     limit: int | None = None  # inputs that are read from the corpus, for a preview
     retry_of: tuple[str, ...] = ()  # digest of the table whose failed rows are retried, with different seeds
+    find_shared: Callable[[], Path] | None = None  # the folder that the pass's `prepare` filled
     _open: dict[str, int] = field(default_factory=dict)  # file -> handle
 
     def read_table(self, folder: str, record: type[R]) -> Iterator[R]:
@@ -128,6 +136,41 @@ class Shard:
         return Path(self.run.source.place(max(planned, key=len, default=file)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllShards:
+    """The tables of all shards of a run, for `Pass.prepare`."""
+
+    run: Run
+    num_shards: int
+    stop: Event  # set when a signal came
+
+    def read_tables(
+        self, folder: str, record: type[Record], columns: Sequence[str]
+    ) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
+        """Every shard in order, with these columns of its table, a few rows in memory at a time.
+
+        Raises:
+            StoppedError: a signal came.
+            BrokenTableError: a table is damaged.
+        """
+        for shard in range(self.num_shards):
+            self.check_stop()
+            yield shard, tables.read_batches(table_path(self.run.folder, folder, shard), record, columns=columns)
+
+    def check_stop(self) -> None:
+        """
+        Raises:
+            StoppedError: a signal came.
+        """
+        if self.stop.is_set():
+            raise StoppedError
+
+
+def whole_input(folder: str) -> str:
+    """The name, among a table's inputs, of the tables of all shards in a folder."""
+    return f"{folder}/*"
+
+
 def no_payload(_: Shard) -> None:
     return None
 
@@ -143,7 +186,9 @@ class Pass:
     name: str = ""  # NAME in run.toml; "" where the stage has a single pass
     caption: str = ""  # for scores: the caption pass that is scored
     folder: str  # of its tables, relative to the run
-    reads: tuple[str, ...] = ()  # folders of the tables it reads; ingest reads the plan
+    reads: tuple[str, ...] = ()  # folders of the tables it reads, of its own shard; ingest reads the plan
+    reads_all: tuple[str, ...] = ()  # folders of the tables that it reads of all shards; such a pass has `reads` too
+    prepare: Callable[[AllShards, Path], None] | None = field(default=None, repr=False)  # fills a folder for all shards
     engines: tuple[str, ...] = ()  # names in [engines] that it uses
     version: int  # of the stage; raised when equal inputs give different rows
     slice: Mapping[str, Any]  # JSON values: the part of the configuration that decides rows
@@ -160,6 +205,11 @@ class Pass:
     def has_payload(self) -> bool:
         """Whether there are files beside its table; then a shard is made as a whole."""
         return self.payload is not no_payload
+
+    @property
+    def depends_on(self) -> tuple[str, ...]:
+        """The folders of all tables that it reads."""
+        return (*self.reads, *self.reads_all)
 
     @property
     def title(self) -> str:

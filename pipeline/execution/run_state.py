@@ -12,9 +12,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from pipeline.errors import RefusedError
-from pipeline.execution.pass_graph import list_passes
+from pipeline.execution.pass_graph import add_inputs, list_passes
 from pipeline.execution.passes import Pass
-from pipeline.execution.states import ShardStates
+from pipeline.execution.state_index import StateIndex
+from pipeline.execution.states import ShardStates, WholeTable
 from pipeline.progress import format_quantity
 from pipeline.sections import Run
 from pipeline.storage.plan import Plan
@@ -42,7 +43,16 @@ class RunState:
         if not path.exists():
             raise RefusedError(f"{path} is missing; `recap plan --run {self.run.folder}` makes it")
         self.plan, self.selected = Plan.load(path, self.shards)
-        self.states = ShardStates(self.run, self.plan, self.passes, keep=self.stale == "keep")
+        self.states = self._open_states(self.plan, self.passes)
+
+    def _open_states(self, plan: Plan, passes: Sequence[Pass]) -> ShardStates:
+        return ShardStates(self.run, plan, passes, keep=self.stale == "keep", read_whole=self._read_whole)
+
+    def _read_whole(self, folder: str) -> WholeTable:
+        """The tables of all shards in a folder, also of those that are not selected."""
+        plan, _ = Plan.load(self.run.folder / "plan.parquet")
+        passes = add_inputs(self.passes, [p for p in self.passes if p.folder == folder])
+        return StateIndex(self._open_states(plan, passes)).whole(folder)
 
     def check_not_stale(self, passes: Sequence[Pass]) -> None:
         """Refuses to make a run whose tables come partly from an older run.toml.
@@ -89,6 +99,8 @@ class RunState:
 
     def count_rows(self, p: Pass, shards: Sequence[int]) -> int | None:
         """The rows that these shards will have, for a progress bar; None where only reading the corpus would show."""
+        if p.reads_all:
+            return None
         if not p.reads:
             counts = [self.plan.num_samples(shard) for shard in shards]
             return None if None in counts else sum(count or 0 for count in counts)

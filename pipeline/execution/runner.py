@@ -137,6 +137,7 @@ class Runner:
         return WorkerPool(make_job, divide_node(self.workers, cores=cores, devices=devices))
 
     def _make_pass(self, p: Pass, engines: EnginePool) -> None:
+        self.state.states.forget_whole()
         self.state.check_not_stale([p])  # an input that was made just now may have made it stale
         states = {shard: self.state.states.state(p, shard) for shard in self.state.selected}
         due = {shard: state for shard, state in states.items() if self._is_due(p, state)}
@@ -172,7 +173,7 @@ class Runner:
     def _fail_blocked(self, p: Pass, blocked: Mapping[int, State]) -> None:
         """Records shards whose input is missing as failed; silent where making that input has just failed."""
         reasons = {n: f"{state.why}; run the stage that makes it first" for n, state in blocked.items()}
-        inputs = [q.title for q in self.state.passes if q.folder in p.reads]
+        inputs = [q.title for q in self.state.passes if q.folder in p.depends_on]
         new = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in inputs)]
         if new:
             others = f" (and {format_quantity(len(new) - 1, 'shard')} more like it)" if new[1:] else ""
@@ -292,5 +293,6 @@ class WorkerJob:
                 return
             if self._current is not None and self._current.close is not None:
                 self._current.close()
+            self._state.states.forget_whole()
             self._engines.close_all_but(p.engines if p is not None else ())
             self._current = p

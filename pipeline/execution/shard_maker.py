@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 from pipeline.execution.attempt import Attempt
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.passes import AllShards, Pass, Shard
+from pipeline.execution.shared_work import find_shared
 from pipeline.execution.states import ShardStates
 from pipeline.execution.tally import SharedStopwatch
 from pipeline.progress import ProgressMeter
@@ -62,10 +64,18 @@ class ShardMaker:
             provenance = tables.Provenance(stage="stats", name="", version=1, slice={}, inputs={})
             tables.write_rows(path, Stat, stats, provenance, work=attempt.parts.folder)
 
+        provenance = self.states.provenance(p, number)
+        shards = AllShards(run=run, num_shards=self.states.plan.num_shards, stop=self.stop)
         attempt = Attempt(
             p=p,
-            shard=Shard(run=run, number=number, pieces=self.states.plan.pieces(number), limit=self.limit),
-            provenance=self.states.provenance(p, number),
+            shard=Shard(
+                run=run,
+                number=number,
+                pieces=self.states.plan.pieces(number),
+                limit=self.limit,
+                find_shared=partial(find_shared, p, shards, provenance),
+            ),
+            provenance=provenance,
             records=self._records,
             retry=self.retry,
             stop=self.stop,

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from pipeline.errors import BrokenTableError
-from pipeline.execution.passes import Pass
-from pipeline.execution.states import Kind, ShardStates, State
+from pipeline.execution.passes import Pass, whole_input
+from pipeline.execution.states import Kind, ShardStates, State, WholeTable
 from pipeline.machine import num_cores
 from pipeline.storage import tables
 from pipeline.storage.listing import FILE_COLUMNS, list_files
@@ -94,15 +94,39 @@ class StateIndex:
         self.columns(p.folder)
         return self._broken[p.folder]
 
+    def whole(self, folder: str) -> WholeTable:
+        """The tables of all shards in a folder, as one input."""
+        import numpy as np
+
+        _, first, which = np.unique(self._fingerprints(folder), return_index=True, return_inverse=True)
+        states = [self._shard_states.local_state(self._passes[folder], int(shard)) for shard in first]
+        digests = self.columns(folder)["digest"].astype("<i8").tobytes()
+        missing = np.flatnonzero(np.array([state.footer is None for state in states], bool)[which])
+        if len(missing):
+            number = f"{len(missing)} of {len(which)} tables of {folder}/ that it reads"
+            why = f"{number} are missing, {folder}/{missing[0]:05d}.parquet the first"
+            return WholeTable(digest="", problem=State(kind="blocked", why=why))
+        kinds = {state.kind: state for state in reversed(states) if state.kind not in ("done", "incomplete")}
+        problem = None
+        if kinds:
+            state = kinds.get("stale") or next(iter(kinds.values()))
+            kind: Kind = "stale" if state.kind == "stale" else "behind"
+            problem = State(kind=kind, why=f"its input {folder} is {state.kind}: {state.why}")
+        return WholeTable(digest=hashlib.sha256(digests).hexdigest(), problem=problem)
+
     def _find_states(self, folder: str) -> tuple[list[State], Ints]:
         """The distinct states, and for each shard the index of its own."""
         import numpy as np
 
-        _, first, which = np.unique(self._fingerprints(folder), return_index=True, return_inverse=True)
-        return [self._shard_states.state(self._passes[folder], int(shard)) for shard in first], which
+        p, own, fingerprints = self._passes[folder], self.columns(folder), self._fingerprints(folder)
+        for name in p.reads_all:
+            current = _parse_digest(self._shard_states.whole(name).digest)
+            fingerprints = fingerprints * MIX + (own.get(f"input:{whole_input(name)}", 0) == current)
+        _, first, which = np.unique(fingerprints, return_index=True, return_inverse=True)
+        return [self._shard_states.state(p, int(shard)) for shard in first], which
 
     def _compute_fingerprints(self, folder: str) -> Ints:
-        """For each shard a number; shards whose state depends on equal facts have equal numbers."""
+        """For each shard a number; shards whose local state depends on equal facts have equal numbers."""
         own, reads = self.columns(folder), self._passes[folder].reads
         fingerprints = own["head"]
         for name in reads or ("plan",):
@@ -262,4 +286,4 @@ def _read_footer_columns(path: str) -> Mapping[str, int] | None:
 
 def _parse_digest(digest: str) -> int:
     """As many bits of a hexadecimal digest as a column holds."""
-    return int(digest[:15], 16)
+    return int(digest[:15] or "0", 16)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.errors import BrokenTableError
-from pipeline.execution.passes import Pass
+from pipeline.execution.passes import Pass, whole_input
 from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path
@@ -33,24 +33,60 @@ class State:
     footer: tables.TableFooter | None = None
 
 
-class ShardStates:
-    """The states of a run's tables. A footer is read once, until `forget`."""
+@dataclass(frozen=True, kw_only=True)
+class WholeTable:
+    """The tables of all shards of one pass, as one input of another."""
 
-    def __init__(self, run: Run, plan: Plan, passes: Sequence[Pass], *, keep: bool = False) -> None:
+    digest: str  # over the digests of all of them, hex
+    problem: State | None = None  # the state of a table that is made from them; None: all are done
+
+
+class ShardStates:
+    """The states of a run's tables. A footer is read once, until `forget`.
+
+    A table made from all shards counts, for those that read it, as up to date while its configuration and its inputs of
+    the same shard are unchanged. Only its own state depends on the other shards.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        plan: Plan,
+        passes: Sequence[Pass],
+        *,
+        keep: bool = False,
+        read_whole: Callable[[str], WholeTable] | None = None,
+    ) -> None:
         """
         Args:
             keep: whether stale tables count as done.
+            read_whole: reads the tables of all shards in a folder; needed for passes that read all shards.
         """
-        self.run, self.plan, self.keep = run, plan, keep
+        self.run, self.plan, self.keep, self._read_whole = run, plan, keep, read_whole
         self.passes = {p.folder: p for p in passes}
+        self._whole: dict[str, WholeTable] = {}
         self._footers: dict[tuple[str, int], tables.TableFooter | None] = {}
         self._states: dict[tuple[str, int], State] = {}
         self._damage: dict[tuple[str, int], str] = {}  # of files that do not read and count as missing
 
     def state(self, p: Pass, shard: int) -> State:
+        state = self.local_state(p, shard)
+        for folder in p.reads_all:
+            state = self._compare_whole(p, state, folder)
+        return state
+
+    def local_state(self, p: Pass, shard: int) -> State:
+        """The state as far as it depends on the shard alone."""
         if (p.folder, shard) not in self._states:
             self._states[p.folder, shard] = self._find_state(p, shard)
         return self._states[p.folder, shard]
+
+    def whole(self, folder: str) -> WholeTable:
+        """The tables of all shards in a folder; read once, until `forget_whole`."""
+        if folder not in self._whole:
+            assert self._read_whole is not None
+            self._whole[folder] = self._read_whole(folder)
+        return self._whole[folder]
 
     def footer(self, folder: str, shard: int) -> tables.TableFooter | None:
         if (folder, shard) not in self._footers:
@@ -67,6 +103,7 @@ class ShardStates:
             footer = self.footer(folder, shard)
             assert footer is not None
             inputs[folder] = footer.digest
+        inputs |= {whole_input(folder): self.whole(folder).digest for folder in p.reads_all}
         return tables.Provenance(stage=p.stage, name=p.name, version=p.version, slice=p.slice, inputs=inputs)
 
     def forget(self, shard: int) -> None:
@@ -75,11 +112,15 @@ class ShardStates:
             for cache in (self._footers, self._states, self._damage):
                 cache.pop((folder, shard), None)
 
+    def forget_whole(self) -> None:
+        """Drops what is cached of tables of all shards, because some have changed."""
+        self._whole.clear()
+
     def _find_state(self, p: Pass, shard: int) -> State:
         footer = self.footer(p.folder, shard)
         if footer is not None and not self.keep and (changes := list(describe_changes(footer.provenance, p))):
             return State(kind="stale", why="; ".join(changes), footer=footer)
-        inputs = {folder: self.state(self.passes[folder], shard) for folder in p.reads}
+        inputs = {folder: self.local_state(self.passes[folder], shard) for folder in p.reads}
         for folder, state in inputs.items():
             if state.footer is None:
                 why = self._damage.get((folder, shard), f"{folder}/{shard:05d}.parquet is missing")
@@ -97,15 +138,35 @@ class ShardStates:
         for folder, state in inputs.items():
             if state.kind not in ("done", "incomplete"):  # of an incomplete input, the rows are there
                 return State(kind="behind", why=f"its input {folder} is {state.kind}", footer=footer)
-        return self._compare_inputs(p, footer, self.provenance(p, shard))
+        return self._compare_inputs(replace(p, reads_all=()), footer, shard)
 
-    def _compare_inputs(self, p: Pass, footer: tables.TableFooter, current: tables.Provenance) -> State:
-        if self.keep or footer.provenance == current:
+    def _compare_inputs(self, p: Pass, footer: tables.TableFooter, shard: int) -> State:
+        current = self.provenance(p, shard)
+        own = {name: digest for name, digest in footer.provenance.inputs.items() if not name.endswith("/*")}
+        if self.keep or replace(footer.provenance, inputs=own) == current:
             return State(kind="done", footer=footer)
-        changed = ", ".join(sorted({k for k, _ in footer.provenance.inputs.items() ^ current.inputs.items()}))
-        if not p.engines:
-            return State(kind="behind", why=f"{changed} changed", footer=footer)
-        return State(kind="stale", why=f"its input {changed} changed", footer=footer)
+        return _mark_changed(p, footer, sorted({name for name, _ in own.items() ^ current.inputs.items()}))
+
+    def _compare_whole(self, p: Pass, state: State, folder: str) -> State:
+        """The state of a table, given what it is without the tables of all shards in `folder`, which it reads too."""
+        whole, footer = self.whole(folder), state.footer
+        if whole.problem and whole.problem.kind == "blocked" and state.kind != "blocked":
+            return replace(whole.problem, footer=footer)
+        if state.kind != "done" or footer is None:
+            return state
+        if whole.problem:
+            return replace(whole.problem, footer=footer)
+        name = whole_input(folder)
+        if self.keep or footer.provenance.inputs.get(name) == whole.digest:
+            return state
+        return _mark_changed(p, footer, [name])
+
+
+def _mark_changed(p: Pass, footer: tables.TableFooter, names: Sequence[str]) -> State:
+    """The state of a table when these of its inputs have changed."""
+    if not p.engines:
+        return State(kind="behind", why=f"{', '.join(names)} changed", footer=footer)
+    return State(kind="stale", why=f"its input {', '.join(names)} changed", footer=footer)
 
 
 def describe_changes(old: tables.Provenance, new: Pass | tables.Provenance) -> Iterator[str]:

@@ -11,14 +11,17 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from tarfile import TarError
+from threading import Event
 
 from pipeline import plugins
 from pipeline.errors import BrokenTableError, MachineError
-from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
+from pipeline.execution.shared_work import find_shared
 from pipeline.progress import ProgressMeter
 from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
@@ -135,7 +138,7 @@ class Verification:
             num = footer.num_rows if planned is None else planned
             return _compare_ids(ids, ((make_key(shard, index),) for index in range(num)))
         try:
-            with closing(self._shard(shard)) as inputs:
+            with closing(self._shard(shard, p)) as inputs:
                 return _compare_ids(ids, (item.id for item in p.inputs(inputs)))
         except (MachineError, RuntimeError) as error:
             return f"does not fit its inputs: {error}"
@@ -178,8 +181,12 @@ class Verification:
         remedy = f"{_remove(path)} && {command}" if command else _remove(path)
         return Damage(path=str(path.relative_to(self.run.folder)), reason=reason, remedy=remedy)
 
-    def _shard(self, number: int) -> Shard:
-        return Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number))
+    def _shard(self, number: int, p: Pass | None = None) -> Shard:
+        shard = Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number))
+        if p and p.prepare:
+            shards = AllShards(run=self.run, num_shards=self.state.plan.num_shards, stop=Event())
+            shard.find_shared = partial(find_shared, p, shards, self.state.states.provenance(p, number))
+        return shard
 
 
 def _compare_digests(images: Iterable[tuple[str, bytes]], digests: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ How a job is written, submitted or watched is known elsewhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -21,6 +21,7 @@ class Job:
     stage: str
     passes: tuple[Pass, ...]
     reads: frozenset[str]  # titles of the jobs that make its inputs
+    reads_all: frozenset[str]  # those of them that have to end for all shards
     engines: frozenset[str]
 
 
@@ -32,12 +33,17 @@ def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
     for group in groups:
         parts |= {group[0].stage: group} if stages.count(group[0].stage) == 1 else {p.title: [p] for p in group}
     makers = {p.folder: title for title, part in parts.items() for p in part}
+
+    def find_makers(folders: Iterable[str], title: str) -> frozenset[str]:
+        return frozenset(makers[folder] for folder in folders if folder in makers) - {title}
+
     return [
         Job(
             title=title,
             stage=part[0].stage,
             passes=tuple(part),
-            reads=frozenset(makers[folder] for p in part for folder in p.reads if folder in makers) - {title},
+            reads=find_makers((folder for p in part for folder in p.depends_on), title),
+            reads_all=find_makers((folder for p in part for folder in p.reads_all), title),
             engines=frozenset(engine for p in part for engine in p.engines),
         )
         for title, part in parts.items()

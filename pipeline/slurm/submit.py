@@ -61,8 +61,10 @@ class Submission:
 
     def _submit_arrays(self, job: Job) -> None:
         previous = max(self._array_ids([job]), key=int, default="") if self.queued else ""
-        for (number, producers), blocks in sorted(self._group_blocks(job).items()):
+        whole, is_prepared = self._array_ids(other for other in self.jobs if other.title in job.reads_all), False
+        for (number, producers), blocks in self._order_groups(job):
             conditions = [f"aftercorr:{':'.join(producers)}"] if producers else []
+            conditions += [f"afterok:{':'.join(whole)}"] if whole else []
             conditions += [f"after:{self._start_server(name)}" for name in sorted(job.engines & self.slurm_run.served)]
             if previous and self.slurm_run.resources(job).max_running:
                 conditions.append(f"afterany:{previous}")
@@ -70,16 +72,32 @@ class Submission:
             title = job.title + (f".{number}" if number else "")
             previous = self.submit(title, self.slurm_run.render_array(array), ",".join(conditions))
             self._arrays.update({(job.title, block): previous for block in blocks})
+            if job.reads_all and not is_prepared:
+                whole, is_prepared = [previous], True  # which has read all shards for the others
+
+    def _order_groups(self, job: Job) -> list[tuple[tuple[int, tuple[str, ...]], list[int]]]:
+        """The blocks to make, in groups; of a job that reads all shards, the first block is a group of its own."""
+        groups = sorted(self._group_blocks(job).items())
+        if job.reads_all and groups and groups[0][1][1:]:
+            where, (first, *others) = groups[0]
+            return [(where, [first]), (where, others), *groups[1:]]
+        return groups
 
     def _group_blocks(self, job: Job) -> dict[tuple[int, tuple[str, ...]], list[int]]:
         """Blocks to make, by window and by the arrays that make their inputs. Blocks without inputs are left out."""
         groups = defaultdict(list)
         blocked: dict[str, list[int]] = defaultdict(list)
+        incomplete = [
+            title
+            for title in sorted(job.reads_all)
+            if any((title, block) not in self._arrays for block in self.due[title])
+        ]
         for block in sorted(self.due[job.title]):
             if (job.title, block) in self._arrays:
                 continue
-            arrays = {title: self._arrays.get((title, block)) for title in sorted(job.reads)}
+            arrays = {title: self._arrays.get((title, block)) for title in sorted(job.reads - job.reads_all)}
             lacking = [title for title, array in arrays.items() if array is None and block in self.due[title]]
+            lacking += incomplete
             for title in lacking:
                 blocked[title].append(block)
             if not lacking:

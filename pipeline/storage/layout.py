@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from contextlib import suppress
@@ -31,10 +32,14 @@ def unfinished_path(path: Path, *, work: Path) -> Path:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Removes unfinished files in a folder whose writer is gone."""
+    """Removes unfinished files and folders in a folder whose writer is gone."""
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):
-            if _is_stale(path):
+            if not _is_stale(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,6 +51,25 @@ def hold_lock(path: Path, *, max_wait: float = MAX_WAIT) -> Iterator[Callable[[]
         if is_held():
             path.unlink(missing_ok=True)
         own.unlink(missing_ok=True)
+
+
+@contextmanager
+def keep_fresh(path: Path) -> Iterator[None]:
+    """Keeps a lock that this process holds from counting as abandoned, however long the work takes."""
+    released = threading.Event()
+
+    def touch() -> None:
+        while not released.wait(MAX_AGE / 10):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join()
 
 
 def _try_link(own: Path, path: Path) -> bool:

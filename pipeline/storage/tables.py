@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import islice
@@ -181,17 +181,18 @@ def read_rows(path: Path, record: type[R]) -> Iterator[R]:
         yield from from_arrow(record, batch)
 
 
-def read_batches(path: Path, record: type[Record]) -> Iterator[pa.RecordBatch]:
-    """As `read_rows`, in Arrow batches."""
+def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """As `read_rows`, in Arrow batches, with only these columns if they are given."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     footer, num_rows = read_footer(path), 0
+    names = list(column_names(record) if columns is None else columns)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(column_names(record))):
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=names):
                 num_rows += len(batch)
-                yield batch.select(list(column_names(record)))
+                yield batch.select(names)
     except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
         raise
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
