@@ -115,6 +115,7 @@ def init_run(
         say(f"recap: {warning}")
     shards = format_quantity(num_shards, "shard")
     say(f"{run.file}: a {run.source.kind} source in {shards}; edit the file to change anything")
+    say(init.describe_disk_use(run))
     if engine == "echo":
         say("its engine is `echo`, which invents captions and random scores, so most captions are refused")
         say("to caption images, set a model in [engines.captioner]")
@@ -136,8 +137,11 @@ def extend_plan(run: RunOption = Path()) -> None:
     from pipeline.commands import init
     from pipeline.progress import format_quantity, say
 
-    before, after = init.extend_plan(config.load(run))
+    loaded = config.load(run)
+    before, after = init.extend_plan(loaded)
     say(f"{format_quantity(after, 'shard')}, {after - before} of them new")
+    if after > before:
+        say(init.describe_disk_use(loaded, first=before))
 
 
 @app.command("try", epilog="Example: recap try caption:dense --images 5")

@@ -58,6 +58,19 @@ def format_quantity(num: int, noun: str) -> str:
     return f"{format_count(num)} {noun if num == 1 else f'{noun}s'}"
 
 
+def format_bytes(num: float) -> str:
+    """A number of bytes, in decimal units.
+
+    >>> format_bytes(1_234_567)
+    '1.2 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.1f} {unit}" if unit != "bytes" else f"{num:.0f} {unit}"
+        num /= 1000
+    return f"{num:,.1f} TB"
+
+
 def format_rate(num: float) -> str:
     """A number per second, with a decimal below 10.
 

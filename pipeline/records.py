@@ -83,7 +83,7 @@ class Raw:
     alt_text: str | None = None
     metadata: str = "{}"  # JSON: everything else in the corpus about the sample
     error: str | None = None
-    file: str | None = None  # the plain tar that holds the bytes; None: ingest packs them
+    file: str | None = None  # the image file or plain tar that holds the bytes; None: ingest packs them
     offset: int | None = None  # of the bytes in `file`
 
 
@@ -101,7 +101,7 @@ class Image(Record):
     error: str | None
     source: str  # the kind of source
     source_key: str
-    file: str | None  # the tar that holds the bytes: a path in the run, an absolute path, or a URL
+    file: str | None  # the image file or the tar that holds the bytes: a path in the run, or an absolute path
     offset: int | None
     num_bytes: int | None
     format: str | None  # Pillow's name in lower case: jpeg, png, webp, gif, avif, tiff, ...

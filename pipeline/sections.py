@@ -118,6 +118,11 @@ class Plugin:
         place = getattr(self.module, "place", None)
         return place(file, self.config) if place else file
 
+    def is_in_place(self, piece: Any) -> bool:
+        """Whether the images of a piece stay where they are; for sources."""
+        is_in_place = getattr(self.module, "is_in_place", None)
+        return is_in_place(piece, self.config) if is_in_place else False
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopLevel:
@@ -137,6 +142,12 @@ class Corpus:
         stamp=False,
         least=1,
         most=10**6,
+    )
+    pack: bool = key(
+        False,
+        "copy all images into shards/; otherwise only those that cannot be read where they are: remote ones, and those"
+        " in compressed tars and tables",
+        stamp_default=False,
     )
     min_side: int = key(16, "pixels; smaller images get the status too_small", least=1)
     max_pixels: int = key(2**28, "width times height; larger images get too_large, undecoded", least=1)

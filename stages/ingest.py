@@ -6,7 +6,7 @@ Knows neither where the bytes came from nor where they will be stored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.decoding.images import Limits, Probe
@@ -59,6 +59,8 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def inputs(shard: Shard) -> Iterator[IngestInput]:
     for index, raw in enumerate(shard.read_inputs()):
+        if shard.run.corpus.pack:
+            raw = replace(raw, file=None, offset=None)
         yield IngestInput(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 

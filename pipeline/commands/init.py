@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING
@@ -17,10 +19,12 @@ from typing import Any, get_type_hints
 from pipeline import plugins
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
+from pipeline.progress import format_bytes
 from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _common, _survey
 from pipeline.storage import tables
-from pipeline.storage.plan import write_plan
+from pipeline.storage.layout import PACKED
+from pipeline.storage.plan import Plan, write_plan
 from pipeline.validation import describe_type
 
 WIDTH = 110
@@ -95,6 +99,22 @@ def extend_plan(run: Run) -> tuple[int, int]:
     except ValueError as error:
         raise UserError(f"{run.file}: source: {error}") from error
     return before, after
+
+
+def describe_disk_use(run: Run, *, first: int = 0) -> str:
+    """The bytes that the images of the plan's shards, from number `first`, take on the run's disk."""
+    plan, shards = Plan.load(run.folder / "plan.parquet")
+    sizes, unknown = Counter[bool](), set[bool]()  # by whether the images are copied
+    for piece in (piece for shard in shards[first:] for piece in plan.pieces(shard) if piece.start == 0):
+        is_copied = run.corpus.pack or not run.source.is_in_place(piece)
+        sizes[is_copied] += piece.num_bytes or 0
+        if piece.num_bytes is None:
+            unknown.add(is_copied)
+    size = ("at least " if True in unknown else "") + format_bytes(sizes[True])
+    if not sizes[True] and True not in unknown:
+        return f"{format_bytes(sizes[False])} of images are read where they are; none is copied"
+    free = format_bytes(shutil.disk_usage(run.folder).free)
+    return f"ingest copies {size} of images into {run.folder / PACKED}; {free} are free there"
 
 
 def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
@@ -70,7 +71,7 @@ class Shard:
     limit: int | None = None  # inputs that are read from the corpus, for a preview
     retry_of: tuple[str, ...] = ()  # digest of the table whose failed rows are retried, with different seeds
     find_shared: Callable[[], Path] | None = None  # the folder that the pass's `prepare` filled
-    _open: dict[str, int] = field(default_factory=dict)  # file -> handle
+    _open: dict[Path, int] = field(default_factory=dict)  # of tars, file -> handle
 
     def read_table(self, folder: str, record: type[R]) -> Iterator[R]:
         return tables.read_rows(table_path(self.run.folder, folder, self.number), record)
@@ -108,32 +109,47 @@ class Shard:
             BrokenTableError: as OSError, for a tar that ingest wrote and can write again.
         """
         assert image.file is not None and image.offset is not None and image.num_bytes is not None
-        data = os.pread(self._open_file(image.file), image.num_bytes, image.offset)
+        path = self.locate(image)
+        if image.offset == 0:  # a file of its own, since a tar begins with a header
+            with path.open("rb") as file:
+                data = file.read(image.num_bytes)
+        else:
+            data = os.pread(self._open_file(path), image.num_bytes, image.offset)
         if hashlib.sha256(data).hexdigest() != image.sha256:
             end = image.offset + image.num_bytes
-            why = f"{image.file} changed since ingest: {image.source_key} is not at bytes {image.offset} to {end}"
+            why = f"{path} changed since ingest: {image.source_key} is not at bytes {image.offset} to {end}"
+            table = table_path(self.run.folder, "image", self.number)
             if Path(image.file).parts[0] == PACKED:
-                raise BrokenTableError(table_path(self.run.folder, "image", self.number), f"has lost images: {why}")
-            raise OSError(why)
+                raise BrokenTableError(table, f"has lost images: {why}")
+            raise OSError(f"{why}; restore it, or remove {table}: ingest then reads it as it is now")
         return data
 
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _open_file(self, file: str) -> int:
-        if file not in self._open:
+    def _open_file(self, path: Path) -> int:
+        if path not in self._open:
             self.close()  # images are read in file order, so one open file is enough
-            self._open[file] = os.open(self.locate(file), os.O_RDONLY)
-            os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._open[file]
+            self._open[path] = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._open[path]
 
-    def locate(self, file: str) -> Path:
-        """The current path of an image file. A corpus may have moved since ingest; the plan has relative names."""
+    def locate(self, image: Image) -> Path:
+        """The current path of an image's file. A corpus may have moved since ingest; the plan has relative names."""
+        file = image.file
+        assert file is not None
         if not Path(file).is_absolute():
             return self.run.folder / file
-        planned = [piece.file for piece in self.pieces if file.endswith(f"/{piece.file}")]
-        return Path(self.run.source.place(max(planned, key=len, default=file)))
+        if image.source_key in self._planned and file.endswith(f"/{image.source_key}"):  # a file of its own
+            return Path(self.run.source.place(image.source_key))
+        parts = file.split("/")
+        names = ("/".join(parts[start:]) for start in range(len(parts)))  # the longest first
+        return Path(self.run.source.place(next((name for name in names if name in self._planned), file)))
+
+    @cached_property
+    def _planned(self) -> frozenset[str]:
+        return frozenset(piece.file for piece in self.pieces)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from pipeline.sections import Run
 from pipeline.storage import integrity, tables
 from pipeline.storage.database import find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
-from pipeline.storage.layout import PACKED, table_path
+from pipeline.storage.layout import table_path
 from pipeline.storage.payloads import SUMS, hash_file, read_sums
 
 LEFTOVERS: Mapping[str, type[Record]] = {"caption": Caption, "rubric": ImageRubric, "score": Score}  # first folder
@@ -38,7 +38,7 @@ LEFTOVERS: Mapping[str, type[Record]] = {"caption": Caption, "rubric": ImageRubr
 class Damage:
     """A damaged file and what mends it."""
 
-    path: str  # relative to the run
+    path: str  # relative to the run; of an image that stays in the corpus, as its row has it
     reason: str
     remedy: str  # a shell command, or advice where there is none
 
@@ -89,6 +89,9 @@ class Verification:
             if reason:
                 remedy = f"{_remove(self.run.folder / name)} && {command}"
                 yield Damage(path=name, reason=reason, remedy=remedy)
+        for name, reason in self._check_corpus(p, shard):
+            remedy = f"restore it; or, to caption it as it is now: {_remove(path)} && {command}"
+            yield Damage(path=name, reason=reason, remedy=remedy)
         sound = not damaged and not any(reasons.values())  # views of SQL read more tables than those of the pass
         if sound and (reason := self._compare_rows(p, shard, footer)):
             yield self._describe(path, reason, command)
@@ -117,14 +120,27 @@ class Verification:
                 if module and hasattr(module, "read_images"):
                     yield name, _compare_digests(module.read_images(self.run.folder / name), digests)
         elif p.record is Image:
-            packed = (row for row in rows if isinstance(row, Image) and row.file and Path(row.file).parts[0] == PACKED)
             with closing(self._shard(shard)) as images:
-                for row in packed:
-                    if row.file in names:
-                        try:
-                            images.read_image(row)
-                        except BrokenTableError as error:
-                            yield row.file or "", error.message
+                for row in (row for row in rows if isinstance(row, Image) and row.file in names):
+                    try:
+                        images.read_image(row)
+                    except BrokenTableError as error:
+                        yield row.file or "", error.message
+
+    def _check_corpus(self, p: Pass, shard: int) -> Iterator[tuple[str, str]]:
+        """Reads the images that stay in the corpus; yields the files that have changed or are gone, each once."""
+        if p.record is not Image:
+            return
+        seen: set[str] = set()
+        with closing(self._shard(shard)) as images:
+            for row in images.read_table(p.folder, Image):
+                if row.file is None or not Path(row.file).is_absolute() or row.file in seen:
+                    continue
+                try:
+                    images.read_image(row)
+                except OSError as error:
+                    seen.add(row.file)
+                    yield row.file, f"cannot be read: {error.strerror}" if error.errno else "has changed since ingest"
 
     def _compare_rows(self, p: Pass, shard: int, footer: tables.TableFooter) -> str:
         """Compares the rows of an up-to-date table with the inputs that they are made from; "" if they agree."""

@@ -11,7 +11,9 @@ A source is a module with four names:
   is known. A sample that cannot be read is a `Raw` with an error and no data, never an exception; an exception means
   that the machine failed (a disk, a network) and that the shard is to be retried.
 
-A source whose pieces are named relative to a directory that may be moved has a fifth:
+A source whose pieces are named relative to a directory that may be moved, or whose images stay where they are, also has
 
-- `place(file, config) -> str`: the present path of a piece's `file`.
+- `place(file, config) -> str`: the present path of a piece's `file`;
+- `is_in_place(piece, config) -> bool`: True when the images of a piece are files, or ranges of a file, that later
+  stages read themselves; all others are copied into the run.
 """

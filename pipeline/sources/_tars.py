@@ -126,6 +126,11 @@ class Tar:
         return self.stream.read(min(member.size, limit))
 
 
+def is_plain(file: str) -> bool:
+    """True for a tar that is neither remote nor, by its name, compressed: it is read where it is."""
+    return file.endswith(".tar") and not _files.is_url(file)
+
+
 @contextmanager
 def open_tar(file: str, *, scratch: str, max_bytes: int) -> Iterator[Tar]:
     """Opens a plain local tar where it is, and any other as a scratch copy.

@@ -71,7 +71,8 @@ def pieces(config: Config) -> Iterator[Piece]:
     columns: set[str] = set()
     used: dict[Path, bytearray] = {}  # by metadata file: for each row, whether an image has it
     skipped: list[str] = []
-    for folder, names in _walk_folders(str(root), skipped, follow_links=config.follow_links):
+    for folder, sizes in _walk_folders(str(root), skipped, follow_links=config.follow_links):
+        names = sorted(sizes)
         for name in METADATA:
             if name in names and not _may_read(root / folder / name, config):
                 skipped.append(f"{folder}{name}")
@@ -81,7 +82,7 @@ def pieces(config: Config) -> Iterator[Piece]:
         for name in _list_inputs(names):
             if any(fnmatchcase(one, pattern) for pattern in config.exclude for one in (name, folder + name)):
                 continue
-            piece = Piece(file=_escape_name(folder + name), stop=1)
+            piece = Piece(file=_escape_name(folder + name), stop=1, num_bytes=sizes[name])
             if used and _common.is_image(name):
                 _note_rows(config.path, piece.file, used)
             yield piece
@@ -95,24 +96,36 @@ def pieces(config: Config) -> Iterator[Piece]:
         raise ConfigError("source.alt_text", message)
 
 
+def place(file: str, config: Config) -> str:
+    """The present path of a planned file."""
+    return f"{config.path}/{_unescape_name(file)}"
+
+
+def is_in_place(piece: Piece, config: Config) -> bool:  # noqa: ARG001
+    """False for a name that no table can hold, and in a plan without sizes: such a run has packed its images."""
+    return piece.num_bytes is not None and _unescape_name(piece.file) == piece.file
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The one file of the piece, described by its sidecars and the nearest metadata file."""
     if piece.start > 0 or piece.stop == 0:
         return
-    path = f"{config.path}/{_unescape_name(piece.file)}"
+    path = place(piece.file, config)
     raw = Raw(source_key=piece.file, data=None)
     if _common.is_image(piece.file):
         raw = _add_text(raw, path, config)
     try:
         data = _files.read_inside(path, config.path, limit=_common.MAX_IMAGE_BYTES, follow_links=config.follow_links)
-        yield replace(raw, data=data)
+        in_place = is_in_place(piece, config)
+        file, offset = (f"{config.path}/{piece.file}", 0) if in_place else (None, None)
+        yield replace(raw, data=data, file=file, offset=offset)
     except UnusableFileError as error:
         advice = "; set source.follow_links = true to allow it" if str(error) == _files.OUTSIDE else ""
         yield replace(raw, error=f"{error}{advice}")
 
 
-def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Iterator[tuple[str, list[str]]]:
-    """Each directory below `root`, its name ending in "/", with its sorted file names; hidden ones are skipped.
+def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Each directory below `root`, its name ending in "/", with its files' names and sizes; hidden ones are skipped.
 
     Args:
         skipped: gets the directories that may not be listed, and links to one that was listed before.
@@ -122,7 +135,7 @@ def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Itera
     seen: set[tuple[int, int]] = set()  # devices and inodes
     while pending:
         folder = pending.pop()
-        files: list[str] = []
+        sizes: dict[str, int | None] = {}
         folders: list[str] = []
         try:
             status = Path(root, folder).stat()
@@ -132,12 +145,16 @@ def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Itera
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(f"{root}/{folder}") as entries:
                 for entry in entries:
-                    if entry.name[0] != ".":
-                        (folders if _is_folder(entry, follow_links) else files).append(entry.name)
+                    if entry.name[0] == ".":
+                        continue
+                    if _is_folder(entry, follow_links):
+                        folders.append(entry.name)
+                    else:
+                        sizes[entry.name] = _find_size(entry)
         except PermissionError:
             skipped.append(folder)
             continue
-        yield folder, sorted(files)
+        yield folder, sizes
         pending += [f"{folder}{name}/" for name in sorted(folders, reverse=True)]
 
 
@@ -146,6 +163,13 @@ def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
         return entry.is_dir(follow_symlinks=follow_links)
     except OSError:  # a link to itself
         return False
+
+
+def _find_size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nowhere
+        return None
 
 
 def _may_read(path: Path, config: Config) -> bool:

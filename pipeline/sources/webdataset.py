@@ -48,6 +48,11 @@ def place(file: str, config: Config) -> str:
     return _files.locate_file(file, config.path)
 
 
+def is_in_place(piece: Piece, config: Config) -> bool:
+    """True for a plain local tar, by its name."""
+    return _tars.is_plain(place(piece.file, config))
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The samples of a tar, in its order; then the images that none of them takes, unless the config chooses."""
     with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:

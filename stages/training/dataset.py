@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,7 +32,7 @@ class TrainExample(Record):
     source_key: str
     alt_text: str | None
     sha256: str
-    file: str  # the present path of the tar that holds the image
+    file: str  # the present path of the image, or of the tar that holds it
     offset: int
     num_bytes: int
     width: int
@@ -62,10 +61,9 @@ def read_images(run: Run) -> Iterator[tuple[Path, Iterator[Image]]]:
 
 
 def _read_usable_images(shard: Shard, table: Path) -> Iterator[Image]:
-    find_file = cache(shard.locate)
     for image in tables.read_rows(table, Image):
         if image.status == "ok" and image.file is not None:
-            yield replace(image, file=str(find_file(image.file)))
+            yield replace(image, file=str(shard.locate(image)))
 
 
 def make_example(image: Image, turns: Sequence[Turn]) -> TrainExample:

@@ -24,7 +24,9 @@ UNPROTECTED = ("run.toml",)  # the user's own
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    parts = sections(corpus(folder / "photos", ["jpg", "png", "cut", "webp"] * 2), source={"shard_size": 4})
+    parts = sections(
+        corpus(folder / "photos", ["jpg", "png", "cut", "webp"] * 2), source={"shard_size": 4, "pack": True}
+    )
     run = begin(folder / "run", parts)
     assert make(run).exit_code == 0
     step = tables.Provenance(stage="train", name="", version=1, slice={}, inputs={})

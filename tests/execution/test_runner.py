@@ -318,7 +318,7 @@ def test_a_dead_engine_is_a_failure_and_not_a_stop(tmp_path: Path) -> None:
 
 
 def test_an_image_that_changed_since_ingest_is_not_captioned(tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
+    run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"pack": True}))
     make(run, "ingest")
     tar = run / "shards" / "00000.tar"
     data = bytearray(tar.read_bytes())

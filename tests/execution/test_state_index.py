@@ -23,7 +23,9 @@ from tests.support.runs import begin, corpus, make, sections, write
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stamps")
-    run = begin(folder / "run", sections(corpus(folder / "photos", ["jpg"] * 10), source={"shard_size": 2}))
+    run = begin(
+        folder / "run", sections(corpus(folder / "photos", ["jpg"] * 10), source={"shard_size": 2, "pack": True})
+    )
     assert make(run).exit_code == 0
     return run
 
@@ -54,7 +56,10 @@ def remove_all_tables(run: Path) -> None:
 
 def change_rules(run: Path) -> None:
     photos = config.load(run).source.config.path
-    write(run, sections(Path(photos), source={"shard_size": 2}, filter={"rules": {"judged": "judge >= 0.7"}}))
+    write(
+        run,
+        sections(Path(photos), source={"shard_size": 2, "pack": True}, filter={"rules": {"judged": "judge >= 0.7"}}),
+    )
 
 
 def copy_other_shard(run: Path) -> None:

@@ -24,7 +24,7 @@ IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg",
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was never interrupted."""
     folder = tmp_path_factory.mktemp("quiet")
-    run = begin(folder / "run", sections(corpus(folder / "photos", IMAGES), source={"shard_size": 6}))
+    run = begin(folder / "run", sections(corpus(folder / "photos", IMAGES), source={"shard_size": 6, "pack": True}))
     assert make(run).exit_code == 0
     return run
 

@@ -81,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     parts = sections(
         corpus(folder / "photos", MIX * 4),
-        source={"shard_size": 14},
+        source={"shard_size": 14, "pack": True},
         caption__dense={"num_candidates": 2},
         caption__wide={"recipe": "dense", "engine": "judge"},
         engines__captioner={"truncated_share": 0.2, "error_share": 0.1},
