@@ -9,7 +9,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,11 @@ class Record:
     @property
     def id(self) -> tuple[str | int, ...]:
         raise NotImplementedError
+
+
+def added(version: int, default: Any) -> Any:
+    """Declares a column that tables before `version` of their record lack; their rows have the default."""
+    return dataclasses.field(default=default, metadata={"since": version})
 
 
 def status_of(row: Record) -> str:
@@ -258,10 +263,11 @@ class Exported(Record):
     """One sample of the training set, without its pixels; no field is null, because loaders infer types."""
 
     table: ClassVar[str] = "export"
+    version: ClassVar[int] = 2
 
     key: str
     source_key: str
-    sha256: str
+    sha256: str  # of the corpus's file
     caption: str  # the text
     alt_text: str  # "" when the corpus had none
     caption_pass: str
@@ -272,8 +278,11 @@ class Exported(Record):
     format: str
     width: int  # pixels, as displayed
     height: int
+    orientation: int = added(2, 1)  # EXIF, 1 to 8, of the exported file; width and height are of the upright picture
     num_bytes: int
     metadata: str  # JSON, as the corpus had it
+    reencoded: str = added(2, "")  # how the exported file was encoded; "": it is the corpus's, byte for byte
+    written_sha256: str = added(2, "")  # of the exported file if it was re-encoded, hex
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -382,12 +391,14 @@ def _replace_unstorable(value: Any) -> Any:
     return value
 
 
-def arrow_schema(record: type[Record]) -> pa.Schema:
-    """The explicit, versioned Arrow schema of a record."""
+def arrow_schema(record: type[Record], *, version: int | None = None) -> pa.Schema:
+    """The explicit, versioned Arrow schema of a record; `version` is an earlier one of its columns."""
     import pyarrow as pa
 
-    metadata = {"recap.table": record.table, "recap.version": str(record.version)}
-    return pa.schema(_arrow_fields(record), metadata=metadata)
+    version, plain = version or record.version, cast(Any, record)
+    since = {field.name: field.metadata.get("since", 1) for field in dataclasses.fields(plain)}
+    fields = [field for field in _arrow_fields(record) if since[field.name] <= version]
+    return pa.schema(fields, metadata={"recap.table": record.table, "recap.version": str(version)})
 
 
 def column_names(record: type) -> tuple[str, ...]:

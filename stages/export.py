@@ -5,28 +5,34 @@ The summary of the whole run (stats.json, the dataset card) is computed from the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from pipeline import plugins
+from pipeline.decoding.probe_pool import map_ahead
+from pipeline.decoding.upright import copy_upright
 from pipeline.engines import Engine
-from pipeline.errors import UnknownNameError
+from pipeline.errors import MachineError, UndecodableError, UnknownNameError
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Exported, Image, NamedScore
+from pipeline.progress import say
+from pipeline.records import Exported, Image, NamedScore, column_names
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.database import list_score_folders
 from pipeline.storage.payloads import write_sums
-from stages.exporters import ExportPayload, ExportSample
+from stages.exporters import ExportPayload, ExportSample, FormFile
 from stages.exporters._card import build_card
 from stages.sql import find_scores
 
 VERSION = 1
 WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
+UPRIGHT_COLUMNS = ("reencoded", "written_sha256")  # of training sets whose images may be re-encoded
 
 # One row per chosen caption, with the scores that the filter uses, without those that have no value.
 CHOSEN = """
@@ -49,6 +55,12 @@ class Config:
         "jpg",
         "of all images, whose bytes are the original's either way. Loaders that infer columns from the first samples "
         "need the same extension for all",
+    )
+    upright: bool = key(
+        False,
+        "re-encode the images that an EXIF orientation turns, with their pixels upright, for readers that ignore it: "
+        "JPEG at quality 95, other formats as PNG",
+        stamp_default=False,
     )
     license: str = key("", "of the corpus, for the dataset card, such as cc-by-4.0", stamp=False)
 
@@ -99,12 +111,12 @@ def passes(run: Run) -> Iterable[Pass]:
         record=Exported,
         max_error_share=1.0,
         inputs=partial(inputs, scores=scores),
-        work=work,
+        work=partial(work, settings=settings, num_threads=run.num_cores),
         payload=lambda shard: ExportPayload(
             run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
         ),
         finish=finish,
-        whole_files=WHOLE_FILES,
+        whole_files=(*WHOLE_FILES, *_list_indexes(settings)),
     )
 
 
@@ -126,9 +138,44 @@ def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
         )
 
 
-def work(inputs: Iterator[ExportInput], _: Mapping[str, Engine]) -> Iterator[ExportSample]:
-    for item in inputs:
-        yield ExportSample(row=_build_row(item), data=item.shard.read_image(item.image))
+def work(
+    inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
+) -> Iterator[ExportSample]:
+    unused = () if settings.upright else UPRIGHT_COLUMNS
+    columns = tuple(name for name in column_names(Exported) if name not in unused)
+    samples = (
+        ExportSample(row=_build_row(item), data=item.shard.read_image(item.image), columns=columns) for item in inputs
+    )
+    if not settings.upright:
+        yield from samples
+        return
+    for sample in map_ahead(samples, _turn_upright, num_threads=num_threads, depth=2 * num_threads):
+        if isinstance(sample, Exception):
+            raise sample
+        yield sample
+
+
+def _turn_upright(sample: ExportSample) -> ExportSample:
+    """The sample with an upright image file; unchanged where it is upright already.
+
+    Raises:
+        MachineError: its image cannot be decoded.
+    """
+    if sample.row.orientation == 1:
+        return sample
+    try:
+        copy = copy_upright(sample.data)
+    except UndecodableError as error:
+        raise MachineError(f"{sample.row.source_key} cannot be turned upright: {error}") from error
+    row = replace(
+        sample.row,
+        format=copy.format,
+        orientation=1,
+        num_bytes=len(copy.data),
+        reencoded=copy.encoding,
+        written_sha256=hashlib.sha256(copy.data).hexdigest(),
+    )
+    return replace(sample, row=row, data=copy.data)
 
 
 def _build_row(item: ExportInput) -> Exported:
@@ -148,6 +195,7 @@ def _build_row(item: ExportInput) -> Exported:
         format=image.format,
         width=image.width,
         height=image.height,
+        orientation=image.orientation or 1,
         num_bytes=image.num_bytes,
         metadata=image.metadata,
     )
@@ -159,19 +207,24 @@ SUMMARY = """
         coalesce(avg(len(regexp_extract_all(caption, '\\S+'))), 0) AS mean_words,
         coalesce(avg(len(regexp_extract_all(alt_text, '\\S+'))), 0) AS mean_alt_text_words
     FROM export"""
+OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported
 
 
 def finish(run: Run, is_new: bool) -> None:
-    """Writes export/stats.json, the dataset card and their digests, unless they exist and no shard is new."""
+    """Writes export/stats.json, the dataset card, the forms' indexes and all digests, unless no shard is new."""
     settings = run.sections["export"][""]
     if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
         return
+    paths = sorted((run.folder / "export/index").glob("*.parquet"))
+    footers = [footer for footer in map(tables.read_whole_footer, paths) if footer]
+    texts = _build_indexes(settings, footers)
     with database.connect(run.folder) as connection:
         result = database.run_query(connection, SUMMARY)
         stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
         passes = database.run_query(
             connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
         ).fetchall()
+        num_older: int = database.run_query(connection, OLDER).fetchall()[0][0]
     stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
     card = build_card(
         stats,
@@ -180,10 +233,47 @@ def finish(run: Run, is_new: bool) -> None:
         license=settings.license,
         formats=settings.formats,
         rules=run.sections["filter"][""].rules,
+        upright=settings.upright,
     )
-    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
+    texts |= dict(zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True))
+    for name, text in texts.items():
         path = run.folder / name
         if not path.exists() or path.read_bytes() != text.encode():
             with tables.open_atomic(path) as file:
                 file.write(text.encode())
-    write_sums(run.folder, "export/index", WHOLE_FILES)
+    write_sums(run.folder, "export/index", footers, texts)
+    _warn(run, stats["num_samples"], num_older)
+
+
+def _warn(run: Run, num_samples: int, num_older: int) -> None:
+    if not num_samples:
+        say("recap: WARNING: no caption was kept, so the training set is empty; `recap query refusals` counts why")
+    if 0 < num_older < num_samples:
+        say(
+            f"recap: WARNING: an earlier version exported {num_older} of {num_samples} samples without some columns; "
+            "loaders refuse such a mixture. To export all again: "
+            f"rm -r {shlex.quote(str(run.folder / 'export'))} && recap run export --run {shlex.quote(str(run.folder))}"
+        )
+
+
+def _list_indexes(settings: Config) -> Iterator[str]:
+    """The files that the forms' `build_index` gives, relative to the run."""
+    for form in settings.formats:
+        for name in getattr(plugins.load("stages.exporters", form), "INDEXES", ()):
+            yield f"export/{form.rpartition('.')[2]}/{name}"
+
+
+def _build_indexes(settings: Config, footers: Sequence[tables.TableFooter]) -> dict[str, str]:
+    """The text of each of `_list_indexes`, from the footers of all index tables."""
+    texts: dict[str, str] = {}
+    for form in settings.formats:
+        module, folder = plugins.load("stages.exporters", form), f"export/{form.rpartition('.')[2]}/"
+        files = [
+            FormFile(name=name.removeprefix(folder), num_samples=footer.num_rows, num_bytes=num_bytes)
+            for footer in footers
+            for name, num_bytes in footer.payload.items()
+            if name.startswith(folder)
+        ]
+        if hasattr(module, "build_index"):
+            texts |= {f"{folder}{name}": text for name, text in module.build_index(files).items()}
+    return texts

@@ -11,11 +11,11 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.decoding import formats
 from pipeline.errors import UndecodableError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pipeline.records import ImageStatus
 
+T = TypeVar("T")
 # Raised by Pillow's readers on corrupt files: they parse with struct and plain indexing and document no type.
 # RuntimeError covers NotImplementedError. A MemoryError is handled apart: the header claims too large a size.
 BROKEN = (
@@ -306,21 +307,50 @@ def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
     Raises:
         UndecodableError: the file is not an image, is corrupt, or is larger than `Limits` allows.
     """
+    return _decode(data, partial(_decode_image, rule=rule))
+
+
+def decode_upright(data: bytes) -> tuple[Picture, str]:
+    """Decodes the first frame of `data` at its own size and in its own mode, upright; returns it and the format's name.
+
+    Its `info` has the EXIF, without the orientation, and the colour profile of the file.
+
+    Raises:
+        UndecodableError: as `decode_pixels`.
+    """
+    return _decode(data, _decode_whole)
+
+
+def _decode(data: bytes, decode: Callable[[ImageFile, str], T]) -> T:
+    """Opens an image and decodes it with `decode`, of PNGs also without side chunks that Pillow refuses."""
     name = None
     try:
         name = _require_format(data)
         try:
-            return _decode_image(_open_image(data, name), name, rule)
+            return decode(_open_image(data, name), name)
         except BROKEN:
             if name != "PNG":
                 raise
-            return _decode_image(_open_image(_drop_side_chunks(data), name), name, rule)
+            return decode(_open_image(_drop_side_chunks(data), name), name)
     except _ProbeError as error:
         raise UndecodableError(str(error)) from error
     except UndecodableError:
         raise
     except (*BROKEN, MemoryError) as error:
         raise UndecodableError(_describe_error(name, error)) from error
+
+
+def _decode_whole(image: ImageFile, name: str) -> tuple[Picture, str]:
+    from PIL.ImageOps import exif_transpose
+
+    _check_size(image.size, Limits(min_side=1))
+    _load_pixels(image)
+    try:
+        return exif_transpose(image), name
+    except BROKEN:  # an EXIF that can be read but not written is dropped
+        picture = _turn_upright(image, _read_orientation(image))
+        picture.info = {}
+        return picture, name
 
 
 def _decode_image(image: ImageFile, name: str, rule: PixelRule) -> Picture:

@@ -112,7 +112,7 @@ class Verification:
         """Compares packed or exported images with the digests in their rows; yields payload files that differ."""
         rows = self._shard(shard).read_table(p.folder, p.record)
         if p.record is Exported:
-            digests = {row.key: row.sha256 for row in rows if isinstance(row, Exported)}
+            digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
             forms = plugins.list_names("stages.exporters")
             for name in names:
                 form = Path(name).parts[1]

@@ -58,9 +58,7 @@ class Connection:
         self.duck, self._handle = duck, handle
         self._undefined = {_view_name(statement): statement for statement in views}
         for record in RECORDS:
-            columns = ", ".join(
-                f"NULL::{_sql_type(field.type)} AS {quote_identifier(field.name)}" for field in arrow_schema(record)
-            )
+            columns = ", ".join(map(_empty_column, arrow_schema(record)))
             duck.execute(f"CREATE VIEW {record.table} AS SELECT {columns} WHERE false")
 
     def define(self, names: Iterable[str]) -> None:
@@ -73,13 +71,22 @@ class Connection:
 
         for name in self._undefined.keys() & names:
             try:
-                self.duck.execute(self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
+                self._define(name, self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
             except duckdb.Error as error:
                 why = _format_error(error).partition("\n")[0]  # the rest shows our statement, not the user's
                 if "No files found" not in why:
                     remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
                     raise MachineError(f"a file of {name} does not read: {why}; {remedy}") from error
             del self._undefined[name]
+
+    def _define(self, name: str, statement: str) -> None:
+        """Runs a CREATE statement; adds, as NULL, the columns of its record that none of the files has yet."""
+        self.duck.execute(statement)
+        stored = {row[0] for row in self.duck.execute(f"DESCRIBE {name}").fetchall()}
+        (record,) = (record for record in RECORDS if record.table == name)
+        missing = "".join(f", {_empty_column(field)}" for field in arrow_schema(record) if field.name not in stored)
+        if missing:
+            self.duck.execute(statement.replace("*", f"*{missing}", 1))
 
     def close(self) -> None:
         """Idempotent."""
@@ -298,6 +305,10 @@ def _walk(tree: Any) -> Iterator[dict[str, Any]]:
 def _view_name(statement: str) -> str:
     """The name that a CREATE VIEW statement defines."""
     return re.split(r"\W+", statement)[2]
+
+
+def _empty_column(field: pa.Field) -> str:
+    return f"NULL::{_sql_type(field.type)} AS {quote_identifier(field.name)}"
 
 
 def _sql_type(type: pa.DataType) -> str:

@@ -47,12 +47,13 @@ def _compare_table(path: Path, record: type[Record]) -> tables.TableFooter:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text, schema = tables.read_footer_text(path), arrow_schema(record)
+    text = tables.read_footer_text(path)
+    schema = arrow_schema(record, version=tables.read_version(pq.read_schema(path), record))
     with open(path, "rb") as file:
         comparison = _Comparison(file)
-        with tables.open_parquet(cast(IO[bytes], comparison), record) as writer:
+        with tables.open_parquet(cast(IO[bytes], comparison), schema) as writer:
             for batch in tables.read_batches(path, record):
-                batch = pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                batch = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
                 writer.write_batch(batch, row_group_size=tables.ROWS_PER_GROUP)
             stored = pq.read_metadata(path).metadata or {}
             if checksum := stored.get(CHECKSUM_KEY.encode()):  # of the plan's Parquet footer

@@ -143,15 +143,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sums(run: Path, folder: str, names: Iterable[str]) -> None:
+def write_sums(run: Path, folder: str, footers: Iterable[TableFooter], names: Iterable[str]) -> None:
     """Writes FOLDER/SHA256SUMS, as `sha256sum -c` reads it there.
 
     Args:
-        folder: of the tables whose payload files are listed, relative to the run.
+        folder: of the tables, relative to the run.
+        footers: of the tables whose payload files are listed.
         names: further files to list, relative to the run.
     """
-    footers = (read_whole_footer(path) for path in sorted((run / folder).glob("*.parquet")))
-    digests = {name: digest for footer in footers if footer for name, digest in footer.payload_sha256.items()}
+    digests = {name: digest for footer in footers for name, digest in footer.payload_sha256.items()}
     digests |= {name: hash_file(run / name) for name in names}
     with open_atomic(run / folder / SUMS) as file:
         file.writelines(f"{digests[name]}  {os.path.relpath(name, folder)}\n".encode() for name in sorted(digests))

@@ -5,6 +5,7 @@ This module knows records and files. Which rows a table should have, and why, is
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, arrow_schema, column_names
@@ -182,7 +183,10 @@ def read_rows(path: Path, record: type[R]) -> Iterator[R]:
 
 
 def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """As `read_rows`, in Arrow batches, with only these columns if they are given."""
+    """As `read_rows`, in Arrow batches, with only these columns if they are given.
+
+    Columns that the version of the file lacks have their defaults.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -190,9 +194,11 @@ def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | N
     names = list(column_names(record) if columns is None else columns)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=names):
+            known = arrow_schema(record, version=read_version(file.schema_arrow, record)).names
+            stored = [name for name in known if name in names]
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=stored):
                 num_rows += len(batch)
-                yield batch.select(names)
+                yield _add_defaults(batch.select(stored), record, names)
     except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
         raise
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -205,6 +211,26 @@ def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | N
         raise BrokenTableError(path, f"has {num_rows} rows; it was written with {footer.num_rows}")
 
 
+def read_version(schema: pa.Schema, record: type[Record]) -> int:
+    """The version of a table's columns, at most the record's; a column's default is read where it is earlier."""
+    stored = (schema.metadata or {}).get(b"recap.version", b"").decode(errors="replace")
+    return min(int(stored), record.version) if stored.isdecimal() and int(stored) else record.version
+
+
+def _add_defaults(batch: pa.RecordBatch, record: type[Record], names: Sequence[str]) -> pa.RecordBatch:
+    """The batch with these columns of the record, in this order."""
+    import pyarrow as pa
+
+    if batch.schema.names == [*names]:
+        return batch
+    schema, columns = arrow_schema(record), dict(zip(batch.schema.names, batch.columns, strict=True))
+    defaults = {f.name: f.default for f in dataclasses.fields(cast(Any, record))}
+    for name in names:
+        if name not in columns:
+            columns[name] = pa.array([_convert_structs(defaults[name])] * len(batch), type=schema.field(name).type)
+    return pa.RecordBatch.from_arrays([columns[name] for name in names], [*names])
+
+
 def verify_checksums(path: Path, record: type[Record]) -> None:
     """Reads a whole table to verify its page checksums, which DuckDB, with which stages read too, ignores.
 
@@ -215,10 +241,10 @@ def verify_checksums(path: Path, record: type[Record]) -> None:
         pass
 
 
-def open_parquet(file: IO[bytes], record: type[Record]) -> pq.ParquetWriter:
+def open_parquet(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
     import pyarrow.parquet as pq
 
-    return pq.ParquetWriter(file, arrow_schema(record), compression="zstd", write_page_checksum=True)
+    return pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True)
 
 
 class TableWriter:
@@ -229,7 +255,7 @@ class TableWriter:
     payload_sha256: Mapping[str, str]
 
     def __init__(self, file: IO[bytes], record: type[Record], provenance: Provenance) -> None:
-        self._parquet = open_parquet(file, record)
+        self._parquet = open_parquet(file, arrow_schema(record))
         self._record, self._provenance = record, provenance
         self._rows: list[Record] = []
         self._digest = hashlib.sha256()

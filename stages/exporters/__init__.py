@@ -5,10 +5,13 @@ The folder is the registry. A name with a dot is a module of your own. A form is
 - `open(run, shard, work) -> FormWriter`: the writer of one shard, where `run` is the run's folder, `shard` its number,
   and `work` the folder for unfinished files. Nothing is created before the first sample;
 
-and, if the dataset card is to describe it, or `recap verify` is to compare its images with the rows,
+and, if the dataset card is to describe it, `recap verify` is to compare its images with the rows, or its loaders need
+a list of its files,
 
 - `CARD`: a `CardEntry`;
-- `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file.
+- `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file;
+- `INDEXES`, names of files below `<run>/export/FORM/`, and `build_index(files) -> Mapping[str, str]`, the text of each,
+  from the `FormFile`s of the whole run, in order.
 
 Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """
@@ -16,12 +19,12 @@ Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline import plugins
-from pipeline.records import Exported
+from pipeline.records import Exported, column_names
 from pipeline.storage.layout import work_folder
 from pipeline.storage.payloads import file_extension
 
@@ -32,10 +35,41 @@ class ExportSample:
 
     row: Exported
     data: bytes
+    columns: tuple[str, ...] = column_names(Exported)  # of `row`, those that this training set has
 
     @property
     def id(self) -> tuple[str | int, ...]:
         return self.row.id
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The training set's columns of the row, as JSON values."""
+        values = asdict(self.row)
+        return {name: values[name] for name in self.columns}
+
+    @property
+    def line(self) -> str:
+        """The caption for text files, of which loaders read the first line, or each line as a caption of its own."""
+        return join_lines(self.row.caption)
+
+
+def join_lines(text: str) -> str:
+    r"""The text on one line: white space around line breaks becomes one space.
+
+    >>> join_lines("A red  square.\n\n It is large.\n"), join_lines("A red  square.")
+    ('A red  square. It is large.', 'A red  square.')
+    """
+    lines = text.splitlines()
+    return text if lines == [text] else " ".join(filter(None, map(str.strip, lines)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormFile:
+    """A finished file of a form."""
+
+    name: str  # below export/FORM/
+    num_samples: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

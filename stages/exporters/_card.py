@@ -20,8 +20,22 @@ SIZES = (
 )
 
 
+EMPTY = "**This data set is empty: no caption was kept.**\n\n"
+REENCODED = """\
+| `reencoded` | how an image that its EXIF orientation turned was encoded again, upright; empty: the original file |
+| `written_sha256` | of the image here, if it was encoded again; `sha256` is always the original's |
+"""
+
+
 def build_card(
-    stats: Mapping[str, Any], *, title: str, source: str, license: str, formats: Iterable[str], rules: Mapping[str, str]
+    stats: Mapping[str, Any],
+    *,
+    title: str,
+    source: str,
+    license: str,
+    formats: Iterable[str],
+    rules: Mapping[str, str],
+    upright: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -32,6 +46,7 @@ def build_card(
         license: an identifier of the Hub; "": not stated.
         formats: names of export forms.
         rules: name -> SQL condition of the filter.
+        upright: whether images with an EXIF orientation were encoded again.
     """
     num_samples = stats["num_samples"]
     size = next((name for limit, name in SIZES if num_samples < limit), SIZES[-1][1])
@@ -54,8 +69,10 @@ size_categories:
 
 # {title}
 
+{EMPTY if not num_samples else ""}\
 {num_samples:,} images with captions, {stats["mean_words"]:.1f} words on average (the corpus's own alt text: \
-{stats["mean_alt_text_words"]:.1f}). Made by recap from a `{source}` source; image bytes are the originals'.
+{stats["mean_alt_text_words"]:.1f}). Made by recap from a `{source}` source; image bytes are the originals'\
+{", except where `reencoded` says otherwise" if upright else ""}.
 
 {captions}
 
@@ -72,4 +89,5 @@ A caption was kept when it met these conditions, in this order:
 | `caption_pass`, `candidate`, `model`, `revision` | who wrote the caption |
 | `scores` | what the scorers said, in [0, 1] |
 | `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
-"""
+| `orientation` | the EXIF orientation of the file, 1 to 8; `width` and `height` are of the upright picture |
+{REENCODED if upright else ""}"""

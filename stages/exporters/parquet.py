@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +40,12 @@ class ImageParquet:
     def __init__(self, run: Path, file: UnfinishedFile) -> None:
         self._run, self._file = run, file
         self._rows: list[dict[str, Any]] = []
+        self._columns: tuple[str, ...] = ()
         self._writer: Any = None
 
     def add(self, sample: ExportSample, suffix: str) -> None:
-        image = {"bytes": sample.data, "path": f"{sample.row.key}.{suffix}"}
-        self._rows.append({"image": image, **asdict(sample.row)})
+        self._columns = sample.columns
+        self._rows.append({"image": {"bytes": sample.data, "path": f"{sample.row.key}.{suffix}"}, **sample.values})
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
 
@@ -63,30 +63,29 @@ class ImageParquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = build_hub_schema()
+        schema = build_hub_schema(self._columns)
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._file.open(), schema, compression="zstd", write_page_index=True)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema), row_group_size=ROWS_PER_GROUP)
         self._rows = []
 
 
-def build_hub_schema() -> pa.Schema:
-    """An HF `Image` column, then the columns of `Exported`, with the feature types that the Hub reads."""
+def build_hub_schema(columns: Sequence[str]) -> pa.Schema:
+    """An HF `Image` column, then these columns of `Exported`, with the feature types that the Hub reads."""
     import pyarrow as pa
 
     image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-    fields = [pa.field("image", image), *arrow_schema(Exported)]
-    features = {"image": {"_type": "Image"}}
-    for field in arrow_schema(Exported):
-        features[field.name] = _describe_feature(field.type)
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    fields = [field for field in arrow_schema(Exported) if field.name in columns]
+    features = {"image": {"_type": "Image"}} | {field.name: _describe_feature(field.type) for field in fields}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.schema([pa.field("image", image), *fields], metadata=metadata)
 
 
 def _describe_feature(type: pa.DataType) -> Any:
     import pyarrow as pa
 
     if pa.types.is_list(type):
-        return {"feature": _describe_feature(type.value_type), "_type": "List"}
+        return [_describe_feature(type.value_type)]  # `datasets` before 4 has no type "List", later ones take both
     if pa.types.is_struct(type):
         return {field.name: _describe_feature(field.type) for field in type}
     return {"dtype": {"double": "float64"}.get(str(type), str(type)), "_type": "Value"}

@@ -1,21 +1,30 @@
-"""Export form `webdataset`: `export/webdataset/00000.tar` with KEY.jpg, KEY.json and KEY.txt for each sample."""
+"""Export form `webdataset`: `export/webdataset/00000.tar` with KEY.jpg, KEY.json and KEY.txt for each sample.
+
+A shard without samples has no tar, so the numbers may have gaps; index.json lists the tars as `wids` reads them.
+"""
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.storage.payloads import TarWriter, UnfinishedFile, commit_files
-from stages.exporters import CardEntry, ExportSample
+from stages.exporters import CardEntry, ExportSample, FormFile
 
 CARD = CardEntry(image="jpg", caption="txt")
+INDEXES = ("index.json",)
 
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
     return WebDataset(run, UnfinishedFile(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+
+
+def build_index(files: Sequence[FormFile]) -> Mapping[str, str]:
+    shards = [{"url": file.name, "nsamples": file.num_samples, "filesize": file.num_bytes} for file in files]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    return {"index.json": json.dumps(index, indent=2) + "\n"}
 
 
 def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -35,10 +44,10 @@ class WebDataset:
         self._run, self._tar = run, TarWriter(file)
 
     def add(self, sample: ExportSample, suffix: str) -> None:
-        row = sample.row
-        self._tar.add(f"{row.key}.{suffix}", sample.data)
-        self._tar.add(f"{row.key}.json", json.dumps(asdict(row), ensure_ascii=False).encode())
-        self._tar.add(f"{row.key}.txt", row.caption.encode())
+        key = sample.row.key
+        self._tar.add(f"{key}.{suffix}", sample.data)
+        self._tar.add(f"{key}.json", json.dumps(sample.values, ensure_ascii=False).encode())
+        self._tar.add(f"{key}.txt", sample.line.encode())
 
     def commit(self) -> Mapping[str, int]:
         return commit_files(self._run, self._tar)

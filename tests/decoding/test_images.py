@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.decoding import formats
 from pipeline.decoding.images import Limits, PixelRule, can_send_unchanged, decode_pixels, encode_lossless, probe
+from pipeline.decoding.upright import copy_upright
 from pipeline.errors import UndecodableError
 
 
@@ -67,6 +68,10 @@ def test_pictures_are_upright(format: str, orientation: int) -> None:
     found = probe(data)
     assert (found.width, found.height, found.orientation) == (112, 84, orientation)
     assert is_near(decode_pixels(data, PixelRule(max_pixels=10**6)), corners())
+    copy = copy_upright(data)
+    found = probe(copy.data)
+    assert (found.width, found.height, found.orientation, found.format) == (112, 84, 1, copy.format)
+    assert is_near(Image.open(io.BytesIO(copy.data)).convert("RGB"), corners())
     small = decode_pixels(data, PixelRule(max_pixels=56 * 56))
     assert small.size == PixelRule(max_pixels=56 * 56).target_size(112, 84) and is_near(
         small, corners().resize(small.size), 12

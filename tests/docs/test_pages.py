@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pkgutil
 import re
@@ -18,7 +19,7 @@ from stages import recipes, rubrics
 from tests.docs.conftest import BASE, as_toml, merge, plain_engines
 from tests.support import reference
 from tests.support.pages import PAGES, Block, list_anchors, list_blocks, list_links
-from tests.support.runs import ROOT, corpus, files, make, recap
+from tests.support.runs import ROOT, begin, corpus, files, make, recap, sections
 
 README = ROOT / "README.md"
 MAX_README = 8192  # bytes
@@ -133,6 +134,25 @@ def test_the_full_run_toml_runs(tmp_path: Path) -> None:
     assert make(run).exit_code == 0
     written = files(run)
     assert {"image/00000.parquet", "verdict/00000.parquet", "export/README.md", "export/stats.json"} <= written.keys()
+
+
+@pytest.mark.parametrize("rule", ["true", "key NOT LIKE '000001%'"])
+def test_the_loading_lines_of_the_readme_load_all_samples(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards; with the second rule, nothing of the middle one is kept."""
+    parts = sections(corpus(tmp_path / "photos", ["jpg"] * 6), source={"shard_size": 2}, filter={"rules": {"r": rule}})
+    assert make(begin(tmp_path / "runs" / "photos", parts)).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (block,) = list_blocks("python", pages=(README,))
+    *imports, first, second = ast.parse(block.text).body
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, []), "README.md", "exec"), names)
+    pairs, dataset = (eval(ast.unparse(line), names) for line in (first, second))
+    num_kept = 6 if rule == "true" else 4
+    assert [picture.size for picture, _ in pairs] == [(40, 30)] * num_kept
+    assert len(dataset["train"]) == num_kept
 
 
 @pytest.mark.parametrize("block", list_blocks("sql"), ids=lambda block: block.id)

@@ -130,7 +130,7 @@ def _convert_photographs() -> Iterator[tuple[str, tuple[bytes, ImageStatus]]]:
         "photo.jp2": encode(small, "JPEG2000"),
         "photo.ppm": encode(small, "PPM"),
         "no_extension": rocket,
-        **{f"turned_{number}.jpg": _set_orientation(small, number) for number in range(1, 9)},
+        **{f"turned_{number}.jpg": set_orientation(small, number) for number in range(1, 9)},
     }
     bad: dict[str, tuple[bytes, ImageStatus]] = {
         "cut.jpg": (rocket[: len(rocket) // 2], "unreadable"),
@@ -159,10 +159,10 @@ def _add_alpha(picture: Image.Image) -> Image.Image:
     return faded
 
 
-def _set_orientation(picture: Image.Image, orientation: int) -> bytes:
+def set_orientation(picture: Image.Image, orientation: int, format: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(picture, "JPEG", exif=exif)
+    return encode(picture, format, exif=exif)
 
 
 def write_hostile_files(folder: Path, seed: int) -> list[Expected]:
