@@ -160,7 +160,8 @@ def test_plan_grows_at_its_end(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 12)
     run = begin(tmp_path / "run", sections(photos))
     make(run)
-    of_the_whole_run = ("plan.parquet", "export/README.md", "export/stats.json", "export/index/SHA256SUMS")
+    names = ("README.md", "stats.json", "index/SHA256SUMS", "webdataset/index.json")
+    of_the_whole_run = ("plan.parquet", *(f"export/{name}" for name in names))
     before = {name: data for name, data in files(run).items() if name not in of_the_whole_run}
     corpus(photos, ["png"] * 5, first=3 * 10**4)
     assert "3 shards, 1 of them new" in recap("plan", "--run", run).stderr

@@ -141,6 +141,7 @@ def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     assert {name for name in files(run) if not shard.fullmatch(name)} == {
         "export/README.md",
         "export/stats.json",
+        "export/webdataset/index.json",
         "export/index/SHA256SUMS",
     }
     with tarfile.open(run / "export" / "webdataset" / "00000.tar") as made:
