@@ -162,6 +162,23 @@ def try_pass(
         print(escape_controls(line))
 
 
+@app.command("check", epilog="Example: recap check --run runs/photos")
+def check_run(run: RunOption = Path()) -> None:
+    """Find what would stop the run, before it begins.
+
+    Prints a line for each thing that was checked: the configuration, models, servers, disk, limits of the machine and
+    of Slurm, and then a few pictures through every pass. Exits with 2 if a line is not fine.
+    """
+    from pipeline.commands import check
+    from pipeline.progress import escape_controls
+
+    is_fine = True
+    for finding in check.check_run(run):
+        print(escape_controls(str(finding)), flush=True)
+        is_fine &= finding.kind == "fine"
+    raise typer.Exit(0 if is_fine else 2)
+
+
 @app.command("run", epilog="Example: recap run caption --shard 0-99 --run runs/photos")
 def run_stage(
     stage: Annotated[
@@ -173,12 +190,16 @@ def run_stage(
     workers: Annotated[int, typer.Option(help="Processes, each with its own engine and GPUs.", min=1)] = 1,
     stale: StaleOption = "stop",
     retry: Annotated[str, typer.Option(help="Retry the rows with these statuses, e.g. error,truncated.")] = "",
+    check: Annotated[
+        bool, typer.Option(help="First check source, engines, servers and disk, as `recap check` does.")
+    ] = True,
 ) -> None:
     """Make the missing shards of a stage, or of one of its passes.
 
     Finished work is skipped; interrupted runs resume.
     """
     from pipeline import config
+    from pipeline.commands.check import require_ready
     from pipeline.execution import whole_run
     from pipeline.execution.pass_graph import select_passes
     from pipeline.execution.run_state import RunState
@@ -191,7 +212,10 @@ def run_stage(
         print(whole_run.make_product(module, state))
         return
     runner = Runner(state, workers=workers, retry=frozenset(filter(None, retry.split(","))))
-    outcome = runner.execute(select_passes(state.passes, stage))
+    passes = select_passes(state.passes, stage)
+    if check:
+        require_ready(state, passes)
+    outcome = runner.execute(passes)
     report_outcome(outcome)
     raise typer.Exit(outcome.exit_code)
 

@@ -138,7 +138,7 @@ class Caption(Record):
     status: CaptionStatus
     error: str | None
     flags: tuple[str, ...]  # refusal, prompt_leak, meta_commentary, ...; flagged text is kept
-    finish_reason: str | None  # stop, length
+    finish_reason: str | None  # stop, length, repetition (the engine stopped a loop), ...
     attempt: int  # rung of the sampling ladder, from 1; 0 when nothing was generated
     seed: int
     num_prompt_tokens: int | None

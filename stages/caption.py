@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from pipeline import plugins
-from pipeline.engines import Engine, Reply, Request
+from pipeline.engines import Engine, Reply, Request, find_no_loop
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, column_names
@@ -21,6 +21,7 @@ from stages.recipes import Recipe
 from stages.sql import check_query, find_scores
 from stages.text.answers import read_answer
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
+from stages.text.repetition import find_lasting_loop
 
 NAMED = True
 VERSION = 1
@@ -92,6 +93,7 @@ class CaptionWork:
             schema=self.recipe.schema,
             ladder=self.sampling.rungs,
             accept=lambda reply: read_answer(reply, self.recipe.answer_format).error or "",
+            find_loop=find_no_loop if self.recipe.answer_format else find_lasting_loop,  # JSON repeats its keys
             seed=derive_seed(self.seed, item.image.key, self.name, item.candidate, *item.retry_of),
         )
 
@@ -144,6 +146,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         folder=f"caption/{name}",
         reads=("image", *(f"score/{score}/{config.of}" for score in scores)),
         engines=(config.engine,),
+        shows_images=True,
         version=VERSION,
         slice={
             "recipe": recipe.slice,

@@ -111,6 +111,7 @@ def _build_pass(run: Run, name: str, caption: str, config: ScoreSection, scorer:
         folder=f"score/{name}/{caption}",
         reads=("image", *([f"rubric/{scorer.rubric}"] if scorer.rubric else []), f"caption/{caption}"),
         engines=scorer.engines,
+        shows_images=scorer.shows_images,
         version=VERSION,
         slice=scorer.slice(run, field=f"score.{name}"),
         record=Score,

@@ -2,8 +2,10 @@
 
 The folder is the registry: one engine per file, named by `engines.NAME.kind`. An engine is a module with two names:
 `Config`, a frozen dataclass of its keys in `[engines.NAME]`, declared with `pipeline.sections.key`; and
-`open(config) -> Engine`, which loads the model. An engine passes every attempt through `finish_attempt`, so that
-sampling ladders have one meaning, and every reply holds text and numbers that a table can hold.
+`open(config) -> Engine`, which loads the model. A third, `inspect(config) -> Inspection`, is for `recap check`: it
+loads nothing, and raises ConfigError where `open` would fail, or EngineDiedError where a server does not answer. An
+engine passes every attempt through `finish_attempt`, so that sampling ladders have one meaning, and every reply holds
+text and numbers that a table can hold.
 
 An engine knows nothing of images' origins, captions or rubrics. A request that cannot be answered is a reply with an
 error; an engine that cannot answer at all raises `EngineDiedError`.
@@ -16,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from pipeline.engines import _output
+
+LOOP = _output.LOOP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class Reply:
     """The response to one request."""
 
     text: str = ""
-    finish_reason: str | None = None  # "stop", "length"; None when nothing was generated
+    finish_reason: str | None = None  # "stop", "length", "repetition"; None when nothing was generated
     error: str | None = None  # why there is no answer
     fault: str = ""  # why the text is no usable answer, to any prompt; "": it may be one
     problem: str = ""  # what `accept` returned for the last attempt; "" when it was accepted
@@ -46,7 +50,20 @@ class Reply:
     logprobs: tuple[float, ...] | None = None  # natural log, one per output token, when requested
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """An engine as it can be known before it is opened."""
+
+    summary: str  # for people
+    takes_images: bool | None = None  # None: unknown
+    context: int | None = None  # tokens of prompt and answer together; None: unknown
+
+
 def accept_all(_: Reply) -> str:
+    return ""
+
+
+def find_no_loop(_: str) -> str:
     return ""
 
 
@@ -62,6 +79,7 @@ class Request:
     schema: str | None = None  # a JSON schema that the answer must follow, as text
     ladder: tuple[Sampling, ...] = (Sampling(),)  # tried in turn until `accept` returns ""
     accept: Callable[[Reply], str] = accept_all  # returns "", or what is wrong with the answer
+    find_loop: Callable[[str], str] = find_no_loop  # returns "", or a loop in a text that no continuation can mend
     seed: int = 0  # attempt n uses seed + n - 1
     logprobs: bool = False
 
@@ -102,6 +120,14 @@ def finish_attempt(request: Request, reply: Reply, attempt: int) -> tuple[Reply,
         return reply, True
     problem = request.accept(reply) or reply.fault
     return replace(reply, problem=problem), not problem or attempt == len(request.ladder)
+
+
+def is_wanted_stop(request: Request, reply: Reply) -> bool:
+    """Tests whether an answer may end where it does: the engine has not stopped it, or it loops for the request too."""
+    if reply.finish_reason != LOOP:
+        return True
+    cleaned = clean_reply(reply)
+    return cleaned.fault == _output.STOPPED_LOOP and bool(request.find_loop(cleaned.text))
 
 
 def clean_reply(reply: Reply) -> Reply:

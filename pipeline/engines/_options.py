@@ -34,6 +34,15 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loops:
+    """Early stops."""
+
+    stop_loops: bool = key(
+        True, "let vLLM stop a caption in prose as soon as it loops; no caption that is ok changes", stamp=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Number formats."""
 
@@ -53,6 +62,12 @@ class Serving(Weights):
     tensor_parallel_size: int = key(1, "GPUs that share one copy of the model", stamp=False, least=1)
     kv_cache_gib: int = key(2, "on a CPU: GiB of memory for keys and values", stamp=False, least=1)
     enforce_eager: bool = key(False, "skip compilation: starts sooner, answers more slowly", stamp=False)
+
+
+# vLLM's repetition_detection: an answer stops when it ends with `min_count` copies of one sequence of tokens. Sequences
+# of 24 tokens and more have at least 6 words in most languages, and 6 copies of 6 words are what
+# stages/text/repetition.py calls a loop; shorter sequences are found as a multiple of themselves.
+LOOP_DETECTION = {"min_pattern_size": 24, "max_pattern_size": 64, "min_count": 6}
 
 
 def require_module(module: str, *, kind: str, how: str) -> None:

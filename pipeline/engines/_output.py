@@ -25,8 +25,11 @@ CUTS = frozenset({"length", "max_tokens", "max_output_tokens", "max_length", "mo
 FILTERS = frozenset({"content_filter", "content_filtered", "safety", "prohibited_content", "recitation", "sensitive"})
 TOOLS = frozenset({"tool_calls", "function_call", "tool_use"})
 ABORTS = frozenset({"abort", "error", "network_error", "insufficient_system_resource"})  # the server's failure
+LOOPS = frozenset({"repetition", "repetition_detected", "repetition_truncation"})
+LOOP = "repetition"  # finish_reason of an answer that the engine stopped because it loops
 THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_content", "reasoning_text"})
 HALF_CHARACTER = "the answer holds half a character, a lone surrogate"
+STOPPED_LOOP = "the answer loops: the engine stopped it"
 ONLY_THOUGHTS = "the answer is empty: the server returned only the model's thoughts"
 
 
@@ -151,7 +154,7 @@ def _read_part(part: Any) -> str:
 
 
 def _read_reason(reason: Any, *, has_text: bool) -> tuple[str | None, str | None, str]:
-    """The reason to stop as "stop", "length" or what it is; an error or a fault if it is no end of an answer."""
+    """The reason to stop as "stop", "length", "repetition" or what it is; an error or a fault if it is no end."""
     if reason is None:
         return ("stop" if has_text else None), None, ""
     if not isinstance(reason, str):
@@ -161,6 +164,8 @@ def _read_reason(reason: Any, *, has_text: bool) -> tuple[str | None, str | None
         return "stop", None, ""
     if name in CUTS:
         return "length", None, ""
+    if name in LOOPS:
+        return LOOP, None, STOPPED_LOOP
     name = replace_surrogates(" ".join(name.split())[:MAX_REASON])
     if name in FILTERS:
         return name, f"the server's content filter stopped the answer ({name})", ""

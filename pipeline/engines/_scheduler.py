@@ -14,11 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.engines import Reply, Request, Sampling, finish_attempt
+from pipeline.engines import Reply, Request, Sampling, find_no_loop, finish_attempt, is_wanted_stop
 from pipeline.errors import BadRequestError, EngineDiedError
 
 T = TypeVar("T")
@@ -27,7 +27,10 @@ P_in = TypeVar("P_in", contravariant=True)
 
 
 class Ask(Protocol[P_in]):
-    """One attempt at a request. Raises BadRequestError, or EngineDiedError when no attempt can succeed any more."""
+    """One attempt at a request, which may end early if `request.find_loop` is set.
+
+    Raises BadRequestError, or EngineDiedError when no attempt can succeed any more.
+    """
 
     async def __call__(self, prepared: P_in, request: Request, sampling: Sampling, seed: int) -> Reply: ...
 
@@ -196,11 +199,19 @@ class RequestScheduler(Generic[P]):
         while not is_final:
             attempt += 1
             try:
-                reply = await self._ask(prompt, request, request.ladder[attempt - 1], request.seed + attempt - 1)
+                reply = await self._ask_once(prompt, request, attempt)
             except BadRequestError as error:
                 reply = Reply(error=str(error))
             reply, is_final = finish_attempt(request, reply, attempt)
         return reply
+
+    async def _ask_once(self, prompt: P, request: Request, attempt: int) -> Reply:
+        """Makes one attempt; if the engine stopped a text that is no loop for the request, again to its end."""
+        sampling, seed = request.ladder[attempt - 1], request.seed + attempt - 1
+        reply = await self._ask(prompt, request, sampling, seed)
+        if request.find_loop is find_no_loop or is_wanted_stop(request, reply):
+            return reply
+        return await self._ask(prompt, replace(request, find_loop=find_no_loop), sampling, seed)
 
     def _record_idleness(self) -> None:
         """Records the share of the engine that is idle because the next requests are not ready."""

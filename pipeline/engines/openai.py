@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
-from pipeline.engines import Reply, Request, Sampling, _chat, _output
+from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, _output, find_no_loop
 from pipeline.engines._http import ENCODINGS, read_body
-from pipeline.engines._options import Model, Serving, require_module
+from pipeline.engines._inspection import check_installed, inspect_server, read_endpoint
+from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
 from pipeline.engines._redaction import Redactor
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, BodyError, ConfigError, EngineDiedError, ServerError, UndecodableError
@@ -32,9 +33,11 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     import aiohttp
 
+HOW_TO_INSTALL = "pip install 'recap-pipeline[openai]'"
 FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further one ...
 MAX_DELAY = 15.0  # ... up to this
 MAX_REDIRECTS = 3  # of one request
+DETECTION = "repetition_detection"  # vLLM's field, which other servers ignore or reject
 BAD_REQUEST = frozenset({400, 413, 414, 415, 422})  # the request is wrong
 BAD_SETUP = frozenset({401, 403, 404, 405})  # the API key, the URL or the model's name is wrong
 
@@ -52,7 +55,7 @@ class Serve(Serving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Model):
+class Config(Loops, Model):
     """`[engines.NAME]` with kind = "openai"."""
 
     model: str = key(help="the model's name at the server; for `recap serve` also a directory", locate="model")
@@ -64,7 +67,7 @@ class Config(Model):
     )
     api_key_env: str = key("", "the environment variable that holds the API key", stamp=False)
     factor: int = key(28, "sides of images are rounded to multiples of it, as the model does; 1: any", least=1)
-    vllm: bool = key(True, "send top_k and repetition_penalty, which not every server supports")
+    vllm: bool = key(True, "send top_k, repetition_penalty and what stop_loops needs, which not every server supports")
     extra: dict[str, Any] = key(factory=dict, help="further fields of every request")
     max_in_flight: int = key(128, "requests at once, over all servers", stamp=False, least=1)
     timeout: float = key(600.0, "seconds to wait for one response", stamp=False, least=0.1)
@@ -73,10 +76,26 @@ class Config(Model):
     trust_remote_code: bool = key(False, "for `recap serve`: run Python code that comes with the model", stamp=False)
     serve: Serve = key(factory=Serve, help="how `recap serve` starts it")
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """URLs, and files of `recap serve`."""
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
     def __post_init__(self) -> None:
-        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-        if not urls or not all("://" in url or url.endswith(".json") for url in urls):
+        if not self.urls or not all("://" in url or url.endswith(".json") for url in self.urls):
             raise ValueError('base_url is "endpoint", a URL such as http://127.0.0.1:8000/v1, or a list of URLs')
+
+
+def inspect(config: Config) -> Inspection:
+    """Asks every server for its models.
+
+    Raises:
+        ConfigError: aiohttp or the API key is missing, or a server does not have the model or rejects the key.
+        EngineDiedError: a server does not answer.
+    """
+    check_installed("aiohttp", kind="openai", how=HOW_TO_INSTALL)
+    urls = [url if "://" in url else read_endpoint(Path(url)) for url in config.urls]
+    return inspect_server(urls, model=config.model_name, key=_read_key(config), key_env=config.api_key_env)
 
 
 def open(config: Config) -> OpenAI:  # noqa: A001
@@ -85,10 +104,20 @@ def open(config: Config) -> OpenAI:  # noqa: A001
     Raises:
         ConfigError: the environment variable of the API key is not set, or aiohttp is not installed.
     """
-    require_module("aiohttp", kind="openai", how="pip install 'recap-pipeline[openai]'")
-    if config.api_key_env and not os.environ.get(config.api_key_env):
-        raise ConfigError("api_key_env", f"the environment has no {config.api_key_env}")
+    require_module("aiohttp", kind="openai", how=HOW_TO_INSTALL)
+    _read_key(config)
     return OpenAI(config)
+
+
+def _read_key(config: Config) -> str:
+    """
+    Raises:
+        ConfigError: the environment has no such variable.
+    """
+    key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+    if config.api_key_env and not key:
+        raise ConfigError("api_key_env", f"the environment has no {config.api_key_env}")
+    return key
 
 
 class OpenAI(ScheduledEngine):
@@ -102,6 +131,7 @@ class OpenAI(ScheduledEngine):
         self._url_cache: SingleFlightCache[str] = SingleFlightCache(_chat.CACHED_IMAGES)
         self._loop = EventLoopThread("openai")
         self._client = _Client(config, model=self.model)
+        self._stops_loops = config.vllm and config.stop_loops
         bounds = Bounds(
             max_in_flight=config.max_in_flight,
             saturation=config.max_in_flight,
@@ -138,8 +168,18 @@ class OpenAI(ScheduledEngine):
         return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
     async def _ask(self, prepared: str, request: Request, sampling: Sampling, seed: int) -> Reply:
-        rest = json.dumps(_build_attempt_fields(sampling, seed, request, vllm=self._config.vllm))
-        return await self._client.send_request(f"{prepared}, {rest[1:]}".encode())
+        fields = _build_attempt_fields(sampling, seed, request, vllm=self._config.vllm)
+        if self._stops_loops and request.find_loop is not find_no_loop:
+            try:
+                return await self._send(prepared, {**fields, DETECTION: LOOP_DETECTION})
+            except BadRequestError as error:
+                if DETECTION not in str(error):
+                    raise
+                self._stops_loops = False  # this server rejects fields that it does not know
+        return await self._send(prepared, fields)
+
+    async def _send(self, prepared: str, fields: dict[str, Any]) -> Reply:
+        return await self._client.send_request(f"{prepared}, {json.dumps(fields)[1:]}".encode())
 
 
 def _build_messages(request: Request, urls: list[str]) -> list[dict[str, Any]]:
@@ -203,7 +243,7 @@ class _Client:
 
     def __init__(self, config: Config, *, model: str) -> None:
         self._config, self._model = config, model
-        self._key = os.environ[config.api_key_env] if config.api_key_env else ""
+        self._key = _read_key(config)
         self._redactor = Redactor(self._key)
         self._servers: list[_Server] = []
         self._health = _Health(config.give_up_after)
@@ -257,8 +297,7 @@ class _Client:
         """Reads the URLs again while a server is down: a restarted one may have another port."""
         if self._servers and not any(server.is_down for server in self._servers):
             return
-        given = self._config.base_url
-        urls = [url for value in ((given,) if isinstance(given, str) else given) for url in _resolve_urls(value)]
+        urls = [url for value in self._config.urls for url in _resolve_urls(value)]
         if urls and urls != [server.url for server in self._servers]:
             known = {server.url: server for server in self._servers}
             self._servers = [known.get(url) or _Server(url) for url in urls]

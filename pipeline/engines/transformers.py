@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engines import Reply, Request, Sampling, _chat
+from pipeline.engines import Inspection, Reply, Request, Sampling, _chat
+from pipeline.engines._inspection import check_installed, inspect_model
 from pipeline.engines._options import Model, Weights, require_module
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
@@ -26,6 +27,7 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+HOW_TO_INSTALL = "pip install 'recap-pipeline[transformers]'"
 LINGER = 0.05  # seconds that a batch waits for further requests
 
 ON_DEVICES = True  # each worker process gets its own GPUs
@@ -39,13 +41,22 @@ class Config(Weights, Model):
     batch_size: int = key(8, "requests that the model answers at once", stamp=False, least=1)
 
 
+def inspect(config: Config) -> Inspection:
+    """
+    Raises:
+        ConfigError: transformers is not installed, or there is no such model.
+    """
+    check_installed("transformers", kind="transformers", how=HOW_TO_INSTALL)
+    return inspect_model(config)
+
+
 def open(config: Config) -> Transformers:  # noqa: A001
     """Loads the model.
 
     Raises:
         ConfigError: there is no such model, it does not load, or it has no chat template.
     """
-    require_module("transformers", kind="transformers", how="pip install 'recap-pipeline[transformers]'")
+    require_module("transformers", kind="transformers", how=HOW_TO_INSTALL)
     import torch
     import transformers
 

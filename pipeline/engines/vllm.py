@@ -21,8 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engines import Reply, Request, Sampling, _chat
-from pipeline.engines._options import Model, Serving, require_module
+from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, find_no_loop
+from pipeline.engines._inspection import check_installed, inspect_model
+from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
 from pipeline.engines._reaper import Reaper
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 SHUTDOWN_TIMEOUT = 30.0  # seconds for vLLM's processes to end
 CACHED_TEXTS = 256  # tokenized prompts: requests about different images may have the same text
+HOW_TO_INSTALL = "for a CPU: make vllm; for a GPU: pip install 'recap-pipeline[vllm]'"
 TERMINATED = "vLLM was terminated by a signal or by an operator"
 
 ON_DEVICES = True  # each worker process gets its own GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Serving, Model):
+class Config(Loops, Serving, Model):
     """`[engines.NAME]` with kind = "vllm".
 
     `max_model_len` is not derived from recipes: alt text and captions in a prompt have no bound, and vLLM allocates
@@ -70,8 +72,17 @@ def open(config: Config) -> Vllm:  # noqa: A001
         raise
 
 
+def inspect(config: Config) -> Inspection:
+    """
+    Raises:
+        ConfigError: vLLM is not installed, or there is no such model.
+    """
+    check_installed("vllm", kind="vllm", how=HOW_TO_INSTALL)
+    return inspect_model(config, max_model_len=config.max_model_len)
+
+
 def require_vllm() -> None:
-    require_module("vllm", kind="vllm", how="for a CPU: make vllm; for a GPU: pip install 'recap-pipeline[vllm]'")
+    require_module("vllm", kind="vllm", how=HOW_TO_INSTALL)
 
 
 def is_cpu_build() -> bool:
@@ -214,7 +225,7 @@ class _Core:
         while True:
             engine, number = self._engine, next(self._numbers)
             try:
-                parameters = _build_parameters(request, sampling, seed)
+                parameters = _build_parameters(request, sampling, seed, stop_loops=self._config.stop_loops)
                 return await self._generate_once(engine, dict(prepared), parameters, f"recap-{number}")
             except EngineDeadError as error:
                 await self._restart(engine, error)
@@ -321,9 +332,11 @@ def _make_cache_key(config: Config) -> str:
     return f"{vllm.__version__} {config.model} {config.revision} {config.dtype} {config.tensor_parallel_size} {extra}"
 
 
-def _build_parameters(request: Request, sampling: Sampling, seed: int) -> Any:
+def _build_parameters(request: Request, sampling: Sampling, seed: int, *, stop_loops: bool) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+
+    detects = stop_loops and request.find_loop is not find_no_loop
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -334,6 +347,7 @@ def _build_parameters(request: Request, sampling: Sampling, seed: int) -> Any:
         seed=seed % 2**63 if sampling.temperature > 0 else None,
         logprobs=0 if request.logprobs else None,
         structured_outputs=StructuredOutputsParams(json=request.schema) if request.schema is not None else None,
+        repetition_detection=RepetitionDetectionParams(**LOOP_DETECTION) if detects else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
         detokenize=False,  # whole answers are decoded here; doing it per token would slow the engine's input
     )

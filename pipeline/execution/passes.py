@@ -206,6 +206,7 @@ class Pass:
     reads_all: tuple[str, ...] = ()  # folders of the tables that it reads of all shards; such a pass has `reads` too
     prepare: Callable[[AllShards, Path], None] | None = field(default=None, repr=False)  # fills a folder for all shards
     engines: tuple[str, ...] = ()  # names in [engines] that it uses
+    shows_images: bool = False  # whether its requests hold images, which its engines must then take
     version: int  # of the stage; raised when equal inputs give different rows
     slice: Mapping[str, Any]  # JSON values: the part of the configuration that decides rows
     record: type[Record]

@@ -10,6 +10,7 @@ and where needed
 - `prepare(config, *, run, field) -> settings`: loads the files that the keys name and checks the keys. Its result is
   passed to `score` in place of the config, and `pipeline.sections.stamped` of it goes into the fingerprint;
 - `engines(settings) -> Mapping[str, str]`: for each key that names an engine, the name in `[engines]`;
+- `shows_images(settings) -> bool`: whether its engines see the images;
 - `rubric(settings) -> str`: the `[rubric]` pass whose criteria the samples carry;
 - `VERSION`: an integer, raised when equal samples get different results.
 
@@ -77,6 +78,7 @@ class Scorer:
     settings: Any
     engine_names: Mapping[str, str]  # key of run.toml -> name in [engines]
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
+    shows_images: bool = False
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -118,8 +120,14 @@ def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     if hasattr(module, "prepare"):
         settings = module.prepare(settings, run=run, field=field)
     engine_names = module.engines(settings) if hasattr(module, "engines") else {}
-    rubric = module.rubric(settings) if hasattr(module, "rubric") else ""
-    return Scorer(kind=plugin.kind, module=module, settings=settings, engine_names=engine_names, rubric=rubric)
+    return Scorer(
+        kind=plugin.kind,
+        module=module,
+        settings=settings,
+        engine_names=engine_names,
+        rubric=module.rubric(settings) if hasattr(module, "rubric") else "",
+        shows_images=module.shows_images(settings) if hasattr(module, "shows_images") else False,
+    )
 
 
 def weighted_mean(criteria: Iterable[Criterion]) -> float | None:

@@ -74,6 +74,10 @@ def engines(settings: Settings) -> Mapping[str, str]:
     return {"engine": settings.engine}
 
 
+def shows_images(settings: Settings) -> bool:
+    return settings.rubric.spec.with_image
+
+
 def score(samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     pairs = ((sample, settings.rubric) for sample in samples)
     return score_by_rubrics(pairs, engine=settings.engine, engines=engines)

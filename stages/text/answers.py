@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.engines import Reply
+from pipeline.engines import LOOP, Reply
 from pipeline.records import CaptionStatus
 from stages.text import json_schema
 from stages.text.repetition import find_loop
@@ -48,8 +48,10 @@ def read_answer(reply: Reply, answer_format: AnswerFormat | None = None) -> Answ
     if not raw:
         return _reject("empty", raw, reply.fault or "the answer is empty")
     text, fields, problem = _parse_structured(raw, answer_format) if answer_format else (raw, None, "")
-    if loop := find_loop(text):
-        return _reject("repeated", raw, f"the answer loops: {loop}")
+    loop, is_stopped = find_loop(text), reply.finish_reason == LOOP
+    if loop or is_stopped:
+        by_engine = "the engine stopped it" if is_stopped else ""
+        return _reject("repeated", raw, f"the answer loops: {'; '.join(filter(None, (loop, by_engine)))}")
     if reply.finish_reason == "length" or (reply.finish_reason != "stop" and not reply.fault):
         return _reject("truncated", raw, reply.fault or _explain_truncation(reply))
     if problem := reply.fault or problem:

@@ -31,16 +31,30 @@ def find_loop(text: str) -> str:
     return next(filter(None, _find_signs(text)), "")
 
 
+def find_lasting_loop(text: str) -> str:
+    """As `find_loop`, but only by the signs that stay whatever follows, for a text that is still being written.
+
+    The last words do not count: they may become others.
+    """
+    words = split_words(text)[:-2]
+    repeated = list(_mark_repeated(words))
+    return _find_stutter(text) or _find_run(words, repeated, MAX_RUN) or _find_numbered_run(words)
+
+
 def _find_signs(text: str) -> Iterator[str]:
     words = split_words(text)
     repeated = list(_mark_repeated(words))
-    stutter = _STUTTER.search(text)
-    yield f"{stutter[1]!r} comes {len(stutter[0]) // len(stutter[1])} times in a row" if stutter else ""
+    yield _find_stutter(text)
     yield _find_run(words, repeated, MAX_RUN)
     if len(words) >= MIN_WORDS and sum(repeated) > MAX_SHARE * len(words):
         yield f"{sum(repeated)} of its {len(words)} words only repeat what was said before"
     yield _find_repeated_sentences(text, len(words))
     yield _find_numbered_run(words)
+
+
+def _find_stutter(text: str) -> str:
+    stutter = _STUTTER.search(text)
+    return f"{stutter[1]!r} comes {len(stutter[0]) // len(stutter[1])} times in a row" if stutter else ""
 
 
 def split_words(text: str) -> list[str]:

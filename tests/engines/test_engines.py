@@ -21,6 +21,7 @@ import pytest
 
 from pipeline.engines import Engine, Reply, Request, Sampling, echo, openai, transformers, vllm
 from pipeline.errors import EngineDiedError
+from stages.text.repetition import find_lasting_loop
 from tests.support import tiny
 from tests.support.faults import Faulty
 from tests.support.served import ModelServer
@@ -289,6 +290,18 @@ def test_greedy_captions_agree_with_transformers(
         print(f" {type(opened.engine).__name__}: {share:.1%} of 200 greedy captions agree with transformers ")
     assert share >= 0.99
     assert len(set(greedy_texts)) > 150
+
+
+@pytest.mark.parametrize("opened", MODELS[1:], indirect=True)
+def test_vllm_stops_what_loops_for_the_request_alone(engine: Engine) -> None:
+    text = json.dumps("la " * 90)  # which the schema forces the model to write, a token for each character
+    forced = request(0, schema=json.dumps({"enum": [json.loads(text)]}), ladder=(Sampling(max_tokens=300),))
+    stopped, whole, other = ask(
+        engine, replace(forced, find_loop=find_lasting_loop), forced, replace(forced, find_loop=lambda _: "")
+    )
+    assert (whole.text, other) == (text, whole)
+    assert stopped.finish_reason == "repetition" and text.startswith(stopped.text)
+    assert 144 <= (stopped.num_output_tokens or 0) < 160
 
 
 FAILURES: list[tuple[str, Callable[[Reply], bool]]] = [

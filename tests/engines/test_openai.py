@@ -199,6 +199,31 @@ def test_all_sampling_parameters_are_sent() -> None:
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+def loop(text: str) -> str:
+    return "a loop" if text else ""
+
+
+@pytest.mark.parametrize(("keys", "is_sent"), [({}, True), ({"stop_loops": False}, False), ({"vllm": False}, False)])
+def test_loops_are_stopped_by_servers_that_can(keys: dict[str, Any], is_sent: bool) -> None:
+    with Faulty() as server, opened(server, **keys) as engine:
+        assert all(reply.error is None for reply in engine.generate([request(0, find_loop=loop), request(1)]))
+    assert ["repetition_detection" in body for body in server.bodies].count(True) == is_sent
+
+
+def test_a_server_that_rejects_unknown_fields_gets_them_once() -> None:
+    class Strict(Faulty):
+        async def _answer_or_fault(self, request: web.Request) -> web.StreamResponse:
+            if "repetition_detection" in await request.json():
+                self.seen["422"] += 1
+                detail = [{"type": "extra_forbidden", "loc": ["body", "repetition_detection"]}]
+                return web.json_response({"detail": detail}, status=422)
+            return await super()._answer_or_fault(request)
+
+    with Strict() as server, opened(server, max_in_flight=1) as engine:
+        replies = list(engine.generate(request(n, find_loop=loop) for n in range(4)))
+    assert ([reply.error for reply in replies], server.seen["422"]) == ([None] * 4, 1)
+
+
 def test_two_threads_share_the_servers() -> None:
     texts: dict[int, list[str]] = {}
     with Faulty() as server, opened(server) as engine:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engines import Reply, Request, Sampling
+from pipeline.engines import Reply, Request, Sampling, find_no_loop
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
 
@@ -235,3 +235,22 @@ def test_a_failed_value_is_computed_again() -> None:
     with pytest.raises(ZeroDivisionError):
         cache(1, lambda: 1 // 0)
     assert cache(1, lambda: 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("is_loop", "text", "stopped"),
+    [(True, "la la la", True), (False, "la la la and the end", False), (True, "<think>la la la", False)],
+)
+def test_only_a_loop_for_the_request_may_be_stopped(is_loop: bool, text: str, stopped: bool) -> None:
+    async def ask(prepared: str, request: Request, sampling: Sampling, seed: int) -> Reply:
+        if request.find_loop is find_no_loop:
+            return Reply(text=text, finish_reason="length")
+        return Reply(text=text[: text.index("la") + 8], finish_reason="repetition")
+
+    loop = EventLoopThread("test")
+    scheduler = RequestScheduler(BOUNDS, prepare=lambda request: request.id, ask=ask, loop=loop)
+    request = Request(id="0", prompt="", find_loop=lambda _: "a loop" if is_loop else "")
+    (reply,) = scheduler.generate([request])
+    scheduler.close()
+    loop.close()
+    assert reply.finish_reason == ("repetition" if stopped else "length")

@@ -26,6 +26,8 @@ def write_prose(value: Any) -> str:
         (Reply(text=MARKET_CAPTION, finish_reason="length"), False, "truncated"),
         (Reply(text=LOOPS["a phrase"], finish_reason="stop"), False, "repeated"),
         (Reply(text=LOOPS["a phrase"], finish_reason="length"), False, "repeated"),
+        (Reply(text=LOOPS["a phrase"], finish_reason="repetition"), False, "repeated"),
+        (Reply(text=MARKET_CAPTION, finish_reason="repetition"), False, "repeated"),
         (Reply(text='{"kind": "cat"}', finish_reason="stop"), True, "ok"),
         (Reply(text='{"kind": "ca', finish_reason="length"), True, "truncated"),
         (Reply(text='{"kind": "ca', finish_reason="stop"), True, "invalid"),
@@ -42,3 +44,9 @@ def test_answers_are_accepted_or_have_an_error(reply: Reply, structured: bool, s
         assert (answer.text, answer.fields) == (("A cat.", '{"kind": "cat"}') if structured else (MARKET_CAPTION, None))
     else:
         assert (answer.text, answer.fields) == (reply.text.strip(), None)
+
+
+def test_the_error_of_an_answer_that_the_engine_stopped_has_what_is_repeated() -> None:
+    answer = answers.read_answer(Reply(text=LOOPS["a word"], finish_reason="repetition"))
+    assert answer.error and answer.error.startswith("the answer loops: 'very very")
+    assert answer.error.endswith("; the engine stopped it")

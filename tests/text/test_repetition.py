@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.text.repetition import find_loop
+from pipeline.engines._options import LOOP_DETECTION
+from stages.text.repetition import find_lasting_loop, find_loop
 from tests.support.texts import HEALTHY, LOOPS, MARKET_CAPTION
 
 
@@ -27,6 +28,18 @@ phrases = st.lists(st.sampled_from([f"word{chr(97 + i)}" for i in range(26)]), m
 def test_repeated_phrases_loop(phrase: list[str], before: int) -> None:
     repeated = " ".join(phrase * (40 // len(phrase) + 3))
     assert find_loop(f"{' '.join(MARKET_CAPTION.split()[:before])} {repeated}") != ""
+
+
+@given(st.sampled_from(sorted({**LOOPS, **HEALTHY})), st.integers(0, 600), st.text())
+def test_what_loops_before_its_end_loops_whatever_follows(name: str, length: int, rest: str) -> None:
+    begun = {**LOOPS, **HEALTHY}[name][:length]
+    assert not find_lasting_loop(begun) or find_loop(begun + rest)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=6, max_size=40), st.integers(0, 3))
+def test_an_answer_that_vllm_stops_loops_if_the_copied_tokens_have_six_words(words: list[str], cut: int) -> None:
+    copies = f"{MARKET_CAPTION} {' '.join(words * LOOP_DETECTION['min_count'])}"
+    assert find_lasting_loop(copies[: len(copies) - cut]) != ""
 
 
 @given(st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), max_size=300, unique=True))

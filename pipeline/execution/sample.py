@@ -1,0 +1,172 @@
+"""A sample of a run: random images of its plan, made in a temporary directory by the machinery of the run itself.
+
+It chooses the images and takes the times. What they are for, its users know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+
+from pipeline.errors import RefusedError
+from pipeline.execution.engine_pool import EnginePool
+from pipeline.execution.passes import Pass
+from pipeline.execution.run_state import RunState
+from pipeline.execution.shard_maker import ShardMaker
+from pipeline.execution.signals import stop_on_signal
+from pipeline.progress import ProgressMeter
+from pipeline.records import Piece, Planned, Stat
+from pipeline.sections import Run
+from pipeline.storage.plan import Plan
+from pipeline.storage.tables import Provenance, write_rows
+
+NUM_FILES = 8  # from which images are drawn where only reading tells how many a file holds
+BYTES_PER_IMAGE = 400_000  # more than usual, so that a range drawn within a file of unknown length is within it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The making of one pass of a sample."""
+
+    p: Pass
+    load_seconds: float  # until its engines were ready
+    stats: tuple[Stat, ...]  # one per shard of the sample
+    row_times: tuple[float, ...]  # seconds from the start of the last shard to each of its rows
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all shards without the loading."""
+        return sum(stat.seconds for stat in self.stats)
+
+
+def read_pieces(run: Run) -> list[Piece]:
+    """The pieces of the whole plan, or, before there is one, of the corpus."""
+    path = run.folder / "plan.parquet"
+    if not path.exists():
+        return list(run.source.module.pieces(run.source.config))
+    plan, _ = Plan.load(path)
+    columns = plan.rows.select(["file", "start", "stop", "num_bytes"])
+    return [Piece(**row) for batch in columns.to_batches() for row in batch.to_pylist()]
+
+
+def draw_pieces(pieces: Sequence[Piece], num: int, *, random: Random) -> list[Piece]:
+    """Draws `num` images without replacement, each image of the corpus with the same probability, in its order.
+
+    Where only reading tells how many images a file holds, it draws up to NUM_FILES files, with probabilities in
+    proportion to their bytes, and from each a range at a random position.
+
+    Raises:
+        RefusedError: there are no images.
+    """
+    if not pieces:
+        raise RefusedError("plan.parquet holds no images; is source.path right? `recap plan` reads the corpus again")
+    counts = [piece.num_samples for piece in pieces]
+    if None in counts:
+        return _draw_ranges(pieces, num, random)
+    ends = list(accumulate(count or 0 for count in counts))
+    drawn = sorted(random.sample(range(ends[-1]), min(num, ends[-1])))
+    return [_pick_image(pieces, ends, index) for index in drawn]
+
+
+def _pick_image(pieces: Sequence[Piece], ends: Sequence[int], index: int) -> Piece:
+    at = bisect_right(ends, index)
+    piece = pieces[at]
+    start = piece.start + index - (ends[at - 1] if at else 0)
+    return dataclasses.replace(piece, start=start, stop=start + 1)
+
+
+def _draw_ranges(pieces: Sequence[Piece], num: int, random: Random) -> list[Piece]:
+    local = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # remote files are downloaded whole
+    weights = [piece.num_bytes or 1 for piece in local]
+    chosen: set[int] = set()
+    while len(chosen) < min(NUM_FILES, num, len(local)):
+        chosen.update(random.choices(range(len(local)), weights, k=1))
+    share = -(-num // len(chosen))
+    return [_draw_range(local[n], share, random) for n in sorted(chosen)]
+
+
+def _draw_range(piece: Piece, share: int, random: Random) -> Piece:
+    num = piece.num_samples
+    last = (piece.num_bytes or 0) // BYTES_PER_IMAGE if num is None else num
+    start = piece.start + random.randrange(max(1, last - share + 1))
+    stop = start + share
+    return dataclasses.replace(piece, start=start, stop=stop if piece.stop is None else min(stop, piece.stop))
+
+
+@contextmanager
+def open_folder(run: Run) -> Iterator[Run]:
+    """The run with an empty temporary directory for its tables."""
+    with tempfile.TemporaryDirectory(prefix="recap-sample-") as folder:
+        yield dataclasses.replace(run, folder=Path(folder))
+
+
+def plan_sample(run: Run, shards: Sequence[Sequence[Piece]], *, selected: str = "all") -> RunState:
+    """Writes the plan of a sample, each group of pieces a shard; returns its state."""
+    rows = [
+        Planned(shard=number, file=piece.file, start=piece.start, stop=piece.stop, num_bytes=piece.num_bytes)
+        for number, group in enumerate(shards)
+        for piece in group
+    ]
+    provenance = Provenance(stage="plan", name="", version=1, slice={}, inputs={})
+    write_rows(run.folder / "plan.parquet", Planned, rows, provenance)
+    return RunState(run, shards=selected)
+
+
+def make_passes(state: RunState, passes: Sequence[Pass]) -> Iterator[Timing]:
+    """Makes the selected shards of these passes, pass by pass and shard by shard, and times them.
+
+    Raises:
+        StoppedError: a signal came.
+        UserError, MachineError: an engine cannot be opened, or a shard failed.
+    """
+    engines, stop = EnginePool(state.run.engines), threading.Event()
+    maker = ShardMaker(state.states, stop=stop, retry=frozenset())
+    try:
+        with stop_on_signal(stop):
+            for p in passes:
+                engines.close_all_but(p.engines)
+                try:
+                    yield _make_pass(p, state, engines, maker)
+                finally:
+                    if p.close:
+                        p.close()
+    finally:
+        engines.close_all_but(())
+
+
+def _make_pass(p: Pass, state: RunState, engines: EnginePool, maker: ShardMaker) -> Timing:
+    start = time.monotonic()
+    for name in p.engines:
+        engines[name]
+    loaded = time.monotonic()
+    stats = []
+    meter = _RowTimer(p.title)
+    for shard in state.selected:
+        meter = _RowTimer(p.title)
+        stats.append(maker.make(p, shard, engines, meter).stat)
+        state.states.forget(shard)
+    if p.finish and state.is_complete(p):
+        p.finish(state.run, True)
+    return Timing(p=p, load_seconds=loaded - start, stats=tuple(stats), row_times=tuple(meter.times))
+
+
+class _RowTimer(ProgressMeter):
+    """Notes when each row was made; shows nothing."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title, num_shards=1, num_rows=None)
+        self.times: list[float] = []
+        self._began = time.monotonic()
+
+    def add(self, rows: int, failed: int, restored: int = 0) -> None:
+        super().add(rows, failed, restored)
+        self.times += [time.monotonic() - self._began] * rows
