@@ -150,7 +150,7 @@ def describe_ignored_files(source: Mapping[str, Any]) -> str:
     path, kind = Path(source.get("path", "")), source["kind"]
     if kind not in ("folder", "webdataset", "img2dataset", "parquet") or not path.is_dir():
         return ""
-    survey = _survey.sample_tree(path)
+    survey = _survey.sample_tree(str(path))
     ignored, names = "image files", survey.images
     if kind == "folder":
         ignored, names = "tars and tables", (*survey.tars, *survey.tables)

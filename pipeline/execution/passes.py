@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pipeline.engines import Engine
 from pipeline.errors import BrokenTableError, StoppedError
 from pipeline.records import Image, Piece, Raw, Record
-from pipeline.sections import Run
+from pipeline.sections import Plugin, Run
 from pipeline.storage import database, tables
 from pipeline.storage.layout import PACKED, table_path
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+NUM_READERS = 16  # requests at once for the files of a remote folder
 
 
 class Input(Protocol):
@@ -98,8 +101,10 @@ class Shard:
     def read_inputs(self) -> Iterator[Raw]:
         """The planned samples, read from the corpus, in the plan's order."""
         source = self.run.source
-        samples = (sample for piece in self.pieces for sample in source.module.read(piece, source.config))
-        return islice(samples, self.limit)
+        is_remote = any("://" in source.place(piece.file) for piece in self.pieces[:1])
+        if is_remote and all(piece.num_samples == 1 for piece in self.pieces):
+            return islice(_read_ahead(source, self.pieces), self.limit)
+        return islice((raw for piece in self.pieces for raw in source.module.read(piece, source.config)), self.limit)
 
     def read_image(self, image: Image) -> bytes:
         """The image file's bytes.
@@ -185,6 +190,27 @@ class AllShards:
 def whole_input(folder: str) -> str:
     """The name, among a table's inputs, of the tables of all shards in a folder."""
     return f"{folder}/*"
+
+
+def _read_ahead(source: Plugin, pieces: Iterable[Piece]) -> Iterator[Raw]:
+    """The samples of small remote pieces in order, several requested at once: each request takes long."""
+    remaining = iter(pieces)
+
+    def read(piece: Piece) -> list[Raw]:
+        return [*source.module.read(piece, source.config)]
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+
+        def start(num: int) -> list[Future[list[Raw]]]:
+            return [pool.submit(read, piece) for piece in islice(remaining, num)]
+
+        pending = deque(start(2 * NUM_READERS))
+        try:
+            while pending:
+                yield from pending.popleft().result()
+                pending += start(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def no_payload(_: Shard) -> None:

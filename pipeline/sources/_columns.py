@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Raw
-from pipeline.sources import _common, _files
+from pipeline.sources import _common, _files, _trees
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -235,8 +235,11 @@ def _add_image(raw: Raw, data: Any, path: str, roots: Sequence[str]) -> Raw:
     error = "URLs are not fetched" if is_url else "set source.image_root to open it"
     for root in () if is_url else roots:
         try:
-            if is_zipped:
+            if is_zipped and not _files.is_url(root):
                 return replace(raw, data=_files.read_zipped(path, root, limit=_common.MAX_IMAGE_BYTES))
+            if _files.is_url(root):
+                tree = _trees.open_tree(root, follow_links=False)
+                return replace(raw, data=tree.read(path, limit=_common.MAX_IMAGE_BYTES))
             return replace(raw, data=_files.read_inside(str(Path(root, path)), root, limit=_common.MAX_IMAGE_BYTES))
         except UnusableFileError as unusable:
             error = str(unusable)

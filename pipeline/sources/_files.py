@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from pipeline import progress
 from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Piece
 from pipeline.sections import key
 from pipeline.sources import _common
+from pipeline.storage import stores
 
 FIELD = "source.path"
 OUTSIDE = "it leads out of the folder"
@@ -80,15 +81,17 @@ def _find_base(paths: str | tuple[str, ...]) -> str:
     return plain.rpartition("/")[0]
 
 
-def check_directory(path: str) -> Path:
+def check_directory(path: str) -> None:
     """
     Raises:
-        ConfigError: the path does not exist, or is no directory.
+        ConfigError: the path or URL does not exist, or is no directory.
     """
-    if not Path(path).is_dir():
+    if is_url(path):
+        if not stores.list_folder(path):
+            raise ConfigError(FIELD, f"{path!r} has no files; write the URL of a folder")
+    elif not Path(path).is_dir():
         problem = "is a file" if Path(path).exists() else "does not exist"
         raise ConfigError(FIELD, f"{path!r} {problem}; write the path of a folder")
-    return Path(path)
 
 
 def _match_path(path: str, endings: tuple[str, ...]) -> Iterator[Piece]:
@@ -125,16 +128,9 @@ def _match_url(url: str, endings: tuple[str, ...]) -> Iterator[Piece]:
     if url.partition("?")[0].endswith(endings) and not glob.has_magic(url.partition("?")[0]):
         yield Piece(file=url)
         return
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(FIELD, f"{url!r} cannot be opened: {error}") from error
-    pattern = path if glob.has_magic(path) else f"{path.rstrip('/')}/**"
-    for name, info in sorted(filesystem.glob(pattern, detail=True).items()):
-        if info["type"] == "file" and name.partition("?")[0].endswith(endings):
-            yield Piece(file=filesystem.unstrip_protocol(name), num_bytes=info.get("size"))
+    for file, num_bytes in stores.find_files(url):
+        if file.partition("?")[0].endswith(endings):
+            yield Piece(file=file, num_bytes=num_bytes)
 
 
 def is_url(path: str) -> bool:
@@ -168,13 +164,9 @@ def open_file(file: str) -> BinaryIO:
     """Opens a file or URL of the corpus for reading.
 
     Raises:
-        OSError: it cannot be opened. That is the machine's error, since it existed when it was planned.
+        OSError, MachineError: it cannot be opened. That is the machine's error, since it existed when it was planned.
     """
-    if not is_url(file):
-        return open(file, "rb")
-    import fsspec
-
-    return cast(BinaryIO, fsspec.open(file, "rb").open())
+    return stores.open_url(file) if is_url(file) else open(file, "rb")
 
 
 def is_inside(path: str, root: str) -> bool:

@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ConfigError
 from pipeline.sources import _common, _files, _tars
+from pipeline.storage import stores
 
 MAX_LEVELS, MAX_FOLDERS, MAX_NAMES = 5, 3, 2000  # nested directories, and the subdirectories and names read in each
 TABLES = (".parquet", ".pq")
@@ -39,29 +41,41 @@ def survey_directory(path: str) -> Survey:
 
     Every kind is empty when the path is no directory.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    if not is_directory(path):
         return _sort_names(())
-    survey = _sort_names(_sample_names(folder, levels=1))
-    return sample_tree(folder) if not survey.tars and len(survey.tables) < 2 else survey
+    survey = _sort_names(_sample_names(path, levels=1))
+    return sample_tree(path) if not survey.tars and len(survey.tables) < 2 else survey
 
 
-def sample_tree(folder: Path) -> Survey:
+def is_directory(path: str) -> bool:
+    """True for a local directory, and for a URL below which there are files; a web address has no extension then."""
+    if not _files.is_url(path):
+        return Path(path).is_dir()
+    plain = path.partition("?")[0]
+    is_file = plain.endswith((*_tars.ENDINGS, *TABLES)) or (plain.startswith("http") and PurePosixPath(plain).suffix)
+    if is_file or _files.is_pattern(plain):
+        return False
+    with suppress(ConfigError):  # nothing opens such URLs
+        return bool(_list_remote(path))
+    return False
+
+
+def sample_tree(path: str) -> Survey:
     """A sample of all levels of a directory."""
-    return _sort_names(_sample_names(folder, levels=MAX_LEVELS))
+    return _sort_names(_sample_names(path, levels=MAX_LEVELS))
 
 
 def has_ending(path: str, endings: tuple[str, ...]) -> bool:
     """True when a file, glob, brace range or URL has one of the endings.
 
-    A glob or a URL without an extension, as of a remote directory, counts when it matches a file that has one.
+    A glob without an extension counts when it matches a file that has one.
     """
     if Path(path).is_dir():
         return False
     plain = path.partition("?")[0] if _files.is_url(path) else path
     if plain.endswith(endings):
         return True
-    if PurePosixPath(plain).suffix not in ("", ".*") or not (_files.is_url(path) or _files.is_pattern(path)):
+    if PurePosixPath(plain).suffix not in ("", ".*") or not _files.is_pattern(path):
         return False
     with suppress(ConfigError):  # it matches no file
         return any(piece.file.endswith(endings) for piece in islice(_files.find_files(path, endings), MAX_NAMES))
@@ -78,12 +92,27 @@ def _sort_names(names: Iterable[str]) -> Survey:
     )
 
 
-def _sample_names(folder: Path, *, levels: int, prefix: str = "") -> Iterator[str]:
+def _sample_names(path: str, *, levels: int, prefix: str = "") -> Iterator[str]:
     """Names of files in a directory and in the first few below it; hidden ones are skipped."""
-    with os.scandir(folder / prefix) as entries:
-        visible = sorted((e for e in islice(entries, MAX_NAMES) if e.name[0] != "."), key=lambda entry: entry.name)
-    yield from (prefix + entry.name for entry in visible if entry.is_file())
+    is_url = _files.is_url(path)
+    names = _list_remote(f"{path.rstrip('/')}/{prefix}") if is_url else _list_local(Path(path, prefix))
+    visible = sorted(name for name in names if name[0] != ".")
+    yield from (prefix + name for name in visible if name[-1] != "/")
     if levels > 1:
-        for name in [entry.name for entry in visible if entry.is_dir(follow_symlinks=False)][:MAX_FOLDERS]:
+        for name in [name for name in visible if name[-1] == "/"][:MAX_FOLDERS]:
             with suppress(PermissionError):  # lost+found, which no source reads either
-                yield from _sample_names(folder, levels=levels - 1, prefix=f"{prefix}{name}/")
+                yield from _sample_names(path, levels=levels - 1, prefix=prefix + name)
+
+
+def _list_local(folder: Path) -> list[str]:
+    """Some names of files and, ending with a slash, of directories; links to directories are neither."""
+    with os.scandir(folder) as entries:
+        some = list(islice(entries, MAX_NAMES))
+        folders = [f"{entry.name}/" for entry in some if entry.is_dir(follow_symlinks=False)]
+        return [*folders, *(entry.name for entry in some if entry.is_file())]
+
+
+@lru_cache(maxsize=64)
+def _list_remote(url: str) -> tuple[str, ...]:
+    """As `_list_local`, for a URL. Listed once, since several sources ask."""
+    return tuple(islice(stores.list_folder(url), MAX_NAMES))

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pipeline import progress
 from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources import _common, _files, _parquet
+from pipeline.sources import _common, _files, _parquet, _survey, _trees
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SIDECARS = (*_common.TEXTS, "json")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls them in an imagefolder
 FILE_NAME = "file_name"  # their column with the image's path, relative to the metadata file
-RELIST_SECONDS = 10  # between two listings of a changing directory
 NUM_EXAMPLES = 3  # of lost metadata rows, in a message
 NUM_ROWS = 10_000  # of a metadata file, converted to columns at a time
 
@@ -57,7 +56,7 @@ class Config:
 
 def claims(path: str) -> bool:
     """True for a directory. The least specific claim: `recap init` asks this source last."""
-    return Path(path).is_dir()
+    return _survey.is_directory(path)
 
 
 def pieces(config: Config) -> Iterator[Piece]:
@@ -67,30 +66,31 @@ def pieces(config: Config) -> Iterator[Piece]:
         ConfigError: there is no such directory, a metadata file cannot be read or has no `file_name`, or none has the
             alt text's column.
     """
-    root = _files.check_directory(config.path)
+    _files.check_directory(config.path)
+    tree = _open_tree(config)
     columns: set[str] = set()
-    used: dict[Path, bytearray] = {}  # by metadata file: for each row, whether an image has it
+    used: dict[str, bytearray] = {}  # by metadata file: for each row, whether an image has it
     skipped: list[str] = []
-    for folder, sizes in _walk_folders(str(root), skipped, follow_links=config.follow_links):
-        names = sorted(sizes)
+    for folder, sizes in tree.walk(skipped):
+        names = list(sizes)
         for name in METADATA:
-            if name in names and not _may_read(root / folder / name, config):
-                skipped.append(f"{folder}{name}")
+            if name in names and not tree.may_read(folder + name):
+                skipped.append(folder + name)
             elif name in names:
-                columns.update(_read_columns(root / folder / name))
-                used[root / folder / name] = bytearray()
+                columns.update(_read_columns(tree, folder + name))
+                used[folder + name] = bytearray()
         for name in _list_inputs(names):
             if any(fnmatchcase(one, pattern) for pattern in config.exclude for one in (name, folder + name)):
                 continue
             piece = Piece(file=_escape_name(folder + name), stop=1, num_bytes=sizes[name])
             if used and _common.is_image(name):
-                _note_rows(config.path, piece.file, used)
+                _note_rows(tree, piece.file, used)
             yield piece
     if skipped:
         few = ", ".join(map(repr, skipped[:NUM_EXAMPLES])) + (", ..." if skipped[NUM_EXAMPLES:] else "")
         reasons = "no permission, or links that lead back or (without source.follow_links) out of the folder"
-        progress.say(f"{root}: {len(skipped)} folders and metadata files are passed over ({reasons}): {few}")
-    _report_unused_rows(root, used)
+        progress.say(f"{config.path}: {len(skipped)} folders and metadata files are passed over ({reasons}): {few}")
+    _report_unused_rows(tree, used)
     if config.alt_text and columns and config.alt_text not in columns:
         message = f"no metadata file has a column {config.alt_text!r}; they have {', '.join(sorted(columns))}"
         raise ConfigError("source.alt_text", message)
@@ -101,21 +101,22 @@ def place(file: str, config: Config) -> str:
     return f"{config.path}/{_unescape_name(file)}"
 
 
-def is_in_place(piece: Piece, config: Config) -> bool:  # noqa: ARG001
+def is_in_place(piece: Piece, config: Config) -> bool:
     """False for a name that no table can hold, and in a plan without sizes: such a run has packed its images."""
-    return piece.num_bytes is not None and _unescape_name(piece.file) == piece.file
+    is_named = piece.num_bytes is not None and _unescape_name(piece.file) == piece.file
+    return is_named and not _files.is_url(config.path)
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The one file of the piece, described by its sidecars and the nearest metadata file."""
     if piece.start > 0 or piece.stop == 0:
         return
-    path = place(piece.file, config)
+    tree, name = _open_tree(config), _unescape_name(piece.file)
     raw = Raw(source_key=piece.file, data=None)
     if _common.is_image(piece.file):
-        raw = _add_text(raw, path, config)
+        raw = _add_text(raw, tree, name, config.alt_text)
     try:
-        data = _files.read_inside(path, config.path, limit=_common.MAX_IMAGE_BYTES, follow_links=config.follow_links)
+        data = tree.read(name, limit=_common.MAX_IMAGE_BYTES)
         in_place = is_in_place(piece, config)
         file, offset = (f"{config.path}/{piece.file}", 0) if in_place else (None, None)
         yield replace(raw, data=data, file=file, offset=offset)
@@ -124,56 +125,8 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         yield replace(raw, error=f"{error}{advice}")
 
 
-def _walk_folders(root: str, skipped: list[str], *, follow_links: bool) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Each directory below `root`, its name ending in "/", with its files' names and sizes; hidden ones are skipped.
-
-    Args:
-        skipped: gets the directories that may not be listed, and links to one that was listed before.
-        follow_links: goes into linked directories too.
-    """
-    pending = [""]
-    seen: set[tuple[int, int]] = set()  # devices and inodes
-    while pending:
-        folder = pending.pop()
-        sizes: dict[str, int | None] = {}
-        folders: list[str] = []
-        try:
-            status = Path(root, folder).stat()
-            if follow_links and (status.st_dev, status.st_ino) in seen:
-                skipped.append(folder)
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(f"{root}/{folder}") as entries:
-                for entry in entries:
-                    if entry.name[0] == ".":
-                        continue
-                    if _is_folder(entry, follow_links):
-                        folders.append(entry.name)
-                    else:
-                        sizes[entry.name] = _find_size(entry)
-        except PermissionError:
-            skipped.append(folder)
-            continue
-        yield folder, sizes
-        pending += [f"{folder}{name}/" for name in sorted(folders, reverse=True)]
-
-
-def _is_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
-    try:
-        return entry.is_dir(follow_symlinks=follow_links)
-    except OSError:  # a link to itself
-        return False
-
-
-def _find_size(entry: os.DirEntry[str]) -> int | None:
-    try:
-        return entry.stat().st_size
-    except OSError:  # a link to nowhere
-        return None
-
-
-def _may_read(path: Path, config: Config) -> bool:
-    return config.follow_links or _files.is_inside(str(path), config.path)
+def _open_tree(config: Config) -> _trees.Tree:
+    return _trees.open_tree(config.path, follow_links=config.follow_links)
 
 
 def _list_inputs(names: list[str]) -> Iterator[str]:
@@ -219,99 +172,91 @@ def _unescape_name(name: str) -> str:
     return os.fsdecode(data)
 
 
-def _add_text(raw: Raw, path: str, config: Config) -> Raw:
-    files, fields = {}, _find_row(config, raw.source_key)
-    folder, _, name = path.rpartition("/")
-    sidecars = [f"{folder}/{odd}" for odd in _list_odd_sidecars(folder).get(name, ())]
-    sidecars += [f"{stem}.{ending}" for stem in (path.rpartition(".")[0], path) for ending in SIDECARS]
+def _add_text(raw: Raw, tree: _trees.Tree, name: str, column: str) -> Raw:
+    files, fields = {}, _find_row(tree, raw.source_key)
+    folder, slash, image = name.rpartition("/")
+    odd = _list_odd_sidecars(tree, folder + slash, tree.find_version(folder + slash))
+    sidecars = [f"{folder}{slash}{one}" for one in odd.get(image, ())]
+    sidecars += [f"{stem}.{ending}" for stem in (name.rpartition(".")[0], name) for ending in SIDECARS]
     for sidecar in sidecars:  # an exact name overrides the others
-        data, ending = _read_sidecar(sidecar, config), _common.parse_extension(sidecar)
+        data, ending = _read_sidecar(tree, sidecar), _common.parse_extension(sidecar)
         if data is not None and ending == "json":
             fields |= _common.parse_json(data)
         elif data is not None:
             files[ending] = data
-    return _common.add_text(raw, fields, files=files, column=config.alt_text)
-
-
-def _list_odd_sidecars(folder: str) -> dict[str, list[str]]:
-    try:
-        status = Path(folder).stat()
-        return _load_odd_sidecars(folder, status.st_ino, int(status.st_mtime) // RELIST_SECONDS)
-    except OSError as error:
-        if error.errno not in _files.UNREADABLE:
-            raise
-        return {}
+    return _common.add_text(raw, fields, files=files, column=column)
 
 
 @lru_cache(maxsize=8)
-def _load_odd_sidecars(folder: str, inode: int, modified: int) -> dict[str, list[str]]:  # noqa: ARG001
-    """Args: inode, modified: they make a changed directory another cache entry."""
-    return _pair_odd_sidecars(sorted(path.name for path in Path(folder).iterdir()))
+def _list_odd_sidecars(tree: _trees.Tree, folder: str, version: _trees.Version) -> dict[str, list[str]]:  # noqa: ARG001
+    """Args: version: it makes a changed directory another cache entry."""
+    return _pair_odd_sidecars(tree.list_files(folder))
 
 
-def _read_sidecar(path: str, config: Config) -> bytes | None:
-    if not os.path.lexists(path):
+def _read_sidecar(tree: _trees.Tree, name: str) -> bytes | None:
+    if not tree.exists(name):
         return None
     try:
-        return _files.read_inside(path, config.path, limit=_common.MAX_TEXT_BYTES, follow_links=config.follow_links)
+        return tree.read(name, limit=_common.MAX_TEXT_BYTES)
     except UnusableFileError:
         return None
 
 
-def _find_row(config: Config, name: str) -> dict[str, Any]:
+def _find_row(tree: _trees.Tree, image: str) -> dict[str, Any]:
     """The image's row in the nearest metadata file that has one; empty when none has."""
-    for path, relative in _list_metadata(config.path, name):
-        if path.is_file() and _may_read(path, config):
-            table = _open_metadata(path)
+    for name, relative in _list_metadata(image):
+        if tree.may_read(name):
+            table = _open_metadata(tree, name)
             if (index := table.find_row(relative)) is not None:
                 row: dict[str, Any] = json.loads(table.rows[index].as_py())
                 return row
     return {}
 
 
-def _note_rows(root: str, name: str, used: Mapping[Path, bytearray]) -> None:
+def _note_rows(tree: _trees.Tree, image: str, used: Mapping[str, bytearray]) -> None:
     """Marks the image's row in each metadata file as used."""
-    for path, relative in _list_metadata(root, name):
-        if (flags := used.get(path)) is not None:
-            table = _open_metadata(path)
+    for name, relative in _list_metadata(image):
+        if (flags := used.get(name)) is not None:
+            table = _open_metadata(tree, name)
             if (index := table.find_row(relative)) is not None:
                 flags.extend(bytes(max(0, len(table.rows) - len(flags))))
                 for double in _find_indices(table.names, table.names[index].as_py()):
                     flags[double] = True
 
 
-def _report_unused_rows(root: Path, used: Mapping[Path, bytearray]) -> None:
+def _report_unused_rows(tree: _trees.Tree, used: Mapping[str, bytearray]) -> None:
     """Prints a line for each metadata file with rows that no image has."""
-    for path, flags in used.items():
-        table = _open_metadata(path)
+    for name, flags in used.items():
+        table = _open_metadata(tree, name)
         if num_lost := len(table.rows) - sum(flags):
             flags.extend(bytes(max(0, len(table.rows) - len(flags))))
             lost = islice((index for index, is_used in enumerate(flags) if not is_used), NUM_EXAMPLES)
             names = ", ".join(repr(table.names[index].as_py()) for index in lost)
             progress.say(
-                f"{path.relative_to(root)}: {num_lost} of {len(table.rows)} rows name no image in the folder: {names}"
+                f"{name}: {num_lost} of {len(table.rows)} rows name no image in the folder: {names}"
                 + (", ..." if num_lost > NUM_EXAMPLES else "")
             )
 
 
-def _list_metadata(root: str, name: str) -> Iterator[tuple[Path, str]]:
-    """Where the metadata of an image may be, nearest first, and what it would call the image."""
-    image = PurePosixPath(name)
-    for folder in image.parents:
-        for metadata in METADATA:
-            yield Path(root, _unescape_name(str(folder)), metadata), str(image.relative_to(folder))
+def _list_metadata(image: str) -> Iterator[tuple[str, str]]:
+    """The names that the metadata of an image may have, nearest first, and what it would call the image."""
+    path = PurePosixPath(image)
+    for folder in path.parents:
+        prefix = "" if str(folder) == "." else f"{_unescape_name(str(folder))}/"
+        for name in METADATA:
+            yield prefix + name, str(path.relative_to(folder))
 
 
-def _open_metadata(path: Path) -> _Table:
-    status = path.stat()
-    return _load_table(path, status.st_mtime_ns, status.st_size)
+def _open_metadata(tree: _trees.Tree, name: str) -> _Table:
+    return _load_table(tree, name, tree.find_version(name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
     """A metadata file as columns of text: about as large in memory as on disk, in any format."""
 
-    folder: Path  # that its names are relative to
+    tree: _trees.Tree
+    folder: str  # that its names are relative to; "" or ending with a slash
     names: pa.Array  # sorted
     rows: pa.Array  # JSON
     loose_names: pa.Array  # sorted, of the names that `loosen_name` changes
@@ -331,7 +276,7 @@ class _Table:
         return free[0] if len(free) == 1 else None
 
     def _is_file(self, name: str) -> bool:
-        return "\0" not in name and os.path.lexists(self.folder / _unescape_name(name))
+        return "\0" not in name and self.tree.exists(self.folder + _unescape_name(name))
 
 
 def _find_indices(names: pa.Array, name: str) -> Iterator[int]:
@@ -343,24 +288,25 @@ def _find_indices(names: pa.Array, name: str) -> Iterator[int]:
 
 
 @lru_cache(maxsize=8)
-def _load_table(path: Path, modified: int, size: int) -> _Table:  # noqa: ARG001
-    """Args: modified, size: they make a changed file another cache entry."""
+def _load_table(tree: _trees.Tree, path: str, version: _trees.Version) -> _Table:  # noqa: ARG001
+    """Args: version: it makes a changed file another cache entry."""
     import pyarrow as pa
 
     schema = pa.schema([("names", pa.large_string()), ("rows", pa.large_string())])
-    chunks, rows = [schema.empty_table()], _read_rows(path)
+    chunks, rows = [schema.empty_table()], _read_rows(tree, path)
     try:
         while batch := list(islice(rows, NUM_ROWS)):
             names = [os.path.normpath(_common.replace_surrogates(row.pop(FILE_NAME))) for row in batch]
             chunks.append(pa.table([names, [_common.format_json(row) for row in batch]], schema))
     except (csv.Error, BrokenParquetError) as error:
-        raise ConfigError(str(path), f"cannot be read: {error}") from error
+        raise ConfigError(path, f"cannot be read: {error}") from error
     table = pa.concat_tables(chunks).sort_by("names")
     names = table["names"].combine_chunks()
     loose = ((_common.loosen_name(name.as_py()), index) for index, name in enumerate(names))
     pairs = sorted(pair for pair in loose if pair[0] != names[pair[1]].as_py())
     return _Table(
-        folder=path.parent,
+        tree=tree,
+        folder="".join(path.rpartition("/")[:2]),
         names=names,
         rows=table["rows"].combine_chunks(),
         loose_names=pa.array([name for name, _ in pairs], pa.large_string()),
@@ -368,18 +314,18 @@ def _load_table(path: Path, modified: int, size: int) -> _Table:  # noqa: ARG001
     )
 
 
-def _read_columns(path: Path) -> Collection[str]:
+def _read_columns(tree: _trees.Tree, name: str) -> Collection[str]:
     """The columns of a metadata file; those of a .jsonl are its first row's.
 
     Raises:
         ConfigError: `file_name` is not among them.
     """
-    read = {".csv": _read_csv_columns, ".jsonl": _read_jsonl_columns, ".parquet": _read_parquet_columns}[path.suffix]
-    with path.open("rb") as stream:
-        columns = read(stream)
+    readers = {".csv": _read_csv_columns, ".jsonl": _read_jsonl_columns, ".parquet": _read_parquet_columns}
+    with tree.open(name) as stream:
+        columns = readers[PurePosixPath(name).suffix](stream)
     if FILE_NAME not in columns:
         others = f"it has {', '.join(columns)}" if columns else "no column can be read"
-        raise ConfigError(str(path), f"has no column {FILE_NAME!r}; {others}")
+        raise ConfigError(name, f"has no column {FILE_NAME!r}; {others}")
     return columns
 
 
@@ -399,9 +345,10 @@ def _read_parquet_columns(stream: BinaryIO) -> Collection[str]:
     return names
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    read = {".csv": _read_csv_rows, ".jsonl": _read_jsonl_rows, ".parquet": _read_parquet_rows}[path.suffix]
-    return (row for row in read(path) if isinstance(row.get(FILE_NAME), str))
+def _read_rows(tree: _trees.Tree, name: str) -> Iterator[dict[str, Any]]:
+    readers = {".csv": _read_csv_rows, ".jsonl": _read_jsonl_rows, ".parquet": _parquet.read_rows}
+    with tree.open(name) as stream:
+        yield from (row for row in readers[PurePosixPath(name).suffix](stream) if isinstance(row.get(FILE_NAME), str))
 
 
 def _open_text(stream: BinaryIO, *, newline: str) -> TextIO:
@@ -421,18 +368,11 @@ def _decode_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **decoded, **({_common.ENCODING: _common.GUESSED_ENCODING} if is_guessed else {})}
 
 
-def _read_csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_csv_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_common.MAX_TEXT_BYTES)
-    with path.open("rb") as stream:
-        yield from map(_decode_fields, csv.DictReader(_open_text(stream, newline=""), restkey=""))
+    yield from map(_decode_fields, csv.DictReader(_open_text(stream, newline=""), restkey=""))
 
 
-def _read_jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        for line in _open_text(stream, newline="\n"):
-            yield _common.parse_json(line.encode(errors="surrogateescape"))
-
-
-def _read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        yield from _parquet.read_rows(stream)
+def _read_jsonl_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    for line in _open_text(stream, newline="\n"):
+        yield _common.parse_json(line.encode(errors="surrogateescape"))

@@ -5,9 +5,12 @@ A split is a piece. `_columns` decides the meaning of the columns; the library d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +18,8 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources import _columns, _common
+from pipeline.sources import _columns, _common, _files, _survey
+from pipeline.storage import stores
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +31,9 @@ BATCH_ROWS = 16  # memory-mapped at a time, without a copy
 @dataclass(frozen=True, kw_only=True)
 class Config:
     # Located as a model is: a folder beside run.toml when there is one, otherwise a name on the Hub.
-    path: str = key(help="a dataset on the Hugging Face Hub, a folder, or what save_to_disk wrote", locate="model")
+    path: str = key(
+        help="a dataset on the Hugging Face Hub, a folder, or what save_to_disk wrote, also at a URL", locate="model"
+    )
     name: str = key("", "the dataset's configuration, where it has several")
     split: str = key("", "as in load_dataset: train, test[:10%], ...; empty: all splits")
     revision: str = key("", "the branch, tag or commit on the Hub; only a commit keeps rows from changing later")
@@ -70,7 +76,10 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
 
 def _is_saved_to_disk(path: str) -> bool:
     """By the file that lists several splits, or by the two files of a single one."""
-    several, single = ("dataset_dict.json",), ("state.json", "dataset_info.json")
+    several, single = {"dataset_dict.json"}, {"state.json", "dataset_info.json"}
+    if _files.is_url(path):
+        names = stores.list_folder(path).keys() if _survey.is_directory(path) else set()
+        return names >= several or names >= single
     return any(all((Path(path) / name).is_file() for name in names) for names in (several, single))
 
 
@@ -78,12 +87,33 @@ def _open_splits(config: Config) -> Mapping[str, datasets.Dataset]:
     """Opened each time, since a directory may have grown; the rows are memory-mapped, not read."""
     import datasets
 
-    dataset = datasets.load_from_disk(config.path) if _is_saved_to_disk(config.path) else _load_dataset(config)
+    if _is_saved_to_disk(config.path):
+        dataset = datasets.load_from_disk(_fetch_folder(config) if _files.is_url(config.path) else config.path)
+    else:
+        dataset = _load_dataset(config)
     if isinstance(dataset, datasets.Dataset):
         return {config.split or str(dataset.split or "train"): dataset}
     if config.split and config.split not in dataset:
         raise ConfigError("source.split", f"there is no split {config.split!r}; there are {', '.join(dataset)}")
     return {config.split: dataset[config.split]} if config.split else dataset
+
+
+def _fetch_folder(config: Config) -> str:
+    """A local copy of a remote directory, made once for each state of it."""
+    import datasets
+
+    files = stores.list_tree(config.path)
+    state = hashlib.sha256(json.dumps([config.path, files]).encode()).hexdigest()[:16]
+    folder = Path(config.cache or datasets.config.HF_DATASETS_CACHE) / "recap" / state
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            for name in files:
+                stores.download_file(f"{config.path}/{name}", Path(work, name))
+            with suppress(FileExistsError, NotADirectoryError):  # another process was faster
+                Path(work).rename(folder)
+                Path(work).mkdir()  # which the context removes
+    return str(folder)
 
 
 def _load_dataset(config: Config) -> datasets.Dataset | datasets.DatasetDict:

@@ -1,0 +1,244 @@
+"""Uploads of a finished export: to a store, or as commits to the Hugging Face Hub. Both resume.
+
+Data goes first and the list of digests last, so a copy that has the list is complete. Of the files at the target, only
+those that an earlier upload listed and that the export no longer has are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import MachineError, StoppedError, UserError
+from pipeline.execution.run_state import RunState
+from pipeline.execution.signals import stop_on_signal
+from pipeline.progress import format_bytes, say
+from pipeline.sections import Run
+from pipeline.storage import stores
+from pipeline.storage.payloads import SUMS, hash_file, parse_sums, read_sums
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+INDEX = "export/index"  # folder of the export's tables and digests
+LAST = f"index/{SUMS}"
+HUB = "hf://datasets/"
+THREADS = 8  # uploads at once to a store
+FILES_PER_COMMIT, BYTES_PER_COMMIT = 50, 20 << 30  # the Hub advises up to 100 files; a killed commit is repeated
+SAY_SECONDS = 10.0  # between two lines of progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFile:
+    """A file of the export."""
+
+    name: str  # relative to export/
+    path: Path
+    num_bytes: int
+    sha256: str
+
+
+class Progress:
+    """Counts uploaded files, prints a line now and then, and stops on a signal."""
+
+    def __init__(self, due: Sequence[ExportFile], stop: threading.Event) -> None:
+        self._num_files, self._num_bytes = len(due), sum(file.num_bytes for file in due)
+        self._stop, self._done, self._sent, self._said = stop, 0, 0, time.monotonic()
+
+    def add(self, *files: ExportFile) -> None:
+        """
+        Raises:
+            StoppedError: a signal came.
+        """
+        self._done += len(files)
+        self._sent += sum(file.num_bytes for file in files)
+        if time.monotonic() - self._said > SAY_SECONDS:
+            sent = f"{format_bytes(self._sent)} of {format_bytes(self._num_bytes)}"
+            say(f"push: {self._done} of {self._num_files} files, {sent}")
+            self._said = time.monotonic()
+        self.check()
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise StoppedError
+
+
+def push_export(run: Run, target: str, *, is_private: bool = False) -> str:
+    """Uploads the export to a URL, to a repository of the Hub, or, for "", to `url` in `[export]`; returns where it is.
+
+    Raises:
+        RefusedError, UserError: the export is not finished, or there is no target.
+        MachineError: the target cannot be written.
+        StoppedError: a signal came; the same command resumes.
+    """
+    target = (target or run.sections["export"][""].url).rstrip("/")
+    if not target:
+        raise UserError(f"where to? name a repository of the Hub or a URL, or set [export] url in {run.file}")
+    RunState(run).check_done([INDEX])
+    files, stop = list_files(run.folder), threading.Event()
+    with stop_on_signal(stop):
+        if "://" in target and not target.startswith(HUB):
+            journal = run.folder / ".work" / "push" / f"{hashlib.sha256(target.encode()).hexdigest()[:16]}.jsonl"
+            num_sent = push_to_store(files, target, journal=journal, stop=stop)
+        else:
+            repository = target.removeprefix(HUB)
+            num_sent, target = push_to_hub(files, repository, is_private=is_private, stop=stop), HUB + repository
+    say(f"{num_sent} of {len(files)} files uploaded, {len(files) - num_sent} already there")
+    return target
+
+
+def list_files(run: Path) -> list[ExportFile]:
+    """All files of the export, the list of digests last.
+
+    Raises:
+        MachineError: the list is damaged, or a file is missing.
+    """
+    try:
+        digests = read_sums(run, INDEX)
+        digests |= {f"{INDEX}/{path.name}": hash_file(path) for path in sorted((run / INDEX).glob("*.parquet"))}
+        digests[f"{INDEX}/{SUMS}"] = hash_file(run / INDEX / SUMS)
+        return [_describe_file(run / name, digest) for name, digest in digests.items()]
+    except (ValueError, FileNotFoundError) as error:
+        raise MachineError(f"the export is not whole ({error}); `recap verify --run {run}` names what is damaged") from error
+
+
+def _describe_file(path: Path, sha256: str) -> ExportFile:
+    name = str(path).rpartition("/export/")[2]
+    return ExportFile(name=name, path=path, num_bytes=path.stat().st_size, sha256=sha256)
+
+
+def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop: threading.Event) -> int:
+    """Uploads the files that a store lacks; returns their number.
+
+    A store tells sizes alone, so what was sent is also noted in `journal`; the list of digests tells of finished uploads.
+    """
+    sizes, earlier = stores.list_tree(url), _read_earlier_list(url)
+    sent = earlier | _read_journal(journal)
+    due = [file for file in files if sizes.get(file.name) != file.num_bytes or sent.get(file.name) != file.sha256]
+    progress = Progress(due, stop)
+    *data, last = files
+    if due and LAST in sizes:
+        stores.remove_file(f"{url}/{LAST}")
+    journal.parent.mkdir(parents=True, exist_ok=True)
+
+    def upload(file: ExportFile) -> ExportFile:
+        progress.check()
+        stores.upload_file(file.path, f"{url}/{file.name}")
+        return file
+
+    with journal.open("a") as notes, ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for file in pool.map(upload, [file for file in data if file in due]):
+                print(json.dumps({"name": file.name, "sha256": file.sha256}), file=notes, flush=True)
+                progress.add(file)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for name in sorted(earlier.keys() - {file.name for file in files}):
+        stores.remove_file(f"{url}/{name}")
+    if due:
+        upload(last)
+    return len(due)
+
+
+def _read_earlier_list(url: str) -> dict[str, str]:
+    """Name -> SHA-256 of the files of a finished upload; itself included."""
+    try:
+        text = stores.read_url(f"{url}/{LAST}")
+        return _parse_list(text)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _parse_list(text: bytes) -> dict[str, str]:
+    digests = {name.removeprefix("export/"): digest for name, digest in parse_sums(text.decode(), INDEX).items()}
+    return digests | {LAST: hashlib.sha256(text).hexdigest()}
+
+
+def _read_journal(journal: Path) -> dict[str, str]:
+    sent: dict[str, str] = {}
+    with suppress(FileNotFoundError, ValueError):  # a killed upload may have left half a line, at the end
+        for line in journal.read_text().splitlines():
+            note = json.loads(line)
+            sent[note["name"]] = note["sha256"]
+    return sent
+
+
+def push_to_hub(files: Sequence[ExportFile], repository: str, *, is_private: bool, stop: threading.Event) -> int:
+    """Commits the files that a dataset repository lacks, some in each commit; returns their number."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    with _translate_hub_errors(repository):
+        api = HfApi()
+        api.create_repo(repository, repo_type="dataset", private=is_private, exist_ok=True)
+        remote = {one.path: one for one in api.list_repo_tree(repository, recursive=True, repo_type="dataset")}
+        earlier = _fetch_earlier_list(api, repository) if LAST in remote else {}
+        due = [file for file in files if not _is_same(file, remote.get(file.name))]
+        progress, batches = Progress(due, stop), list(_split_commits(due))
+        for number, batch in enumerate(batches):
+            operations: list[Any] = [CommitOperationAdd(file.name, str(file.path)) for file in batch]
+            if number == 0 and LAST in remote and batch is not batches[-1]:
+                operations.append(CommitOperationDelete(LAST))
+            if batch is batches[-1]:
+                obsolete = earlier.keys() & remote.keys() - {file.name for file in files}
+                operations += map(CommitOperationDelete, sorted(obsolete))
+            message = f"Upload {len(batch)} files ({number + 1} of {len(batches)})"
+            api.create_commit(repository, operations, commit_message=message, repo_type="dataset")
+            progress.add(*batch)
+    return len(due)
+
+
+def _split_commits(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
+    batch: list[ExportFile] = []
+    for file in files:
+        num_bytes = sum(one.num_bytes for one in batch) + file.num_bytes
+        if batch and (len(batch) == FILES_PER_COMMIT or num_bytes > BYTES_PER_COMMIT):
+            yield batch
+            batch = []
+        batch.append(file)
+    if batch:
+        yield batch
+
+
+def _is_same(file: ExportFile, remote: Any) -> bool:
+    """Whether a repository has the file, by its SHA-256 or, where git itself holds the content, by git's digest."""
+    if remote is None or remote.size != file.num_bytes:
+        return False
+    if remote.lfs:
+        return bool(remote.lfs.sha256 == file.sha256)
+    content = file.path.read_bytes()
+    return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+
+
+def _fetch_earlier_list(api: HfApi, repository: str) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder, suppress(ValueError):
+        path = api.hf_hub_download(repository, LAST, repo_type="dataset", local_dir=folder)
+        return _parse_list(Path(path).read_bytes())
+    return {}
+
+
+@contextmanager
+def _translate_hub_errors(repository: str) -> Iterator[None]:
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except (MachineError, UserError, StoppedError):
+        raise
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is no repository of the Hub, which is USER/NAME: {error}") from error
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        is_refused = isinstance(error, RepositoryNotFoundError) or status in (401, 403)
+        advice = "; log in with `hf auth login`, or set HF_TOKEN, with the right to write" if is_refused else ""
+        why = stores.hide_credentials(" ".join(str(error).split()))[: stores.MAX_MESSAGE]
+        raise MachineError(f"{repository}: {why}{advice}; the same command resumes") from None
+
