@@ -217,6 +217,11 @@ def run_stage(
         require_ready(state, passes)
     outcome = runner.execute(passes)
     report_outcome(outcome)
+    is_whole = outcome.exit_code == 0 and shard == "all" and stage in ("export", "all")
+    if is_whole and state.run.sections["export"][""].url:
+        from pipeline.commands import push
+
+        print(push.push_export(state.run, ""))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -343,6 +348,27 @@ def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
         print(line, flush=True)
         num_damaged += 1
     raise typer.Exit(1 if num_damaged else 0)
+
+
+@app.command("push", epilog="Example: recap push somebody/photos --private --run runs/photos")
+def push_export(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPO", help="A dataset of the Hub, USER/NAME, or a URL; without it, `url` in [export] of run.toml."
+        ),
+    ] = "",
+    run: RunOption = Path(),
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+) -> None:
+    """Upload the finished export to the Hugging Face Hub, or to a store such as S3.
+
+    What is there already is skipped; an interrupted upload resumes. Prints where the export is.
+    """
+    from pipeline import config
+    from pipeline.commands import push
+
+    print(push.push_export(config.load(run), target, is_private=private))
 
 
 app.add_typer(slurm, name="slurm")

@@ -63,6 +63,13 @@ class Config:
         stamp_default=False,
     )
     license: str = key("", "of the corpus, for the dataset card, such as cc-by-4.0", stamp=False)
+    url: str = key(
+        "",
+        "where `recap run export` and `recap push` upload the finished export to, such as s3://bucket/name; also a"
+        " repository of the Hub, hf://datasets/USER/NAME",
+        stamp=False,
+        locate="path",
+    )
 
     def __post_init__(self) -> None:
         if not self.formats or len(set(self.formats)) < len(self.formats):

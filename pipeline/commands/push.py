@@ -108,7 +108,9 @@ def list_files(run: Path) -> list[ExportFile]:
         digests[f"{INDEX}/{SUMS}"] = hash_file(run / INDEX / SUMS)
         return [_describe_file(run / name, digest) for name, digest in digests.items()]
     except (ValueError, FileNotFoundError) as error:
-        raise MachineError(f"the export is not whole ({error}); `recap verify --run {run}` names what is damaged") from error
+        raise MachineError(
+            f"the export is not whole ({error}); `recap verify --run {run}` names what is damaged"
+        ) from error
 
 
 def _describe_file(path: Path, sha256: str) -> ExportFile:
@@ -119,13 +121,12 @@ def _describe_file(path: Path, sha256: str) -> ExportFile:
 def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop: threading.Event) -> int:
     """Uploads the files that a store lacks; returns their number.
 
-    A store tells sizes alone, so what was sent is also noted in `journal`; the list of digests tells of finished uploads.
+    A store knows sizes alone: what was sent is noted in `journal`, and in the list of digests of a finished upload.
     """
     sizes, earlier = stores.list_tree(url), _read_earlier_list(url)
     sent = earlier | _read_journal(journal)
     due = [file for file in files if sizes.get(file.name) != file.num_bytes or sent.get(file.name) != file.sha256]
-    progress = Progress(due, stop)
-    *data, last = files
+    due, progress = _end_with_list(due, files), Progress(due, stop)
     if due and LAST in sizes:
         stores.remove_file(f"{url}/{LAST}")
     journal.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop:
 
     with journal.open("a") as notes, ThreadPoolExecutor(THREADS) as pool:
         try:
-            for file in pool.map(upload, [file for file in data if file in due]):
+            for file in pool.map(upload, due[:-1]):
                 print(json.dumps({"name": file.name, "sha256": file.sha256}), file=notes, flush=True)
                 progress.add(file)
         finally:
@@ -145,8 +146,13 @@ def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop:
     for name in sorted(earlier.keys() - {file.name for file in files}):
         stores.remove_file(f"{url}/{name}")
     if due:
-        upload(last)
+        upload(due[-1])
     return len(due)
+
+
+def _end_with_list(due: list[ExportFile], files: Sequence[ExportFile]) -> list[ExportFile]:
+    """The files with the list of digests, which is removed while others are replaced."""
+    return [*due, files[-1]] if due and due[-1] is not files[-1] else due
 
 
 def _read_earlier_list(url: str) -> dict[str, str]:
@@ -181,7 +187,7 @@ def push_to_hub(files: Sequence[ExportFile], repository: str, *, is_private: boo
         api.create_repo(repository, repo_type="dataset", private=is_private, exist_ok=True)
         remote = {one.path: one for one in api.list_repo_tree(repository, recursive=True, repo_type="dataset")}
         earlier = _fetch_earlier_list(api, repository) if LAST in remote else {}
-        due = [file for file in files if not _is_same(file, remote.get(file.name))]
+        due = _end_with_list([file for file in files if not _is_same(file, remote.get(file.name))], files)
         progress, batches = Progress(due, stop), list(_split_commits(due))
         for number, batch in enumerate(batches):
             operations: list[Any] = [CommitOperationAdd(file.name, str(file.path)) for file in batch]
@@ -227,7 +233,7 @@ def _fetch_earlier_list(api: HfApi, repository: str) -> dict[str, str]:
 
 @contextmanager
 def _translate_hub_errors(repository: str) -> Iterator[None]:
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         yield
@@ -241,4 +247,3 @@ def _translate_hub_errors(repository: str) -> Iterator[None]:
         advice = "; log in with `hf auth login`, or set HF_TOKEN, with the right to write" if is_refused else ""
         why = stores.hide_credentials(" ".join(str(error).split()))[: stores.MAX_MESSAGE]
         raise MachineError(f"{repository}: {why}{advice}; the same command resumes") from None
-

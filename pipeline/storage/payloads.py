@@ -163,7 +163,12 @@ def read_sums(run: Path, folder: str) -> dict[str, str]:
     Raises:
         ValueError: the file is damaged.
     """
-    *lines, end = (run / folder / SUMS).read_text(encoding="utf-8").split("\n")
+    return parse_sums((run / folder / SUMS).read_text(encoding="utf-8"), folder)
+
+
+def parse_sums(text: str, folder: str) -> dict[str, str]:
+    """As `read_sums`, from the file's text."""
+    *lines, end = text.split("\n")
     matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
     if end or None in matches:
         raise ValueError("has lines that are no SHA-256 and path")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +20,7 @@ from pipeline.records import Raw
 from pipeline.sources import folder, hf, parquet
 from tests.sources.test_sources import SOURCES, read_all
 from tests.support import object_store
-from tests.support.runs import ROOT, begin, corpus, files, make, recap, sections
+from tests.support.runs import begin, corpus, files, make, recap, sections, start_recap
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +101,6 @@ def test_a_killed_ingest_of_a_remote_corpus_loses_nothing(store: dict[str, str],
 
 def count_keys(run: Path) -> Any:
     return duckdb.sql(f"SELECT count(*), count(DISTINCT key) FROM '{run}/image/*.parquet'").fetchall()[0]
-
-
-def start_recap(*arguments: object, **env: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, stderr=subprocess.DEVNULL)
 
 
 def wait_for(folder: Path, num: int, process: subprocess.Popen[bytes]) -> None:

@@ -128,6 +128,12 @@ def recap_alone(*args: object, check: bool = True, **env: str) -> subprocess.Com
     )
 
 
+def start_recap(*args: object, **env: str) -> subprocess.Popen[bytes]:
+    """As `recap_alone`, without waiting for its end."""
+    command = [sys.executable, "-m", "pipeline", *map(str, args)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, stderr=subprocess.DEVNULL)
+
+
 def files(folder: Path, *, without: tuple[str, ...] = ("stats", ".work")) -> dict[str, bytes]:
     """Every file below a folder, by name."""
     return {

@@ -1,0 +1,129 @@
+"""`recap push`: to a real S3 server and to a stand-in of the Hub, whole, in order, and on after a kill."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands.push import FILES_PER_COMMIT, LAST
+from tests.support import object_store
+from tests.support.hub import serve_hub
+from tests.support.runs import begin, corpus, files, make, recap, recap_alone, sections, start_recap, write
+
+NUM_SHARDS = 18
+SOURCE = {"shard_size": 1}
+FORMS = {"formats": ["webdataset", "parquet"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    photos = corpus(folder / "photos", ["jpg"] * NUM_SHARDS)
+    run = begin(folder / "run", sections(photos, source=SOURCE, filter={"rules": {}}, export=FORMS))
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[dict[str, str]]:
+    with object_store.serve_s3() as environment:
+        yield environment
+
+
+def list_export(run: Path) -> dict[str, bytes]:
+    return files(run / "export", without=())
+
+
+def read_store(name: str) -> dict[str, bytes]:
+    root = f"{object_store.BUCKET}/{name}"
+    found = object_store.connect().cat(root, recursive=True)
+    return {path.removeprefix(f"{root}/"): data for path, data in found.items()}
+
+
+def kill_when(condition: Callable[[], bool], *arguments: object, **env: str) -> None:
+    process = start_recap(*arguments, **env)
+    while not condition():
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_an_export_is_uploaded_whole_and_only_once(run: Path, store: dict[str, str]) -> None:
+    url = f"s3://{object_store.BUCKET}/once"
+    num = len(list_export(run))
+    done = recap("push", url, "--run", run)
+    assert (done.stdout, f"{num} of {num} files uploaded" in done.stderr) == (f"{url}\n", True)
+    assert read_store("once") == list_export(run)
+    assert f"0 of {num} files uploaded" in recap("push", url, "--run", run).stderr
+    object_store.connect().rm_file(f"{object_store.BUCKET}/once/parquet/00003.parquet")
+    assert f"2 of {num} files uploaded" in recap("push", url, "--run", run).stderr  # with the list of digests
+    assert read_store("once") == list_export(run)
+    assert object_store.SECRET.encode() not in b"".join(files(run, without=()).values()) + done.stderr.encode()
+
+
+def test_a_killed_upload_resumes_and_the_list_of_digests_comes_last(run: Path, store: dict[str, str]) -> None:
+    url, seen = f"s3://{object_store.BUCKET}/killed", set[str]()
+
+    def has_some() -> bool:
+        found = object_store.connect().find(f"{object_store.BUCKET}/killed")
+        seen.update(name.partition("/killed/")[2] for name in found)
+        return len(found) > 10
+
+    kill_when(has_some, "push", url, "--run", run, **store)
+    assert LAST not in seen
+    assert {name: data for name, data in read_store("killed").items() if list_export(run)[name] != data} == {}
+    done = recap("push", url, "--run", run)
+    assert read_store("killed") == list_export(run)
+    assert "0 already there" not in done.stderr
+
+
+def test_a_changed_export_replaces_the_earlier_one_and_nothing_else(
+    finished: Path, run: Path, store: dict[str, str]
+) -> None:
+    url = f"s3://{object_store.BUCKET}/changed"
+    recap("push", url, "--run", run)
+    object_store.connect().pipe_file(f"{object_store.BUCKET}/changed/NOTES", b"mine")
+    rules = {"rules": {"judged": "judge >= 0.6"}}
+    write(run, sections(finished.parent / "photos", source=SOURCE, filter=rules, export={**FORMS, "url": url}))
+    done = recap("run", "all", "--stale", "redo", "--run", run)
+    assert done.stdout == f"{url}\n"
+    assert read_store("changed") == {**list_export(run), "NOTES": b"mine"}
+    assert len(list_export(run)) < len(list_export(finished))
+
+
+def test_what_is_not_finished_or_has_no_target_is_refused(run: Path, tmp_path: Path) -> None:
+    assert "where to? name a repository of the Hub or a URL" in recap("push", "--run", run, check=False).stderr
+    (run / "export" / "index" / "00002.parquet").unlink()
+    done = recap("push", "memory://x", "--run", run, check=False)
+    assert done.returncode == 2 and "export: 1 of 18 shards are not up to date" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_upload_to_the_hub_resumes_in_small_commits(run: Path, tmp_path: Path) -> None:
+    with serve_hub() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_0"}
+        hub.seconds = 0.05
+        kill_when(lambda: len(hub.commits) == 1, "push", "me/photos", "--run", run, **env)
+        assert LAST not in hub.files and hub.files.keys() < list_export(run).keys()
+        hub.seconds = 0
+        done = recap_alone("push", "me/photos", "--run", run, **env)
+        assert done.stdout == "hf://datasets/me/photos\n"
+        assert hub.files == list_export(run)
+        assert max(map(len, hub.commits)) <= FILES_PER_COMMIT
+        assert hub.num_puts == len(hub.objects)  # none was sent again after its commit
+        num_commits = len(hub.commits)
+        again = recap_alone("push", "me/photos", "--run", run, **env)
+        assert "0 of " in again.stderr and len(hub.commits) == num_commits
+        refused = recap_alone("push", "no repository", "--run", run, check=False, **env)
+        assert refused.returncode == 2 and "which is USER/NAME" in refused.stderr
