@@ -19,6 +19,9 @@ CREATE VIEW score AS SELECT * FROM read_parquet('score/*/*/*.parquet', union_by_
 -- One row per caption: kept, or the first reason for refusal.
 CREATE VIEW verdict AS SELECT * FROM read_parquet('verdict/*.parquet', union_by_name = true, hive_partitioning = false);
 
+-- What people say of sentences and captions; see `recap audit`.
+CREATE VIEW label AS SELECT * FROM read_parquet('label/*.parquet', union_by_name = true, hive_partitioning = false);
+
 -- One row per sample of the exported training set.
 CREATE VIEW export AS SELECT * FROM read_parquet('export/index/*.parquet', union_by_name = true, hive_partitioning = false);
 

@@ -371,6 +371,36 @@ def push_export(
     print(push.push_export(config.load(run), target, is_private=private))
 
 
+@app.command("audit", epilog="Example: recap audit --labels labels-ada.json --run runs/photos")
+def audit_run(
+    run: RunOption = Path(),
+    draw: Annotated[int | None, typer.Option(help="Draw this many captions and write audit.html.", min=2)] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="A file of labels to add: saved by the page, or JSONL, or Parquet.")
+    ] = None,
+    precision: Annotated[
+        float | None, typer.Option(help="Find the threshold above which this share of captions is acceptable.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="The confidence of that threshold.")] = 0.9,
+    score: Annotated[str | None, typer.Option(help="The score of that threshold: a name in [score].")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws other captions.")] = 0,
+    *,
+    context: typer.Context,
+) -> None:
+    """Draw captions for people to label, and estimate from the labels how many kept captions are acceptable.
+
+    Without options it prints the estimates, or, while there are no labels, writes a page with 200 captions. A larger
+    --draw with the same seed keeps the captions of a smaller one.
+    """
+    from pipeline import config, plugins
+
+    audit, loaded = plugins.load("stages", context.command.name or ""), config.load(run)  # a plugin, as every stage
+    for line in audit.run_audit(
+        loaded, draw=draw, labels=labels or (), precision=precision, confidence=confidence, score=score, seed=seed
+    ):
+        print(line)
+
+
 app.add_typer(slurm, name="slurm")
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="Record")
 ImageStatus = Literal["ok", "empty", "unreadable", "unsupported", "too_small", "too_large"]
 CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "error"]
+LabelVerdict = Literal["true", "false", "acceptable", "unacceptable", "unsure"]
 ScoreStatus = Literal["ok", "unknown", "error"]
 RubricStatus = Literal["ok", "empty", "error"]
 Severity = Literal["critical", "important", "minor"]
@@ -248,6 +249,26 @@ class Verdict(Record):
     @property
     def id(self) -> tuple[str | int, ...]:
         return (self.key, self.caption, self.candidate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Record):
+    """What a person says of one sentence of a caption, or of the whole caption."""
+
+    table: ClassVar[str] = "label"
+
+    key: str
+    caption: str  # the caption's pass
+    candidate: int
+    sentence: int | None  # from 0; None: the whole caption
+    verdict: LabelVerdict  # of a sentence: true, false or unsure; of a caption: acceptable, unacceptable or unsure
+    labeller: str
+    at: str  # ISO 8601; "" where the labels do not say
+    text: str  # the whole caption that was labelled: a label counts while the caption reads the same
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.caption, self.candidate, -1 if self.sentence is None else self.sentence, self.labeller)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "stages.exporters",
     "stages.sql",
     "stages.training",
+    "stages.audit",
     "stages",  # the stages themselves
 )
 HIDDEN_FROM_STAGES = ("pipeline.sources", "pipeline.report", "pipeline.slurm", "pipeline.commands", "pipeline.cli")

@@ -18,6 +18,7 @@ from pipeline.records import (
     Exported,
     Image,
     ImageRubric,
+    Label,
     Planned,
     Record,
     Score,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Step, Stat, Exported)
+RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Label, Step, Stat, Exported)
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
 ROWS_IN_MEMORY = 2_000  # of a query's result
 MAX_QUOTED = 100  # characters of a statement in an error
