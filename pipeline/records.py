@@ -280,6 +280,18 @@ class NamedScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportedText:
+    """A kept caption of an image, as it may be exported."""
+
+    text: str
+    caption_pass: str
+    candidate: int
+    score: float  # [0, 1]: the mean of the scores that the filter uses; -1 without any
+    num_tokens: int  # by the tokenizer that `[export]` names; 0 without one
+    cut: int  # tokens that were cut off at the end
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exported(Record):
     """One sample of the training set, without its pixels; no field is null, because loaders infer types."""
 
@@ -289,13 +301,18 @@ class Exported(Record):
     key: str
     source_key: str
     sha256: str  # of the corpus's file
-    caption: str  # the text
+    caption: str  # the text; "" when it was dropped
     alt_text: str  # "" when the corpus had none
-    caption_pass: str
+    caption_pass: str  # raw: the caption is the alt text
     candidate: int
     model: str
     revision: str
+    fields: str = added(2, "{}")  # JSON of a structured recipe; {} for others
     scores: tuple[NamedScore, ...]
+    weight: float = added(2, 1.0)  # of the sample, by the SQL of run.toml
+    num_tokens: int = added(2, 0)  # of the caption, by the tokenizer of run.toml
+    cut: int = added(2, 0)  # tokens that were cut off at its end
+    texts: tuple[ExportedText, ...] = added(2, ())  # all kept captions
     format: str
     width: int  # pixels, as displayed
     height: int

@@ -7,47 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 from pipeline import plugins
 from pipeline.decoding.probe_pool import map_ahead
 from pipeline.decoding.upright import copy_upright
 from pipeline.engines import Engine
-from pipeline.errors import MachineError, UndecodableError, UnknownNameError
+from pipeline.errors import ConfigError, MachineError, UndecodableError, UnknownNameError
 from pipeline.execution.passes import Pass, Shard
 from pipeline.progress import say
-from pipeline.records import Exported, Image, NamedScore, column_names
+from pipeline.records import Exported, ExportedText, Image, column_names
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.database import list_score_folders
 from pipeline.storage.payloads import write_sums
 from stages.exporters import ExportPayload, ExportSample, FormFile
 from stages.exporters._card import build_card
+from stages.kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
 from stages.sql import find_scores
+from stages.text.selection import (
+    Count,
+    TextConfig,
+    choose_text,
+    cut_text,
+    describe_texts,
+    excerpt_text,
+    load_counter,
+)
 
 VERSION = 1
 WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
-UPRIGHT_COLUMNS = ("reencoded", "written_sha256")  # of training sets whose images may be re-encoded
-
-# One row per chosen caption, with the scores that the filter uses, without those that have no value.
-CHOSEN = """
-    SELECT i.key, c.name, c.candidate, c.text, c.model, c.revision,
-        coalesce((SELECT list({{'name': s.name, 'value': s.value}} ORDER BY s.name) FROM score AS s
-            WHERE s.key = c.key AND s.caption = c.name AND s.candidate = c.candidate AND s.value IS NOT NULL
-            AND s.name IN ({scores})), [])
-    FROM verdict AS v
-    JOIN caption AS c ON c.key = v.key AND c.name = v.caption AND c.candidate = v.candidate
-    JOIN image AS i ON i.key = v.key
-    WHERE v.chosen ORDER BY i.key"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(TextConfig):
     formats: tuple[str, ...] = key(
         ("webdataset", "parquet"), "forms to write: files of stages/exporters/, or modules of your own with a dot"
     )
@@ -72,6 +72,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
@@ -86,15 +87,11 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportInput:
-    """A chosen caption, its image row, and the shard that reads the image file."""
+    """The text that was chosen for an image, all kept ones, its row, and the shard that reads the image file."""
 
     image: Image
-    caption: str
-    candidate: int
-    text: str
-    model: str
-    revision: str
-    scores: tuple[NamedScore, ...]
+    text: KeptText
+    texts: tuple[KeptText, ...]
     shard: Shard
 
     @property
@@ -109,15 +106,18 @@ def passes(run: Run) -> Iterable[Pass]:
         return
     rules = run.sections["filter"][""].rules
     scores = {score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)}
+    query, used = build_query(run, settings, sorted(scores))
     yield Pass(
         stage="export",
         folder="export/index",
-        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores), "verdict"),
+        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores | used), "verdict"),
+        reads_all=tuple(list_raw_folders(run, settings)),
+        prepare=partial(write_threshold, settings=settings) if settings.raw_top else None,
         version=VERSION,
-        slice=stamped(settings),
+        slice=build_slice(run, settings),
         record=Exported,
         max_error_share=1.0,
-        inputs=partial(inputs, scores=scores),
+        inputs=partial(inputs, settings=settings, query=query, scores=sorted(scores)),
         work=partial(work, settings=settings, num_threads=run.num_cores),
         payload=lambda shard: ExportPayload(
             run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
@@ -127,29 +127,30 @@ def passes(run: Run) -> Iterable[Pass]:
     )
 
 
-def inputs(shard: Shard, *, scores: Iterable[str]) -> Iterator[ExportInput]:
-    """Joins the chosen captions with their image rows; both are sorted by key."""
+def build_slice(run: Run, settings: Config) -> dict[str, Any]:
+    """The part of the configuration that decides rows; keys at their defaults leave no trace."""
+    values = stamped(settings)
+    if settings.is_drawn:
+        values["seed"] = run.seed
+    if isinstance(settings.texts, Mapping):
+        values["texts"] = list(settings.texts.items())  # their order decides too
+        values["choose"] = run.sections["filter"][""].choose
+    return values
+
+
+def inputs(shard: Shard, *, settings: Config, query: str, scores: Sequence[str]) -> Iterator[ExportInput]:
+    """Chooses each image's text among the kept ones; texts and image rows are sorted by key."""
     images = shard.read_table("image", Image)
-    for name, caption, candidate, text, model, revision, values in shard.query(
-        CHOSEN.format(scores=", ".join(map(database.quote_literal, sorted(scores))) or "NULL")
-    ):
-        yield ExportInput(
-            image=next(image for image in images if image.key == name),
-            caption=caption,
-            candidate=candidate,
-            text=text,
-            model=model,
-            revision=revision,
-            scores=tuple(NamedScore(**value) for value in values),
-            shard=shard,
-        )
+    for name, texts in read_texts(shard, query, scores, has_threshold=settings.raw_top > 0):
+        if text := choose_text(texts, settings, seed=shard.run.seed, key=name):
+            image = next(image for image in images if image.key == name)
+            yield ExportInput(image=image, text=text, texts=tuple(texts), shard=shard)
 
 
 def work(
     inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
 ) -> Iterator[ExportSample]:
-    unused = () if settings.upright else UPRIGHT_COLUMNS
-    columns = tuple(name for name in column_names(Exported) if name not in unused)
+    columns = list_columns(settings)
     samples = (
         ExportSample(row=_build_row(item), data=item.shard.read_image(item.image), columns=columns) for item in inputs
     )
@@ -185,20 +186,48 @@ def _turn_upright(sample: ExportSample) -> ExportSample:
     return replace(sample, row=row, data=copy.data)
 
 
+def list_columns(settings: Config) -> tuple[str, ...]:
+    """The columns of a training set: those of `Exported` without the ones that only other settings fill."""
+    used = {
+        **dict.fromkeys(("reencoded", "written_sha256"), settings.upright),
+        **dict.fromkeys(("num_tokens", "cut"), bool(settings.tokenizer)),
+        "texts": settings.texts == "all",
+        "weight": bool(settings.weight),
+    }
+    return tuple(name for name in column_names(Exported) if used.get(name, True))
+
+
 def _build_row(item: ExportInput) -> Exported:
-    image = item.image
+    """
+    Raises:
+        ConfigError: the sample has no weight, or there is no such tokenizer.
+    """
+    image, text, run = item.image, item.text, item.shard.run
+    settings: Config = run.sections["export"][""]
+    count = _load_counter(run, settings.tokenizer) if settings.tokenizer else None
+    caption = excerpt_text(text, settings, count, seed=run.seed, key=image.key)
     assert image.sha256 and image.format and image.width and image.height and image.num_bytes
+    if text.weight is None or not 0 <= text.weight < math.inf:
+        problem = f"{settings.weight!r} is {text.weight} for the {text.caption_pass} text of {image.source_key}"
+        raise ConfigError(f"{run.file}: export.weight", f"{problem}; it must be 0 or more: see coalesce and greatest")
     return Exported(
         key=image.key,
         source_key=image.source_key,
         sha256=image.sha256,
-        caption=item.text,
+        caption=caption.text,
         alt_text=image.alt_text or "",
-        caption_pass=item.caption,
-        candidate=item.candidate,
-        model=item.model,
-        revision=item.revision,
-        scores=item.scores,
+        caption_pass=text.caption_pass,
+        candidate=text.candidate,
+        model=text.model,
+        revision=text.revision,
+        fields=text.fields,
+        scores=text.scores,
+        weight=text.weight,
+        num_tokens=caption.num_tokens,
+        cut=caption.cut,
+        texts=tuple(_cut_text(one, settings, count) for one in item.texts if one.is_kept)
+        if settings.texts == "all"
+        else (),
         format=image.format,
         width=image.width,
         height=image.height,
@@ -206,6 +235,25 @@ def _build_row(item: ExportInput) -> Exported:
         num_bytes=image.num_bytes,
         metadata=image.metadata,
     )
+
+
+def _cut_text(text: KeptText, settings: Config, count: Count | None) -> ExportedText:
+    excerpt, values = cut_text(text.text, settings.max_tokens, count), [score.value for score in text.scores]
+    return ExportedText(
+        text=excerpt.text,
+        caption_pass=text.caption_pass,
+        candidate=text.candidate,
+        score=fmean(values) if values else -1.0,
+        num_tokens=excerpt.num_tokens,
+        cut=excerpt.cut,
+    )
+
+
+def _load_counter(run: Run, name: str) -> Count:
+    try:
+        return load_counter(name)
+    except OSError as error:
+        raise ConfigError(f"{run.file}: export.tokenizer", str(error)) from error
 
 
 SUMMARY = """
@@ -240,7 +288,8 @@ def finish(run: Run, is_new: bool) -> None:
         license=settings.license,
         formats=settings.formats,
         rules=run.sections["filter"][""].rules,
-        upright=settings.upright,
+        notes=describe_texts(settings),
+        columns=list_columns(settings),
     )
     texts |= dict(zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True))
     for name, text in texts.items():

@@ -14,14 +14,13 @@ from typing import get_args
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Caption, CaptionStatus, Image, Record, Verdict, column_names
+from pipeline.records import CaptionStatus, Record, Verdict
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.database import list_score_folders
-from stages.sql import ORDER_BY, check_query, find_scores
+from stages.sql import ORDER_BY, build_rows, check_query, find_scores
 
 VERSION = 1
-IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +94,9 @@ def build_query(
     settings: Config, scores_by_rule: Mapping[str, set[str]], scores: list[str], captions: list[str]
 ) -> str:
     """A SELECT over a shard's views for key, caption, candidate, reason and rank of every caption row, in order."""
-    quoted = [database.quote_identifier(score) for score in scores]
-    values = "".join(f", {name}.value AS {name}" for name in quoted)
-    joins = "\n".join(
-        f"LEFT JOIN (FROM score WHERE name = {database.quote_literal(score)}) AS {name}"
-        f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"
-        for score, name in zip(scores, quoted, strict=True)
-    )
-    image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
-    passes = ", ".join(database.quote_literal(caption) for caption in captions)
     return f"""
         WITH wide AS (
-            SELECT c.*, c.name AS caption, len(regexp_extract_all(c.text, '\\S+')) AS num_words, {image}{values}
-            FROM caption AS c JOIN image AS i ON i.key = c.key
-            {joins}
-            WHERE c.name IN ({passes})
+            {build_rows(scores, captions)}
         ), judged AS (
             SELECT *, {_build_reason(settings.rules, scores_by_rule)} AS reason FROM wide
         )

@@ -6,12 +6,15 @@ Does not know what a condition is used for.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from pipeline.errors import ConfigError, QueryError
 from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
 from pipeline.storage import database
 
+IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
+NUM_WORDS = "len(regexp_extract_all({}, '\\S+'))"
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
@@ -50,6 +53,26 @@ def _is_identifier(name: str) -> bool:
         return database.find_columns(name, clause=CONDITION) == {name}
     except QueryError:
         return False
+
+
+def build_rows(scores: Sequence[str], captions: Sequence[str]) -> str:
+    """A SELECT over a shard's views that the SQL of run.toml is applied to.
+
+    One row for each caption of these passes, with `num_words`, its image's columns, and scores as columns.
+    """
+    quoted = [database.quote_identifier(score) for score in scores]
+    values = "".join(f", {name}.value AS {name}" for name in quoted)
+    joins = "\n".join(
+        f"LEFT JOIN (FROM score WHERE name = {database.quote_literal(score)}) AS {name}"
+        f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"
+        for score, name in zip(scores, quoted, strict=True)
+    )
+    image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
+    return f"""
+        SELECT c.*, c.name AS caption, {NUM_WORDS.format("c.text")} AS num_words, {image}{values}
+        FROM caption AS c JOIN image AS i ON i.key = c.key
+        {joins}
+        WHERE c.name IN ({", ".join(map(database.quote_literal, captions))})"""
 
 
 def check_query(run: Run, field: str, query: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pipeline import plugins
@@ -21,10 +21,14 @@ SIZES = (
 
 
 EMPTY = "**This data set is empty: no caption was kept.**\n\n"
-REENCODED = """\
-| `reencoded` | how an image that its EXIF orientation turned was encoded again, upright; empty: the original file |
-| `written_sha256` | of the image here, if it was encoded again; `sha256` is always the original's |
-"""
+OPTIONAL = {  # column -> what it is
+    "reencoded": "how an image that its EXIF orientation turned was encoded again, upright; empty: the original file",
+    "written_sha256": "of the image here, if it was encoded again; `sha256` is always the original's",
+    "texts": "all kept captions",
+    "weight": "of the sample",
+    "num_tokens": "of the caption",
+    "cut": "tokens that were cut off at the caption's end",
+}
 
 
 def build_card(
@@ -35,7 +39,8 @@ def build_card(
     license: str,
     formats: Iterable[str],
     rules: Mapping[str, str],
-    upright: bool = False,
+    notes: Iterable[str] = (),
+    columns: Collection[str] = (),
 ) -> str:
     """The text of README.md.
 
@@ -46,7 +51,8 @@ def build_card(
         license: an identifier of the Hub; "": not stated.
         formats: names of export forms.
         rules: name -> SQL condition of the filter.
-        upright: whether images with an EXIF orientation were encoded again.
+        notes: sentences about the choice of texts.
+        columns: of the data set.
     """
     num_samples = stats["num_samples"]
     size = next((name for limit, name in SIZES if num_samples < limit), SIZES[-1][1])
@@ -57,7 +63,14 @@ def build_card(
     configs = f"configs:\n- config_name: default\n  data_files: {data_files}\n" if data_files else ""
     images = " / ".join(f"`{entry.image}`" for entry in entries) or "image"
     texts = " / ".join(f"`{entry.caption}`" for entry in entries) or "caption"
-    captions = "\n".join(f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`" for c in stats["captions"])
+    captions = "\n".join(
+        f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`"
+        if c["model"]
+        else f"- `{c['pass']}`: {c['num_samples']:,} alt texts of the corpus"
+        for c in stats["captions"]
+    )
+    captions = "\n\n".join([captions, *notes])
+    optional = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in OPTIONAL.items() if name in columns)
     conditions = "\n".join(f"- `{name}`: `{sql}`" for name, sql in rules.items())
     return f"""---
 {licence}task_categories:
@@ -72,7 +85,7 @@ size_categories:
 {EMPTY if not num_samples else ""}\
 {num_samples:,} images with captions, {stats["mean_words"]:.1f} words on average (the corpus's own alt text: \
 {stats["mean_alt_text_words"]:.1f}). Made by recap from a `{source}` source; image bytes are the originals'\
-{", except where `reencoded` says otherwise" if upright else ""}.
+{", except where `reencoded` says otherwise" if "reencoded" in columns else ""}.
 
 {captions}
 
@@ -88,6 +101,7 @@ A caption was kept when it met these conditions, in this order:
 | `key`, `source_key`, `sha256` | the sample in this run, in the corpus, and its content: join on the last two |
 | `caption_pass`, `candidate`, `model`, `revision` | who wrote the caption |
 | `scores` | what the scorers said, in [0, 1] |
+| `fields` | the caption's structured answer, as JSON |
 | `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
 | `orientation` | the EXIF orientation of the file, 1 to 8; `width` and `height` are of the upright picture |
-{REENCODED if upright else ""}"""
+{optional}"""

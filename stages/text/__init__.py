@@ -1,1 +1,1 @@
-"""Text sent to and received from models: prompts, answers, sentences, repetition, JSON schemas."""
+"""Text sent to and received from models, and its choice for training sets."""

@@ -15,11 +15,11 @@ from PIL import Image
 from pipeline.decoding.images import probe
 from pipeline.records import Exported, NamedScore, column_names
 from pipeline.storage import tables
-from stages.export import UPRIGHT_COLUMNS
 from stages.exporters import ExportSample, join_lines, parquet, webdataset
 from tests.support.corpora import set_orientation
 from tests.support.runs import begin, corpus, make, recap, sections
 
+OPTIONAL = {"reencoded", "written_sha256", "num_tokens", "cut", "texts", "weight"}  # columns of other settings
 # The types of features that `datasets` 3.0 to 3.6 knows.
 FEATURES_OF_3 = {"Value", "ClassLabel", "Sequence", "LargeList", "Image", "Audio", "Array2D", "Array3D"}
 
@@ -58,7 +58,7 @@ def test_webdataset_loads_every_row(run: Path, index: list[Exported]) -> None:
     assert [s["__key__"] for s in samples] == [row.key for row in index]
     assert [s["jpg"] for s in samples] == read_originals(run, index)
     assert [s["txt"].decode() for s in samples] == [join_lines(row.caption) for row in index]
-    assert all({*json.loads(s["json"]), *UPRIGHT_COLUMNS} == set(column_names(Exported)) for s in samples)
+    assert all({*json.loads(s["json"]), *OPTIONAL} == set(column_names(Exported)) for s in samples)
     decoded = wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "txt", "json")
     assert [image.size for image, _, _ in decoded] == [(row.width, row.height) for row in index]
 
@@ -220,7 +220,7 @@ def test_pictures_on_their_side_are_exported_with_their_orientation_or_upright(t
             assert picture.size == (48, 32)
             assert picture.convert("RGB").getpixel((4, 4))[1] < 60 < 200 < picture.convert("RGB").getpixel((40, 28))[1]
     samples = [json.loads(line) for line in read_members(run / "export" / "webdataset" / "00000.tar", "json")]
-    assert all((column in sample) == upright for sample in samples for column in UPRIGHT_COLUMNS)
+    assert all((column in sample) == upright for sample in samples for column in ("reencoded", "written_sha256"))
     assert recap("verify", "--run", run).stdout == ""
 
 

@@ -175,7 +175,7 @@ def render_configuration(parts: Iterable[Part]) -> str:
 
 def render_tables() -> str:
     """Every table's columns, then the structs that are columns of them."""
-    structs = (records.Criterion, records.RubricCriterion, records.NamedScore)
+    structs = (records.Criterion, records.RubricCriterion, records.NamedScore, records.ExportedText)
     return "\n".join(
         [
             *(line for record in RECORDS for line in _columns(f"`{record.table}`", record)),

@@ -1,0 +1,161 @@
+"""The texts that images may be exported with: kept captions and alt texts, with their scores, from a run's tables.
+
+Which of them is exported is decided in stages/text/selection.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.execution.passes import AllShards, Shard
+from pipeline.records import NamedScore
+from pipeline.sections import Run
+from pipeline.storage import database
+from stages.sql import IMAGE_COLUMNS, NUM_WORDS, ORDER_BY, build_rows, check_query, find_scores
+from stages.text.selection import RAW, Text, TextConfig
+
+# Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.
+TEXTS = """
+    WITH texts AS ({rows} {alt_texts}), kept AS (
+        SELECT t.*, v.chosen AS "is chosen" FROM texts AS t
+        LEFT JOIN verdict AS v ON v.key = t.key AND v.caption = t.caption AND v.candidate = t.candidate
+        WHERE t.candidate IS NULL OR v.{condition}
+    )
+    SELECT key, caption, candidate, text, coalesce(fields, '{{}}'), model, revision, coalesce("is chosen", false),
+        row_number() OVER (PARTITION BY key, caption ORDER BY {order}, candidate) AS rank,
+        ({raw_score})::DOUBLE, ({weight})::DOUBLE{scores}
+    FROM kept ORDER BY key, caption, rank"""
+ALT_TEXTS = f"""
+    UNION ALL BY NAME SELECT i.key, {", ".join(f"i.{name}" for name in IMAGE_COLUMNS)}, '{RAW}' AS caption,
+        alt_text AS text, {NUM_WORDS.format("alt_text")} AS num_words
+    FROM image AS i WHERE status = 'ok' AND trim(alt_text) <> ''"""
+# The lowest score of the top share of raw texts, within 1/65536 of the scores' range, in bounded memory.
+THRESHOLD = """
+    WITH texts AS ({rows} {alt_texts}), scored AS (
+        SELECT ({raw_score})::DOUBLE AS score FROM texts WHERE caption = {raw} AND (status = 'ok' OR candidate IS NULL)
+    ), finite AS (FROM scored WHERE isfinite(score)),
+    whole AS (SELECT min(score) AS low, max(score) AS high, count(*) AS num FROM finite),
+    bins AS (
+        SELECT floor(65535 * (score - low) / nullif(high - low, 0)) AS bin, min(score) AS score, count(*) AS size
+        FROM finite, whole GROUP BY bin
+    )
+    SELECT max(score) FROM (SELECT score, sum(size) OVER (ORDER BY score DESC) AS above FROM bins), whole
+    WHERE above >= {share} * num"""
+THRESHOLD_FILE = "raw_score.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptText(Text):
+    """A kept caption of an image, or its alt text, with what is exported beside it."""
+
+    candidate: int
+    fields: str  # JSON
+    model: str
+    revision: str
+    weight: float | None
+    scores: tuple[NamedScore, ...]
+
+
+def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[str, set[str]]:
+    """The query for the texts of a shard's images, with these scores as its last columns, and further scores it uses.
+
+    Raises:
+        ConfigError: a key of `[export]` names no pass, or its SQL is not valid.
+    """
+    captions, is_drawn = list(run.sections["caption"]), isinstance(settings.texts, Mapping)
+    if unknown := sorted(settings.passes - {*captions, RAW}):
+        known = ", ".join(sorted({*captions, RAW}))
+        raise ConfigError(f"{run.file}: export", f"texts or prefix names {unknown[0]!r}; it may name {known}")
+    choose = run.sections["filter"][""].choose if is_drawn else "candidate"
+    used = find_scores(run, "filter.choose", choose, clause=ORDER_BY)
+    for name in ("weight", "raw_score"):
+        if sql := getattr(settings, name):
+            used |= find_scores(run, f"export.{name}", sql)
+    query = TEXTS.format(
+        **_build_texts(run, settings, sorted({*scores, *used})),
+        condition="keep" if is_drawn or settings.texts == "all" else "chosen",
+        order=choose,
+        weight=settings.weight or "1.0",
+        scores="".join(f", {database.quote_identifier(score)}" for score in scores),
+    )
+    if settings.weight or settings.raw_score:
+        check_query(run, "export", query)
+    return query, used
+
+
+def _build_texts(run: Run, settings: TextConfig, scores: Sequence[str], captions: Sequence[str] = ()) -> dict[str, str]:
+    """The parts of TEXTS and THRESHOLD that they share."""
+    has_alt_texts = settings.uses_raw and RAW not in run.sections["caption"]
+    return {
+        "rows": build_rows(scores, captions or list(run.sections["caption"])),
+        "alt_texts": ALT_TEXTS if has_alt_texts else "",
+        "raw_score": settings.raw_score or "NULL",
+    }
+
+
+def list_raw_folders(run: Run, settings: TextConfig) -> Iterator[str]:
+    """The folders of the tables, of all shards, from which the top share of raw texts is found."""
+    if settings.raw_top:
+        yield "image"
+        if RAW in run.sections["caption"]:
+            yield f"caption/{RAW}"
+            yield from (f"score/{name}/{RAW}" for name in sorted(find_scores(run, "export", settings.raw_score)))
+
+
+def write_threshold(shards: AllShards, folder: Path, *, settings: TextConfig) -> None:
+    """Finds the score from which on raw texts are among the top share of all shards."""
+    run = shards.run
+    scores = sorted(find_scores(run, "export.raw_score", settings.raw_score))
+    query = THRESHOLD.format(
+        **_build_texts(run, settings, scores, [RAW]), raw=database.quote_literal(RAW), share=settings.raw_top
+    )
+    with database.connect_run(run) as connection:
+        ((threshold,),) = database.query_rows(connection, query)
+    (folder / THRESHOLD_FILE).write_text(json.dumps(threshold))
+
+
+def read_texts(
+    shard: Shard, query: str, scores: Sequence[str], *, has_threshold: bool
+) -> Iterator[tuple[str, list[KeptText]]]:
+    """The key of each image of a shard that has texts, in order, with its texts.
+
+    Args:
+        shard: whose tables are read.
+        query: of `build_query`.
+        scores: the names of its last columns.
+        has_threshold: whether `write_threshold` was the pass's `prepare`.
+    """
+    threshold = None
+    if has_threshold and shard.find_shared:
+        threshold = json.loads((shard.find_shared() / THRESHOLD_FILE).read_text())
+    for key, rows in groupby(shard.query(query), key=itemgetter(0)):
+        yield key, [_read_text(row, scores, threshold) for row in rows]
+
+
+def _read_text(row: tuple[Any, ...], scores: Sequence[str], threshold: float | None) -> KeptText:
+    """A row of TEXTS."""
+    _, caption_pass, candidate, text, fields, model, revision, chosen, rank, raw_score, weight, *values = row
+    is_scored = threshold is not None and raw_score is not None and caption_pass == RAW and rank == 1
+    return KeptText(
+        text=text,
+        caption_pass=caption_pass,
+        is_kept=candidate is not None,
+        is_chosen=chosen,
+        is_best=rank == 1,
+        is_top=is_scored and raw_score >= threshold,
+        candidate=candidate or 0,
+        fields=fields,
+        model=model or "",
+        revision=revision or "",
+        weight=weight,
+        scores=tuple(
+            NamedScore(name=name, value=value) for name, value in zip(scores, values, strict=True) if value is not None
+        ),
+    )
