@@ -298,14 +298,14 @@ def print_schema() -> None:
     print(json.dumps(schema.build_schema(), indent=2, ensure_ascii=False))
 
 
-@app.command("report", epilog="Example: recap report --run runs/photos --images 60")
+@app.command("report", epilog="Example: recap report --run runs/photos --images 200")
 def write_report(
     run: RunOption = Path(),
-    images: Annotated[int, typer.Option(help="Maximum number of samples to show.", min=1, max=1000)] = 36,
+    images: Annotated[int, typer.Option(help="Maximum number of samples to show.", min=1, max=1000)] = 60,
 ) -> None:
     """Write the run's numbers and samples to report.html.
 
-    Prints its path. The file is self-contained and has no scripts.
+    Prints its path. The file is self-contained: it fetches nothing, and its own script filters and searches the samples.
     """
     from pipeline import config
     from pipeline.report import render

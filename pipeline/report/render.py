@@ -1,14 +1,17 @@
 """The report as one self-contained HTML file, for people who do not know the run.
 
-Every value that a template prints is escaped, and characters that would be invisible are replaced. The page has no
-scripts, and its content security policy allows only its own style and embedded images.
+Every value that a template prints is escaped, and characters that would be invisible are replaced. The page's content
+security policy allows its own style, embedded images, and the one script of the template, by its digest: it filters the
+samples, and no text of a corpus can run.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -38,8 +41,16 @@ STEPS = {
 }
 ANSWER_TONES = (("v4", "best"), ("v2", "middling"), ("v0", "worst"), ("plain", "cannot say"))  # tone, meaning
 SHEETS = {  # kind -> title, lead
-    "kept": ("Kept", "Images with a caption that met every condition. The chosen caption comes first; it is exported."),
-    "refused": ("Refused", "Images without a caption that met every condition, some for each reason."),
+    "kept": (
+        "Random kept",
+        "Images with a caption that met every condition. The chosen caption comes first; it is exported.",
+    ),
+    "worst": ("Worst kept", "Kept images whose chosen captions have the lowest mean score."),
+    "best": (
+        "Best refused",
+        "Refused images whose captions have the highest mean score, some for each reason.",
+    ),
+    "refused": ("Random refused", "Images without a caption that met every condition, some for each reason."),
     "captioned": ("Captioned", "Nothing is filtered yet; these captions are unfiltered."),
     "usable": ("Images", "Nothing is captioned yet; these are images of the corpus."),
     "unusable": (
@@ -50,20 +61,30 @@ SHEETS = {  # kind -> title, lead
 
 
 @dataclass(frozen=True, kw_only=True)
+class Filters:
+    """The choices of the filter bar: (value, text)."""
+
+    sheets: tuple[tuple[str, str], ...]
+    outcomes: tuple[tuple[str, str], ...]
+    passes: tuple[tuple[str, str], ...]
+    flags: tuple[tuple[str, str], ...]
+    scores: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A section of the page."""
 
     template: str  # its branch in the template
     title: str
     lead: str = ""
-    sheet: Sheet | None = None
 
     @property
     def id(self) -> str:
         return self.title.lower().replace(" ", "-")
 
 
-def write_report(run: Run, *, num_images: int = 36) -> Path:
+def write_report(run: Run, *, num_images: int = 60) -> Path:
     """Writes `<run>/report.html` atomically.
 
     Args:
@@ -79,8 +100,31 @@ def write_report(run: Run, *, num_images: int = 36) -> Path:
 
 def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
     sections = list(_list_sections(numbers, sheets))
-    template = make_environment().get_template("report.html.j2")
-    return template.render(numbers=numbers, summary=summarise_run(numbers), sections=sections)
+    environment = make_environment()
+    digest = hashlib.sha256(environment.get_template("page.js").render().encode()).digest()
+    return environment.get_template("report.html.j2").render(
+        numbers=numbers,
+        summary=summarise_run(numbers),
+        sections=sections,
+        sheets=sheets,
+        filters=_list_filters(sheets),
+        script_hash=f"sha256-{base64.b64encode(digest).decode()}",
+    )
+
+
+def _list_filters(sheets: Sequence[Sheet]) -> Filters:
+    captions = [judged for sheet in sheets for sample in sheet.samples for judged in sample.captions]
+
+    def choices(values: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((value, value) for value in sorted(set(values)) if value)
+
+    return Filters(
+        sheets=tuple((f"samples-{sheet.kind}", SHEETS[sheet.kind][0]) for sheet in sheets),
+        outcomes=choices(judged.outcome for judged in captions),
+        passes=choices(judged.caption.name for judged in captions),
+        flags=choices(flag for judged in captions for flag in judged.caption.flags),
+        scores=choices(name for judged in captions for name in judged.values),
+    )
 
 
 def make_environment() -> Environment:
@@ -94,9 +138,10 @@ def make_environment() -> Environment:
     )
     environment.globals |= vars(charts) | {
         "STEPS": STEPS,
+        "SHEETS": SHEETS,
         "ANSWER_TONES": ANSWER_TONES,
         "MAX_CELL": 200,  # characters of a table's cell
-        "MAX_TEXT": 900,  # characters of a caption or an alt text
+        "MAX_TEXT": 4000,  # characters of a caption or an alt text
         "MAX_REASON": 200,  # characters
         "MAX_CRITERIA": 60,  # of a score
     }
@@ -108,6 +153,7 @@ def make_environment() -> Environment:
         "date": lambda seconds: f"{datetime.fromtimestamp(seconds, UTC):%d %B %Y, %H:%M} UTC",
         "duration": format_duration,
         "group_answers": _group_answers,
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
         "per_row": _per_row,
         "score_parts": _score_parts,
         "share": format_share,
@@ -150,11 +196,13 @@ def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[
         yield Section(
             template="training", title="Training", lead="Metrics by step, with the last value below each curve."
         )
-    for sheet in sheets:
-        title, lead = SHEETS[sheet.kind]
-        if sheet.has_scores:
-            lead += " A bar has a part for each criterion, as wide as its weight; click to see the reasons."
-        yield Section(template="samples", title=title, lead=lead, sheet=sheet)
+    if sheets:
+        yield Section(
+            template="samples",
+            title="Samples",
+            lead="Click a picture to enlarge it. The bar of a score has a part for each criterion, as wide as its "
+            "weight; click it to see the reasons.",
+        )
     if numbers.costs:
         yield Section(
             template="costs",

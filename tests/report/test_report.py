@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
 from pipeline.commands.sql import read_query
-from pipeline.report import render
+from pipeline.report import render, samples
 from pipeline.report.numbers import Lengths, read_numbers
 from pipeline.report.samples import draw_sheets
 from pipeline.storage import database
 from tests.support.runs import ROOT, begin, corpus, files, make, recap, sections, write
 
 EVIL = "<script>alert(1)</script><img src=http://evil/ onerror=alert(1)>\"'&<|im_end|>\x07\x1b[31m\u202e</style>"
-VOID = ("meta", "img")
+VOID = ("meta", "img", "input")
 MIX = ["jpg", "png", "cut", "webp", "empty", "jpg", "text"]
 
 
@@ -32,6 +35,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self._open: list[str] = []
         self.feed(html)
         self.close()
@@ -46,7 +50,9 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open[-1:] != ["style"]:
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] != ["style"]:
             self.text += data
 
     def attributes(self, name: str) -> list[str]:
@@ -66,9 +72,15 @@ def funnel(run: Path) -> dict[str, int]:
 
 
 def check_self_contained(html: Page) -> None:
-    """Nothing in it is fetched and nothing in it runs."""
+    """Nothing in it is fetched, and no script runs but the template's own, by its digest."""
+    (script,) = html.scripts
+    (policy,) = (value for value in html.attributes("content") if value.startswith("default-src"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; ") and f"script-src 'sha256-{digest}';" in policy
+    assert script == (ROOT / "pipeline/report/templates/page.js").read_text().rstrip("\n")
     tags = {tag for tag, _ in html.elements}
-    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert html.elements.count(("script", {})) == 1
+    assert not tags & {"link", "iframe", "object", "embed", "base", "form"}
     for _, attributes in html.elements:
         assert not [name for name in attributes if name.startswith("on") or name in ("style", "srcset", "xlink:href")]
     assert all(value.startswith("data:image/jpeg;base64,") for value in html.attributes("src"))
@@ -137,19 +149,52 @@ def test_command_is_deterministic_and_writes_one_file(finished: Path, tmp_path: 
 
 
 def test_sheets_show_kept_refused_and_unusable_samples_with_reasons(finished: Path) -> None:
-    found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=12)}
-    assert {kind: len(samples) for kind, samples in found.items()} == {"kept": 6, "refused": 4, "unusable": 2}
+    found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=20)}
+    sizes = {"kept": 4, "worst": 4, "best": 4, "refused": 4, "unusable": 2}  # only eight are kept
+    assert {kind: len(samples) for kind, samples in found.items()} == sizes
+    assert len({sample.image.key for samples in found.values() for sample in samples}) == sum(sizes.values())
     assert all(any(shown.verdict and shown.verdict.keep for shown in sample.captions) for sample in found["kept"])
     assert not any(shown.verdict and shown.verdict.keep for sample in found["refused"] for shown in sample.captions)
     assert all(sample.captions[0].verdict and sample.captions[0].verdict.chosen for sample in found["kept"])
-    assert all(sample.thumbnail for sample in (*found["kept"], *found["refused"]))
+    assert all(sample.picture for sample in (*found["kept"], *found["refused"]))
     assert len({sample.image.status for sample in found["unusable"]}) == 2
-    assert all(sample.error and sample.thumbnail is None for sample in found["unusable"])
+    assert all(sample.error and sample.picture is None for sample in found["unusable"])
     reasons = [
         c.reason for sample in found["kept"] for shown in sample.captions for s in shown.scores for c in s.criteria
     ]
-    html = report(finished, num_images=12)
+    html = report(finished, num_images=20)
     assert all(reason in html.text for reason in reasons if reason)
+
+
+def test_worst_kept_and_best_refused_samples_have_the_extreme_scores(finished: Path) -> None:
+    found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=5)}
+    with database.connect(finished) as connection:
+        sql = """
+            SELECT v.key, any_value(v.chosen), any_value(reason), avg(value) AS mean, v.caption, v.candidate
+            FROM verdict AS v JOIN score AS s USING (key, caption, candidate)
+            WHERE v.chosen OR v.key NOT IN (SELECT key FROM verdict WHERE keep)
+            GROUP BY v.key, v.caption, v.candidate ORDER BY mean, v.key"""
+        rows = list(database.query_rows(connection, sql))
+    assert [sample.image.key for sample in found["worst"]] == [key for key, chosen, *_ in rows if chosen][:1]
+    best_by_reason = {reason: key for key, chosen, reason, *_ in rows if not chosen}
+    assert {sample.image.key for sample in found["best"]} <= set(best_by_reason.values())
+
+
+def test_pictures_become_smaller_until_the_page_fits(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count_bytes() -> int:
+        sheets = draw_sheets(config.load(run), num_images=4)
+        return sum(len(sample.picture or b"") for sheet in sheets for sample in sheet.samples)
+
+    noise = PIL.Image.effect_noise((1500, 1000), 90)
+    photos = finished.parent / "large"
+    photos.mkdir()
+    for number in range(3):
+        noise.save(photos / f"{number}.jpg")
+    run = begin(photos / "run", sections(photos))
+    assert make(run, "ingest").exit_code == 0
+    large = count_bytes()
+    monkeypatch.setattr(samples, "MAX_BYTES", large // 2)
+    assert 0 < count_bytes() <= large // 2
 
 
 def test_missing_tar_is_reported(finished: Path, tmp_path: Path) -> None:
@@ -188,7 +233,7 @@ def test_report_of_a_run_without_kept_or_usable_images(tmp_path: Path) -> None:
     run = begin(tmp_path / "none", parts)
     make(run)
     found = {sheet.kind for sheet in draw_sheets(config.load(run), num_images=9)}
-    assert found == {"refused", "unusable"}
+    assert found == {"best", "refused", "unusable"}
     assert "0 were kept" in report(run).text
     broken = begin(tmp_path / "broken", sections(corpus(tmp_path / "bad", ["cut", "empty"])), max_error_share=1.0)
     make(broken, "ingest")
