@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
-.PHONY: help demo test test-fast test-vllm test-slurm disasters hostile check format vllm requirements docs clean
+.PHONY: help demo test test-fast test-vllm test-slurm test-browser disasters hostile check format vllm requirements docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -13,10 +13,10 @@ demo: $(VENV)/.test  ## Run the whole pipeline on drawn scenes, into runs/demo
 	$(BIN)/recap demo runs/demo
 
 test: $(VENV)/.test  ## Run all tests that need neither vLLM nor Slurm
-	$(BIN)/python -m pytest -m "not vllm and not slurm" -n 2
+	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser" -n 2
 
 test-fast: $(VENV)/.test  ## Run the quick tests, under two minutes
-	$(BIN)/python -m pytest -m "not vllm and not slurm and not slow" -n 2
+	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser and not slow" -n 2
 
 check: $(VENV)/.test  ## Check lint, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -31,10 +31,13 @@ format: $(VENV)/.test  ## Fix lint and format
 vllm: $(VENV)/.vllm  ## Install vLLM for a CPU; on a GPU: pip install '.[vllm]'
 
 test-vllm: $(VENV)/.vllm  ## Run the tests that serve models with vLLM
-	$(BIN)/python -m pytest -m "vllm and not slurm" --durations=10
+	$(BIN)/python -m pytest -m "vllm and not slurm" -n 2 --durations=10
 
 test-slurm: $(VENV)/.test  ## Run the tests on a real Slurm started here (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m "slurm and not vllm"
+
+test-browser: $(VENV)/.test  ## Run the tests of the report in a real browser (apt-get install chromium)
+	$(BIN)/python -m pytest -m browser
 
 disasters: $(VENV)/.test  ## Kill runs 300 times, over all stages and three engines, and count lost rows
 	$(BIN)/python -m tests.support.disasters --kills 300

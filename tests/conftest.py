@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 # Threads that wait for each other inside a tiny model's every layer are twenty times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a small machine share one core
 # Where bytecode may not be kept, every process that a test starts compiles torch and transformers anew: 20 s each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-WITH_MODELS = {"test_engines", "test_grpo", "test_train"}
+WITH_MODELS = ("tests/engines/test_engines.py", "tests/stages/test_rubric.py", "tests/training/")
 APART = {"test_disasters"}  # each takes long, and they share little
 
 # No test times anything, and what CI finds a person must be able to find again.
@@ -37,8 +38,7 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        name = Path(file).stem
-        return "models" if name in WITH_MODELS else nodeid if name in APART else file
+        return "models" if file.startswith(WITH_MODELS) else nodeid if Path(file).stem in APART else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

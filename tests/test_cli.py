@@ -130,7 +130,7 @@ def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> No
     assert (inside.returncode, "is inside the corpus" in inside.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["b--c", "d;e", "o'q", 'p"q', "x y", "ä{}"])
+@pytest.mark.parametrize("name", ["b--c d;e ä{}", "o'q p\"q"])
 def test_run_may_have_any_name_that_sql_can_quote(tmp_path: Path, name: str) -> None:
     run = begin(tmp_path / name, sections(corpus(tmp_path / "photos", ["jpg"] * 3), filter={"rules": {}}))
     assert make(run).exit_code == 0
@@ -138,7 +138,7 @@ def test_run_may_have_any_name_that_sql_can_quote(tmp_path: Path, name: str) -> 
         assert database.run_query(connection, "SELECT count(*) FROM export").fetchone() == (3,)
 
 
-@pytest.mark.parametrize("name", ["a[1]", "f*g", "x?"])
+@pytest.mark.parametrize("name", ["a[1]", "f*g x?"])
 def test_run_with_a_glob_in_its_name_reads_its_own_tables_alone(tmp_path: Path, name: str) -> None:
     for folder, num in ((name, 3), (name.translate({ord(c): "1" for c in "[]*?"}), 5)):
         photos = corpus(tmp_path / f"photos{num}", ["jpg"] * num)

@@ -85,6 +85,7 @@ def test_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert set(normalise(shown)) <= set(normalise(done.stdout + done.stderr))
 
 
+@pytest.mark.slow
 def test_an_edited_recipe_is_reported_as_documented(home: Path) -> None:
     (shown,) = [block.text for block in list_blocks("console") if "recap: stale:" in block.text]
     text = (ROOT / "stages" / "recipes" / "dense.toml").read_text()

@@ -144,6 +144,7 @@ def states(run: Path) -> dict[str, str]:
     return {p.title: ledger.state(p, 0).kind for p in passes}
 
 
+@pytest.mark.slow
 def test_a_changed_word_is_named_and_makes_exactly_its_dependants_stale(run: Path) -> None:
     recipe = (ROOT / "stages" / "recipes" / "dense.toml").read_text()
     (run / "recipes").mkdir()
@@ -329,6 +330,7 @@ def test_an_image_that_changed_since_ingest_is_not_captioned(tmp_path: Path) -> 
     assert any("changed since ingest" in why for why in outcome.failures.values())
 
 
+@pytest.mark.slow
 def test_shards_exported_one_by_one_end_with_a_card_of_the_whole_run(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 25)))
     for shard in ("0", "1"):

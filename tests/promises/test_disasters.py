@@ -17,6 +17,7 @@ from tests.support.runs import ROOT, begin, corpus, make, sections, times
 
 pytestmark = pytest.mark.slow
 
+NUM_ROWS = 150  # of a killed run, at least, in all of its tables
 IMAGES = ["jpg", "png", "cut", "jpg", "jpg", "webp", "jpg", "jpg", "png", "jpg", "jpg", "jpg"]
 
 
@@ -39,7 +40,9 @@ def run(reference: Path, tmp_path: Path) -> Path:
 
 
 def recap(run: Path, what: str = "all", *, under: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line, after the shell commands of `under`."""
+    """The command line; in a process of its own after the shell commands of `under`, if there are any."""
+    if not under:
+        return runs.recap("run", what, "--run", run, check=False)
     command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run)])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", f"{under} {command}"], capture_output=True, text=True, env=env, check=False)
@@ -61,12 +64,12 @@ def assert_clean_failure(done: subprocess.CompletedProcess[str], run: Path, *say
 
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("echo", 10), ("server", 5), ("transformers", 6), pytest.param("vllm", 1, marks=pytest.mark.vllm)],
+    [("echo", 10), ("server", 4), ("transformers", 3)],
 )
 def test_killed_runs_lose_and_double_no_rows(kind: str, kills: int) -> None:
     toll = disasters.kill_runs_of(kind, kills=kills, seed=1)
     assert (toll.kills >= kills, toll.harm) == (True, 0), toll
-    assert toll.rows > 250 * toll.runs > 0
+    assert toll.rows > NUM_ROWS * toll.runs > 0
 
 
 @pytest.mark.parametrize("num", [2, 3])

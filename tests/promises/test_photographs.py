@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +10,7 @@ import pytest
 from pipeline.records import Caption, Image, Record
 from pipeline.storage import tables
 from tests.support import corpora
-from tests.support.runs import ROOT, begin, make, recap_alone, sections
+from tests.support.runs import begin, kill_after_first_rows, make, recap_alone, sections
 
 MODEL = {"kind": "transformers", "dtype": "float32", "max_pixels": 112 * 112, "batch_size": 8}
 
@@ -57,23 +52,14 @@ def test_every_photograph_has_one_row_with_the_right_status(tmp_path: Path, tiny
 def test_a_kill_loses_no_row_of_a_real_model(tmp_path: Path, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for number, data in enumerate(list(corpora.load_photographs().values())[:12] * 5):
+    for number, data in enumerate(list(corpora.load_photographs().values())[:12] * 3):
         (photos / f"{number:03d}.jpg").write_bytes(data)
     undisturbed = begin(tmp_path / "whole", make_sections(photos, tiny_model), max_error_share=1.0)
     make(undisturbed, "ingest")
     make(undisturbed, "caption")
     killed = begin(tmp_path / "killed", make_sections(photos, tiny_model), max_error_share=1.0)
     make(killed, "ingest")
-    code = "from pipeline import cli; from pipeline.storage import parts; parts.MAX_AGE = 0.05; cli.main()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, "run", "caption", "--run", str(killed)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-    )
-    while not list((killed / ".work" / "caption").rglob("*.parquet")) and child.poll() is None:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    kill_after_first_rows(killed, "caption")
     make(killed, "caption")
     texts = [{row.key: row.text for row in read_rows(run, "caption/dense", Caption)} for run in (undisturbed, killed)]
     assert len(read_rows(killed, "caption/dense", Caption)) == len(texts[1])

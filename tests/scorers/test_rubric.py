@@ -143,6 +143,7 @@ SCENE_WORDS = ("A", "The", "There is", "small", "red", "ring", "blue star", "lef
 garbled = st.lists(st.sampled_from(SCENE_WORDS), max_size=8).map(" ".join) | st.text(max_size=20)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(rubric_cases(), st.integers(0, 200), garbled, garbled)
 def test_text_without_new_claims_never_raises_the_reward(

@@ -70,6 +70,7 @@ def test_every_image_with_a_usable_caption_has_one_rubric(
         assert bool(row.criteria) == (row.error is None)
 
 
+@pytest.mark.slow
 def test_a_run_writes_rubrics_and_scores_by_them(tmp_path: Path) -> None:
     engines = {f"engines.{name}": {"kind": "stages.scenes.teachers", "teacher": name} for name in TEACHERS}
     captions = {f"caption.{name}": {"recipe": "scenes", "engine": name} for name in TEACHERS}

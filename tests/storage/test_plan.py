@@ -127,6 +127,7 @@ def test_wrong_specs_are_explained(spec: str) -> None:
         parse_spec(spec, 12)
 
 
+@pytest.mark.slow
 def test_plans_at_once_keep_the_shards_of_all(tmp_path: Path) -> None:
     path = tmp_path / "plan.parquet"
     write_plan(path, corpus([5]), shard_size=2)
@@ -185,7 +186,7 @@ def test_a_plan_that_was_taken_over_meanwhile_is_not_replaced(tmp_path: Path) ->
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("num", [1, 2500])
+@pytest.mark.parametrize("num", [1, pytest.param(2500, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path, num: int) -> None:
     path = tmp_path / "plan.parquet"
     write_plan(path, corpus([7] * num), shard_size=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -132,6 +133,31 @@ def start_recap(*args: object, **env: str) -> subprocess.Popen[bytes]:
     """As `recap_alone`, without waiting for its end."""
     command = [sys.executable, "-m", "pipeline", *map(str, args)]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, stderr=subprocess.DEVNULL)
+
+
+KILLED = """
+import os, signal
+from pipeline import cli
+from pipeline.storage import parts
+
+flush = parts.Parts.flush
+
+def flush_and_die(self):
+    flush(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+parts.MAX_ROWS, parts.Parts.flush = 4, flush_and_die
+cli.main()
+"""
+
+
+def kill_after_first_rows(run: Path, what: str) -> None:
+    """`recap run` in a process of its own, which is killed when its first four rows are on disk."""
+    command = [sys.executable, "-c", KILLED, "run", what, "--run", str(run)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((run / ".work" / what).rglob("*.parquet"))) == 1
 
 
 def files(folder: Path, *, without: tuple[str, ...] = ("stats", ".work")) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from stages.scenes import tiny_model
@@ -25,6 +24,8 @@ def processor() -> Any:
 
 
 def create_model(processor: Any) -> Any:
+    import torch
+
     torch.manual_seed(0)
     return tiny_model.create_model(processor).eval()
 
@@ -43,6 +44,8 @@ def make_inputs(processor: Any, sizes: Sequence[tuple[int, int]], questions: Seq
 
 @pytest.mark.parametrize("sizes", [SAME_SIZE, MIXED_SIZES])
 def test_logits_are_those_of_the_model_s_own_code(processor: Any, sizes: tuple[tuple[int, int], ...]) -> None:
+    import torch
+
     model = create_model(processor)
     inputs = make_inputs(processor, sizes, ["Describe the picture."] * 2)
     with torch.no_grad():
@@ -54,6 +57,8 @@ def test_logits_are_those_of_the_model_s_own_code(processor: Any, sizes: tuple[t
 
 
 def test_generated_tokens_are_those_of_the_model_s_own_code(processor: Any) -> None:
+    import torch
+
     model = create_model(processor)
     inputs = make_inputs(processor, SAME_SIZE, ("Describe the picture.", "What?"), padding_side="left")
     options: dict[str, Any] = {
@@ -70,6 +75,8 @@ def test_generated_tokens_are_those_of_the_model_s_own_code(processor: Any) -> N
 
 
 def test_no_other_model_of_the_process_is_affected(processor: Any) -> None:
+    import torch
+
     other = create_model(processor)
     inputs = make_inputs(processor, SAME_SIZE, ["Describe the picture."] * 2)
     attention = other.config._attn_implementation
@@ -101,6 +108,8 @@ def test_a_saved_model_does_not_know_of_the_speedups(processor: Any, tmp_path: P
 
 
 def test_repeated_images_of_a_batch_are_encoded_once(processor: Any) -> None:
+    import torch
+
     visual = create_model(processor).model.visual
     one, other = (Image.effect_noise(size, 90).convert("RGB") for size in MIXED_SIZES)
     inputs = processor.image_processor(images=[one, other, one, one], return_tensors="pt")

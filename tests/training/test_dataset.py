@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +66,8 @@ def test_only_answers_are_labels(sft_run: Path, processor: Any) -> None:
 
 def test_the_model_is_prompted_as_by_the_engines(sft_run: Path, processor: Any) -> None:
     """The ids before the answer are the processor's own, with image tokens expanded once."""
+    import torch
+
     example, *_ = read_sft_examples(sft_run)
     collator = Collator(processor)
     batch = collator([vars(example)])

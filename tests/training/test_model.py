@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from pipeline import config
 from stages.training.model import load_model
 from tests.support.runs import ROOT
 
 
 def test_weights_are_saved_in_the_type_in_which_they_came(tmp_path: Path) -> None:
+    import torch
+
     shutil.copy(ROOT / "manifests" / "scenes-grpo" / "run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)
     _, processor, save_dtype = load_model(run, run.sections["train"][""], generates=True)

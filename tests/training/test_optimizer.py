@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
-from stages.training.optimizer import MixedPrecisionMuon
-
 
 def test_master_weights_keep_what_16_bits_lose() -> None:
+    import torch
+    from torch import nn
+
+    from stages.training.optimizer import MixedPrecisionMuon
+
     model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64)).bfloat16()
     optimizer = MixedPrecisionMuon(model, lr=1e-6, weight_decay=0.0)
     before = model[0].weight.detach().float().clone()

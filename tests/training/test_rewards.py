@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +97,8 @@ def test_met_criteria_are_counted_by_weight_and_by_id() -> None:
 
 
 def test_an_answer_that_lacks_one_of_several_rewards_has_no_sum() -> None:
+    import torch
+
     rewards = torch.tensor([[0.5, 0.6], [0.5, torch.nan]])
     assert torch.isnan(drop_incomplete(rewards)).tolist() == [[False, False], [True, True]]
 
