@@ -39,11 +39,11 @@ def run(reference: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def recap(run: Path, what: str = "all", *, under: str = "") -> subprocess.CompletedProcess[str]:
+def recap(run: Path, what: str = "all", *options: str, under: str = "") -> subprocess.CompletedProcess[str]:
     """The command line; in a process of its own after the shell commands of `under`, if there are any."""
     if not under:
-        return runs.recap("run", what, "--run", run, check=False)
-    command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run)])
+        return runs.recap("run", what, "--run", run, *options, check=False)
+    command = shlex.join([sys.executable, "-m", "pipeline", "run", what, "--run", str(run), *options])
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["bash", "-c", f"{under} {command}"], capture_output=True, text=True, env=env, check=False)
 
@@ -99,7 +99,7 @@ def test_a_read_only_folder(run: Path, reference: Path) -> None:
 
 
 def test_too_few_file_handles(run: Path, reference: Path) -> None:
-    assert_clean_failure(recap(run, under="ulimit -n 7;"), run, "Too many open files")
+    assert_clean_failure(recap(run, "all", "--no-check", under="ulimit -n 7;"), run, "Too many open files")
     assert_rerun_completes(run, reference)
 
 
