@@ -305,7 +305,7 @@ def write_report(
 ) -> None:
     """Write the run's numbers and samples to report.html.
 
-    Prints its path. The file is self-contained: it fetches nothing, and its own script filters and searches the samples.
+    Prints its path. The file is self-contained: it fetches nothing, and its own script only filters the samples.
     """
     from pipeline import config
     from pipeline.report import render
