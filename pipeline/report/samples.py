@@ -79,8 +79,8 @@ def draw_sheets(run: Run, *, num_images: int) -> Iterator[Sheet]:
     """Sheets with at most `num_images` samples in all; for an unfinished run, samples of its last stage."""
     with database.connect_run(run) as connection:
         keys_by_kind = dict(_select_keys(connection, num_images))
-    keys = {key for keys in keys_by_kind.values() for key in keys}
-    by_key = _read_samples(run, keys, max_bytes=MAX_BYTES // max(1, len(keys)))
+    selected = set(chain.from_iterable(keys_by_kind.values()))
+    by_key = _read_samples(run, selected, max_bytes=MAX_BYTES // max(1, len(selected)))
     for kind, keys in keys_by_kind.items():
         if samples := tuple(by_key[key] for key in keys if key in by_key):
             yield Sheet(kind=kind, samples=samples)
