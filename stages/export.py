@@ -13,14 +13,16 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
+from types import ModuleType
 from typing import Any, Literal
 
 from pipeline import plugins
 from pipeline.decoding.probe_pool import map_ahead
 from pipeline.decoding.upright import copy_upright
 from pipeline.engines import Engine
-from pipeline.errors import ConfigError, MachineError, UndecodableError, UnknownNameError
+from pipeline.errors import ConfigError, MachineError, UndecodableError, UnknownNameError, UserError
 from pipeline.execution.passes import Pass, Shard
 from pipeline.progress import say
 from pipeline.records import Exported, ExportedText, Image, column_names
@@ -28,10 +30,11 @@ from pipeline.sections import Run, key, stamped
 from pipeline.storage import database, tables
 from pipeline.storage.database import list_score_folders
 from pipeline.storage.payloads import write_sums
-from stages.exporters import ExportPayload, ExportSample, FormFile
+from stages.exporters import ExportPayload, ExportSample, FormFile, Origin, put_text
 from stages.exporters._card import build_card
 from stages.kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
 from stages.sql import find_scores
+from stages.text.prompts import derive_seed
 from stages.text.selection import (
     Count,
     TextConfig,
@@ -49,7 +52,8 @@ WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
 @dataclass(frozen=True, kw_only=True)
 class Config(TextConfig):
     formats: tuple[str, ...] = key(
-        ("webdataset", "parquet"), "forms to write: files of stages/exporters/, or modules of your own with a dot"
+        ("webdataset", "parquet"),
+        "forms to write: files of stages/exporters/, or modules of your own with a dot. `recap init` names one",
     )
     image_extension: Literal["jpg", "original"] = key(
         "jpg",
@@ -60,6 +64,16 @@ class Config(TextConfig):
         False,
         "re-encode the images that an EXIF orientation turns, with their pixels upright, for readers that ignore it: "
         "JPEG at quality 95, other formats as PNG",
+        stamp_default=False,
+    )
+    images: Literal["copy", "reference"] = key(
+        "copy",
+        "copy the image files into the forms messages, llava and sidecar, or have them name the corpus's own files",
+        stamp_default=False,
+    )
+    instructions: tuple[str, ...] = key(
+        ("Describe this image in detail.",),
+        "the user's turn in the forms messages and llava; each image draws one, seeded by its key",
         stamp_default=False,
     )
     license: str = key("", "of the corpus, for the dataset card, such as cc-by-4.0", stamp=False)
@@ -76,6 +90,10 @@ class Config(TextConfig):
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
+        if self.upright and self.images == "reference":
+            raise ValueError('upright re-encodes images, and images = "reference" leaves them as they are; choose one')
+        if not self.instructions:
+            raise ValueError("instructions is empty; it must have at least one text")
         try:
             for name in self.formats:
                 plugins.load("stages.exporters", name)
@@ -130,7 +148,7 @@ def passes(run: Run) -> Iterable[Pass]:
 def build_slice(run: Run, settings: Config) -> dict[str, Any]:
     """The part of the configuration that decides rows; keys at their defaults leave no trace."""
     values = stamped(settings)
-    if settings.is_drawn:
+    if settings.is_drawn or len(settings.instructions) > 1:
         values["seed"] = run.seed
     if isinstance(settings.texts, Mapping):
         values["texts"] = list(settings.texts.items())  # their order decides too
@@ -151,10 +169,8 @@ def work(
     inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
 ) -> Iterator[ExportSample]:
     columns = list_columns(settings)
-    samples = (
-        ExportSample(row=_build_row(item), data=item.shard.read_image(item.image), columns=columns) for item in inputs
-    )
-    if not settings.upright:
+    samples = (_build_sample(item, settings, columns) for item in inputs)
+    if not settings.upright or not _needs_images(settings):
         yield from samples
         return
     for sample in map_ahead(samples, _turn_upright, num_threads=num_threads, depth=2 * num_threads):
@@ -195,6 +211,40 @@ def list_columns(settings: Config) -> tuple[str, ...]:
         "weight": bool(settings.weight),
     }
     return tuple(name for name in column_names(Exported) if used.get(name, True))
+
+
+def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...]) -> ExportSample:
+    """
+    Raises:
+        UserError: its image is to be referenced, but is part of a larger file.
+    """
+    image, shard = item.image, item.shard
+    assert image.file
+    file = str(shard.locate(image))
+    if settings.images == "reference" and image.offset:
+        raise UserError(
+            f'{shard.run.file}: export.images is "reference", which needs images that are files of their own, but '
+            f'{image.source_key} is part of {image.file}; use "copy"'
+        )
+    draw = derive_seed(shard.run.seed, "instruction", image.key)
+    return ExportSample(
+        row=_build_row(item),
+        origin=Origin(image=image, file=file, name=shard.find_name(image)),
+        data=shard.read_image(image) if _needs_images(settings) else b"",
+        columns=columns,
+        reference=file if settings.images == "reference" else "",
+        instruction=settings.instructions[draw % len(settings.instructions)],
+    )
+
+
+def _needs_images(settings: Config) -> bool:
+    """Whether a form has the bytes of images. Without a copy, there are none in those that can reference them."""
+    forms = (_load_form(name) for name in settings.formats)
+    may_reference = settings.images == "reference"
+    return any(
+        getattr(form, "NEEDS_IMAGES", True) and not (may_reference and getattr(form, "REFERENCES_IMAGES", False))
+        for form in forms
+    )
 
 
 def _build_row(item: ExportInput) -> Exported:
@@ -270,9 +320,6 @@ def finish(run: Run, is_new: bool) -> None:
     settings = run.sections["export"][""]
     if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
         return
-    paths = sorted((run.folder / "export/index").glob("*.parquet"))
-    footers = [footer for footer in map(tables.read_whole_footer, paths) if footer]
-    texts = _build_indexes(settings, footers)
     with database.connect(run.folder) as connection:
         result = database.run_query(connection, SUMMARY)
         stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
@@ -291,13 +338,13 @@ def finish(run: Run, is_new: bool) -> None:
         notes=describe_texts(settings),
         columns=list_columns(settings),
     )
-    texts |= dict(zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True))
-    for name, text in texts.items():
-        path = run.folder / name
-        if not path.exists() or path.read_bytes() != text.encode():
-            with tables.open_atomic(path) as file:
-                file.write(text.encode())
-    write_sums(run.folder, "export/index", footers, texts)
+    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
+        put_text(run.folder / name, text)
+    paths = sorted((run.folder / "export/index").glob("*.parquet"))
+    footers = [footer for footer in map(tables.read_whole_footer, paths) if footer]
+    _write_indexes(run.folder, settings, footers)
+    names = (name for name in (*WHOLE_FILES, *_list_indexes(settings)) if (run.folder / name).exists())
+    write_sums(run.folder, "export/index", footers, names)
     _warn(run, stats["num_samples"], num_older)
 
 
@@ -312,24 +359,26 @@ def _warn(run: Run, num_samples: int, num_older: int) -> None:
         )
 
 
+def _load_form(name: str) -> ModuleType:
+    return plugins.load("stages.exporters", name)
+
+
 def _list_indexes(settings: Config) -> Iterator[str]:
-    """The files that the forms' `build_index` gives, relative to the run."""
+    """The files that the forms' `write_index` may write, relative to the run."""
     for form in settings.formats:
-        for name in getattr(plugins.load("stages.exporters", form), "INDEXES", ()):
+        for name in getattr(_load_form(form), "INDEXES", ()):
             yield f"export/{form.rpartition('.')[2]}/{name}"
 
 
-def _build_indexes(settings: Config, footers: Sequence[tables.TableFooter]) -> dict[str, str]:
-    """The text of each of `_list_indexes`, from the footers of all index tables."""
-    texts: dict[str, str] = {}
+def _write_indexes(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
+    """Writes each form's files of the whole run, from the footers of all index tables."""
     for form in settings.formats:
-        module, folder = plugins.load("stages.exporters", form), f"export/{form.rpartition('.')[2]}/"
+        module, folder = _load_form(form), f"export/{form.rpartition('.')[2]}/"
         files = [
             FormFile(name=name.removeprefix(folder), num_samples=footer.num_rows, num_bytes=num_bytes)
             for footer in footers
             for name, num_bytes in footer.payload.items()
             if name.startswith(folder)
         ]
-        if hasattr(module, "build_index"):
-            texts |= {f"{folder}{name}": text for name, text in module.build_index(files).items()}
-    return texts
+        if hasattr(module, "write_index"):
+            module.write_index(run / folder, files)

@@ -35,6 +35,8 @@ from tests.support.runs import recap, sections, write
         ({"export": {"formats": ["parquet", "parquet"]}}, ["export", "each once"]),
         ({"engines__captioner": {"kind": "os.path"}}, ["engines.captioner.kind", "no plugin"]),
         ({"filter": {"choose": "nothing DESC"}}, ["filter.choose", "nothing"]),
+        ({"export": {"upright": True, "images": "reference"}}, ["export", "upright", "reference"]),
+        ({"export": {"instructions": []}}, ["export", "instructions", "at least one"]),
         ({"export": {"formats": ["tfrecord"]}}, ["export", "formats", "tfrecord", "webdataset"]),
         ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),
         ({"score__judge": {"kind": "juge"}}, ["score.judge.kind", "'juge'", "judge"]),

@@ -251,6 +251,6 @@ def default_sections(source: Mapping[str, Any], *, engine: str, model: str | Non
         "score.form": {"kind": "text"},
         "score.judge": {"kind": "judge", "engine": "captioner", "rubric": "dense"},
         "filter": {"rules": {"well_formed": "form > 0.9", "faithful": "judge >= 0.6"}, "choose": "judge DESC"},
-        "export": {},
+        "export": {"formats": ["webdataset"]},
         "slurm": {},
     }

@@ -142,15 +142,18 @@ class Shard:
 
     def locate(self, image: Image) -> Path:
         """The current path of an image's file. A corpus may have moved since ingest; the plan has relative names."""
+        name = self.find_name(image)
+        return Path(self.run.source.place(name)) if Path(image.file or "").is_absolute() else self.run.folder / name
+
+    def find_name(self, image: Image) -> str:
+        """The plan's name for an image's file, or the file itself where the plan does not have it."""
         file = image.file
         assert file is not None
-        if not Path(file).is_absolute():
-            return self.run.folder / file
         if image.source_key in self._planned and file.endswith(f"/{image.source_key}"):  # a file of its own
-            return Path(self.run.source.place(image.source_key))
-        parts = file.split("/")
+            return image.source_key
+        parts = file.split("/") if Path(file).is_absolute() else []
         names = ("/".join(parts[start:]) for start in range(len(parts)))  # the longest first
-        return Path(self.run.source.place(next((name for name in names if name in self._planned), file)))
+        return next((name for name in names if name in self._planned), file)
 
     @cached_property
     def _planned(self) -> frozenset[str]:

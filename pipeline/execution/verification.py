@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from tarfile import TarError
 from threading import Event
@@ -84,7 +84,7 @@ class Verification:
         if footer is None:
             return
         reasons = {name: check_payload_file(self.run.folder, name, footer) for name in footer.payload}
-        reasons |= dict(self._compare_images(p, shard, [name for name, reason in reasons.items() if not reason]))
+        reasons |= dict(self._compare_images(p, shard, reasons))
         for name, reason in reasons.items():
             if reason:
                 remedy = f"{_remove(self.run.folder / name)} && {command}"
@@ -108,17 +108,18 @@ class Verification:
             self._meter.add(footer.num_rows, 0)
         self.num_tables += 1
 
-    def _compare_images(self, p: Pass, shard: int, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Compares packed or exported images with the digests in their rows; yields payload files that differ."""
+    def _compare_images(self, p: Pass, shard: int, reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Compares packed or exported images with the digests in their rows; yields payload files that differ.
+
+        Args:
+            reasons: payload file -> damage that is known, whose files are not compared; "": none.
+        """
+        names = [name for name, reason in reasons.items() if not reason]
         rows = self._shard(shard).read_table(p.folder, p.record)
         if p.record is Exported:
             digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
-            forms = plugins.list_names("stages.exporters")
-            for name in names:
-                form = Path(name).parts[1]
-                module = plugins.load("stages.exporters", form) if form in forms else None
-                if module and hasattr(module, "read_images"):
-                    yield name, _compare_digests(module.read_images(self.run.folder / name), digests)
+            damaged = {Path(name).parts[1] for name in reasons.keys() - names}
+            yield from _compare_forms(self.run.folder, names, digests, damaged)
         elif p.record is Image:
             with closing(self._shard(shard)) as images:
                 for row in (row for row in rows if isinstance(row, Image) and row.file in names):
@@ -205,13 +206,41 @@ class Verification:
         return shard
 
 
-def _compare_digests(images: Iterable[tuple[str, bytes]], digests: Mapping[str, str]) -> str:
-    try:
-        found = {key: hashlib.sha256(data).hexdigest() for key, data in images}
-    except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
-        return f"does not read: {error}"
-    unlike = sorted(key for key in {*found, *digests} if found.get(key) != digests.get(key))
-    return f"has {len(unlike)} images that are not those of their rows, {unlike[0]} the first" if unlike else ""
+def _compare_forms(
+    run: Path, names: Iterable[str], digests: Mapping[str, str], damaged: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Compares the images of exported files, form by form, since a form may spread a shard over several files.
+
+    Args:
+        damaged: forms with further files, whose images are unknown.
+    """
+    forms = plugins.list_names("stages.exporters")
+    for form, files in groupby(sorted(names), key=lambda name: Path(name).parts[1]):
+        module = plugins.load("stages.exporters", form) if form in forms else None
+        if module and hasattr(module, "read_images"):
+            images = {name: module.read_images(run / name) for name in files}
+            yield from _compare_form(images, digests, is_complete=form not in damaged)
+
+
+def _compare_form(
+    files: Mapping[str, Iterable[tuple[str, bytes]]], digests: Mapping[str, str], *, is_complete: bool
+) -> Iterator[tuple[str, str]]:
+    missing, with_images = set(digests), ""
+    for name, images in files.items():
+        try:
+            found = {key: hashlib.sha256(data).hexdigest() for key, data in images}
+            unlike = sorted(key for key in found if found[key] != digests.get(key))
+            reason = (
+                f"has {len(unlike)} images that are not those of their rows, {unlike[0]} the first" if unlike else ""
+            )
+        except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
+            found, reason = {}, f"does not read: {error}"
+        missing -= found.keys()
+        with_images = with_images or (name if found else "")
+        is_complete = is_complete and not reason
+        yield name, reason
+    if missing and is_complete:
+        yield with_images or next(iter(files)), f"has no image of {len(missing)} rows, {min(missing)} the first"
 
 
 def _compare_ids(rows: Iterable[tuple[str | int, ...]], expected: Iterable[tuple[str | int, ...]]) -> str:

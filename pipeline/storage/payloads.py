@@ -11,7 +11,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,10 +87,40 @@ class TarWriter:
         self._tar.members.clear()  # type: ignore[attr-defined]  # otherwise every member's header stays in memory
         return offset
 
+    @property
+    def end(self) -> int:
+        """The byte at which the next header begins."""
+        return 0 if self._tar is None else int(self._tar.offset)
+
     def commit(self) -> int:
         if self._tar is not None:
             self._tar.close()
         return self.file.commit()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarMember:
+    """A member of a tar."""
+
+    name: str
+    offset: int  # byte at which its data begins
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The byte at which the member after it begins."""
+        return self.offset + -(-self.num_bytes // BLOCK) * BLOCK
+
+
+def list_members(tar: Path) -> Iterator[TarMember]:
+    """The members of a tar that `TarWriter` wrote, from their headers alone."""
+    with open(tar, "rb") as file:
+        at = 0
+        while (header := os.pread(file.fileno(), BLOCK, at)).strip(b"\0"):
+            name, size = header[:100].rstrip(b"\0").decode(), int(header[124:135], 8)
+            member = TarMember(name=name, offset=at + BLOCK, num_bytes=size)
+            yield member
+            at = member.end
 
 
 class ImagePacker:

@@ -10,8 +10,11 @@ a list of its files,
 
 - `CARD`: a `CardEntry`;
 - `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file;
-- `INDEXES`, names of files below `<run>/export/FORM/`, and `build_index(files) -> Mapping[str, str]`, the text of each,
-  from the `FormFile`s of the whole run, in order.
+- `INDEXES`, names of files below `<run>/export/FORM/`, and `write_index(folder, files)`, which writes them into that
+  folder from the `FormFile`s of the whole run, in order.
+
+A form that copies no images has `NEEDS_IMAGES = False`; one that can name the corpus's files in their place, as
+`ExportSample.reference` says, `REFERENCES_IMAGES = True`.
 
 Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """
@@ -24,9 +27,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline import plugins
-from pipeline.records import Exported, column_names
+from pipeline.records import Exported, Image, column_names
+from pipeline.storage import tables
 from pipeline.storage.layout import work_folder
 from pipeline.storage.payloads import file_extension
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an image file is."""
+
+    image: Image  # its row, with the bytes' offset and number
+    file: str  # path or URL, as it is now, of the file that has the bytes
+    name: str  # the plan's name for that file; relative to the run if ingest packed the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +47,10 @@ class ExportSample:
     """A sample of the training set, with its image file."""
 
     row: Exported
-    data: bytes
+    data: bytes  # the image file; empty when no form of the training set needs it
+    reference: str = ""  # the path of the image file in the corpus, if images are not to be copied
+    instruction: str = ""  # the user's turn, for forms with conversations
+    origin: Origin | None = None  # always given by the stage
     columns: tuple[str, ...] = column_names(Exported)  # of `row`, those that this training set has
 
     @property
@@ -92,6 +108,13 @@ class FormWriter(Protocol):
 
     def abandon(self) -> None:
         """Removes unfinished files."""
+
+
+def put_text(path: Path, text: str) -> None:
+    """Writes a file, unless it has that text."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        with tables.open_atomic(path) as file:
+            file.write(text.encode())
 
 
 class ExportPayload:

@@ -10,24 +10,29 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.storage.payloads import TarWriter, UnfinishedFile, commit_files
-from stages.exporters import CardEntry, ExportSample, FormFile
+from pipeline.storage.payloads import commit_files
+from stages.exporters import CardEntry, ExportSample, FormFile, _energon, put_text
 
 CARD = CardEntry(image="jpg", caption="txt")
-INDEXES = ("index.json",)
+INDEXES = ("index.json", *_energon.INDEXES)
+DATASET = _energon.CAPTIONS.format(image=", ".join(("jpg", "png", "webp", "gif", "avif", "tif", "bmp")))
 
 
 def open(run: Path, shard: int, work: Path) -> WebDataset:
-    return WebDataset(run, UnfinishedFile(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+    return WebDataset(run, _energon.IndexedTar(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
 
 
-def build_index(files: Sequence[FormFile]) -> Mapping[str, str]:
-    shards = [{"url": file.name, "nsamples": file.num_samples, "filesize": file.num_bytes} for file in files]
+def write_index(folder: Path, files: Sequence[FormFile]) -> None:
+    tars = [file for file in files if file.name.endswith(".tar")]
+    shards = [{"url": file.name, "nsamples": file.num_samples, "filesize": file.num_bytes} for file in tars]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
-    return {"index.json": json.dumps(index, indent=2) + "\n"}
+    put_text(folder / "index.json", json.dumps(index, indent=2) + "\n")
+    _energon.write_index(folder, files, dataset=DATASET)
 
 
 def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.suffix != ".tar":
+        return
     with tarfile.open(path) as tar:
         for member in tar:
             name, _, suffix = member.name.partition(".")
@@ -40,17 +45,16 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
 class WebDataset:
     """A tar in which the members of a sample are adjacent."""
 
-    def __init__(self, run: Path, file: UnfinishedFile) -> None:
-        self._run, self._tar = run, TarWriter(file)
+    def __init__(self, run: Path, tar: _energon.IndexedTar) -> None:
+        self._run, self._tar = run, tar
 
     def add(self, sample: ExportSample, suffix: str) -> None:
-        key = sample.row.key
-        self._tar.add(f"{key}.{suffix}", sample.data)
-        self._tar.add(f"{key}.json", json.dumps(sample.values, ensure_ascii=False).encode())
-        self._tar.add(f"{key}.txt", sample.line.encode())
+        values = json.dumps(sample.values, ensure_ascii=False)
+        parts = {suffix: sample.data, "json": values.encode(), "txt": sample.line.encode()}
+        self._tar.add(sample.row.key, parts)
 
     def commit(self) -> Mapping[str, int]:
-        return commit_files(self._run, self._tar)
+        return commit_files(self._run, *self._tar.finish())
 
     def abandon(self) -> None:
-        self._tar.file.abandon()
+        self._tar.abandon()

@@ -15,6 +15,7 @@ from pipeline import config
 from pipeline.engines import openai, transformers, vllm
 from pipeline.errors import ConfigError
 from pipeline.execution.run_state import RunState
+from stages.exporters import webdataset
 from tests.support.faults import Faulty
 from tests.support.runs import ROOT, begin, corpus, files, make, picture, recap_alone, sections, write
 
@@ -141,7 +142,8 @@ def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     assert {name for name in files(run) if not shard.fullmatch(name)} == {
         "export/README.md",
         "export/stats.json",
-        "export/webdataset/index.json",
+        "export/webdataset/00000.tar.idx",
+        *(f"export/webdataset/{name}" for name in webdataset.INDEXES),
         "export/index/SHA256SUMS",
     }
     with tarfile.open(run / "export" / "webdataset" / "00000.tar") as made:

@@ -1,0 +1,62 @@
+"""Folders of files that are put in place as a whole, one per shard.
+
+Where a folder holds a file per image, the footer of the shard's table names only the file that lists the others.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.storage.layout import unfinished_path
+from pipeline.storage.tables import sync_folder
+
+
+class UnfinishedFolder:
+    """A folder that is written outside its final place; it is created when it is first opened."""
+
+    def __init__(self, path: Path, *, work: Path) -> None:
+        self.path = path
+        self._temporary = unfinished_path(path, work=work)
+        self._folders: set[Path] = set()
+
+    def open(self, name: str = "") -> Path:
+        """Creates the folder, or one in it, and returns its present place."""
+        folder = self._temporary / name
+        if folder not in self._folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folders.add(folder)
+        return folder
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file; `name` may have folders in it, and must be new."""
+        folder, _, file = name.rpartition("/")
+        with open(self.open(folder) / file, "xb") as out:
+            out.write(data)
+
+    def commit(self) -> None:
+        """Puts the folder in the place of an earlier one; if it was never opened, only removes that."""
+        for folder, _, files in os.walk(self._temporary):
+            for name in (*files, "."):
+                _sync(Path(folder, name))
+        old = self._temporary.with_name(f"{self._temporary.name}.old")
+        if self.path.exists():
+            old.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path, old)
+        if self._folders:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def abandon(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,97 @@
+"""Export form `mds`: `export/mds/00000/shard.00000.mds`, by MosaicML's own writer, and one index of all folders.
+
+`StreamingDataset(local="export/mds")` yields the columns of the training set, and the image file in `image`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.records import Exported, arrow_schema
+from stages.exporters import CardEntry, ExportSample, FormFile, put_text
+from stages.exporters._folders import UnfinishedFolder
+
+INDEX = "index.json"
+CARD = CardEntry(image="image", caption="caption")
+INDEXES = (INDEX,)
+ENCODINGS = {"string": "str", "int64": "int", "double": "float64", "bool": "uint8"}  # Arrow's type -> MDS; else JSON
+ADVICE = (
+    "export.formats: mds needs mosaicml-streaming, which is not installed: pip install 'recap-pipeline[mds]'; beside "
+    "transformers 5, which it excludes: pip install --no-deps mosaicml-streaming brotli catalogue cramjam "
+    "python-snappy zstd"
+)
+
+
+def require() -> None:
+    """
+    Raises:
+        UserError: MosaicML's library is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("streaming") is None:
+        raise UserError(ADVICE)
+
+
+def open(run: Path, shard: int, work: Path) -> StreamingShard:
+    require()
+    return StreamingShard(run, UnfinishedFolder(run / "export" / "mds" / f"{shard:05d}", work=work))
+
+
+def write_index(folder: Path, files: Sequence[FormFile]) -> None:
+    """Joins the indexes of all shards' folders."""
+    shards = []
+    for file in files:
+        name, _, base = file.name.partition("/")
+        if base == INDEX:
+            for shard in json.loads((folder / file.name).read_text(encoding="utf-8"))["shards"]:
+                shard["raw_data"]["basename"] = f"{name}/{shard['raw_data']['basename']}"
+                shards.append(shard)
+    put_text(folder / INDEX, json.dumps({"shards": shards, "version": 2}, sort_keys=True))
+
+
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.name == INDEX:
+        return
+    from streaming.base.format.mds.reader import MDSReader
+
+    index = json.loads((path.parent / INDEX).read_text(encoding="utf-8"))
+    (shard,) = (one for one in index["shards"] if one["raw_data"]["basename"] == path.name)
+    reader = MDSReader.from_json(str(path.parent), None, shard)
+    for i in range(len(reader)):
+        row = reader[i]
+        yield row["key"], row["image"]
+
+
+class StreamingShard:
+    """The files of one shard; MosaicML's writer splits them at 64 MiB, and holds one of them in memory."""
+
+    def __init__(self, run: Path, folder: UnfinishedFolder) -> None:
+        self._run, self._folder = run, folder
+        self._writer: Any = None
+        self._encodings: dict[str, str] = {}
+
+    def add(self, sample: ExportSample, suffix: str) -> None:  # noqa: ARG002
+        if self._writer is None:
+            from streaming import MDSWriter
+
+            types = {field.name: str(field.type) for field in arrow_schema(Exported)}
+            self._encodings = {name: ENCODINGS.get(types[name], "json") for name in sample.columns}
+            self._writer = MDSWriter(out=str(self._folder.open()), columns={**self._encodings, "image": "bytes"})
+        self._writer.write({**sample.values, "image": sample.data})
+
+    def commit(self) -> Mapping[str, int]:
+        if self._writer is not None:
+            self._writer.finish()
+        self._folder.commit()
+        files = sorted(self._folder.path.iterdir()) if self._writer is not None else []
+        return {str(path.relative_to(self._run)): path.stat().st_size for path in files}
+
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel_future_jobs()
+        self._folder.abandon()

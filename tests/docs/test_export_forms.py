@@ -1,0 +1,35 @@
+"""The loading lines of docs/export-forms.md, each run by its real loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pages import Block, list_blocks
+from tests.support.runs import ROOT, begin, corpus, make, sections
+
+PAGE = (ROOT / "docs" / "export-forms.md",)
+FORMS = ("captions", "mds", "messages", "overlay", "parquet", "sidecar", "webdataset")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with runs/photos, exported in all forms."""
+    folder = tmp_path_factory.mktemp("forms")
+    parts = sections(corpus(folder / "photos", ["jpg", "png"] * 3), filter={"rules": {}}, export={"formats": FORMS})
+    assert make(begin(folder / "runs" / "photos", parts)).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("block", list_blocks("python", pages=PAGE), ids=lambda block: block.id)
+def test_loading_lines_load(block: Block, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block.text, block.page.name, "exec"), names)
+    found = [names[name] for name in ("image", "sample", "dataset") if name in names]
+    assert found or "captions/*.parquet" in block.text
