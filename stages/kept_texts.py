@@ -70,7 +70,7 @@ def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[
         ConfigError: a key of `[export]` names no pass, or its SQL is not valid.
     """
     captions, is_drawn = list(run.sections["caption"]), isinstance(settings.texts, Mapping)
-    if unknown := sorted(settings.passes - {*captions, RAW}):
+    if unknown := sorted(settings.named_passes - {*captions, RAW}):
         known = ", ".join(sorted({*captions, RAW}))
         raise ConfigError(f"{run.file}: export", f"texts or prefix names {unknown[0]!r}; it may name {known}")
     choose = run.sections["filter"][""].choose if is_drawn else "candidate"

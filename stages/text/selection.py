@@ -75,7 +75,7 @@ class TextConfig:
             raise ValueError("tokenizer needs the package tokenizers: pip install 'recap-pipeline[transformers]'")
 
     @property
-    def passes(self) -> set[str]:
+    def named_passes(self) -> set[str]:
         """The names of caption passes, or RAW, that its keys mention."""
         return {*(self.texts if isinstance(self.texts, Mapping) else ()), *(self.prefix or ())}
 
@@ -161,7 +161,7 @@ def choose_text(texts: Sequence[T], config: TextConfig, *, seed: int, key: str) 
 
 def excerpt_text(text: Text, config: TextConfig, count: Count | None, *, seed: int, key: str) -> Excerpt:
     """The caption of a sample: dropped, sampled, shortened, with its prefix, and cut to `max_tokens`."""
-    if draw(seed, key, "drop") < config.drop:
+    if config.drop and draw(seed, key, "drop") < config.drop:
         return Excerpt(text="", num_tokens=count("") if count else 0, cut=0)
     part = text.text
     if config.sentences:

@@ -92,6 +92,7 @@ def test_alt_texts_of_the_top_share_of_the_whole_run_replace_captions(captioned:
     replaced = {row.source_key: row.caption for row in rows if row.caption_pass == "raw"}
     assert replaced == {f"{i:05d}.jpg": f"alt text of number {i}" for i in (18, 21, 24, 27)}
     assert {row.caption_pass for row in rows if row.source_key not in replaced} <= {"dense", "short"}
+    assert recap("verify", "--run", captioned).stdout == ""
 
 
 def test_captions_are_cut_to_the_tokens_of_a_model_and_samples_have_weights(captioned: Path) -> None:
