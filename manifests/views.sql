@@ -7,8 +7,8 @@ CREATE VIEW plan AS SELECT * FROM read_parquet('plan.parquet', hive_partitioning
 -- One row per input of the plan.
 CREATE VIEW image AS SELECT * FROM read_parquet('image/*.parquet', union_by_name = true, hive_partitioning = false);
 
--- num_candidates rows per usable image and caption pass.
-CREATE VIEW caption AS SELECT * FROM read_parquet('caption/*/*.parquet', union_by_name = true, hive_partitioning = false);
+-- num_candidates rows per usable image and caption pass. `caption` is the pass, as in the other views; `name` is the same.
+CREATE VIEW caption AS SELECT *, name AS caption FROM read_parquet('caption/*/*.parquet', union_by_name = true, hive_partitioning = false);
 
 -- One row per rubric pass and image with a usable caption of the student.
 CREATE VIEW rubric AS SELECT * FROM read_parquet('rubric/*/*.parquet', union_by_name = true, hive_partitioning = false);

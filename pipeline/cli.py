@@ -225,10 +225,11 @@ def run_stage(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command("status", epilog="Example: recap status --run runs/photos --json | jq '.[].num_missing'")
+@app.command("status", epilog="Example: recap status --run runs/photos --format json | jq '.[].num_missing'")
 def print_status(
     run: RunOption = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    format: Format = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Show for each pass what is done, missing, stale and failed.
 
@@ -237,14 +238,14 @@ def print_status(
     from pipeline import config
     from pipeline.commands import status
     from pipeline.execution.run_state import RunState
-    from pipeline.progress import escape_controls, say
+    from pipeline.progress import say
     from pipeline.slurm.jobs import JobMonitor
     from pipeline.storage.database import find_leftovers
 
     state = RunState(config.load(run))
     monitor = JobMonitor.query_slurm(state)
     passes = status.summarise_passes(state, monitor)
-    print(status.format_json(passes) if as_json else escape_controls(status.format_table(passes, monitor)))
+    status.print_passes(passes, monitor, "json" if as_json else format, sys.stdout.buffer)
     if folders := find_leftovers(state.run):
         say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
 
@@ -282,7 +283,7 @@ def run_query(
     from pipeline.storage import database
 
     if not name:
-        print("\n".join(f"{title:12} {sentence}" for title, sentence in list_queries()))
+        print("\n".join(f"{title:16} {sentence}" for title, sentence in list_queries()))
         return
     with database.connect_run(config.load(run)) as connection:
         print_query(connection, read_query(name), format, sys.stdout.buffer)

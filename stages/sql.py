@@ -69,7 +69,7 @@ def build_rows(scores: Sequence[str], captions: Sequence[str]) -> str:
     )
     image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
     return f"""
-        SELECT c.*, c.name AS caption, {NUM_WORDS.format("c.text")} AS num_words, {image}{values}
+        SELECT c.*, {NUM_WORDS.format("c.text")} AS num_words, {image}{values}
         FROM caption AS c JOIN image AS i ON i.key = c.key
         {joins}
         WHERE c.name IN ({", ".join(map(database.quote_literal, captions))})"""

@@ -68,20 +68,30 @@ def sources() -> Sources:
 
 
 def import_graph(texts: Sources) -> dict[str, set[str]]:
-    return {module: (set(imported(ast.parse(text), texts)) & texts.keys()) - {module} for module, text in texts.items()}
+    graph = {}
+    for module, text in texts.items():
+        targets = {name if name in texts else package for name, package in list_imports(text)}
+        graph[module] = (targets & texts.keys()) - {module}
+    return graph
 
 
-def imported(tree: ast.Module, texts: Sources) -> Iterator[str]:
+@cache
+def list_imports(text: str) -> list[tuple[str, str]]:
+    """(what is imported, the module to which it belongs unless it is a module itself)."""
+    return list(find_imports(ast.parse(text)))
+
+
+def find_imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            for name in (f"{node.module}.{alias.name}" for alias in node.names):
-                yield name if name in texts else node.module
+            yield from ((f"{node.module}.{alias.name}", node.module) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("plugins.load"):
             arguments = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             if arguments and len(arguments) == len(node.args):
-                yield arguments[-1] if "." in arguments[-1] else ".".join(arguments)
+                name = arguments[-1] if "." in arguments[-1] else ".".join(arguments)
+                yield name, name
 
 
 def room_of(module: str) -> str:

@@ -18,10 +18,12 @@ import typer
 
 from pipeline import config
 from pipeline.cli import app
-from pipeline.commands import init
+from pipeline.commands import init, status
 from pipeline.commands.sql import list_queries, print_query, read_query
 from pipeline.errors import MachineError, QueryError
+from pipeline.execution.run_state import RunState
 from pipeline.progress import say
+from pipeline.slurm.jobs import JobMonitor
 from pipeline.storage import database
 from pipeline.storage.layout import work_folder
 from pipeline.storage.parts import write_failure
@@ -70,9 +72,9 @@ def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     recap("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
     done = recap_alone("run", "all", "--run", tmp_path / "run")
     assert done.stdout == ""
-    status = {p["title"]: p for p in json.loads(recap("status", "--run", tmp_path / "run", "--json").stdout)}
-    assert status["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
-    assert all(p["num_missing"] == p["stale"] == 0 for p in status.values())
+    found = {p["title"]: p for p in json.loads(recap("status", "--run", tmp_path / "run", "--json").stdout)}
+    assert found["ingest"]["statuses"] == {"ok": 8, "unreadable": 4}
+    assert all(p["num_missing"] == p["stale"] == 0 for p in found.values())
     assert (tmp_path / "run" / "export" / "README.md").exists()
 
 
@@ -189,6 +191,33 @@ def test_sql_prints_every_format(run: Path) -> None:
     assert list(csv.DictReader(io.StringIO(recap("sql", query, "--run", run, "--format", "csv").stdout))) == rows
     table = recap("sql", query, "--run", run).stdout.splitlines()
     assert (table[0].split(), len(table)) == (["key", "status"], 1 + len(rows))
+
+
+def test_status_prints_every_format(run: Path, tmp_path: Path) -> None:
+    expected = json.loads(recap("status", "--run", run, "--json").stdout)
+    rows = list(csv.DictReader(io.StringIO(recap("status", "--run", run, "--format", "csv").stdout)))
+    assert [(row["title"], int(row["done"])) for row in rows] == [(p["title"], p["done"]) for p in expected]
+    assert [json.loads(row["statuses"]) for row in rows] == [p["statuses"] for p in expected]
+    passes = status.summarise_passes(state := RunState(config.load(run)), JobMonitor.query_slurm(state))
+    with open(tmp_path / "status.parquet", "wb") as out:
+        status.print_passes(passes, JobMonitor.query_slurm(state), "parquet", out)
+    stored = pq.read_table(tmp_path / "status.parquet").to_pylist()
+    assert [(row["title"], row["num_rows"], row["rows_per_second"]) for row in stored] == [
+        (p["title"], p["num_rows"], p["rows_per_second"]) for p in expected
+    ]
+
+
+class Terminal(io.BytesIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "num"), [(io.BytesIO, 500), (Terminal, 99)])
+def test_tables_are_cut_on_a_terminal_only(run: Path, kind: type[io.BytesIO], num: int) -> None:
+    out = kind()
+    with database.connect(run) as connection:
+        print_query(connection, f"SELECT '{'x' * 500}' AS text", "table", out)
+    assert out.getvalue().decode().count("x") == num + 1  # the heading has one
 
 
 def test_json_has_no_infinity(run: Path) -> None:
@@ -362,8 +391,8 @@ def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: P
             database.run_query(connection, "SELECT (SELECT count(*) FROM Stats)")
     done = recap("query", "cost", "--run", run, check=False)
     assert (done.returncode, done.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
-    status = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--json").stdout)}
-    assert status["caption:dense"]["rows_per_second"] > 0
+    found = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--format", "json").stdout)}
+    assert found["caption:dense"]["rows_per_second"] > 0
 
 
 def test_every_named_query_runs_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 -- Caption lengths in words, compared with the corpus's own alt text.
 WITH words AS (
-    SELECT name AS caption, len(regexp_extract_all(text, '\S+')) AS num_words FROM caption WHERE status = 'ok'
+    SELECT caption, len(regexp_extract_all(text, '\S+')) AS num_words FROM caption WHERE status = 'ok'
     UNION ALL SELECT '(alt text)', len(regexp_extract_all(alt_text, '\S+')) FROM image WHERE alt_text IS NOT NULL
 )
 SELECT caption, count(*) AS captions, round(avg(num_words), 1) AS mean, min(num_words) AS least,

@@ -1,5 +1,5 @@
 -- The captions with the lowest scores.
-SELECT s.name AS score, round(s.value, 3) AS value, c.key, i.source_key, c.name AS caption, c.candidate, c.text
+SELECT s.name AS score, round(s.value, 3) AS value, c.key, i.source_key, c.caption, c.candidate, c.text
 FROM score AS s
 JOIN caption AS c ON c.key = s.key AND c.name = s.caption AND c.candidate = s.candidate
 JOIN image AS i ON i.key = s.key

@@ -18,7 +18,7 @@ from pipeline.storage import database
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_CELL = 100  # characters of a value in a text table
+MAX_CELL = 100  # characters of a value in a text table on a terminal
 
 
 def list_queries() -> list[tuple[str, str]]:
@@ -46,18 +46,22 @@ def print_query(connection: database.Connection, sql: str, format: str, out: IO[
         QueryError: it is no reading statement, or it fails.
     """
     if format == "parquet":
-        _print_parquet(database.read_arrow(connection, sql), out)
+        print_parquet(database.read_arrow(connection, sql), out)
         return
     result = database.run_query(connection, sql)
-    names = [column[0] for column in result.description or ()]
+    print_rows([column[0] for column in result.description or ()], database.fetch_rows(result), format, out)
+
+
+def print_rows(names: list[str], rows: Iterable[tuple[Any, ...]], format: str, out: IO[bytes]) -> None:
+    """Prints rows as they arrive: as a text table, csv or json. Long cells of a table are cut on a terminal only."""
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     try:
-        PRINTERS[format](names, database.fetch_rows(result), text)
+        PRINTERS[format](names, rows, text)
     finally:
         text.detach()
 
 
-def _print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
+def print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -67,7 +71,8 @@ def _print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
 
 
 def _print_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    cells = [[_format_cell(name) for name in names], *([_format_cell(value) for value in row] for row in rows)]
+    most = MAX_CELL if out.isatty() else None
+    cells = [[_format_cell(value, most) for value in row] for row in (names, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=out)
@@ -98,10 +103,10 @@ def _replace_infinite(value: Any) -> Any:
     return [_replace_infinite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _format_cell(value: Any) -> str:
+def _format_cell(value: Any, most: int | None) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     text = " ".join(text.split())
-    return escape_controls(text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…")
+    return escape_controls(text if most is None or len(text) <= most else text[: most - 1] + "…")
 
 
 PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json}

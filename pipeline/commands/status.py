@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO, Any
 
+from pipeline.commands import sql
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
 from pipeline.execution.state_index import StateIndex
 from pipeline.execution.states import DUE
-from pipeline.progress import format_count, format_duration
+from pipeline.progress import escape_controls, format_count, format_duration
 from pipeline.records import Stat
 from pipeline.slurm.jobs import JobMonitor, RunningTask
 from pipeline.storage import tables
@@ -144,6 +146,27 @@ def _list_notes(passes: Sequence[PassStatus]) -> Iterator[str]:
             yield f"stale {p.title}: {reason}"
         for shard, why in list(p.failures.items())[:MAX_LINES]:
             yield f"failed {p.title} {shard}: {why}"
+
+
+def print_passes(passes: Sequence[PassStatus], monitor: JobMonitor, format: str, out: IO[bytes]) -> None:
+    """Prints the progress as a text table with notes, json, csv or parquet; the last two have nested values as JSON."""
+    if format in ("table", "json"):
+        text = escape_controls(format_table(passes, monitor)) if format == "table" else format_json(passes)
+        out.write(f"{text}\n".encode())
+        return
+    rows = [{name: _flatten(value) for name, value in asdict(p).items()} for p in passes]
+    if format == "parquet":
+        import pyarrow as pa
+
+        kinds = {"str": pa.string(), "int": pa.int64(), "float | None": pa.float64()}
+        columns = [(field.name, kinds.get(str(field.type), pa.string())) for field in fields(PassStatus)]
+        sql.print_parquet(pa.Table.from_pylist(rows, pa.schema(columns)), out)
+    else:
+        sql.print_rows([field.name for field in fields(PassStatus)], (tuple(row.values()) for row in rows), format, out)
+
+
+def _flatten(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
 
 
 def format_json(passes: Sequence[PassStatus]) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Label, Step, Stat, Exported)
+ADDED_COLUMNS = {"caption": ", name AS caption"}  # of the views, to those of the files
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
 ROWS_IN_MEMORY = 2_000  # of a query's result
 MAX_QUOTED = 100  # characters of a statement in an error
@@ -60,7 +61,8 @@ class Connection:
         self._undefined = {_view_name(statement): statement for statement in views}
         for record in RECORDS:
             columns = ", ".join(map(_empty_column, arrow_schema(record)))
-            duck.execute(f"CREATE VIEW {record.table} AS SELECT {columns} WHERE false")
+            more = ADDED_COLUMNS.get(record.table, "")
+            duck.execute(f"CREATE VIEW {record.table} AS SELECT *{more} FROM (SELECT {columns} WHERE false)")
 
     def define(self, names: Iterable[str]) -> None:
         """Defines these views, if they are not defined yet.
