@@ -286,7 +286,7 @@ class ExportedText:
     text: str
     caption_pass: str
     candidate: int
-    score: float  # [0, 1]: the mean of the scores that the filter uses; -1 without any
+    score: float  # [0, 1]: the mean of the scores that the filter or the training set uses; -1 without any
     num_tokens: int  # by the tokenizer that `[export]` names; 0 without one
     cut: int  # tokens that were cut off at the end
 

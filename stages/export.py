@@ -50,7 +50,9 @@ WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TextConfig):
+class FormConfig:
+    """The keys of `[export]` that decide its files."""
+
     formats: tuple[str, ...] = key(
         ("webdataset", "parquet"),
         "forms to write: files of stages/exporters/, or modules of your own with a dot. `recap init` names one",
@@ -86,7 +88,6 @@ class Config(TextConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
@@ -101,6 +102,13 @@ class Config(TextConfig):
             raise ValueError(f"formats names a form that does not exist: {error}") from error
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TextConfig, FormConfig):  # the last one's keys come first
+    def __post_init__(self) -> None:
+        FormConfig.__post_init__(self)
+        TextConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +131,19 @@ def passes(run: Run) -> Iterable[Pass]:
     if not captions:
         return
     rules = run.sections["filter"][""].rules
-    scores = {score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)}
-    query, used = build_query(run, settings, sorted(scores))
+    scores = [score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)]
+    query, scores = build_query(run, settings, scores)
     yield Pass(
         stage="export",
         folder="export/index",
-        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores | used), "verdict"),
+        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores), "verdict"),
         reads_all=tuple(list_raw_folders(run, settings)),
         prepare=partial(write_threshold, settings=settings) if settings.raw_top else None,
         version=VERSION,
         slice=build_slice(run, settings),
         record=Exported,
         max_error_share=1.0,
-        inputs=partial(inputs, settings=settings, query=query, scores=sorted(scores)),
+        inputs=partial(inputs, settings=settings, query=query, scores=scores),
         work=partial(work, settings=settings, num_threads=run.num_cores),
         payload=lambda shard: ExportPayload(
             run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
@@ -152,6 +160,7 @@ def build_slice(run: Run, settings: Config) -> dict[str, Any]:
         values["seed"] = run.seed
     if isinstance(settings.texts, Mapping):
         values["texts"] = list(settings.texts.items())  # their order decides too
+    if settings.texts:
         values["choose"] = run.sections["filter"][""].choose
     return values
 

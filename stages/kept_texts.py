@@ -6,7 +6,7 @@ Which of them is exported is decided in stages/text/selection.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -63,31 +63,33 @@ class KeptText(Text):
     scores: tuple[NamedScore, ...]
 
 
-def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[str, set[str]]:
-    """The query for the texts of a shard's images, with these scores as its last columns, and further scores it uses.
+def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[str, list[str]]:
+    """The query for the texts of a shard's images, and the scores that it uses, which are its last columns.
+
+    They are the given ones, and what `[filter] choose` and SQL of `[export]` use where they decide texts or weights.
 
     Raises:
         ConfigError: a key of `[export]` names no pass, or its SQL is not valid.
     """
-    captions, is_drawn = list(run.sections["caption"]), isinstance(settings.texts, Mapping)
+    captions = list(run.sections["caption"])
     if unknown := sorted(settings.named_passes - {*captions, RAW}):
         known = ", ".join(sorted({*captions, RAW}))
         raise ConfigError(f"{run.file}: export", f"texts or prefix names {unknown[0]!r}; it may name {known}")
-    choose = run.sections["filter"][""].choose if is_drawn else "candidate"
-    used = find_scores(run, "filter.choose", choose, clause=ORDER_BY)
+    choose = run.sections["filter"][""].choose if settings.texts else "candidate"
+    used = {*scores, *find_scores(run, "filter.choose", choose, clause=ORDER_BY)}
     for name in ("weight", "raw_score"):
         if sql := getattr(settings, name):
             used |= find_scores(run, f"export.{name}", sql)
     query = TEXTS.format(
-        **_build_texts(run, settings, sorted({*scores, *used})),
-        condition="keep" if is_drawn or settings.texts == "all" else "chosen",
+        **_build_texts(run, settings, sorted(used)),
+        condition="keep" if settings.texts else "chosen",
         order=choose,
         weight=settings.weight or "1.0",
-        scores="".join(f", {database.quote_identifier(score)}" for score in scores),
+        scores="".join(f", {database.quote_identifier(score)}" for score in sorted(used)),
     )
     if settings.weight or settings.raw_score:
         check_query(run, "export", query)
-    return query, used
+    return query, sorted(used)
 
 
 def _build_texts(run: Run, settings: TextConfig, scores: Sequence[str], captions: Sequence[str] = ()) -> dict[str, str]:

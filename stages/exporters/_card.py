@@ -57,12 +57,13 @@ def build_card(
     num_samples = stats["num_samples"]
     size = next((name for limit, name in SIZES if num_samples < limit), SIZES[-1][1])
     licence = f"license: {license}\n" if license else ""
-    modules = [plugins.load("stages.exporters", name) for name in sorted(formats)]
-    entries: list[CardEntry] = [module.CARD for module in modules if hasattr(module, "CARD")]
-    data_files = next((entry.data_files for entry in entries if entry.data_files), "")
+    modules = {name: plugins.load("stages.exporters", name) for name in sorted(formats)}
+    entries: dict[str, CardEntry] = {name: module.CARD for name, module in modules.items() if hasattr(module, "CARD")}
+    shown = sorted(entries, key=lambda name: name != "parquet")  # the form whose images the viewer shows comes first
+    data_files = next((entries[name].data_files for name in shown if entries[name].data_files), "")
     configs = f"configs:\n- config_name: default\n  data_files: {data_files}\n" if data_files else ""
-    images = " / ".join(f"`{entry.image}`" for entry in entries) or "image"
-    texts = " / ".join(f"`{entry.caption}`" for entry in entries) or "caption"
+    images = " / ".join(f"`{entry.image}`" for entry in entries.values()) or "image"
+    texts = " / ".join(f"`{entry.caption}`" for entry in entries.values()) or "caption"
     captions = "\n".join(
         f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`"
         if c["model"]

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pipeline.sections import key
+from pipeline.sections import key, plain_value
 from stages.text.sentences import split_sentences
 
 RAW = "raw"  # the alt text, among the names of caption passes
@@ -105,7 +105,7 @@ def describe_texts(config: TextConfig) -> list[str]:
     if config.random_length:
         notes.append("Each text ends after a random number of its sentences.")
     if config.max_tokens:
-        notes.append(f"Texts were cut to {config.max_tokens} tokens of `{config.tokenizer}`.")
+        notes.append(f"Texts were cut to {config.max_tokens} tokens of `{plain_value(config.tokenizer)}`.")
     if config.drop:
         notes.append(f"{config.drop:.1%} of the captions are empty.")
     return notes

@@ -80,7 +80,9 @@ def test_all_kept_captions_travel(captioned: Path) -> None:
     rows, chosen = export(captioned, texts="all"), {row.key: row.caption for row in export(captioned)}
     assert {row.key: row.caption for row in rows} == chosen
     texts = [(row.key, text.caption_pass, text.candidate, text.text) for row in rows for text in row.texts]
-    assert texts == [(row["key"], row["name"], row["candidate"], row["text"]) for row in query(captioned, KEPT)]
+    assert sorted(texts) == [(row["key"], row["name"], row["candidate"], row["text"]) for row in query(captioned, KEPT)]
+    ranked = [[text for text in row.texts if text.caption_pass == name] for row in rows for name in ("dense", "short")]
+    assert all(texts == sorted(texts, key=lambda text: -text.score) for texts in ranked)
     export(captioned, texts="all")
     stored = pq.read_table(captioned / "export" / "parquet" / "00000.parquet")
     assert [len(texts) for texts in stored["texts"].to_pylist()] == [len(row.texts) for row in rows[: len(stored)]]
