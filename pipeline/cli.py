@@ -1,7 +1,7 @@
 """The command line: stdout is data, everything else goes to stderr, and the exit code is the result.
 
 0: everything requested is done. 1: the machine failed on some shard. 2: the user's input is wrong. 75: stopped by a
-signal, resumable.
+signal, resumable. 3: stopped by max_hours or max_tokens, resumable when raised.
 """
 
 from __future__ import annotations
@@ -29,6 +29,25 @@ app = typer.Typer(
 )
 slurm = typer.Typer(help="Run the stages as chained Slurm array jobs.", no_args_is_help=True)
 
+
+def complete_passes(ctx: typer.Context, incomplete: str) -> list[str]:
+    from pipeline.commands import completion
+
+    return completion.complete(completion.complete_passes, ctx.params.get("run") or Path(), incomplete)
+
+
+def complete_engines(ctx: typer.Context, incomplete: str) -> list[str]:
+    from pipeline.commands import completion
+
+    return completion.complete(completion.complete_engines, ctx.params.get("run") or Path(), incomplete)
+
+
+def complete_queries(ctx: typer.Context, incomplete: str) -> list[str]:
+    from pipeline.commands import completion
+
+    return completion.complete(completion.complete_queries, ctx.params.get("run") or Path(), incomplete)
+
+
 RunOption = Annotated[Path, typer.Option("--run", help="The run's directory.", show_default="current directory")]
 ShardOption = Annotated[
     str, typer.Option(help="The shards: 7, 0-9, 0-99:10, 3,5,8-11, i/n (block i of n, from 0) or all.")
@@ -42,7 +61,12 @@ Format = Annotated[
 ]
 Stages = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[STAGE[:NAME]]...", help="Stages or passes, as for `recap run`.", show_default="all"),
+    typer.Argument(
+        metavar="[STAGE[:NAME]]...",
+        help="Stages or passes, as for `recap run`.",
+        show_default="all",
+        autocompletion=complete_passes,
+    ),
 ]
 
 
@@ -146,13 +170,16 @@ def extend_plan(run: RunOption = Path()) -> None:
 
 @app.command("try", epilog="Example: recap try caption:dense --images 5")
 def try_pass(
-    name: Annotated[str, typer.Argument(metavar="STAGE:NAME", help="A caption, rubric or score pass.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="STAGE:NAME", help="A caption, rubric or score pass.", autocompletion=complete_passes),
+    ],
     images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 20,
     run: RunOption = Path(),
 ) -> None:
-    """Run a pass on a few images and print the results.
+    """Run a pass on a few random images and print the results.
 
-    Nothing is written into the run.
+    They are images that the pass asks for (`where`), and the same ones each time. Nothing is written into the run.
     """
     from pipeline import config
     from pipeline.commands import preview
@@ -179,11 +206,37 @@ def check_run(run: RunOption = Path()) -> None:
     raise typer.Exit(0 if is_fine else 2)
 
 
+@app.command("estimate", epilog="Example: recap estimate --tasks 64 --price 2.5 --run runs/photos")
+def estimate_run(
+    run: RunOption = Path(),
+    images: Annotated[int, typer.Option(help="Number of random images to try.", min=2)] = 256,
+    tasks: Annotated[int, typer.Option(help="Processes that will work at the same time.", min=1)] = 1,
+    price: Annotated[float | None, typer.Option(help="The price of a GPU-hour.", min=0, show_default="none")] = None,
+) -> None:
+    """Estimate tokens, hours, cost, files and bytes of the whole run.
+
+    Sends random images of the plan through every pass, in a temporary directory. `recap status` compares what finished
+    shards took with the last estimate.
+    """
+    import shutil
+
+    from pipeline import config
+    from pipeline.commands import estimate
+
+    loaded = config.load(run)
+    estimated = estimate.estimate_run(loaded, num_images=images, num_tasks=tasks, price=price)
+    print("\n".join(estimate.format_estimate(estimated, free=shutil.disk_usage(loaded.folder).free)))
+
+
 @app.command("run", epilog="Example: recap run caption --shard 0-99 --run runs/photos")
 def run_stage(
     stage: Annotated[
         str,
-        typer.Argument(metavar="STAGE[:NAME]", help="ingest, caption, rubric, score, filter, export, train or all."),
+        typer.Argument(
+            metavar="STAGE[:NAME]",
+            help="ingest, caption, rubric, score, filter, export, train or all.",
+            autocompletion=complete_passes,
+        ),
     ],
     run: RunOption = Path(),
     shard: ShardOption = "all",
@@ -199,11 +252,13 @@ def run_stage(
     Finished work is skipped; interrupted runs resume.
     """
     from pipeline import config
+    from pipeline.commands import summary
     from pipeline.commands.check import require_ready
     from pipeline.execution import whole_run
     from pipeline.execution.pass_graph import select_passes
     from pipeline.execution.run_state import RunState
     from pipeline.execution.runner import Runner
+    from pipeline.progress import say
 
     state = RunState(config.load(run), shards=shard, stale=stale)
     if module := whole_run.load_stage(stage):
@@ -222,6 +277,8 @@ def run_stage(
         from pipeline.commands import push
 
         print(push.push_export(state.run, ""))
+    if is_whole and stage == "all":
+        say("\n".join(summary.format_end(state.run)))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -273,7 +330,10 @@ def run_sql(
 
 @app.command("query", epilog="Example: recap query yield --run runs/photos")
 def run_query(
-    name: Annotated[str, typer.Argument(help="The name of a query; without it, all are listed.")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(help="The name of a query; without it, all are listed.", autocompletion=complete_queries),
+    ] = "",
     run: RunOption = Path(),
     format: Format = "table",
 ) -> None:
@@ -316,7 +376,12 @@ def write_report(
 
 @app.command("serve", epilog="Example: recap serve judge --run runs/photos")
 def serve_engine(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="The name of a section [engines.ENGINE].")],
+    engine: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENGINE", help="The name of a section [engines.ENGINE].", autocompletion=complete_engines
+        ),
+    ],
     run: RunOption = Path(),
     host: Annotated[
         str, typer.Option(help="The address to listen on; any but loopback requires an API key.")
@@ -466,5 +531,5 @@ def report_outcome(outcome: Outcome) -> None:
     from pipeline.progress import format_quantity, say
 
     failed = f", {len(outcome.failures)} failed" if outcome.failures else ""
-    stopped = "; stopped, the same command resumes" if outcome.stopped else ""
+    stopped = "; stopped, the same command resumes" if outcome.stopped and not outcome.limit else ""
     say(f"{format_quantity(outcome.done, 'shard table')} made, {outcome.skipped} already done{failed}{stopped}")

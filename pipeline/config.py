@@ -56,7 +56,8 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     """The run of a run.toml whose TOML is parsed already; see `load`."""
     top = Section(values, file=file, field="")
     sections = [name for name in plugins.list_stages(values) if hasattr(plugins.load("stages", name), "Config")]
-    top.check_keys(["seed", "max_error_share", "source", "engines", "slurm", *sections])
+    limits = frozenset(f.name for f in dataclasses.fields(TopLevel))
+    top.check_keys([*sorted(limits), "source", "engines", "slurm", *sections])
     if "source" not in values:
         raise top.error("source", "is missing; write [source] with a kind and a path")
     source = top.subsection("source")
@@ -66,7 +67,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         file=file,
         folder=file.parent,
         num_cores=num_cores(),
-        **dataclasses.asdict(top.select_keys(frozenset({"seed", "max_error_share"})).parse(TopLevel)),
+        **dataclasses.asdict(top.select_keys(limits).parse(TopLevel)),
         source=source.plugin(SOURCES, common=common),
         corpus=source.select_keys(common).parse(Corpus),
         engines={name: engine.plugin(ENGINES) for name, engine in engines.items()},

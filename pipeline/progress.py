@@ -6,7 +6,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,8 @@ from pipeline.records import Record, status_of
 
 # C0, DEL and C1; marks, embeddings and isolates of writing direction; line separators; lone surrogates.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+FIRST_REPORT = 5.0  # seconds after which a wait for a server or a model is reported
+FIRST_STALL = 9.0  # seconds without a row after which that is reported
 RELAY_INTERVAL = 0.5  # seconds between progress messages of a worker process
 MIN_SECONDS, MIN_ROWS = 5.0, 20  # one of them has to pass before the time left is estimated
 EARLY_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # of tqdm, without the time left
@@ -38,6 +41,37 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
     else:
         print(message, file=sys.stderr, flush=True)
+
+
+class Patience:
+    """When to report that something takes long: after some seconds, then each time after twice as many."""
+
+    def __init__(self, first: float | None = None) -> None:
+        self.next = FIRST_REPORT if first is None else first  # seconds
+
+    def is_due(self, waited: float) -> bool:
+        if waited < self.next:
+            return False
+        self.next = max(2 * self.next, 1.5 * waited)
+        return True
+
+
+@contextmanager
+def report_waiting(what: str) -> Iterator[None]:
+    """Reports how long the block has taken, ever more rarely, while it runs."""
+    ended, start, patience = threading.Event(), time.monotonic(), Patience()
+
+    def report() -> None:
+        while not ended.wait(max(0.0, start + patience.next - time.monotonic())):
+            waited = time.monotonic() - start
+            if patience.is_due(waited):
+                say(f"recap: {what}: {format_duration(waited)} so far")
+
+    threading.Thread(target=report, name="reporter", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def format_count(num: float) -> str:
@@ -94,11 +128,16 @@ def format_duration(seconds: float) -> str:
 class ProgressMeter:
     """Counts the rows of one pass: a bar in a terminal, a line a minute elsewhere. Thread-safe."""
 
-    def __init__(self, title: str, *, num_shards: int, num_rows: int | None) -> None:
+    def __init__(
+        self, title: str, *, num_shards: int, num_rows: int | None, on_tokens: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`on_tokens` is called with the tokens of new rows."""
+        self._on_tokens = on_tokens
         self.title, self.num_shards, self.num_rows = title, num_shards, num_rows
         self.rows = self.failed = self.restored = self.shards = 0
         self._lock = threading.Lock()
-        self._start = self._printed_at = time.monotonic()
+        self._patience = Patience(FIRST_STALL)
+        self._start = self._printed_at = self._changed_at = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> ProgressMeter:
@@ -116,16 +155,21 @@ class ProgressMeter:
             self._print_line()
 
     def count(self, row: Record) -> None:
-        self.add(1, int(status_of(row) in row.failed))
+        tokens = (getattr(row, name, None) or 0 for name in ("num_prompt_tokens", "num_output_tokens"))
+        self.add(1, int(status_of(row) in row.failed), tokens=sum(tokens))
 
-    def add(self, rows: int, failed: int, restored: int = 0) -> None:
+    def add(self, rows: int, failed: int, restored: int = 0, tokens: int = 0) -> None:
         """
         Args:
             rows: number of rows made.
             failed: how many of them failed.
             restored: rows of an earlier attempt, which took no time.
+            tokens: of their prompts and answers.
         """
+        if tokens:
+            self._on_tokens(tokens)
         with self._lock:
+            self._changed_at = time.monotonic()
             self.rows += rows
             self.failed += failed
             self.restored += restored
@@ -136,6 +180,12 @@ class ProgressMeter:
                 self._bar.update(rows)
             elif time.monotonic() - self._printed_at > LINE_INTERVAL:
                 self._print_line()
+
+    def report_stall(self) -> None:
+        """Reports that no row was made for long, and then only for longer than ever before."""
+        waited = time.monotonic() - self._changed_at
+        if self._patience.is_due(waited):
+            say(f"recap: {self.title}: no new row for {format_duration(waited)}")
 
     def shard_done(self) -> None:
         with self._lock:
@@ -163,11 +213,12 @@ class ProgressMeter:
 class ProgressRelay(ProgressMeter):
     """Counts in a worker process, and sends the counts to the meter in the parent."""
 
-    def __init__(self, send: Callable[[tuple[int, int, int]], None]) -> None:
+    def __init__(self, send: Callable[[tuple[int, int, int, int]], None]) -> None:
         super().__init__("", num_shards=1, num_rows=None)
-        self._send = send
+        self._send, self._tokens = send, 0
 
-    def add(self, rows: int, failed: int, restored: int = 0) -> None:
+    def add(self, rows: int, failed: int, restored: int = 0, tokens: int = 0) -> None:
+        self._tokens += tokens
         self.rows += rows
         self.failed += failed
         self.restored += restored
@@ -175,6 +226,6 @@ class ProgressRelay(ProgressMeter):
             self.flush()
 
     def flush(self) -> None:
-        self._send((self.rows, self.failed, self.restored))
-        self.rows = self.failed = self.restored = 0
+        self._send((self.rows, self.failed, self.restored, self._tokens))
+        self.rows = self.failed = self.restored = self._tokens = 0
         self._printed_at = time.monotonic()

@@ -130,6 +130,12 @@ class TopLevel:
     max_error_share: float = key(
         0.2, "a shard fails when more than this share of its rows have failed, after the first 200", least=0, most=1
     )
+    max_hours: float | None = key(
+        None, "hours that all processes together may work; then the run stops with exit code 3", stamp=False, least=0
+    )
+    max_tokens: int | None = key(
+        None, "tokens of prompts and answers together; then the run stops with exit code 3", stamp=False, least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,8 @@ class Run:
     num_cores: int  # that this process may use
     seed: int
     max_error_share: float  # [0, 1]
+    max_hours: float | None = None
+    max_tokens: int | None = None
     source: Plugin
     corpus: Corpus
     engines: Mapping[str, Plugin]

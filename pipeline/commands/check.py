@@ -27,6 +27,7 @@ from pipeline.sections import Run
 from pipeline.slurm import limits, scheduler
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path
+from pipeline.storage.plan import explain_shard_size
 
 NUM_PICTURES = 4  # that go through every pass
 MIN_FREE = 200 * 10**6  # bytes: with less, the next tables and part files would not fit
@@ -81,6 +82,8 @@ def require_ready(state: RunState, passes: Sequence[Pass]) -> None:
 
 def check_quickly(state: RunState, passes: Sequence[Pass]) -> Iterator[Finding]:
     """The checks that load no model and send no picture."""
+    if changed := explain_shard_size(state.run.folder / "plan.parquet", state.run.corpus.shard_size):
+        yield Finding(kind="wrong", where=str(state.run.file), message=changed)
     if any(not p.reads for p in passes):
         yield _check_source(state)
     for name in dict.fromkeys(name for p in passes for name in p.engines):

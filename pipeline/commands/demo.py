@@ -16,11 +16,11 @@ from typing import Literal
 
 from pipeline import config, plugins
 from pipeline.commands import init
-from pipeline.commands.sql import read_query
+from pipeline.commands.summary import format_yield
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
-from pipeline.progress import format_count, format_duration, format_rate
+from pipeline.progress import format_duration, format_rate
 from pipeline.report import render
 from pipeline.sources import scenes
 from pipeline.storage import database, tables
@@ -28,13 +28,6 @@ from pipeline.storage import database, tables
 EngineKind = Literal["transformers", "vllm"]
 
 MANIFEST = resources.files("manifests") / "demo"
-STEPS = {
-    "images": "in the corpus",
-    "usable": "decoded; the others are broken, empty or not images",
-    "captioned": "have a complete caption without repetition",
-    "kept": "passed every rule of the filter",
-    "exported": "samples in the training set",
-}
 
 
 def create_demo(folder: Path, *, num_images: int | None = None, engine: EngineKind | None = None) -> config.Run:
@@ -77,24 +70,19 @@ def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None)
 
 
 def format_summary(folder: Path, seconds: float) -> Iterator[str]:
+    run = config.load(folder)
     with database.connect(folder) as connection:
-        steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({read_query('yield')})"))
-        reasons = list(database.query_rows(connection, REFUSALS))
+        ((num_images,),) = database.query_rows(connection, "SELECT count(*) FROM image")
         captions = list(database.query_rows(connection, CAPTIONS))
-    yield ""
-    for step, meaning in STEPS.items():
-        yield f"  {step:10}{format_count(steps[step]):>7}   {meaning}"
-    yield ""
-    if reasons:
-        yield "  refused:   " + ", ".join(f"{reason} ({format_count(num)})" for reason, num in reasons)
-    rate = steps["images"] / max(seconds, 1e-9)
+    yield from format_yield(run)
+    rate = num_images / max(seconds, 1e-9)
     yield f"  {format_rate(rate)} images/s over all stages, {format_duration(seconds)} in all"
     yield ""
     yield "  accuracy against the known truth of the images, which no stage has seen:"
     yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"
     yield from measure_accuracy(captions)
     yield ""
-    render.write_report(config.load(folder))
+    render.write_report(run)
     for place, meaning in FILES.items():
         yield f"  {f'{folder}/{place}':28} {meaning}"
     yield ""
@@ -128,7 +116,6 @@ FILES = {
     "export/webdataset": "load with webdataset: wds.WebDataset(...)",
     "export/parquet": "load with Hugging Face: load_dataset('parquet', data_files=...)",
 }
-REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
 CAPTIONS = """
 SELECT image.source_key, image.alt_text, caption.text, verdict.keep
 FROM caption JOIN image USING (key) JOIN verdict ON verdict.key = caption.key AND verdict.caption = caption.name

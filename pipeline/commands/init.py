@@ -19,15 +19,16 @@ from typing import Any, get_type_hints
 from pipeline import plugins
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
-from pipeline.progress import format_bytes
+from pipeline.progress import format_bytes, format_quantity, say
 from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _common, _survey
 from pipeline.storage import tables
 from pipeline.storage.layout import PACKED
-from pipeline.storage.plan import Plan, write_plan
+from pipeline.storage.plan import Plan, find_lost_files, write_plan
 from pipeline.validation import describe_type
 
 WIDTH = 110
+NUM_EXAMPLES = 3  # of lost files, in a message
 HEADER = (
     "# A run of recap; `recap run all` makes all of it. Commented-out keys show their defaults.",
     "# Changing a key that decides rows makes the tables below it stale; time-outs and URLs decide no rows.",
@@ -92,6 +93,12 @@ def extend_plan(run: Run) -> tuple[int, int]:
         if not path.exists() and not any(piece.num_samples is None or piece.num_samples > 0 for piece in pieces):
             raise UserError(f"{run.file}: source: there are no images in it")
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
+        if before and (lost := find_lost_files(path, pieces, place=run.source.place)):
+            few = ", ".join(map(repr, lost[:NUM_EXAMPLES])) + (", ..." if lost[NUM_EXAMPLES:] else "")
+            say(
+                f"recap: {format_quantity(len(lost), 'planned file')} missing from the corpus: {few}; their shards"
+                " cannot be ingested until they are back"
+            )
     except ConfigError as error:  # its message names the field
         raise UserError(f"{run.file}: {error}") from error
     except UserError:

@@ -1,33 +1,34 @@
-"""A preview: a few images go through one pass and its inputs, in a temporary directory, and the results are printed."""
+"""A preview: random images go through one pass and its inputs, in a temporary directory, and are printed."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 import textwrap
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from random import Random
+from typing import Any
 
-from pipeline.errors import MachineError, UserError
+from pipeline.errors import UserError
+from pipeline.execution import sample
 from pipeline.execution.pass_graph import add_inputs, list_passes, select_passes
 from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.run_state import RunState
-from pipeline.execution.runner import Runner
-from pipeline.progress import escape_controls
+from pipeline.execution.sample import Timing
+from pipeline.progress import escape_controls, format_count, format_duration, format_quantity, format_rate
 from pipeline.records import Caption, Image, ImageRubric, Piece, Score
 from pipeline.sections import Run
-from pipeline.storage.plan import assign_shards
-from pipeline.storage.tables import Provenance, write_rows
 
 INDENT = "    "
-NUM_FILES = 4  # opened when each file holds many images
-MAX_LISTED = 1000  # files of the corpus from which those are chosen
+MAX_ROUNDS = 4  # of drawing images, until enough of them are asked for
+GROWTH = 16  # times as many images as are wanted, at most, in one round
 
 
 def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
-    """Runs the passes called `name` (STAGE or STAGE:NAME) on the first images of the corpus; yields lines by image.
+    """Runs the passes called `name` (STAGE or STAGE:NAME) on random images that they ask for; yields lines by image.
+
+    The same images for the same seed and plan.
 
     Raises:
         UserError: there is no such pass, or it writes neither captions nor rubrics nor scores.
@@ -36,57 +37,78 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
     for p in select_passes(list_passes(run), name):
         if p.record not in (Caption, ImageRubric, Score):
             raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
-    with tempfile.TemporaryDirectory(prefix="recap-try-") as folder:
-        copy = dataclasses.replace(run, folder=Path(folder))
-        _write_plan(copy, num_images)
-        state = RunState(copy)
+    with sample.open_folder(run) as copy:
+        shards, keys = _draw_images(copy, name, sample.read_pieces(run), num_images)
+        state = sample.plan_sample(copy, shards)
         passes = select_passes(state.passes, name)
-        outcome = Runner(state, limit=num_images).execute(add_inputs(state.passes, passes))
-        if outcome.failures:
-            raise MachineError("; ".join(outcome.failures.values()))
-        if outcome.stopped:
-            return
-        yield from _format_images(Shard(run=copy, number=0, pieces=state.plan.pieces(0)), passes)
+        limited = [dataclasses.replace(p, inputs=partial(_limit_inputs, p.inputs, keys)) for p in passes]
+        timings = list(sample.make_passes(state, limited)) if keys else []
+        for shard in map(partial(_open_shard, state), state.selected) if keys else ():
+            yield from _format_images(shard, passes, keys)
+        footers = (state.states.footer("image", shard) for shard in state.selected)
+        num_drawn = sum(footer.num_rows for footer in footers if footer)
+        yield f"{name} asks for {format_count(len(keys))} of {format_quantity(num_drawn, 'random image')}"
+        yield from map(_format_timing, timings)
 
 
-def _write_plan(run: Run, num_images: int) -> None:
-    pieces = run.source.module.pieces(run.source.config)
-    rows = [row for row in assign_shards(_select_pieces(pieces, num_images), shard_size=num_images) if row.shard == 0]
-    write_rows(
-        run.folder / "plan.parquet",
-        type(rows[0]),
-        rows,
-        Provenance(stage="plan", name="", version=1, slice={}, inputs={}),
-    )
+def _draw_images(
+    copy: Run, name: str, pieces: Sequence[Piece], num_images: int
+) -> tuple[list[list[Piece]], frozenset[str]]:
+    """Draws images and makes the inputs of the passes, in rounds, until enough images are asked for.
+
+    Returns:
+        The images of each round, a shard each, and the keys of the images to show.
+    """
+    random = Random(copy.seed)
+    shards: list[list[Piece]] = []
+    keys: list[str] = []
+    size = num_images
+    while len(keys) < num_images and len(shards) < MAX_ROUNDS:
+        drawn = {piece for shard in shards for piece in shard}
+        new = [piece for piece in sample.draw_pieces(pieces, size, random=random) if piece not in drawn]
+        if not new:
+            break
+        shards.append(new)
+        keys += _find_asked(copy, name, shards)
+        missing, num_drawn = num_images - len(keys), sum(map(len, shards))
+        size = min(GROWTH * num_images, -(-num_drawn * missing // max(1, len(keys))))
+    return shards, frozenset(keys[:num_images])
 
 
-def _select_pieces(pieces: Iterator[Piece], num_images: int) -> Iterator[Piece]:
-    """The first images of the corpus; if only reading tells the length of a file, the first images of a few files."""
-    num = 0
-    for piece in pieces:
-        if piece.num_samples is None:
-            yield from _spread_pieces([piece, *islice(pieces, MAX_LISTED)], num_images - num)
-            return
-        yield piece
-        num += piece.num_samples
-        if num >= num_images:
-            return
+def _find_asked(copy: Run, name: str, shards: Sequence[Sequence[Piece]]) -> list[str]:
+    """The keys of the last shard's images for which the passes have inputs, which are made."""
+    state = sample.plan_sample(copy, shards, selected=str(len(shards) - 1))
+    passes = select_passes(state.passes, name)
+    folders = {p.folder for p in passes}
+    for _ in sample.make_passes(state, [p for p in add_inputs(state.passes, passes) if p.folder not in folders]):
+        pass
+    shard = _open_shard(state, state.selected[0])
+    return list(dict.fromkeys(str(item.id[0]) for p in passes for item in p.inputs(shard)))
 
 
-def _spread_pieces(pieces: list[Piece], num_images: int) -> Iterator[Piece]:
-    local = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # remote files are downloaded whole
-    chosen = local[:: -(-len(local) // NUM_FILES)]
-    share = -(-num_images // len(chosen))
-    for piece in chosen:
-        yield dataclasses.replace(piece, stop=piece.start + min(share, piece.num_samples or share))
+def _open_shard(state: RunState, number: int) -> Shard:
+    return Shard(run=state.run, number=number, pieces=state.plan.pieces(number))
 
 
-def _format_images(shard: Shard, passes: list[Pass]) -> Iterator[str]:
+def _limit_inputs(inputs: Callable[[Shard], Iterator[Any]], keys: Collection[str], shard: Shard) -> Iterator[Any]:
+    return (item for item in inputs(shard) if item.id[0] in keys)
+
+
+def _format_timing(timing: Timing) -> str:
+    rows = sum(stat.num_new_rows for stat in timing.stats)
+    loading = f", after {format_duration(timing.load_seconds)} of loading" if timing.load_seconds >= 1 else ""
+    rate = format_rate(rows / max(timing.seconds, 1e-9))
+    return f"{timing.p.title} made {rows} rows in {format_duration(timing.seconds)}, {rate} rows/s{loading}"
+
+
+def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str]) -> Iterator[str]:
     results: dict[str, list[str]] = {}
     for p in passes:
         for key, text in _format_rows(shard, p):
             results.setdefault(key, []).append(text)
     for image in shard.read_table("image", Image):
+        if image.key not in keys:
+            continue
         size = f"{image.width} x {image.height}" if image.width else image.error
         yield escape_controls(f"{image.key}  {image.source_key}  ({image.status}, {size})", keep="")
         yield _wrap_text("alt text", image.alt_text or "(none)")

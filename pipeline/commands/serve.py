@@ -25,6 +25,7 @@ from pipeline.engines import openai, vllm
 from pipeline.engines._options import Model, Serving, require_api_key
 from pipeline.engines._reaper import Reaper
 from pipeline.errors import ConfigError, EngineDiedError
+from pipeline.execution.signals import ECHO
 from pipeline.plugins import explain_unknown
 from pipeline.progress import format_duration, say
 from pipeline.sections import Run, endpoint_file
@@ -139,9 +140,14 @@ class _ServerProcess(subprocess.Popen[bytes]):
     """The server's process, in its own session, so that a Ctrl-C reaches it once, through `stop`."""
 
     is_stopping = False
+    stopped_at = 0.0  # on the monotonic clock
 
-    def stop(self, *_: int | FrameType | None) -> None:
-        self.is_stopping = True
+    def stop(self, *received: int | FrameType | None) -> None:
+        """Asks the server to end; a second signal kills it."""
+        if received and self.is_stopping and time.monotonic() - self.stopped_at > ECHO:
+            os.killpg(self.pid, signal.SIGKILL)
+            return
+        self.is_stopping, self.stopped_at = True, time.monotonic()
         self.send_signal(signal.SIGTERM)
 
 

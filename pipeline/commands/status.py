@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.commands import sql
+from pipeline.commands import estimate, sql
 from pipeline.errors import BrokenTableError
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
@@ -42,6 +42,7 @@ class PassStatus:
     num_failed_rows: int
     rows_per_second: float | None  # of one process, measured on finished shards
     seconds_left: float | None  # estimated for the tasks running now, or for one process
+    against_estimate: str  # what finished shards took, compared with `recap estimate`
     reasons: tuple[str, ...]  # why shards are stale
     failures: dict[str, str]  # shard -> the error of its last attempt
     running: tuple[RunningTask, ...]  # Slurm tasks that are making its shards
@@ -57,7 +58,8 @@ def summarise_passes(state: RunState, monitor: JobMonitor) -> list[PassStatus]:
 def _summarise_pass(state: RunState, p: Pass, index: StateIndex, monitor: JobMonitor) -> PassStatus:
     run = state.run.folder
     missing, stale, done = index.shards(p, *DUE, "blocked"), index.shards(p, "stale"), index.shards(p, "done")
-    rate, statuses = _estimate_rate(run, p, done), index.statuses(p)
+    stats = _sample_stats(run, p, done)
+    rate, statuses = _estimate_rate(stats), index.statuses(p)
     damaged = (*index.broken(p), *index.shards(p, "incomplete"))
     failures = dict(monitor.find_ended_early(p, index.shards(p, "missing", "behind")))
     failures |= {shard: state.states.state(p, shard).why for shard in damaged}
@@ -74,6 +76,7 @@ def _summarise_pass(state: RunState, p: Pass, index: StateIndex, monitor: JobMon
         num_failed_rows=sum(num for status, num in statuses.items() if status in p.record.failed),
         rows_per_second=rate[0] if rate else None,
         seconds_left=rate[1] * (len(missing) + len(stale)) / max(1, monitor.num_workers(p)) if rate else None,
+        against_estimate=_compare_with_estimate(state, p, stats),
         reasons=tuple(index.reasons(p, "stale")),
         failures={f"{shard:05d}": failures[shard] for shard in sorted(failures)},
         running=tuple(monitor.running_tasks(p)),
@@ -90,11 +93,27 @@ def _read_errors(run: Path, p: Pass, shards: Sequence[int]) -> Iterator[tuple[in
             yield shard, message
 
 
-def _estimate_rate(run: Path, p: Pass, done: Sequence[int]) -> tuple[float, float] | None:
-    """Rows per second and seconds per shard, measured on an even sample of the finished shards."""
+def _sample_stats(run: Path, p: Pass, done: Sequence[int]) -> list[Stat]:
+    """The statistics of an even sample of the finished shards."""
     step = max(1, len(done) // SAMPLE_SIZE)
     paths = [table_path(run / "stats", p.folder, shard) for shard in done[::step]]
-    stats = [stat for path in paths for stat in _read_stats(path) if stat.num_new_rows]
+    return [stat for path in paths for stat in _read_stats(path) if stat.num_new_rows]
+
+
+def _compare_with_estimate(state: RunState, p: Pass, stats: Sequence[Stat]) -> str:
+    whole = [stat for stat in stats if stat.num_new_rows == stat.num_rows]  # made in one attempt
+    footers = [state.states.footer("image", stat.shard) for stat in whole]
+    return estimate.compare(
+        estimate.read_estimate(state.run.folder),
+        p.title,
+        images=sum(footer.num_rows for footer in footers if footer),
+        tokens=sum(stat.num_prompt_tokens + stat.num_output_tokens for stat in whole),
+        seconds=sum(stat.seconds for stat in whole),
+    )
+
+
+def _estimate_rate(stats: Sequence[Stat]) -> tuple[float, float] | None:
+    """Rows per second and seconds per shard."""
     if not stats:
         return None
     seconds = sum(stat.seconds for stat in stats)
@@ -142,6 +161,8 @@ def _list_notes(passes: Sequence[PassStatus]) -> Iterator[str]:
             yield f"running {p.title}: {len(p.running)} tasks in all"
         for why, num in p.waiting.items():
             yield f"waiting {p.title}: {num} tasks ({why})"
+        if p.against_estimate:
+            yield f"against the estimate, {p.title}: {p.against_estimate}"
         for reason in p.reasons[:MAX_LINES]:
             yield f"stale {p.title}: {reason}"
         for shard, why in list(p.failures.items())[:MAX_LINES]:

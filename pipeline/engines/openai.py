@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, req
 from pipeline.engines._redaction import Redactor
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, BodyError, ConfigError, EngineDiedError, ServerError, UndecodableError
+from pipeline.progress import Patience, say
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -222,9 +223,10 @@ class _Health:
     give_up_after: float  # seconds
     failing_since: float | None = None
     last_error: str = ""
+    patience: Patience = field(default_factory=Patience)
 
     def record_success(self) -> None:
-        self.failing_since = None
+        self.failing_since, self.patience = None, Patience()
 
     def record_failure(self, error: str) -> None:
         """
@@ -236,6 +238,8 @@ class _Health:
         self.failing_since = self.failing_since or now
         if (waited := now - self.failing_since) >= self.give_up_after:
             raise EngineDiedError(f"{error}; gave up after {waited:.0f} s without an answer (give_up_after)")
+        if self.patience.is_due(waited):
+            say(f"recap: {error}; retrying for {waited:.0f} s, at most {self.give_up_after:.0f} s (give_up_after)")
 
 
 class _Client:
@@ -361,7 +365,7 @@ class _Client:
                 headers={"Accept-Encoding": ENCODINGS}
                 | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
                 auto_decompress=False,
-                timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=10),
+                timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=5),
             )
         return self._session
 

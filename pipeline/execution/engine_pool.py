@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
+from pipeline.progress import report_waiting
 from pipeline.sections import Plugin
 
 
@@ -16,15 +17,21 @@ class EnginePool(Mapping[str, Engine]):
     def __init__(self, plugins: Mapping[str, Plugin]) -> None:
         self._plugins, self._open = plugins, dict[str, Engine]()
         self._lock = threading.Lock()
+        self.is_loading = False
 
     def __getitem__(self, name: str) -> Engine:
         with self._lock:
             if name not in self._open:
                 plugin = self._plugins[name]
                 try:
-                    self._open[name] = plugin.module.open(plugin.config)
+                    model = getattr(plugin.config, "model_name", "")
+                    with report_waiting(f"loading {name} ({plugin.kind} {model})"):
+                        self.is_loading = True
+                        self._open[name] = plugin.module.open(plugin.config)
                 except ConfigError as error:  # an engine knows its keys, but not its name in run.toml
                     raise ConfigError(plugin.where, str(error)) from error
+                finally:
+                    self.is_loading = False
             return self._open[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.errors import (
     UserError,
     WorkerDiedError,
 )
+from pipeline.execution.budget import Budget
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState, Stale
@@ -53,10 +54,11 @@ class Outcome:
     skipped: int = 0  # shard tables that were done before
     failures: dict[str, str] = field(default_factory=dict)  # "caption:dense 00007" -> why
     stopped: bool = False
+    limit: str = ""  # the limit of run.toml that stopped it
 
     @property
     def exit_code(self) -> int:
-        return 75 if self.stopped else 1 if self.failures else 0
+        return 3 if self.stopped and self.limit else 75 if self.stopped else 1 if self.failures else 0
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.outcome = Outcome()
-        self._stop = threading.Event()  # a signal came
+        self._stop = threading.Event()  # a signal came, or a limit is reached
         self._given_up = False  # no further shard would succeed
         self._maker = ShardMaker(self.state.states, stop=self._stop, retry=self.retry, limit=self.limit)
         self._pool: WorkerPool | None = None
@@ -85,12 +87,15 @@ class Runner:
         sweep_unfinished(self.state.run.folder)  # of killed commands, beside the plan and run.toml
         self._check_retry([p for p in passes if not p.has_payload])
         self.state.check_not_stale(passes)
+        self._budget = Budget(self.state.run, num_procs=self.workers)
         engines = EnginePool(self.state.run.engines)
         self._pool = self._create_pool(passes) if self.workers > 1 else None
         try:
             with stop_on_signal(self._stop):
                 for p in passes:
-                    if self._stop.is_set() or self._given_up:
+                    if self._stop.is_set():
+                        raise StoppedError
+                    if self._given_up:
                         break
                     engines.close_all_but(p.engines)
                     try:
@@ -147,10 +152,20 @@ class Runner:
         self._fail_blocked(p, blocked)
         if due:
             num_rows = self.state.count_rows(p, list(due))
-            with ProgressMeter(p.title, num_shards=len(due), num_rows=num_rows) as meter:
+            meter = ProgressMeter(p.title, num_shards=len(due), num_rows=num_rows, on_tokens=self._spend)
+            self._spend(0)
+            with meter:
                 self._make_shards(p, list(due), engines, meter)
         if p.finish and not self.outcome.failures and self.state.is_complete(p):
             p.finish(self.state.run, bool(due))
+
+    def _spend(self, tokens: int) -> None:
+        """Counts tokens, and stops as on a signal when a limit of run.toml is reached."""
+        self._budget.spend(tokens)
+        if not self.outcome.limit and not self._stop.is_set() and (excess := self._budget.describe_excess()):
+            self.outcome.limit = excess
+            self._stop.set()
+            say(f"recap: {excess}")
 
     def _is_due(self, p: Pass, state: State) -> bool:
         if state.kind in DUE:
@@ -212,7 +227,7 @@ class Runner:
         pool = self._pool if len(shards) > 1 else None
         limit = num_threads * self.workers if pool else num_threads
         waiting, running = deque(shards), dict[Future[ShardResult], int]()
-        with ThreadPoolExecutor(num_threads) as threads:
+        with ThreadPoolExecutor(num_threads) as threads, _closing_if_interrupted(engines):
             while waiting or running:
                 while waiting and len(running) < limit and not self._stop.is_set() and not self._given_up:
                     shard = waiting.popleft()
@@ -223,12 +238,22 @@ class Runner:
                     running[future] = shard
                 if not running:
                     return
-                for future in self._wait(running, pool):
+                for future in self._wait(running, pool, engines=engines, meter=meter):
                     yield running.pop(future), future.exception() or future.result()
 
-    def _wait(self, running: Iterable[Future[ShardResult]], pool: WorkerPool | None) -> Iterable[Future[ShardResult]]:
-        """Waits until a shard has ended; passes a signal on to the workers meanwhile."""
+    def _wait(
+        self,
+        running: Iterable[Future[ShardResult]],
+        pool: WorkerPool | None,
+        *,
+        engines: EnginePool,
+        meter: ProgressMeter,
+    ) -> Iterable[Future[ShardResult]]:
+        """Waits until a shard has ended; passes a signal on to the workers and reports a stall meanwhile."""
         while not (ended := wait(running, timeout=POLL, return_when=FIRST_COMPLETED).done):
+            self._spend(0)
+            if not engines.is_loading:
+                meter.report_stall()
             if pool and self._stop.is_set():
                 pool.stop()
         for future in ended:
@@ -248,6 +273,16 @@ class Runner:
         say(f"recap: {title} failed: {message}")
         with suppress(OSError):
             write_failure(work_folder(self.state.run.folder, p.folder, shard), message)
+
+
+@contextmanager
+def _closing_if_interrupted(engines: EnginePool) -> Iterator[None]:
+    """Closes the engines on a second Ctrl-C, so that threads which wait for them save their rows and end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        engines.close_all_but(())
+        raise
 
 
 def _set_aside(path: Path) -> str:

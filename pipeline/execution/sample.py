@@ -134,6 +134,7 @@ def make_passes(state: RunState, passes: Sequence[Pass]) -> Iterator[Timing]:
         with stop_on_signal(stop):
             for p in passes:
                 engines.close_all_but(p.engines)
+                state.states.forget_whole()
                 try:
                     yield _make_pass(p, state, engines, maker)
                 finally:
@@ -160,13 +161,13 @@ def _make_pass(p: Pass, state: RunState, engines: EnginePool, maker: ShardMaker)
 
 
 class _RowTimer(ProgressMeter):
-    """Notes when each row was made; shows nothing."""
+    """Notes when each row was made."""
 
     def __init__(self, title: str) -> None:
         super().__init__(title, num_shards=1, num_rows=None)
         self.times: list[float] = []
         self._began = time.monotonic()
 
-    def add(self, rows: int, failed: int, restored: int = 0) -> None:
-        super().add(rows, failed, restored)
+    def add(self, rows: int, failed: int, restored: int = 0, tokens: int = 0) -> None:
+        super().add(rows, failed, restored, tokens)
         self.times += [time.monotonic() - self._began] * rows

@@ -13,7 +13,7 @@ FIELD = re.compile(r"(\w+)=(\S*)")
 
 
 def is_configured(slurm: SlurmConfig) -> bool:
-    """Whether run.toml sets any key of `[slurm]`."""
+    """Tests whether run.toml sets any key of `[slurm]`."""
     return slurm.settings != SlurmSettings() or any(one != Resources() for one in slurm.resources.values())
 
 

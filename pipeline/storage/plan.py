@@ -23,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import BrokenTableError, MachineError, SpecError, UserError
+from pipeline.errors import BrokenTableError, MachineError, RefusedError, SpecError, UserError
 from pipeline.records import Piece, Planned, arrow_schema
 from pipeline.storage import tables
 from pipeline.storage.lock import hold_lock
@@ -110,7 +110,7 @@ def write_plan(
 
     Raises:
         MachineError: the plan is damaged, or another process replaced it at the same time.
-        RefusedError: another process does not release the plan.
+        RefusedError: another process does not release the plan, or there is nothing new for a changed `shard_size`.
     """
     corpus = list(pieces)  # before the lock is taken: listing may take hours
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +119,11 @@ def write_plan(
         before = planned[-1].shard + 1 if planned else 0
         new = list(assign_shards(find_new_pieces(planned, corpus, place=place), shard_size=shard_size, first=before))
         if not new and planned:
+            if changed := explain_shard_size(path, shard_size):
+                raise RefusedError(changed)
             return before, before
         rows = [*planned, *new]
-        content = _format_plan(rows)
+        content = _format_plan(rows, shard_size=shard_size)
         with tables.open_atomic(path) as file:
             file.write(content)
             if not is_held():  # this process was suspended for so long that another took the lock
@@ -137,9 +139,28 @@ def _read_planned(path: Path) -> list[Planned]:
         return []
 
 
-def _format_plan(rows: Iterable[Planned]) -> bytes:
+def explain_shard_size(path: Path, shard_size: int) -> str:
+    """Why this `source.shard_size` has no effect on the plan; "" if it is that of the last extension, or unknown."""
+    footer = tables.read_footer(path)
+    planned = footer.provenance.slice.get("shard_size") if footer else None
+    if planned in (None, shard_size):
+        return ""
+    return (
+        f"source.shard_size = {shard_size} has no effect: {path} was made with {planned}, and planned shards never"
+        f" change; set it back to {planned}. Once the corpus has new images, `recap plan` uses the new size for them"
+    )
+
+
+def find_lost_files(path: Path, pieces: Iterable[Piece], *, place: Callable[[str], str] = str) -> list[str]:
+    """The planned files that are not among the pieces of the corpus any more."""
+    present = {place(piece.file) for piece in pieces}
+    return list(dict.fromkeys(row.file for row in _read_planned(path) if place(row.file) not in present))
+
+
+def _format_plan(rows: Iterable[Planned], *, shard_size: int) -> bytes:
     """The plan as a file, with the checksum of its Parquet footer."""
-    provenance = tables.Provenance(stage="plan", name="", version=1, slice={}, inputs={})
+    made_with = {"shard_size": shard_size}
+    provenance = tables.Provenance(stage="plan", name="", version=1, slice=made_with, inputs={})
     out = io.BytesIO()
     with tables.TableWriter(out, Planned, provenance) as writer:
         for row in rows:

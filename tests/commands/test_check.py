@@ -159,6 +159,10 @@ def empty_plan(world: World) -> None:
     write_rows(world.run / "plan.parquet", Planned, [], provenance)
 
 
+def change_shard_size(world: World) -> None:
+    world.use({"kind": "echo"}, source={"shard_size": 3})
+
+
 def damage_plan(world: World) -> None:
     (world.run / "plan.parquet").write_bytes(b"PAR1")
 
@@ -203,6 +207,7 @@ MISTAKES: dict[Callable[[World], None], str] = {
     limit_handles: r"open files: 200 may be open, and 256 may be needed; run `ulimit -n 256`",
     lose_corpus: r"source: cannot be read: .*No such file.*are its disks mounted",
     empty_plan: r"source: plan\.parquet holds no images; correct the source",
+    change_shard_size: r"run\.toml: source\.shard_size = 3 has no effect: .*made with 10, .*set it back to 10",
     damage_plan: r"run\.toml: .*plan\.parquet is damaged",
     mistype_recipe: r"run\.toml: recipes/mine\.toml: prompts: unknown key; did you mean 'prompt'",
     mistype_key: r"run\.toml: .*engines\.captioner\.texts: unknown key; did you mean 'text'",
@@ -234,7 +239,7 @@ def test_a_sound_run_is_fine_and_nothing_is_written(world: World) -> None:
     assert sorted(world.run.rglob("*")) == before
 
 
-def test_a_run_with_a_mistake_does_not_begin_unless_it_is_told_to(world: World) -> None:
+def test_a_run_with_a_mistake_does_not_begin_without_no_check(world: World) -> None:
     name_text_model(world)
     done = recap("run", "all", "--run", world.run, check=False)
     assert (done.returncode, "takes no images" in done.stderr) == (2, True)

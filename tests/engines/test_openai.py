@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from pipeline import config
+from pipeline import config, progress
 from pipeline.engines import Request, Sampling, openai
 from pipeline.errors import ConfigError, EngineDiedError
 from tests.support import tiny
@@ -77,6 +77,17 @@ def test_a_server_that_stays_dead_ends_the_engine_with_its_url_and_the_seconds_w
         server.stop()
         with pytest.raises(EngineDiedError, match=rf"{server.url}/chat/completions cannot be reached: .* after \d+ s"):
             list(replies)
+
+
+def test_a_dead_server_is_reported_before_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_REPORT", 0.0)
+    with Faulty() as server, opened(server, give_up_after=1.0) as engine:
+        server.stop()
+        with pytest.raises(EngineDiedError):
+            list(engine.generate([request(0)]))
+    assert f"{server.url}/chat/completions cannot be reached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])

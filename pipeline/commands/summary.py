@@ -1,0 +1,52 @@
+"""The end of a whole run: its yield, where the training set is, and what to look at next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from pipeline.commands.sql import read_query
+from pipeline.progress import format_count
+from pipeline.sections import Run
+from pipeline.storage import database
+
+STEPS = {
+    "images": "in the corpus",
+    "usable": "decoded; the others are broken, empty or not images",
+    "captioned": "have a complete caption without repetition",
+    "kept": "passed every rule of the filter",
+    "exported": "samples in the training set",
+}
+REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
+NEXT = (
+    ("recap report --run {run}", "the numbers and samples in one HTML file"),
+    ("recap query worst --run {run}", "the captions with the lowest scores"),
+    ('recap sql "FROM verdict LIMIT 5" --run {run}', "query the tables"),
+)
+
+
+def format_yield(run: Run) -> Iterator[str]:
+    """Counts the images that reached each step and the reasons of refusals; warns when no caption is kept."""
+    with database.connect_run(run) as connection:
+        steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({read_query('yield')})"))
+        reasons = list(database.query_rows(connection, REFUSALS))
+    yield ""
+    for step, meaning in STEPS.items():
+        yield f"  {step:10}{format_count(steps[step]):>7}   {meaning}"
+    yield ""
+    if reasons:
+        yield "  refused:   " + ", ".join(f"{reason} ({format_count(num)})" for reason, num in reasons)
+    if reasons and not steps["kept"]:
+        yield "  NO CAPTION WAS KEPT, and the training set is empty: is the first reason above the rule that you meant?"
+
+
+def format_end(run: Run) -> Iterator[str]:
+    """The yield, the directories of the export, and commands to go on with."""
+    yield from format_yield(run)
+    yield ""
+    for form in sorted(path for path in (run.folder / "export").glob("*") if path.is_dir() and path.name != "index"):
+        yield f"  {form}"
+    yield ""
+    yield "  next:"
+    for command, meaning in NEXT:
+        yield f"    {command.format(run=shlex.quote(str(run.folder))):58} # {meaning}"
