@@ -416,6 +416,19 @@ def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
     raise typer.Exit(1 if num_damaged else 0)
 
 
+@app.command("compact", epilog="Example: recap compact --run runs/photos")
+def compact_tables(run: RunOption = Path()) -> None:
+    """Copy the tables of many shards into few large files, which make queries of the whole run fast.
+
+    Answers stay the same: a copy is used only while the tables in it are unchanged, and may be removed at any time.
+    """
+    from pipeline import config
+    from pipeline.commands import compact
+
+    for line in compact.compact_run(config.load(run)):
+        print(line)
+
+
 @app.command("push", epilog="Example: recap push somebody/photos --private --run runs/photos")
 def push_export(
     target: Annotated[

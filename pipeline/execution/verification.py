@@ -26,6 +26,7 @@ from pipeline.progress import ProgressMeter
 from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
 from pipeline.storage import integrity, tables
+from pipeline.storage.compaction import check_copies
 from pipeline.storage.database import find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
 from pipeline.storage.layout import table_path
@@ -169,6 +170,9 @@ class Verification:
                 if path.stem.isdigit() and int(path.stem) >= self.state.plan.num_shards:
                     yield self._describe(path, "belongs to no shard of plan.parquet", "")
             yield from self._check_sums(p)
+
+        for copy, reason in check_copies(folder):
+            yield self._describe(copy, reason, _recap("compact", self.run))
 
     def _check_sums(self, p: Pass) -> Iterator[Damage]:
         """Compares the list of an export's digests with the files that belong to no shard, and with the footers."""

@@ -29,6 +29,7 @@ from pipeline.records import (
 )
 from pipeline.sections import Run
 from pipeline.storage import expressions
+from pipeline.storage.compaction import list_current_files
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,6 +43,7 @@ MAX_QUOTED = 100  # characters of a statement in an error
 QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}  # DuckDB's, which only read
 ALLOWED = "SELECT, FROM, DESCRIBE, SUMMARIZE, or EXPLAIN [ANALYZE] of one"
 EXPLAIN = re.compile(r"^EXPLAIN\b\s*(ANALYZE\b|\(\s*(ANALYZE|FORMAT)\b[\w\s,']*\))?", re.IGNORECASE)
+GLOB = re.compile(r"read_parquet\('(?P<root>/proc/self/fd/\d+)/(?P<pattern>[^']*/\*\.parquet)'")
 HANDLE = re.compile(r"/proc/self/fd/\d+/")  # of a run's folder, in the paths that DuckDB reads
 TABLE_FUNCTIONS = re.compile(  # except those that take a view's name as text: the view would not be defined
     r"(read|parquet|duckdb|pragma)_\w+|generate_series|glob|json_(each|tree)|range|repeat(_row)?|sniff_csv|unnest"
@@ -84,12 +86,19 @@ class Connection:
 
     def _define(self, name: str, statement: str) -> None:
         """Runs a CREATE statement; adds, as NULL, the columns of its record that none of the files has yet."""
+        statement = GLOB.sub(self._use_copies, statement)
         self.duck.execute(statement)
         stored = {row[0] for row in self.duck.execute(f"DESCRIBE {name}").fetchall()}
         (record,) = (record for record in RECORDS if record.table == name)
         missing = "".join(f", {_empty_column(field)}" for field in arrow_schema(record) if field.name not in stored)
         if missing:
             self.duck.execute(statement.replace("*", f"*{missing}", 1))
+
+    def _use_copies(self, glob: re.Match[str]) -> str:
+        """The files of a view as DuckDB's list, with compacted copies where there are current ones."""
+        files = list_current_files(Path(glob["root"]), glob["pattern"])
+        listed = ", ".join(quote_literal(f"{glob['root']}/{file}") for file in files)
+        return f"read_parquet([{listed}]" if files else glob[0]
 
     def close(self) -> None:
         """Idempotent."""

@@ -46,8 +46,8 @@ def list_export(run: Path) -> dict[str, bytes]:
 
 def read_store(name: str) -> dict[str, bytes]:
     root = f"{object_store.BUCKET}/{name}"
-    found = object_store.connect().cat(root, recursive=True)
-    return {path.removeprefix(f"{root}/"): data for path, data in found.items()}
+    store = object_store.connect()
+    return {path.removeprefix(f"{root}/"): store.cat_file(path) for path in store.find(root)}
 
 
 def kill_when(condition: Callable[[], bool], *arguments: object, **env: str) -> None:

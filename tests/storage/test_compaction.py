@@ -1,0 +1,94 @@
+"""Compacted copies change no answer: those that are current are read, and all others are ignored."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.commands.sql import list_queries, read_query
+from pipeline.records import Caption
+from pipeline.storage import compaction, database, tables
+from tests.support.runs import begin, corpus, files, make, recap, sections
+
+NUM_SHARDS = 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compaction")
+    photos = corpus(folder / "photos", ["jpg", "cut", "png"] * 4)
+    two = {"caption__short": {"recipe": "short", "engine": "captioner"}}
+    run = begin(folder / "run", sections(photos, source={"shard_size": 2}, **two))
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(compaction, "SHARDS_PER_FILE", 4)
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def answer_all(run: Path) -> dict[str, list[tuple[object, ...]]]:
+    with database.connect_run(config.load(run)) as connection:
+        named = {  # sorted, since some queries do not order equal rows
+            name: sorted(database.query_rows(connection, read_query(name)), key=repr) for name, _ in list_queries()
+        }
+        every = {
+            name: list(database.query_rows(connection, f"SELECT * FROM {name} ORDER BY ALL"))
+            for name in ("plan", "image", "caption", "score", "verdict", "export", "stats")
+        }
+    return named | every
+
+
+def list_read(run: Path) -> list[str]:
+    return compaction.list_current_files(run, "caption/*/*.parquet")
+
+
+def test_copies_change_no_answer_and_no_other_file(run: Path) -> None:
+    answers, before = answer_all(run), files(run, without=(".work",))
+    lines = recap("compact", "--run", run).stdout.splitlines()
+    assert "caption/dense: 6 tables in 2 files" in lines and "stats/verdict: 6 tables in 2 files" in lines
+    spans = ("00000-00003", "00004-00005")
+    assert list_read(run) == [f"compact/caption/{name}/{span}.parquet" for name in ("dense", "short") for span in spans]
+    assert answer_all(run) == answers
+    assert files(run, without=(".work", "compact")) == before
+    assert recap("compact", "--run", run).stdout == ""
+    assert make(run).done == 0
+
+
+@pytest.mark.parametrize("change", ["redo", "remove", "touch", "damage"])
+def test_an_outdated_copy_is_not_read_until_it_is_made_again(run: Path, change: str) -> None:
+    recap("compact", "--run", run)
+    path, copy = run / "caption/dense/00001.parquet", run / "compact/caption/dense/00000-00003.parquet"
+    if change == "redo":
+        footer, rows = tables.read_footer(path), list(tables.read_rows(path, Caption))
+        assert footer is not None
+        tables.write_rows(path, Caption, rows[:1], footer.provenance)
+    elif change == "remove":
+        path.unlink()
+    elif change == "touch":
+        path.touch()
+    else:
+        copy.write_bytes(copy.read_bytes()[:-50])
+    assert f"compact/{copy.relative_to(run / 'compact')}" not in list_read(run)
+    answers = answer_all(run)
+    recap("compact", "--run", run)
+    assert list_read(run)[0].startswith("compact/caption/dense/")
+    assert answer_all(run) == answers
+    shutil.rmtree(run / "compact")
+    assert answer_all(run) == answers
+
+
+def test_verify_names_a_damaged_copy_and_the_command_that_mends_it(run: Path) -> None:
+    recap("compact", "--run", run)
+    copy = run / "compact" / "verdict" / "00000-00003.parquet"
+    data = bytearray(copy.read_bytes())
+    data[60] ^= 16
+    copy.write_bytes(data)
+    (line,) = recap("verify", "--run", run, check=False).stdout.splitlines()
+    assert line.startswith("compact/verdict/00000-00003.parquet does not read")
+    assert line.endswith(f"rm -f {copy} && recap compact --run {run}")
