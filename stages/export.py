@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -32,6 +33,7 @@ from pipeline.storage.database import list_score_folders
 from pipeline.storage.payloads import write_sums
 from stages.exporters import ExportPayload, ExportSample, FormFile, Origin, put_text
 from stages.exporters._card import build_card
+from stages.exporters._splits import draw_split
 from stages.kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
 from stages.sql import find_scores
 from stages.text.prompts import derive_seed
@@ -47,6 +49,8 @@ from stages.text.selection import (
 
 VERSION = 1
 WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
+RESERVED = {"captions", "data", "images", "index", "webshart"}  # folders of forms
+GROUPS = 'SELECT key, "group" FROM curation WHERE "group" IS NOT NULL'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,12 @@ class FormConfig:
         False,
         "re-encode the images that an EXIF orientation turns, with their pixels upright, for readers that ignore it: "
         "JPEG at quality 95, other formats as PNG",
+        stamp_default=False,
+    )
+    split: Mapping[str, float] | None = key(
+        None,
+        "NAME = share: parts of the training set, such as train and val, each in a folder of its own. Copies of a "
+        "picture are in one part: the near copies that curate grouped, or else equal files",
         stamp_default=False,
     )
     images: Literal["copy", "reference"] = key(
@@ -93,6 +103,8 @@ class FormConfig:
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
         if self.upright and self.images == "reference":
             raise ValueError('upright re-encodes images, and images = "reference" leaves them as they are; choose one')
+        if self.split is not None:
+            self._check_split(self.split)
         if not self.instructions:
             raise ValueError("instructions is empty; it must have at least one text")
         try:
@@ -102,6 +114,13 @@ class FormConfig:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
+
+    def _check_split(self, split: Mapping[str, float]) -> None:
+        wrong = [name for name in split if not re.fullmatch(r"[a-z]\w*", name) or name in RESERVED]
+        if wrong or not split or min(split.values()) <= 0:
+            raise ValueError(f"split is {dict(split)}; it must have names in small letters, with shares above 0")
+        if whole := [name for name in self.formats if "split" not in signature(_load_form(name).open).parameters]:
+            raise ValueError(f"split is set, but the form {whole[0]} does not write splits; see docs/extending.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +137,7 @@ class ExportInput:
     image: Image
     text: KeptText
     texts: tuple[KeptText, ...]
+    group: str  # of copies of the image
     shard: Shard
 
     @property
@@ -133,10 +153,11 @@ def passes(run: Run) -> Iterable[Pass]:
     rules = run.sections["filter"][""].rules
     scores = [score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)]
     query, scores = build_query(run, settings, scores)
+    groups, folders = ["curation"] if _has_groups(run, settings) else [], list_score_folders(run, scores)
     yield Pass(
         stage="export",
         folder="export/index",
-        reads=("image", *(f"caption/{name}" for name in captions), *list_score_folders(run, scores), "verdict"),
+        reads=("image", *groups, *(f"caption/{name}" for name in captions), *folders, "verdict"),
         reads_all=tuple(list_raw_folders(run, settings)),
         prepare=partial(write_threshold, settings=settings) if settings.raw_top else None,
         version=VERSION,
@@ -146,7 +167,11 @@ def passes(run: Run) -> Iterable[Pass]:
         inputs=partial(inputs, settings=settings, query=query, scores=scores),
         work=partial(work, settings=settings, num_threads=run.num_cores),
         payload=lambda shard: ExportPayload(
-            run.folder, shard.number, formats=settings.formats, image_extension=settings.image_extension
+            run.folder,
+            shard.number,
+            formats=settings.formats,
+            image_extension=settings.image_extension,
+            splits=settings.split or (),
         ),
         finish=finish,
         whole_files=(*WHOLE_FILES, *_list_indexes(settings)),
@@ -156,22 +181,26 @@ def passes(run: Run) -> Iterable[Pass]:
 def build_slice(run: Run, settings: Config) -> dict[str, Any]:
     """The part of the configuration that decides rows; keys at their defaults leave no trace."""
     values = stamped(settings)
-    if settings.is_drawn or len(settings.instructions) > 1:
+    if settings.is_drawn or settings.split or len(settings.instructions) > 1:
         values["seed"] = run.seed
     if isinstance(settings.texts, Mapping):
         values["texts"] = list(settings.texts.items())  # their order decides too
     if settings.texts:
         values["choose"] = run.sections["filter"][""].choose
+    if settings.split:
+        values["split"] = list(settings.split.items())
     return values
 
 
 def inputs(shard: Shard, *, settings: Config, query: str, scores: Sequence[str]) -> Iterator[ExportInput]:
     """Chooses each image's text among the kept ones; texts and image rows are sorted by key."""
     images = shard.read_table("image", Image)
+    groups = dict(shard.query(GROUPS)) if _has_groups(shard.run, settings) else {}
     for name, texts in read_texts(shard, query, scores, has_threshold=settings.raw_top > 0):
         if text := choose_text(texts, settings, seed=shard.run.seed, key=name):
             image = next(image for image in images if image.key == name)
-            yield ExportInput(image=image, text=text, texts=tuple(texts), shard=shard)
+            group = groups.get(name, image.sha256 or "")
+            yield ExportInput(image=image, text=text, texts=tuple(texts), group=group, shard=shard)
 
 
 def work(
@@ -243,7 +272,13 @@ def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...])
         columns=columns,
         reference=file if settings.images == "reference" else "",
         instruction=settings.instructions[draw % len(settings.instructions)],
+        split=draw_split(settings.split, seed=shard.run.seed, group=item.group) if settings.split else "",
     )
+
+
+def _has_groups(run: Run, settings: Config) -> bool:
+    """Whether copies are known by the groups of curate, rather than by their bytes alone."""
+    return bool(settings.split) and bool(run.sections.get("curate"))
 
 
 def _needs_images(settings: Config) -> bool:
@@ -343,6 +378,7 @@ def finish(run: Run, is_new: bool) -> None:
         source=run.source.kind,
         license=settings.license,
         formats=settings.formats,
+        splits=settings.split or (),
         rules=run.sections["filter"][""].rules,
         notes=describe_texts(settings),
         columns=list_columns(settings),
@@ -374,17 +410,23 @@ def _load_form(name: str) -> ModuleType:
 
 def _list_indexes(settings: Config) -> Iterator[str]:
     """The files that the forms' `write_index` may write, relative to the run."""
-    for form in settings.formats:
-        for name in getattr(_load_form(form), "INDEXES", ()):
-            yield f"export/{form.rpartition('.')[2]}/{name}"
+    for form, folder in _list_folders(settings):
+        for name in getattr(form, "INDEXES", ()):
+            yield f"{folder}{name}"
+
+
+def _list_folders(settings: Config) -> Iterator[tuple[ModuleType, str]]:
+    """The forms, each with its folders relative to the run: one, or one for each split."""
+    for name in settings.formats:
+        for split in settings.split or ("",):
+            yield _load_form(name), f"export/{name.rpartition('.')[2]}/{split and f'{split}/'}"
 
 
 def _write_indexes(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
     """Writes each form's files of the whole run, from the footers of all index tables."""
-    for form in settings.formats:
-        module, folder = _load_form(form), f"export/{form.rpartition('.')[2]}/"
+    for module, folder in _list_folders(settings):
         files = [
-            FormFile(name=name.removeprefix(folder), num_samples=footer.num_rows, num_bytes=num_bytes)
+            FormFile(name=name.removeprefix(folder), num_bytes=num_bytes)
             for footer in footers
             for name, num_bytes in footer.payload.items()
             if name.startswith(folder)

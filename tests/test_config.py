@@ -36,6 +36,8 @@ from tests.support.runs import recap, sections, write
         ({"engines__captioner": {"kind": "os.path"}}, ["engines.captioner.kind", "no plugin"]),
         ({"filter": {"choose": "nothing DESC"}}, ["filter.choose", "nothing"]),
         ({"export": {"upright": True, "images": "reference"}}, ["export", "upright", "reference"]),
+        ({"export": {"split": {"train": 1, "Val": 0.1}}}, ["export", "split", "small letters"]),
+        ({"export": {"split": {"train": 1, "val": 0}}}, ["export", "split", "above 0"]),
         ({"export": {"instructions": []}}, ["export", "instructions", "at least one"]),
         ({"export": {"formats": ["tfrecord"]}}, ["export", "formats", "tfrecord", "webdataset"]),
         ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),

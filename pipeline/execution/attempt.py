@@ -94,6 +94,8 @@ class Attempt:
                 writer.payload = payload.commit()
                 writer.payload_sha256 = {name: hash_file(self.run / name) for name in writer.payload}
             self.before_commit()
+        for name in self.before.payload.keys() - writer.payload.keys() if self.before else ():
+            (self.run / name).unlink(missing_ok=True)  # the earlier table's, which the new one does not have
         self.parts.discard()
 
     def _restore_rows(self, *, resumable: bool) -> Iterator[Record]:

@@ -3,7 +3,8 @@
 The folder is the registry. A name with a dot is a module of your own. A form is a module with
 
 - `open(run, shard, work) -> FormWriter`: the writer of one shard, where `run` is the run's folder, `shard` its number,
-  and `work` the folder for unfinished files. Nothing is created before the first sample;
+  and `work` the folder for unfinished files. Nothing is created before the first sample. A form that can be split has a
+  further parameter, `split=""`, and writes the files of a split into `<run>/export/FORM/SPLIT/`;
 
 and, if the dataset card is to describe it, `recap verify` is to compare its images with the rows, or its loaders need
 a list of its files,
@@ -11,7 +12,7 @@ a list of its files,
 - `CARD`: a `CardEntry`;
 - `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file;
 - `INDEXES`, names of files below `<run>/export/FORM/`, and `write_index(folder, files)`, which writes them into that
-  folder from the `FormFile`s of the whole run, in order.
+  folder, or into that of a split, from the `FormFile`s of the whole run, in order.
 
 A form that copies no images has `NEEDS_IMAGES = False`; one that can name the corpus's files in their place, as
 `ExportSample.reference` says, `REFERENCES_IMAGES = True`.
@@ -21,7 +22,7 @@ Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,7 @@ class ExportSample:
     data: bytes  # the image file; empty when no form of the training set needs it
     reference: str = ""  # the path of the image file in the corpus, if images are not to be copied
     instruction: str = ""  # the user's turn, for forms with conversations
+    split: str = ""  # the part of the training set that it belongs to; "": there is one part
     origin: Origin | None = None  # always given by the stage
     columns: tuple[str, ...] = column_names(Exported)  # of `row`, those that this training set has
 
@@ -83,8 +85,7 @@ def join_lines(text: str) -> str:
 class FormFile:
     """A finished file of a form."""
 
-    name: str  # below export/FORM/
-    num_samples: int
+    name: str  # below export/FORM/, or export/FORM/SPLIT/
     num_bytes: int
 
 
@@ -120,22 +121,29 @@ def put_text(path: Path, text: str) -> None:
 class ExportPayload:
     """The files of an export shard: its samples in each of the forms."""
 
-    def __init__(self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str) -> None:
-        work = work_folder(run, "export/index", shard)
+    def __init__(
+        self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str, splits: Iterable[str] = ()
+    ) -> None:
+        work, forms = work_folder(run, "export/index", shard), [plugins.load("stages.exporters", f) for f in formats]
         self._extension = image_extension
-        self._writers: list[FormWriter] = [
-            plugins.load("stages.exporters", name).open(run, shard, work) for name in formats
-        ]
+        self._writers: dict[str, list[FormWriter]] = {
+            split: [form.open(run, shard, work, *([split] if split else [])) for form in forms]
+            for split in splits or ("",)
+        }
 
     def take(self, output: ExportSample) -> Exported:
         suffix = file_extension(output.row.format) if self._extension == "original" else self._extension
-        for writer in self._writers:
+        for writer in self._writers[output.split]:
             writer.add(output, suffix)
         return output.row
 
     def commit(self) -> Mapping[str, int]:
-        return {name: size for writer in self._writers for name, size in writer.commit().items()}
+        return {name: size for writer in self._list_writers() for name, size in writer.commit().items()}
 
     def abandon(self) -> None:
-        for writer in self._writers:
+        for writer in self._list_writers():
             writer.abandon()
+
+    def _list_writers(self) -> Iterator[FormWriter]:
+        for writers in self._writers.values():
+            yield from writers

@@ -38,6 +38,7 @@ def build_card(
     source: str,
     license: str,
     formats: Iterable[str],
+    splits: Iterable[str] = (),
     rules: Mapping[str, str],
     notes: Iterable[str] = (),
     columns: Collection[str] = (),
@@ -50,6 +51,7 @@ def build_card(
         source: the kind of the corpus's source.
         license: an identifier of the Hub; "": not stated.
         formats: names of export forms.
+        splits: names of the parts of the data set; none: it is one.
         rules: name -> SQL condition of the filter.
         notes: sentences about the choice of texts.
         columns: of the data set.
@@ -61,7 +63,8 @@ def build_card(
     entries: dict[str, CardEntry] = {name: module.CARD for name, module in modules.items() if hasattr(module, "CARD")}
     shown = sorted(entries, key=lambda name: name != "parquet")  # the form whose images the viewer shows comes first
     data_files = next((entries[name].data_files for name in shown if entries[name].data_files), "")
-    configs = f"configs:\n- config_name: default\n  data_files: {data_files}\n" if data_files else ""
+    files = _list_files(data_files, splits)
+    configs = f"configs:\n- config_name: default\n  data_files:{files}\n" if data_files else ""
     images = " / ".join(f"`{entry.image}`" for entry in entries.values()) or "image"
     texts = " / ".join(f"`{entry.caption}`" for entry in entries.values()) or "caption"
     captions = "\n".join(
@@ -106,3 +109,10 @@ A caption was kept when it met these conditions, in this order:
 | `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
 | `orientation` | the EXIF orientation of the file, 1 to 8; `width` and `height` are of the upright picture |
 {optional}"""
+
+
+def _list_files(glob: str, splits: Iterable[str]) -> str:
+    """The value of `data_files`: a glob, or one for each split, in the split's folder."""
+    form, _, rest = glob.partition("/")
+    parts = "".join(f"\n  - split: {split}\n    path: {form}/{split}/{rest}" for split in splits)
+    return parts or f" {glob}"

@@ -24,6 +24,7 @@ from pipeline.storage.tables import sync_folder
 from stages.exporters import FormFile, put_text
 
 META = ".nv-meta"
+OFFSET = struct.Struct("<Q")  # of a sample, in a .tar.idx
 INDEXES = tuple(f"{META}/{name}" for name in (".info.json", "split.yaml", "dataset.yaml", "index.sqlite", "index.uuid"))
 CAPTIONS = """\
 sample_type:
@@ -83,7 +84,7 @@ class IndexedTar:
         self._index.abandon()
 
     def _append(self, offset: int) -> None:
-        self._index.open().write(struct.pack("<Q", offset))
+        self._index.open().write(OFFSET.pack(offset))
 
 
 def write_index(folder: Path, files: Sequence[FormFile], *, dataset: str) -> None:
@@ -93,9 +94,18 @@ def write_index(folder: Path, files: Sequence[FormFile], *, dataset: str) -> Non
         files: the form's files, the tars among them.
         dataset: the text of dataset.yaml.
     """
-    tars = {file.name: file.num_samples for file in files if file.name.endswith(".tar")}
+    tars = count_samples(files)
     samples = (sample for i, name in enumerate(tars) for sample in read_samples(folder / name, i))
     write_meta(folder, tars, samples, dataset=dataset)
+
+
+def count_samples(files: Sequence[FormFile]) -> dict[str, int]:
+    """The tars among these files, and their numbers of samples, by the sizes of their `.tar.idx`."""
+    return {
+        file.name.removesuffix(".idx"): file.num_bytes // OFFSET.size - 1
+        for file in files
+        if file.name.endswith(".tar.idx")
+    }
 
 
 def write_meta(folder: Path, tars: Mapping[str, int], samples: Iterable[IndexedSample], *, dataset: str) -> None:

@@ -15,8 +15,8 @@ CARD = CardEntry(image="url", caption="caption", data_files="captions/*.parquet"
 NEEDS_IMAGES = False
 
 
-def open(run: Path, shard: int, work: Path) -> Captions:
-    return Captions(run, UnfinishedFile(run / "export" / "captions" / f"{shard:05d}.parquet", work=work))
+def open(run: Path, shard: int, work: Path, split: str = "") -> Captions:
+    return Captions(run, UnfinishedFile(run / "export" / "captions" / split / f"{shard:05d}.parquet", work=work))
 
 
 class Captions:

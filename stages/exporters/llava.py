@@ -13,8 +13,8 @@ CARD = CardEntry(image="image", caption="conversations", data_files="llava/data/
 REFERENCES_IMAGES = True
 
 
-def open(run: Path, shard: int, work: Path) -> Conversations:
-    return Conversations(run, shard, work, folder="llava", build_row=build_row)
+def open(run: Path, shard: int, work: Path, split: str = "") -> Conversations:
+    return Conversations(run, shard, work, folder=f"llava/{split}", build_row=build_row)
 
 
 def build_row(sample: ExportSample, question: str, path: str) -> dict[str, Any]:

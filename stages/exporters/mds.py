@@ -37,9 +37,9 @@ def require() -> None:
         raise UserError(ADVICE)
 
 
-def open(run: Path, shard: int, work: Path) -> StreamingShard:
+def open(run: Path, shard: int, work: Path, split: str = "") -> StreamingShard:
     require()
-    return StreamingShard(run, UnfinishedFolder(run / "export" / "mds" / f"{shard:05d}", work=work))
+    return StreamingShard(run, UnfinishedFolder(run / "export" / "mds" / split / f"{shard:05d}", work=work))
 
 
 def write_index(folder: Path, files: Sequence[FormFile]) -> None:

@@ -24,8 +24,8 @@ DATASET = {
 }
 
 
-def open(run: Path, shard: int, work: Path) -> Conversations:
-    return Conversations(run, shard, work, folder="messages", build_row=build_row)
+def open(run: Path, shard: int, work: Path, split: str = "") -> Conversations:
+    return Conversations(run, shard, work, folder=f"messages/{split}", build_row=build_row)
 
 
 def build_row(sample: ExportSample, question: str, path: str) -> dict[str, Any]:

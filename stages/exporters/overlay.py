@@ -41,15 +41,15 @@ splits:
 """
 
 
-def open(run: Path, shard: int, work: Path) -> Overlay:
-    return Overlay(run, shard, work)
+def open(run: Path, shard: int, work: Path, split: str = "") -> Overlay:
+    return Overlay(run, run / "export" / "overlay" / split, shard, work)
 
 
 class Overlay:
     """The captions of one shard, and where its images are."""
 
-    def __init__(self, run: Path, shard: int, work: Path) -> None:
-        self._run, self._root, self._work = run, run / "export" / "overlay", work
+    def __init__(self, run: Path, root: Path, shard: int, work: Path) -> None:
+        self._run, self._root, self._work = run, root, work
         index = UnfinishedFile(self._root / "index" / f"{shard:05d}.parquet", work=work)
         self._rows = ParquetRows(index, partial(build_row_schema, added=PLACES))
         self._captions = _energon.IndexedTar(self._root / "captions" / f"{shard:05d}.tar", work=work)
@@ -116,32 +116,37 @@ def describe_member(sample: ExportSample, image: Image) -> dict[str, Any]:
 
 def write_index(folder: Path, files: Sequence[FormFile]) -> None:
     captions = [
-        FormFile(name=file.name.removeprefix("captions/"), num_samples=file.num_samples, num_bytes=file.num_bytes)
+        FormFile(name=file.name.removeprefix("captions/"), num_bytes=file.num_bytes)
         for file in files
         if file.name.startswith("captions/")
     ]
     _energon.write_index(folder / "captions", captions, dataset=_energon.CRUDE)
     tables = [folder / file.name for file in files if file.name.endswith(".parquet")]
-    tars = {tar: sum(1 for _ in rows) for tar, rows in group_images(tables)}
+    run = os.path.relpath(find_run(folder), folder / "images")
+    tars = {tar: sum(1 for _ in rows) for tar, rows in group_images(tables, run)}
     if tars:
-        _energon.write_meta(folder / "images", tars, list_images(tables), dataset=_energon.CRUDE)
+        _energon.write_meta(folder / "images", tars, list_images(tables, run), dataset=_energon.CRUDE)
     put_text(folder / "metadataset.yaml", METADATASET.format(images="./images" if tars else "filesystem:///"))
 
 
-def list_images(tables: Sequence[Path]) -> Iterator[_energon.IndexedSample]:
+def find_run(folder: Path) -> Path:
+    return next(parent for parent in folder.parents if (parent / "export").is_dir() and parent.name != "export")
+
+
+def list_images(tables: Sequence[Path], run: str) -> Iterator[_energon.IndexedSample]:
     """The images that are in tars, each as a sample that is named by its key."""
-    for number, (_, rows) in enumerate(group_images(tables)):
+    for number, (_, rows) in enumerate(group_images(tables, run)):
         for index, row in enumerate(rows):
             name = f"{row['key']}.{file_extension(row['format'])}"
             member = TarMember(name=name, offset=row["offset"], num_bytes=row["num_stored"])
             yield _energon.IndexedSample(tar=number, index=index, key=row["key"], parts=(member,))
 
 
-def group_images(tables: Sequence[Path]) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """The tars of the corpus, relative to `images/` if they are in the run, and where their images are, in order."""
+def group_images(tables: Sequence[Path], run: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """The tars of the corpus and where their images are, in order; `run` is the path from `images/` to the run."""
     places = (row for row in read_places(tables) if row["offset"])
     for file, rows in groupby(places, key=lambda row: str(row["file"])):
-        yield (file if Path(file).is_absolute() or "://" in file else f"../../../{file}"), rows
+        yield (file if Path(file).is_absolute() or "://" in file else f"{run}/{file}"), rows
 
 
 def read_places(tables: Sequence[Path]) -> Iterator[dict[str, Any]]:

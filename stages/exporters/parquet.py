@@ -21,8 +21,8 @@ CARD = CardEntry(image="image", caption="caption", data_files="parquet/*.parquet
 ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
 
 
-def open(run: Path, shard: int, work: Path) -> ImageParquet:
-    return ImageParquet(run, UnfinishedFile(run / "export" / "parquet" / f"{shard:05d}.parquet", work=work))
+def open(run: Path, shard: int, work: Path, split: str = "") -> ImageParquet:
+    return ImageParquet(run, UnfinishedFile(run / "export" / "parquet" / split / f"{shard:05d}.parquet", work=work))
 
 
 def read_images(path: Path) -> Iterator[tuple[str, bytes]]:

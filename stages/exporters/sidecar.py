@@ -23,8 +23,8 @@ TURNED = range(5, 9)  # EXIF orientations that exchange width and height
 MAX_NAME = 240  # bytes of one part of a path
 
 
-def open(run: Path, shard: int, work: Path) -> Sidecars:
-    return Sidecars(run, shard, work)
+def open(run: Path, shard: int, work: Path, split: str = "") -> Sidecars:
+    return Sidecars(run, run / "export" / "sidecar" / split / f"{shard:05d}", work)
 
 
 def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -39,8 +39,7 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
 class Sidecars:
     """The caption files of one shard, with or without the images, and a list of them."""
 
-    def __init__(self, run: Path, shard: int, work: Path) -> None:
-        path = run / "export" / "sidecar" / f"{shard:05d}"
+    def __init__(self, run: Path, path: Path, work: Path) -> None:
         self._run, self._folder = run, UnfinishedFolder(path, work=work)
         self._list = UnfinishedFile(path / "metadata.jsonl", work=work)
         self._files: set[str] = set()  # names of caption files

@@ -18,13 +18,13 @@ INDEXES = ("index.json", *_energon.INDEXES)
 DATASET = _energon.CAPTIONS.format(image=", ".join(("jpg", "png", "webp", "gif", "avif", "tif", "bmp")))
 
 
-def open(run: Path, shard: int, work: Path) -> WebDataset:
-    return WebDataset(run, _energon.IndexedTar(run / "export" / "webdataset" / f"{shard:05d}.tar", work=work))
+def open(run: Path, shard: int, work: Path, split: str = "") -> WebDataset:
+    return WebDataset(run, _energon.IndexedTar(run / "export" / "webdataset" / split / f"{shard:05d}.tar", work=work))
 
 
 def write_index(folder: Path, files: Sequence[FormFile]) -> None:
-    tars = [file for file in files if file.name.endswith(".tar")]
-    shards = [{"url": file.name, "nsamples": file.num_samples, "filesize": file.num_bytes} for file in tars]
+    sizes, counts = {file.name: file.num_bytes for file in files}, _energon.count_samples(files)
+    shards = [{"url": name, "nsamples": num, "filesize": sizes[name]} for name, num in counts.items()]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     put_text(folder / "index.json", json.dumps(index, indent=2) + "\n")
     _energon.write_index(folder, files, dataset=DATASET)

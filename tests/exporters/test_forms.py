@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline import plugins
 from pipeline.records import Exported
 from pipeline.storage import tables
 from stages.exporters import sidecar
+from stages.exporters._splits import draw_split
 from tests.support.runs import begin, corpus, make, picture, recap, sections
 
 FORMS = ("captions", "llava", "messages", "overlay", "parquet", "sidecar", "webdataset")
@@ -218,3 +220,37 @@ def test_an_overlay_finds_each_image_in_the_corpus(tars: Path) -> None:
 @pytest.mark.parametrize("name", ["/a", "../a", "a//b", "a/./b", "", "a\0", "a\nb", "a:b", "x" * 300, "a/.."])
 def test_names_that_lead_elsewhere_are_not_safe(name: str) -> None:
     assert not sidecar.is_safe_name(name)
+
+
+def test_splits_share_no_copies_and_replace_the_whole(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "png"] * 20)
+    for file in sorted(photos.glob("*.jpg")):
+        shutil.copy(file, photos / f"copy-of-{file.name}")
+    run = export(tmp_path / "run", {"kind": "folder", "path": str(photos), "shard_size": 30})
+    whole = {row.key: row.sha256 for row in read_rows(run)}
+    text = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(text.replace("[export]", "[export]\nsplit = { train = 0.75, val = 0.25 }"))
+    recap("run", "export", "--stale", "redo", "--run", run)
+    keys = {split: {line["key"] for line in read_lines(run, f"messages/{split}/data/*")} for split in ("train", "val")}
+    assert keys["train"] | keys["val"] == whole.keys()
+    digests = [{whole[key] for key in part} for part in keys.values()]
+    assert digests[0].isdisjoint(digests[1])
+    assert 0.5 < len(digests[0]) / 40 < 0.95
+    assert {file.parent.name for file in (run / "export").glob("*/0000*.*")} == {"index"}
+    assert "0 files damaged" in recap("verify", "--run", run).stderr
+    info = json.loads((run / "export/webdataset/val/.nv-meta/.info.json").read_text())
+    assert sum(info["shard_counts"].values()) == len(keys["val"])
+    assert "- split: val\n    path: parquet/val/*.parquet" in (run / "export/README.md").read_text()
+    before = list_files(run)
+    shutil.rmtree(run / "export")
+    recap("run", "export", "--run", run)
+    assert list_files(run).items() <= before.items()
+
+
+@pytest.mark.parametrize("shares", [{"train": 0.98, "val": 0.02}, {"train": 1, "val": 1, "test": 2}])
+def test_splits_have_their_shares(shares: dict[str, float]) -> None:
+    drawn = Counter(draw_split(shares, seed=7, group=str(i)) for i in range(10_000))
+    total = sum(shares.values())
+    assert {name: drawn[name] / 10_000 for name in shares} == pytest.approx(
+        {name: share / total for name, share in shares.items()}, abs=0.02
+    )
