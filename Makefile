@@ -39,8 +39,8 @@ test-slurm: $(VENV)/.test  ## Run the tests on a real Slurm started here (root; 
 test-browser: $(VENV)/.test  ## Run the tests of the report in a real browser (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser
 
-disasters: $(VENV)/.test  ## Kill runs 300 times, over all stages and three engines, and count lost rows
-	$(BIN)/python -m tests.support.disasters --kills 300
+disasters: $(VENV)/.test  ## Kill, break, starve and race runs, flip 1,000 bits, and count what is lost (gcc, strace)
+	$(BIN)/python -m tests.support.disasters --kills 300 --all
 
 hostile: $(VENV)/.test  ## Run 10,000 mutated images and hostile files, and count their rows
 	$(BIN)/python -m tests.support.hostile --mutants 10000

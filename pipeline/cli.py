@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.errors import MachineError, StoppedError, UserError
+from pipeline.errors import StoppedError, UserError
+from pipeline.machine import find_trouble
 
 if TYPE_CHECKING:
     from pipeline.execution.runner import Outcome
@@ -524,8 +525,14 @@ def main() -> None:
         sys.exit(75)
     except BrokenPipeError:  # `recap sql ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MachineError) as error:
+    except OSError as error:
         _print_error(error)
+        sys.exit(1)
+    except Exception as error:  # memory may run out in any library
+        trouble = find_trouble(error)
+        if trouble is None:
+            raise
+        _print_error(trouble)
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@
     │   └── RefusedError                 a command that would do harm
     ├── MachineError (RuntimeError)      exit 1: the input is right, but something broke
     │   ├── BrokenTableError             a table file is damaged
+    │   ├── OutOfMemoryError             an allocation failed
     │   ├── ShardFailedError             too many rows of a shard failed
     │   ├── EngineDiedError              a model's process, GPU or server is gone
     │   ├── WorkerDiedError              a worker process was killed
@@ -77,6 +78,18 @@ class BrokenTableError(MachineError):
 
     def __reduce__(self) -> tuple[type[BrokenTableError], tuple[Path, str]]:
         return BrokenTableError, (self.path, self.message)
+
+
+class OutOfMemoryError(MachineError):
+    """An allocation failed, which is no sign of damage."""
+
+    def __init__(self, detail: str) -> None:
+        advice = "free some, raise the limit (ulimit -v, Slurm's --mem) or use fewer --workers; finished work is kept"
+        super().__init__(f"not enough memory: {detail}; {advice}")
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str]]:
+        return OutOfMemoryError, (self.detail,)
 
 
 class ShardFailedError(MachineError):

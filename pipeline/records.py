@@ -21,6 +21,7 @@ LabelVerdict = Literal["true", "false", "acceptable", "unacceptable", "unsure"]
 ScoreStatus = Literal["ok", "unknown", "error"]
 RubricStatus = Literal["ok", "empty", "error"]
 Severity = Literal["critical", "important", "minor"]
+NOT_TAKEN = "another image of its sample is taken"  # begins the error of an image row whose image has no fault
 SEVERITY_WEIGHTS: Mapping[Severity, float] = {"critical": 3.0, "important": 2.0, "minor": 1.0}  # as in RubiCap
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from pipeline.decoding.images import Limits, Probe
 from pipeline.decoding.probe_pool import ProbePool
@@ -15,6 +16,7 @@ from pipeline.engines import Engine
 from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Image, Raw, make_key
 from pipeline.sections import Run, stamped
+from pipeline.storage.layout import PACKED
 from pipeline.storage.payloads import ImagePacker, PackedImage
 from stages.text.prompts import map_with_context
 
@@ -54,6 +56,7 @@ def passes(run: Run) -> Iterable[Pass]:
         work=partial(work, decoders=decoders),
         close=decoders.close,
         payload=lambda shard: ImagePacker(run.folder, shard.number),
+        restore=restore,
     )
 
 
@@ -68,6 +71,12 @@ def work(inputs: Iterator[IngestInput], _: Mapping[str, Engine], *, decoders: Pr
     files = ((item, item.raw.data or b"") for item in inputs)
     for item, probe in map_with_context(decoders.map, files):
         yield _build_row(item, None if item.raw.data is None else probe)
+
+
+def restore(shard: Shard, row: Image) -> PackedImage:
+    """The finished row with the bytes that are packed, which a retry of other rows packs again."""
+    is_packed = row.file is not None and Path(row.file).parts[0] == PACKED
+    return PackedImage(row=row, data=shard.read_image(row) if is_packed else None)
 
 
 def _build_row(item: IngestInput, probe: Probe | None) -> PackedImage:

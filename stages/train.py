@@ -78,7 +78,12 @@ def make(
     task = _prepare_task(run, method, _write_examples(run, method), Curve(run.folder, provenance), stop or Event())
     task.curve.create()
     made = method.make_trainer(task, engines)
-    made.train(resume_from_checkpoint=trainer.find_checkpoint(task.folder))
+    try:
+        made.train(resume_from_checkpoint=trainer.find_checkpoint(task.folder))
+    except RuntimeError as error:
+        if not task.stop.is_set():
+            raise
+        raise StoppedError from error  # the signal killed a worker of the data loader that had just started
     if made.state.global_step < config.steps:
         raise StoppedError
     save_model(task, made.model, output=output, card=_render_card(run, task, method, made.state.log_history))

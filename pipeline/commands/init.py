@@ -65,7 +65,7 @@ def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple
     if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
         raise RefusedError(f"{folder} is inside the corpus {source}: the run's own files would be read as images")
     created = [directory for directory in (folder, *folder.parents) if not directory.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    tables.make_folder(folder)
     with tables.open_atomic(file) as out:
         out.write(render_manifest(sections).encode())
     try:

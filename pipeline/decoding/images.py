@@ -13,10 +13,11 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline import machine
 from pipeline.decoding import formats
 from pipeline.errors import UndecodableError
 
@@ -44,6 +45,7 @@ BROKEN = (
     zlib.error,
 )
 
+MAX_MEMORY = 4 << 30  # bytes that decoding one image may take
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # chunks that decide the picture; eXIf turns it
 MIN_PIXELS = 56 * 56  # Qwen2-VL's own minimum
 MAX_PIXELS = 1280 * 28 * 28  # 1280 image tokens of a Qwen2.5-VL
@@ -70,6 +72,7 @@ class Probe:
     orientation: int | None  # EXIF, 1 to 8
     num_frames: int | None
     sha256: str  # of the bytes, hex
+    is_doubtful: bool = False  # memory ran out or the decoder was killed: the file may be sound
 
 
 def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
@@ -84,7 +87,8 @@ def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
     except _ProbeError as error:
         return state.make_probe(error.status, str(error))
     except MemoryError:
-        return state.make_probe("unreadable", f"a {state.format} file that needs more memory than decoding may use")
+        problem = f"a {state.format} file that needs more memory than decoding may use"
+        return replace(state.make_probe("unreadable", problem), is_doubtful=True)
     except BROKEN as error:
         return state.make_probe("unreadable", _describe_error(state.format, error))
     return state.make_probe("ok", None)
@@ -306,6 +310,7 @@ def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
 
     Raises:
         UndecodableError: the file is not an image, is corrupt, or is larger than `Limits` allows.
+        OutOfMemoryError: there is less memory than an image may need.
     """
     return _decode(data, partial(_decode_image, rule=rule))
 
@@ -326,18 +331,24 @@ def _decode(data: bytes, decode: Callable[[ImageFile, str], T]) -> T:
     name = None
     try:
         name = _require_format(data)
-        try:
-            return decode(_open_image(data, name), name)
-        except BROKEN:
-            if name != "PNG":
-                raise
-            return decode(_open_image(_drop_side_chunks(data), name), name)
+        return _open_and_decode(data, name, decode)
     except _ProbeError as error:
         raise UndecodableError(str(error)) from error
     except UndecodableError:
         raise
     except (*BROKEN, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            machine.rule_out(error, partial(_open_and_decode, data, str(name), decode), needed=MAX_MEMORY)
         raise UndecodableError(_describe_error(name, error)) from error
+
+
+def _open_and_decode(data: bytes, name: str, decode: Callable[[ImageFile, str], T]) -> T:
+    try:
+        return decode(_open_image(data, name), name)
+    except BROKEN:
+        if name != "PNG":
+            raise
+        return decode(_open_image(_drop_side_chunks(data), name), name)
 
 
 def _decode_whole(image: ImageFile, name: str) -> tuple[Picture, str]:

@@ -1,12 +1,14 @@
 """The probe pool: images probed in a few long-lived processes, bounded in time and memory.
 
-A file that crashes or hangs a decoder costs only its own row. This module knows processes and pipes, not images, which
+A file that crashes or hangs a decoder costs only its own row, and one whose decoder was killed or ran out of memory
+is probed again while no other decoder runs. This module knows processes and pipes, not images, which
 are the business of `pipeline.decoding.images`. Nothing is pickled, so that a decoder that a file has taken over cannot
 take over its parent.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,19 +20,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from queue import LifoQueue
+from threading import Lock
 from types import TracebackType
 from typing import BinaryIO, TypeVar, cast
 
-from pipeline.decoding.images import Limits, Probe
+from pipeline import machine
+from pipeline.decoding.images import MAX_MEMORY, Limits, Probe
 from pipeline.errors import DecoderStartError
-from pipeline.machine import num_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +61,10 @@ INHERITED = (
     "RECAP_TEST_",
 )
 
+# Exit statuses of decoders that the machine may have ended: its killer of processes, or an allocation that failed.
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+OUTSIDE = (-signal.SIGKILL, errno.ENOMEM, *CRASHES)
+
 # Sent to whole process groups when a user or a cluster ends a run; the parent reacts and closes the pipe.
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -82,14 +89,15 @@ class ProbePool:
         num_procs: int | None = None,
         limits: Limits | None = None,
         timeout: float = 60.0,
-        max_memory: int = 4 << 30,
+        max_memory: int = MAX_MEMORY,
         probe: str = "pipeline.decoding.images:probe",
     ) -> None:
-        self.num_procs = num_procs or num_cores()
+        self.num_procs = num_procs or machine.num_cores()
         job = json.dumps(
             {"probe": probe, "limits": asdict(limits or Limits()), "timeout": timeout, "max_memory": max_memory}
         )
-        self._timeout = timeout
+        self._timeout, self._max_memory = timeout, max_memory
+        self._alone = Lock()
         self._workers = [_Worker(job) for _ in range(self.num_procs)]
         self._idle: LifoQueue[_Worker] = LifoQueue()
         for worker in self._workers:
@@ -102,6 +110,7 @@ class ProbePool:
 
         Raises:
             DecoderStartError: the processes cannot be started.
+            OutOfMemoryError: there is less memory than a file may need.
         """
         work = map_ahead(_make_batches(items), self._probe_batch, num_threads=self.num_procs, depth=2 * self.num_procs)
         with closing(work) as batches:
@@ -127,15 +136,35 @@ class ProbePool:
         """Probes a batch. If the process dies, probes each file alone, to find the one that kills it."""
         worker = self._idle.get()
         try:
-            if probes := worker.probe_batch(batch):
-                return probes
-            return [
-                probe
-                for data in batch
-                for probe in worker.probe_batch([data]) or [self._make_failed_probe(data, worker.exit_status)]
-            ]
+            probes = worker.probe_batch(batch) or [self._probe_file(worker, data) for data in batch]
         finally:
             self._idle.put(worker)
+        pairs = zip(batch, probes, strict=True)
+        return [self._probe_alone(data) if probe.is_doubtful else probe for data, probe in pairs]
+
+    def _probe_file(self, worker: _Worker, data: bytes) -> Probe:
+        (probe,) = worker.probe_batch([data]) or [self._make_failed_probe(data, worker.exit_status)]
+        return probe
+
+    def _probe_alone(self, data: bytes) -> Probe:
+        """Probes a file while no other decoder runs; what fails even so, with memory to spare, is the file's fault.
+
+        Raises:
+            OutOfMemoryError: it fails again, and less memory is free than it may need.
+        """
+        with self._alone:  # otherwise two threads could each wait for the other's workers
+            workers = [self._idle.get() for _ in range(self.num_procs)]
+            try:
+                for worker in workers:
+                    worker.close()
+                probe = self._probe_file(workers[0], data)
+            finally:
+                for worker in workers:
+                    self._idle.put(worker)
+        needed = machine.SPARE_BYTES if workers[0].exit_status in CRASHES else self._max_memory
+        if probe.is_doubtful:
+            machine.check_memory(f"{probe.error} (less is needed with a smaller source.max_pixels)", needed=needed)
+        return replace(probe, is_doubtful=False)
 
     def _make_failed_probe(self, data: bytes, exit_status: int) -> Probe:
         if exit_status == -signal.SIGALRM:
@@ -145,7 +174,10 @@ class ProbePool:
         else:
             error = f"the decoder ended (exit status {exit_status})"
         unknown = dict.fromkeys(("format", "width", "height", "orientation", "num_frames"))
-        return Probe(status="unreadable", error=error, sha256=sha256(data).hexdigest(), **unknown)
+        is_doubtful = exit_status in OUTSIDE
+        return Probe(
+            status="unreadable", error=error, sha256=sha256(data).hexdigest(), is_doubtful=is_doubtful, **unknown
+        )
 
 
 def map_ahead(
@@ -261,13 +293,17 @@ def main() -> None:
     _limit_memory(job["max_memory"])
     replies.write(b"ready\n")
     _silence_output()
-    with suppress(BrokenPipeError):  # the parent is gone
+    try:
         while header := requests.read(NUMBER.size):
             rows = []
             for _ in range(*NUMBER.unpack(header)):
                 data = requests.read(*NUMBER.unpack(requests.read(NUMBER.size)))
                 rows.append(_probe_in_time(probe, data, job["timeout"]))
             replies.write(json.dumps(rows).encode() + b"\n")
+    except BrokenPipeError:  # the parent is gone
+        pass
+    except MemoryError:  # before or after the file was decoded
+        sys.exit(errno.ENOMEM)
 
 
 def _probe_in_time(probe: Callable[[bytes], Probe], data: bytes, timeout: float) -> tuple[object, ...]:

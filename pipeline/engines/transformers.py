@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline import machine
 from pipeline.engines import Inspection, Reply, Request, Sampling, _chat
 from pipeline.engines._inspection import check_installed, inspect_model
 from pipeline.engines._options import Model, Weights, require_module
 from pipeline.engines._sampler import Grammars, Row, TokenSampler
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine
 from pipeline.errors import BadRequestError, EngineDiedError
-from pipeline.machine import emulates_bfloat16
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def open(config: Config) -> Transformers:  # noqa: A001
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.dtype == "auto" and device == "cpu" and emulates_bfloat16():
+    if config.dtype == "auto" and device == "cpu" and machine.emulates_bfloat16():
         model = model.float()
     return Transformers(config, model.to(device).eval(), prompter)
 
@@ -227,7 +227,8 @@ class _BatchGenerator:
             except Exception as error:  # the processor and the model may raise anything
                 if len(part) == 1:
                     is_bad = isinstance(error, BadRequestError)
-                    _finish_all(part, error if is_bad else BadRequestError(f"{type(error).__name__}: {error}"))
+                    trouble = machine.find_trouble(error) or BadRequestError(f"{type(error).__name__}: {error}")
+                    _finish_all(part, error if is_bad else trouble)
                 else:
                     self.answer_batch(part[: len(part) // 2])
                     self.answer_batch(part[len(part) // 2 :])

@@ -21,13 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import machine
 from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, find_no_loop
 from pipeline.engines._inspection import check_installed, inspect_model
 from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
 from pipeline.engines._reaper import Reaper
 from pipeline.engines._scheduler import Bounds, EventLoopThread, RequestScheduler, ScheduledEngine, SingleFlightCache
 from pipeline.errors import BadRequestError, EngineDiedError
-from pipeline.machine import emulates_bfloat16
 from pipeline.sections import key
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class Vllm(ScheduledEngine):
             tokens = self._token_cache(text, partial(self._core.tokenize, text))
             return self._core.render({"prompt_token_ids": list(tokens), **data})
         except Exception as error:  # the model's own processor, which promises no type
+            if trouble := machine.find_trouble(error):
+                raise trouble from error
             raise BadRequestError(f"{type(error).__name__}: {error}") from error
 
 
@@ -321,7 +323,7 @@ def _choose_dtype(config: Config) -> str:
     configs = (values, values.get("text_config") or {})
     dtypes = (config.get(name) for config in configs for name in ("dtype", "torch_dtype"))
     stored = next((str(dtype) for dtype in dtypes if dtype), "auto")
-    return "float32" if stored != "auto" and is_cpu_build() and emulates_bfloat16() else stored
+    return "float32" if stored != "auto" and is_cpu_build() and machine.emulates_bfloat16() else stored
 
 
 def _make_cache_key(config: Config) -> str:

@@ -10,6 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from heapq import merge
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from pipeline.engines import Engine
@@ -17,7 +20,7 @@ from pipeline.errors import OvertakenError, StoppedError
 from pipeline.execution.passes import Pass, Payload, Shard
 from pipeline.execution.tally import ShardTally
 from pipeline.progress import ProgressMeter
-from pipeline.records import Record, make_storable, status_of
+from pipeline.records import Record, column_names, make_storable, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
@@ -32,13 +35,15 @@ class Attempt:
     shard: Shard
     provenance: tables.Provenance  # of the table to make
     records: Mapping[str, type[Record]]  # folder of a table that is read -> its record
-    retry: frozenset[str]  # statuses whose rows are made again
+    retry: frozenset[str]  # statuses whose rows are made again; without effect on tables without statuses
     stop: threading.Event
     meter: ProgressMeter
     before_commit: Callable[[], None] = lambda: None  # called when the table is written, before it is in place
 
     def __post_init__(self) -> None:
         self.run = self.shard.run.folder
+        if "status" not in column_names(self.p.record):
+            self.retry = frozenset()
         self.path = table_path(self.run, self.p.folder, self.shard.number)
         self.before = read_intact_footer(self.run, self.path)
         retry_of = (self.before.digest, *sorted(self.retry)) if self.retry and self.before else ()
@@ -72,13 +77,13 @@ class Attempt:
         return True
 
     def _write_table(self, engines: Mapping[str, Engine], payload: Payload | None) -> None:
-        done = {row.id for row in self._restore_rows(resumable=payload is None)}
+        done = {row.id for row in (self._read_unretried() if payload else self._restore_rows())}
         try:
             for row in self._make_rows(done, engines, payload):
                 if self.parts.add(row):
                     self._check_overtaken()
         except BaseException:  # Ctrl-C too: finished rows are saved
-            with suppress(OSError, ValueError):  # the disk or a row may be what failed
+            with suppress(OSError, ValueError, MemoryError):  # the disk, a row or memory may be what failed
                 self.parts.flush()
             raise
         self._check_overtaken()
@@ -98,20 +103,17 @@ class Attempt:
             (self.run / name).unlink(missing_ok=True)  # the earlier table's, which the new one does not have
         self.parts.discard()
 
-    def _restore_rows(self, *, resumable: bool) -> Iterator[Record]:
+    def _restore_rows(self) -> Iterator[Record]:
         """Rows that need not be made again: those of the table that is retried, and of earlier attempts."""
-        if not resumable:
-            return
-        if self.retry and self.before and self.before.provenance == self.provenance:
-            for row in self.parts.carry(self._read_unretried):
-                self.tally.restore(row)
-                yield row
-        for row in self.parts.adopt():
+        for row in chain(self.parts.carry(self._read_unretried), self.parts.adopt()):
             self.tally.restore(row)
             yield row
 
     def _read_unretried(self) -> Iterator[Record]:
-        return (row for row in tables.read_rows(self.path, self.p.record) if status_of(row) not in self.retry)
+        """The rows of the table that is retried, without those that are made again; none if its provenance differs."""
+        if self.retry and self.before and self.before.provenance == self.provenance:
+            rows = tables.read_rows(self.path, self.p.record)
+            yield from (row for row in rows if status_of(row) not in self.retry)
 
     def _make_rows(self, done: set[Any], engines: Mapping[str, Engine], payload: Payload | None) -> Iterator[Record]:
         pending: deque[Any] = deque()  # ids of the rows that `work` owes
@@ -127,9 +129,18 @@ class Attempt:
                 pending.append(item.id)
                 yield item
 
-        for output in self.p.work(draw_inputs(), engines):
-            assert output.id == pending[0], f"{self.p.title} gave row {output.id} for input {pending[0]}"
-            pending.popleft()
+        def make_outputs() -> Iterator[Any]:
+            for output in self.p.work(draw_inputs(), engines):
+                assert output.id == pending[0], f"{self.p.title} gave row {output.id} for input {pending[0]}"
+                pending.popleft()
+                yield output
+
+        carried = self._read_unretried() if payload else ()
+        for output in merge(carried, make_outputs(), key=attrgetter("id")):
+            if payload and self.p.restore and output.id in done:
+                self.tally.restore(output)
+                yield payload.take(self.p.restore(self.shard, output))
+                continue
             row = make_storable(payload.take(output) if payload else output)
             self.tally.count(row)
             yield row

@@ -243,14 +243,10 @@ class Pass:
     inputs: Callable[[Shard], Iterator[Any]] = field(repr=False)
     work: Work = field(repr=False)
     payload: Callable[[Shard], Payload | None] = field(default=no_payload, repr=False)  # files beside the table
+    restore: Callable[[Shard, Any], Any] | None = field(default=None, repr=False)  # the output that has a finished row
     finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # after the last shard; True: some new
     whole_files: tuple[str, ...] = ()  # of the whole run, relative to it, that `finish` writes
     close: Callable[[], None] | None = field(default=None, repr=False)  # releases what its work holds open
-
-    @property
-    def has_payload(self) -> bool:
-        """Whether there are files beside its table; then a shard is made as a whole."""
-        return self.payload is not no_payload
 
     @property
     def depends_on(self) -> tuple[str, ...]:

@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from pipeline import config
+from pipeline import config, machine
 from pipeline.errors import (
     BrokenTableError,
     EngineDiedError,
-    MachineError,
     RefusedError,
     StoppedError,
     UserError,
@@ -85,7 +84,7 @@ class Runner:
             RefusedError: a table is stale and `stale` is "stop", or a status to retry does not exist.
         """
         sweep_unfinished(self.state.run.folder)  # of killed commands, beside the plan and run.toml
-        self._check_retry([p for p in passes if not p.has_payload])
+        self._check_retry(passes)
         self.state.check_not_stale(passes)
         self._budget = Budget(self.state.run, num_procs=self.workers)
         engines = EnginePool(self.state.run.engines)
@@ -120,11 +119,10 @@ class Runner:
             raise RefusedError(
                 "--retry and --stale keep exclude each other; choose one: --retry uses run.toml as it is now"
             )
-        if self.retry and not passes:
-            raise RefusedError("--retry: ingest and export make a shard as a whole; remove its table to make it again")
         known = {status for p in passes for status in get_args(get_type_hints(p.record).get("status"))} - {"ok"}
         if unknown := self.retry - known:
-            raise RefusedError(f"--retry {','.join(sorted(unknown))}: the statuses here are {', '.join(sorted(known))}")
+            choices = f"the statuses here are {', '.join(sorted(known))}" if known else "no row here has a status"
+            raise RefusedError(f"--retry {','.join(sorted(unknown))}: {choices}")
 
     def _create_pool(self, passes: Sequence[Pass]) -> WorkerPool:
         """One pool for all passes: workers take long to start, because they import much."""
@@ -145,7 +143,7 @@ class Runner:
         self.state.states.forget_whole()
         self.state.check_not_stale([p])  # an input that was made just now may have made it stale
         states = {shard: self.state.states.state(p, shard) for shard in self.state.selected}
-        due = {shard: state for shard, state in states.items() if self._is_due(p, state)}
+        due = {shard: state for shard, state in states.items() if self._is_due(state)}
         blocked = {shard: state for shard, state in states.items() if state.kind == "blocked"}
         self.outcome.skipped += len(states) - len(due) - len(blocked)
         self._set_aside_damaged(p, due)
@@ -167,13 +165,13 @@ class Runner:
             self._stop.set()
             say(f"recap: {excess}")
 
-    def _is_due(self, p: Pass, state: State) -> bool:
+    def _is_due(self, state: State) -> bool:
         if state.kind in DUE:
             return True
         if state.kind == "stale":
             return self.state.stale == "redo"
         retried = state.footer is not None and any(state.footer.statuses.get(status) for status in self.retry)
-        return state.kind == "done" and retried and not p.has_payload
+        return state.kind == "done" and retried
 
     def _set_aside_damaged(self, p: Pass, due: Mapping[int, State]) -> None:
         """Renames damaged table files, and says that they are made again."""
@@ -264,8 +262,9 @@ class Runner:
 
     def _record_failure(self, p: Pass, shard: int, error: BaseException) -> None:
         title = f"{p.title} {shard:05d}"
-        message = str(error) or type(error).__name__
-        if not isinstance(error, OSError | MachineError):
+        trouble = machine.find_trouble(error)
+        message = str(trouble or error) or type(error).__name__
+        if trouble is None and not isinstance(error, OSError):
             message = "".join(traceback.format_exception(error)).rstrip()
         if isinstance(error, BrokenTableError):
             message += f"; it is now {_set_aside(error.path)}, and the same command makes it again"

@@ -73,7 +73,7 @@ def _fill(p: Pass, shards: AllShards, folder: Path) -> None:
             if not folder.is_dir():  # otherwise another process, to which this one seemed gone, was faster
                 raise
             shutil.rmtree(unfinished, ignore_errors=True)
-        tables.sync_folder(folder.parent)
+        tables.sync_path(folder.parent)
     except BaseException:  # Ctrl-C too must leave nothing behind
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from pipeline.progress import say
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that ask a run to stop
 ECHO = 1.0  # seconds after the first signal in which another counts as the same
 GRACE = 3.0  # seconds after a second signal for finished rows to be saved and engines to close
 STOPPED = 75  # the exit code of a stopped command, as in pipeline/cli.py
@@ -41,8 +42,7 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    before = {number: signal.signal(number, on_signal) for number in STOPPING}
     try:
         yield
     finally:

@@ -12,9 +12,10 @@ from pathlib import PurePosixPath
 
 from pipeline.errors import ShardFailedError
 from pipeline.progress import ProgressMeter
-from pipeline.records import Record, Stat, status_of
+from pipeline.records import NOT_TAKEN, Record, Stat, status_of
 
 MAX_EXTENSIONS = 5  # in a message
+MAX_BESIDE = 10  # images that a sample may leave beside the one that it takes
 MIN_ROWS = 200  # of a shard before its share of failed rows counts
 
 
@@ -48,7 +49,7 @@ class ShardTally:
     def __init__(self, meter: ProgressMeter, *, max_error_share: float) -> None:
         self.meter, self.max_error_share = meter, max_error_share
         self.started_at = time.time()
-        self.num_rows = self.num_new = self.num_errors = 0
+        self.num_rows = self.num_new = self.num_errors = self.num_not_taken = 0
         self.num_retries = self.num_prompt_tokens = self.num_output_tokens = 0
         self.messages: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
@@ -78,12 +79,26 @@ class ShardTally:
             self.examples.setdefault(common, error)
             if ending := PurePosixPath(getattr(row, "source_key", "")).suffix:
                 self.extensions[ending.lower()] += 1
-        if self.num_rows >= MIN_ROWS and self.num_errors > self.max_error_share * self.num_rows:
+        num_failed, num_rows = self._count_failures()
+        is_enough = num_rows >= MIN_ROWS or (num_failed > self.num_errors and self.num_rows >= MIN_ROWS)
+        if is_enough and num_failed > self.max_error_share * num_rows:
             raise ShardFailedError(self._describe_failure())
 
     def _count_status(self, row: Record) -> None:
         self.num_rows += 1
-        self.num_errors += status_of(row) in row.failed
+        self.num_not_taken += _is_not_taken(row)
+        self.num_errors += status_of(row) in row.failed and not _is_not_taken(row)
+
+    def _count_failures(self) -> tuple[int, int]:
+        """The failed rows, and all rows, that count towards the share.
+
+        Images that their sample does not take do not: a mask or thumbnail beside each photograph is no sign of a wrong
+        setting. Only those beyond MAX_BESIDE for each other row count, since then keys that end at the wrong dot make
+        one sample of a whole corpus.
+        """
+        num_others = self.num_rows - self.num_not_taken
+        num_excess = max(0, self.num_not_taken - MAX_BESIDE * num_others)
+        return self.num_errors + num_excess, num_others + num_excess
 
     def make_stat(
         self, *, stage: str, name: str, caption: str, shard: int, seconds: float, waiting: float | None
@@ -108,12 +123,13 @@ class ShardTally:
         )
 
     def _describe_failure(self) -> str:
-        message, num = "from an earlier attempt", self.num_errors
+        num_failed, num_rows = self._count_failures()
+        message, num = "from an earlier attempt", num_failed
         if self.messages:
             message, num = self.messages.most_common(1)[0]
         example = f", e.g. {self.examples[message]}" if message in self.examples else ""
         return (
-            f"{self.num_errors} of its first {self.num_rows} rows failed, more than max_error_share ="
+            f"{num_failed} of its first {num_rows} rows failed, more than max_error_share ="
             f" {self.max_error_share}; the commonest message ({num} times): {message}{example}{self._list_extensions()}"
         )
 
@@ -121,3 +137,7 @@ class ShardTally:
         """The extensions of the files that failed, commonest first; "" for rows that are no files."""
         counts = ", ".join(f"{num} {end}" for end, num in self.extensions.most_common(MAX_EXTENSIONS))
         return f"; among them {counts} (a folder's source.exclude leaves files out)" if counts else ""
+
+
+def _is_not_taken(row: Record) -> bool:
+    return str(getattr(row, "error", "")).startswith(NOT_TAKEN)

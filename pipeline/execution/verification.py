@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from pathlib import Path
 from tarfile import TarError
 from threading import Event
 
-from pipeline import plugins
-from pipeline.errors import BrokenTableError, MachineError
+from pipeline import machine, plugins
+from pipeline.errors import BrokenTableError, MachineError, OutOfMemoryError
 from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.shared_work import find_shared
@@ -159,6 +159,8 @@ class Verification:
             with closing(self._shard(shard, p)) as inputs:
                 return _compare_ids(ids, (item.id for item in p.inputs(inputs)))
         except (MachineError, RuntimeError) as error:
+            if isinstance(trouble := machine.find_trouble(error), OutOfMemoryError):
+                raise trouble from error
             return f"does not fit its inputs: {error}"
 
     def _check_whole_run(self) -> Iterator[Damage]:
@@ -222,22 +224,23 @@ def _compare_forms(
     for form, files in groupby(sorted(names), key=lambda name: Path(name).parts[1]):
         module = plugins.load("stages.exporters", form) if form in forms else None
         if module and hasattr(module, "read_images"):
-            images = {name: module.read_images(run / name) for name in files}
+            images = {name: partial(module.read_images, run / name) for name in files}
             yield from _compare_form(images, digests, is_complete=form not in damaged)
 
 
 def _compare_form(
-    files: Mapping[str, Iterable[tuple[str, bytes]]], digests: Mapping[str, str], *, is_complete: bool
+    files: Mapping[str, Callable[[], Iterable[tuple[str, bytes]]]], digests: Mapping[str, str], *, is_complete: bool
 ) -> Iterator[tuple[str, str]]:
     missing, with_images = set(digests), ""
-    for name, images in files.items():
+    for name, read_images in files.items():
         try:
-            found = {key: hashlib.sha256(data).hexdigest() for key, data in images}
+            found = _compute_digests(read_images)
             unlike = sorted(key for key in found if found[key] != digests.get(key))
             reason = (
                 f"has {len(unlike)} images that are not those of their rows, {unlike[0]} the first" if unlike else ""
             )
         except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
+            machine.rule_out(error, partial(_compute_digests, read_images))
             found, reason = {}, f"does not read: {error}"
         missing -= found.keys()
         with_images = with_images or (name if found else "")
@@ -245,6 +248,10 @@ def _compare_form(
         yield name, reason
     if missing and is_complete:
         yield with_images or next(iter(files)), f"has no image of {len(missing)} rows, {min(missing)} the first"
+
+
+def _compute_digests(read_images: Callable[[], Iterable[tuple[str, bytes]]]) -> dict[str, str]:
+    return {key: hashlib.sha256(data).hexdigest() for key, data in read_images()}
 
 
 def _compare_ids(rows: Iterable[tuple[str | int, ...]], expected: Iterable[tuple[str | int, ...]]) -> str:

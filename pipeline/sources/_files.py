@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline import progress
+from pipeline import machine, progress
 from pipeline.errors import ConfigError, UnusableFileError
 from pipeline.records import Piece
 from pipeline.sections import key
@@ -220,10 +220,15 @@ def read_zipped(url: str, root: str, *, limit: int) -> bytes:
     """
     member, _, archive = url.removeprefix("zip://").partition("::")
     with open_inside(archive, root) as stream:
-        try:
+
+        def unpack() -> bytes:
             with zipfile.ZipFile(stream) as files, files.open(member) as data:
-                content = data.read(limit + 1)
+                return data.read(limit + 1)
+
+        try:
+            content = unpack()
         except (KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            machine.rule_out(error, unpack, needed=limit)
             raise UnusableFileError(f"it cannot be read from its archive: {error}") from error
     if problem := _common.explain_size(len(content), limit):
         raise UnusableFileError(problem)

@@ -5,12 +5,14 @@ It refuses to know what the columns mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pipeline import machine
 from pipeline.errors import BrokenParquetError
-from pipeline.sources import _columns
+from pipeline.sources import _columns, _common
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +31,11 @@ def open_table(stream: BinaryIO) -> pq.ParquetFile:
     """
     import pyarrow.parquet as pq
 
-    with _decoder_errors():
+    def read_footer() -> pq.ParquetFile:
         return pq.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+
+    with _decoder_errors(read_footer):
+        return read_footer()
 
 
 def list_groups(table: pq.ParquetFile) -> Iterator[tuple[int, range]]:
@@ -50,11 +55,15 @@ def read_batches(table: pq.ParquetFile, columns: list[str], *, group: int) -> It
     Raises:
         BrokenParquetError: the next batch cannot be read.
     """
-    with _decoder_errors():
-        num_rows = min(MAX_ROWS, MAX_BYTES // max(1, table.metadata.row_group(group).total_byte_size))
-        batches = table.iter_batches(max(1, num_rows), row_groups=[group], columns=columns)
+    num_rows = max(1, min(MAX_ROWS, MAX_BYTES // max(1, table.metadata.row_group(group).total_byte_size)))
+
+    def start() -> Iterator[pa.RecordBatch]:
+        return iter(table.iter_batches(num_rows, row_groups=[group], columns=columns))
+
+    with _decoder_errors(start):
+        batches = start()
     while True:
-        with _decoder_errors():
+        with _decoder_errors(lambda: deque(start(), maxlen=0)):
             batch = next(batches, None)
         if batch is None:
             return
@@ -74,12 +83,12 @@ def read_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _decoder_errors() -> Iterator[None]:
+def _decoder_errors(again: Callable[[], object]) -> Iterator[None]:
+    """Translates errors of what `again` would do once more."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise  # from the disk: decoders set no number
+        machine.rule_out(error, again, needed=_common.MAX_IMAGE_BYTES)
         raise BrokenParquetError(f"the Parquet cannot be read: {error}") from error

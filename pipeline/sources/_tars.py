@@ -20,14 +20,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, BinaryIO, Literal, cast
 
-from pipeline.records import Raw
+from pipeline import machine
+from pipeline.records import NOT_TAKEN, Raw
 from pipeline.sources import _common, _files, _tar_format
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY_BYTES = 1 << 20  # moved at a time when a tar is staged
 SplitAt = Literal["first", "last"]
-NOT_TAKEN = (
-    "another image of its sample is taken: set source.image to the extension to take or, when file names contain dots,"
+NOT_TAKEN_ERROR = (
+    f"{NOT_TAKEN}: set source.image to the extension to take or, when file names contain dots,"
     ' source.split_keys = "last"'
 )
 NO_FILE = _tar_format.Member(name="", offset=0, size=0, error="there is no image in the sample")
@@ -61,7 +62,7 @@ class Sample:
         taken = self.find_image("")
         for name, member in self.members.items():
             if member is not taken and member.error is None and _common.is_image(f".{name}"):
-                yield Sample(key=member.name, error=NOT_TAKEN)
+                yield Sample(key=member.name, error=NOT_TAKEN_ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,8 @@ def open_tar(file: str, *, scratch: str, max_bytes: int) -> Iterator[Tar]:
                 copy.seek(0)
                 again = open_unpacked(stream)  # beside the first, since Arrow's decoders close the file when they go
                 error = _unpack_stream(again, copy, max_bytes, step=_tar_format.BLOCK)
+                if error:
+                    machine.check_memory(f"{name}: {error}")
             yield Tar(name=name, stream=copy, file=None, error=error)
 
 
@@ -201,8 +204,8 @@ def _unpack_stream(packed: Any, output: BinaryIO, max_bytes: int, *, step: int) 
         try:
             data = packed.read1(step)
         except (EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # from the disk: decoders set no number
+            if isinstance(machine.find_trouble(error), OSError):
+                raise  # from the disk
             return f"it cannot be unpacked: {error}"
         if not data:
             return None

@@ -244,7 +244,9 @@ def _list_metadata(image: str) -> Iterator[tuple[str, str]]:
     for folder in path.parents:
         prefix = "" if str(folder) == "." else f"{_unescape_name(str(folder))}/"
         for name in METADATA:
-            yield prefix + name, str(path.relative_to(folder))
+            relative = str(path.relative_to(folder))
+            plain = _unescape_name(relative)
+            yield prefix + name, plain if _common.replace_surrogates(plain) == plain else relative
 
 
 def _open_metadata(tree: _trees.Tree, name: str) -> _Table:
@@ -276,7 +278,8 @@ class _Table:
         return free[0] if len(free) == 1 else None
 
     def _is_file(self, name: str) -> bool:
-        return "\0" not in name and self.tree.exists(self.folder + _unescape_name(name))
+        names = (name, _unescape_name(name))  # a literal \xNN, and a byte that no table can hold
+        return "\0" not in name and any(self.tree.exists(self.folder + one) for one in names)
 
 
 def _find_indices(names: pa.Array, name: str) -> Iterator[int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import machine
 from pipeline.errors import ConfigError
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
@@ -130,8 +131,9 @@ def _load_dataset(config: Config) -> datasets.Dataset | datasets.DatasetDict:
         )
     except (ValueError, FileNotFoundError, RuntimeError, DatasetsError) as error:
         # What does not exist, a loading script, files of different columns. A disk that fails is behind some of these.
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-            raise error.__cause__ from error
+        trouble = machine.find_trouble(error.__cause__ or error)
+        if trouble is not None and trouble is not error:
+            raise trouble from error
         message = " ".join(f"{error}: {error.__cause__ or ''}".split()).rstrip(":")[:MAX_MESSAGE]
         raise ConfigError("source.path", f"{config.path!r} cannot be loaded: {message}") from error
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import machine
 from pipeline.errors import MachineError, QueryError
 from pipeline.records import (
     Caption,
@@ -78,6 +79,8 @@ class Connection:
             try:
                 self._define(name, self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
             except duckdb.Error as error:
+                if trouble := machine.find_trouble(error):
+                    raise trouble from error
                 why = _format_error(error).partition("\n")[0]  # the rest shows our statement, not the user's
                 if "No files found" not in why:
                     remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
@@ -284,9 +287,9 @@ def _translate_errors() -> Iterator[None]:
         if "No files found" in str(error):
             raise QueryError(_format_error(error)) from error
         raise MachineError(_format_error(error)) from error
-    except duckdb.OutOfMemoryException as error:
-        raise MachineError(_format_error(error)) from error
     except duckdb.Error as error:
+        if trouble := machine.find_trouble(error):
+            raise trouble from error
         raise QueryError(_format_error(error)) from error
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from pipeline import machine
 from pipeline.errors import BrokenTableError
 from pipeline.records import Planned, Record, arrow_schema
 from pipeline.storage import tables
@@ -37,9 +38,8 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
 
     try:
         return _compare_table(path, record)
-    except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
-        raise
-    except (pa.ArrowException, ValueError) as error:  # of metadata that no reader of rows looks at
+    except (pa.ArrowException, ValueError, OSError) as error:  # of metadata that no reader of rows looks at
+        machine.rule_out(error, lambda: _compare_table(path, record))
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.records import Image
 from pipeline.storage.layout import PACKED, unfinished_path, work_folder
-from pipeline.storage.tables import TableFooter, open_atomic, read_whole_footer, sync_folder
+from pipeline.storage.tables import TableFooter, make_folder, open_atomic, read_whole_footer, sync_path
 
 BLOCK = 512  # bytes of a tar header
 SUMS = "SHA256SUMS"  # file beside an export's tables with the digests of all exported files
@@ -46,7 +46,7 @@ class UnfinishedFile:
     def open(self) -> io.BufferedWriter:
         if self._file is None:
             for folder in (self.path.parent, self._temporary.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             self._file = open(self._temporary, "xb")
         return self._file
 
@@ -60,7 +60,7 @@ class UnfinishedFile:
         num_bytes = os.fstat(self._file.fileno()).st_size
         self._file.close()
         os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         return num_bytes
 
     def abandon(self) -> None:

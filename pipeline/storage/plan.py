@@ -15,14 +15,14 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline import machine
 from pipeline.errors import BrokenTableError, MachineError, RefusedError, SpecError, UserError
 from pipeline.records import Piece, Planned, arrow_schema
 from pipeline.storage import tables
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+T = TypeVar("T")
 MAX_SHARDS = 1_000_000  # six digits in the key
 CHECKSUM_KEY = "recap.footer"  # of the Parquet footer's checksum, within that footer
 ZEROS = b"0" * 64  # in the checksum's place while it is computed
@@ -54,13 +55,16 @@ class Plan:
             SpecError: the spec does not parse, or names a shard that the plan does not have.
             MachineError: the plan is damaged.
         """
-        with _open_plan(path) as file:
+
+        def load_selected(file: pq.ParquetFile) -> tuple[Plan, Sequence[int]]:
             num_shards = _count_shards(file)
             selected = parse_spec(shards, num_shards)
             first, last = (selected[0], selected[-1]) if selected else (0, -1)
             spans = [file.metadata.row_group(i).column(0).statistics for i in range(file.num_row_groups)]
             groups = [i for i, span in enumerate(spans) if span.max >= first and span.min <= last]
             return cls(num_shards=num_shards, rows=file.read_row_groups(groups)), selected
+
+        return _read_plan(path, load_selected)
 
     def pieces(self, shard: int) -> list[Piece]:
         return [Planned(**row).piece for row in self._slice(shard)]
@@ -113,7 +117,7 @@ def write_plan(
         RefusedError: another process does not release the plan, or there is nothing new for a changed `shard_size`.
     """
     corpus = list(pieces)  # before the lock is taken: listing may take hours
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tables.make_folder(path.parent)
     with hold_lock(path.with_name(f".{path.name}.lock")) as is_held:
         planned = _read_planned(path)
         before = planned[-1].shard + 1 if planned else 0
@@ -133,8 +137,7 @@ def write_plan(
 
 def _read_planned(path: Path) -> list[Planned]:
     try:
-        with _open_plan(path) as file:
-            return [Planned(**row) for batch in file.iter_batches() for row in batch.to_pylist()]
+        return _read_plan(path, _list_rows)
     except FileNotFoundError:
         return []
 
@@ -173,9 +176,13 @@ def _format_plan(rows: Iterable[Planned], *, shard_size: int) -> bytes:
     return content[:at] + checksum + content[at + len(ZEROS) :]
 
 
-@contextmanager
-def _open_plan(path: Path) -> Iterator[pq.ParquetFile]:
-    """
+def _list_rows(file: pq.ParquetFile) -> list[Planned]:
+    return [Planned(**row) for batch in file.iter_batches() for row in batch.to_pylist()]
+
+
+def _read_plan(path: Path, read: Callable[[pq.ParquetFile], T]) -> T:
+    """The result of `read`.
+
     Raises:
         FileNotFoundError: there is no plan.
         MachineError: it is damaged, or what is read of it is.
@@ -183,17 +190,19 @@ def _open_plan(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    def read_once() -> T:
         verify_plan_footer(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.schema_arrow.names != arrow_schema(Planned).names:
                 raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
-            yield file
-    except (MemoryError, UserError):  # Arrow's own MemoryError is an ArrowException
+            return read(file)
+
+    try:
+        return read_once()
+    except UserError:
         raise
     except (pa.ArrowException, BrokenTableError, OSError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # from the system
+        machine.rule_out(error, read_once)
         raise MachineError(
             f"{path} is damaged ({error}); restore it from a backup. Without one, and only if the corpus has neither"
             " changed nor grown since, move the file away and run `recap plan`: it writes the same plan again"
@@ -264,8 +273,7 @@ def _plan_piece(shard: int, piece: Piece, start: int, stop: int | None) -> Plann
 
 def count_shards(path: Path) -> int:
     """The number of planned shards, from the file's footer."""
-    with _open_plan(path) as file:
-        return _count_shards(file)
+    return _read_plan(path, _count_shards)
 
 
 def _count_shards(file: pq.ParquetFile) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from pipeline import machine
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, arrow_schema, column_names
 from pipeline.storage.layout import unfinished_path
@@ -188,27 +189,28 @@ def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | N
     Columns that the version of the file lacks have their defaults.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     footer, num_rows = read_footer(path), 0
     names = list(column_names(record) if columns is None else columns)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            known = arrow_schema(record, version=read_version(file.schema_arrow, record)).names
-            stored = [name for name in known if name in names]
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=stored):
-                num_rows += len(batch)
-                yield _add_defaults(batch.select(stored), record, names)
-    except MemoryError:  # Arrow's is an ArrowException too, and no sign of damage
-        raise
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
-    except OSError as error:
-        if error.errno is not None:  # from the system: too many open files, no permission
-            raise
+        for batch in _iterate_batches(path, record, names):
+            num_rows += len(batch)
+            yield batch
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+        machine.rule_out(error, lambda: deque(_iterate_batches(path, record, names), maxlen=0))
         raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
     if footer is not None and num_rows != footer.num_rows:
         raise BrokenTableError(path, f"has {num_rows} rows; it was written with {footer.num_rows}")
+
+
+def _iterate_batches(path: Path, record: type[Record], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        known = arrow_schema(record, version=read_version(file.schema_arrow, record)).names
+        stored = [name for name in known if name in names]
+        for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=stored):
+            yield _add_defaults(batch.select(stored), record, names)
 
 
 def read_version(schema: pa.Schema, record: type[Record]) -> int:
@@ -337,7 +339,7 @@ def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -
     """
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     unfinished = unfinished_path(path, work=work)
     try:
         with open(unfinished, "xb") as file:
@@ -350,12 +352,21 @@ def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -
         unfinished.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def make_folder(folder: Path) -> None:
+    """Creates a folder with its parents, if it is missing; what is created survives a power failure."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_path(folder.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
+from pipeline.execution.signals import STOPPING
 from stages.training.dataset import read_image_file
 
 if TYPE_CHECKING:
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label without a loss
 
 
-def leave_process_group() -> None:
-    """Takes a worker of a data loader out of the group, so that a signal to the group does not kill it.
+def ignore_signals() -> None:
+    """Makes a worker of a data loader ignore the signals that end a run, which clusters send to every process.
 
     The training process needs its workers until it has finished the step and saved a checkpoint; then it ends them.
     """
     import torch
 
-    if torch.utils.data.get_worker_info() is not None and os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
+    if torch.utils.data.get_worker_info() is not None:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Collator:
@@ -40,7 +42,7 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
-        leave_process_group()
+        ignore_signals()
         pixels = self._processor.image_processor(
             images=[self.load_image(example) for example in examples], return_tensors="pt"
         )

@@ -76,6 +76,8 @@ def save_model(task: TrainingTask, model: Any, *, output: Path, card: str) -> No
     (partial / CARD).write_text(card)
     for file in partial.glob("*.safetensors"):
         shutil.copymode(partial / CARD, file)  # safetensors makes files that only their owner can read
+    for path in (*partial.iterdir(), partial):
+        tables.sync_path(path)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
-    tables.sync_folder(output.parent)
+    tables.sync_path(output.parent)

@@ -12,26 +12,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Caption, Step
+from pipeline.records import Caption
 from pipeline.storage import tables
 from pipeline.storage.integrity import check_plan
-from tests.support.runs import ROOT, begin, corpus, make, recap, sections
-
-NUM_FLIPS = 60
-UNPROTECTED = ("run.toml",)  # the user's own
+from tests.support.flips import finish_run, flip_bit, flip_bits, list_protected_files
+from tests.support.runs import ROOT, recap
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    parts = sections(
-        corpus(folder / "photos", ["jpg", "png", "cut", "webp"] * 2), source={"shard_size": 4, "pack": True}
-    )
-    run = begin(folder / "run", parts)
-    assert make(run).exit_code == 0
-    step = tables.Provenance(stage="train", name="", version=1, slice={}, inputs={})
-    tables.write_rows(run / "step" / "00000.parquet", Step, [Step(step=1, name="loss", value=0.5)], step)
-    return run
+    return finish_run(tmp_path_factory.mktemp("verify"))
 
 
 @pytest.fixture
@@ -49,37 +39,20 @@ def verify(run: Path, *arguments: str) -> list[str]:
     return lines
 
 
-def protected_files(run: Path) -> list[Path]:
-    found = sorted(file for file in run.rglob("*") if file.is_file())
-    return [file for file in found if ".work" not in file.parts and file.name not in UNPROTECTED]
-
-
 def test_a_sound_run_has_no_damage_and_nothing_is_written(run: Path) -> None:
-    before = {file: file.read_bytes() for file in protected_files(run)}
+    before = {file: file.read_bytes() for file in list_protected_files(run)}
     done = recap("verify", "--run", run)
     assert (done.stdout, done.returncode) == ("", 0)
     assert "tables of 2 shards read, 0 files damaged" in done.stderr
-    assert {file: file.read_bytes() for file in protected_files(run)} == before
+    assert {file: file.read_bytes() for file in list_protected_files(run)} == before
 
 
 @pytest.mark.slow
 def test_single_flipped_bits_are_named_in_every_kind_of_file(run: Path) -> None:
-    noise, num_flips, kinds, beside = random.Random(15), 0, set(), False
-    while num_flips < NUM_FLIPS:
-        flipped, beside = {}, not beside  # files beside tables in every other round: damaged tables do not name them
-        for file in protected_files(run):
-            is_beside = file.suffix in (".tar", "") or file.parent == run / "export" / "parquet"
-            if file.name == "plan.parquet" or is_beside != beside or (not beside and noise.random() < 0.5):
-                continue
-            flipped[file] = file.read_bytes()
-            flip_bit(file, noise)
-            kinds.add(file.parent.relative_to(run))
-        damage = [line.partition("; to mend it: ")[0] for line in verify(run)]
-        assert all(any(str(file.relative_to(run)) in line for line in damage) for file in flipped)
-        num_flips += len(flipped)
-        for file, data in flipped.items():
-            file.write_bytes(data)
-    assert {file.parent.relative_to(run) for file in protected_files(run)} - kinds <= {Path()}
+    flips = flip_bits(run, num_flips=60, seed=15)
+    assert (flips.named, flips.wrong_answers) == (flips.flips, 0), flips
+    kinds = {f"{file.parent.relative_to(run)}/*{file.suffix}" for file in list_protected_files(run)}
+    assert flips.by_kind.keys() == kinds
     assert verify(run) == []
 
 
@@ -103,13 +76,6 @@ def test_every_single_bit_of_a_plan_is_protected(run: Path) -> None:
             check_plan(path)
     path.write_bytes(data)
     check_plan(path)
-
-
-def flip_bit(file: Path, noise: random.Random) -> None:
-    data = bytearray(file.read_bytes())
-    bit = noise.randrange(len(data) * 8)
-    data[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(data)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.decoding.images import Limits, probe
 from pipeline.decoding.probe_pool import BATCH_ITEMS, ProbePool, map_ahead
-from pipeline.errors import DecoderStartError
+from pipeline.errors import DecoderStartError, OutOfMemoryError
 
 MISBEHAVING = "tests.support.misbehaving:probe"
 
@@ -134,6 +134,29 @@ def test_a_decoder_killed_from_outside_costs_no_row() -> None:
                 for pid in find_decoders(os.getpid()):
                     os.kill(pid, signal.SIGKILL)
         assert rows == [probe(data) for data in files]
+
+
+@pytest.mark.parametrize("num_kills", [1, 2])
+def test_a_file_whose_decoder_was_killed_is_probed_alone(num_kills: int, tmp_path: Path) -> None:
+    (tmp_path / "kills").write_bytes(bytes(num_kills))
+    files = [picture(1), b"killed %s " % bytes(tmp_path / "kills") + picture(2), picture(3)]
+    with ProbePool(num_procs=2, probe=MISBEHAVING) as pool:
+        assert list(pool.map(files)) == [probe(picture(shade)) for shade in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("evil", "error"), [(b"killed", "signal 9"), (b"short", "exit status 12")])
+def test_what_fails_alone_is_the_files_fault_only_with_memory_to_spare(evil: bytes, error: str, tmp_path: Path) -> None:
+    (tmp_path / "kills").write_bytes(bytes(99))
+    files = [picture(1), b"%s %s " % (evil, bytes(tmp_path / "kills")), picture(2)]
+    with ProbePool(num_procs=2, probe=MISBEHAVING, max_memory=256 << 20) as pool:
+        first, found, last = pool.map(files)
+    assert (first, last) == (probe(files[0]), probe(files[2]))
+    assert found.status == "unreadable" and error in (found.error or "") and not found.is_doubtful
+    with (
+        ProbePool(num_procs=2, probe=MISBEHAVING, max_memory=1 << 60) as pool,
+        pytest.raises(OutOfMemoryError, match=r"max_pixels.*MiB are free"),
+    ):
+        list(pool.map(files))
 
 
 def test_files_are_drawn_lazily_and_a_consumer_may_stop() -> None:

@@ -207,13 +207,32 @@ def test_tables_that_a_retry_made_stale_are_named_and_not_skipped(run: Path, fin
     assert states(run)["score:judge:dense"] == "stale"
 
 
-def test_retry_excludes_stale_keep_and_stages_with_payloads(run: Path) -> None:
+def test_retry_excludes_stale_keep_and_tables_without_statuses(run: Path) -> None:
     with pytest.raises(RefusedError, match="choose one"):
         make(run, "caption", retry=frozenset({"empty"}), stale="keep")
-    before = times(run)
-    with pytest.raises(RefusedError, match="as a whole"):
-        make(run, "ingest", retry=frozenset({"unreadable"}))
-    assert times(run) == before
+    with pytest.raises(RefusedError, match="no row here has a status"):
+        make(run, "export", retry=frozenset({"error"}))
+
+
+def test_a_retry_of_images_packs_the_sound_ones_again_without_reading_them(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "cut", "jpg", "png", "empty", "jpg"])
+    run = begin(tmp_path / "run", sections(photos, source={"shard_size": 3, "pack": True}))
+    reference = Path(shutil.copytree(run, tmp_path / "reference"))
+    make(reference, "ingest")
+    broken = photos / "00002.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:300].ljust(len(whole), b"\0"))
+    make(run, "ingest")
+    assert [row.status for row in rows(run, "image", Image)].count("unreadable") == 2
+    broken.write_bytes(whole)
+    for name in ("00000.jpg", "00003.png", "00005.jpg"):
+        (photos / name).write_bytes(b"lost since")
+    before = times(run / "shards")
+    assert make(run, "ingest", retry=frozenset({"unreadable"})).done == 1
+    assert files(run) == files(reference)
+    assert times(run / "shards").items() - before.items() == {
+        (str(run / "shards/00000.tar"), (run / "shards/00000.tar").stat().st_mtime_ns)
+    }
 
 
 def test_rows_of_a_damaged_part_are_made_again(tmp_path: Path, finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import disasters, runs
+from tests.support import disasters, races, runs, shortages, syscalls
 from tests.support.runs import ROOT, begin, corpus, make, sections, times
 
 pytestmark = pytest.mark.slow
@@ -80,6 +81,25 @@ def test_a_shard_made_by_several_processes_at_once_is_whole(run: Path, reference
             process.join()
         assert [process.exitcode for process in processes] == [0] * num, stage
     assert_rerun_completes(run, reference)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace injects the faults")
+def test_stages_that_fail_or_are_killed_at_a_system_call_lose_nothing(tmp_path: Path) -> None:
+    toll = syscalls.break_calls(tmp_path, every=13)
+    assert (toll.harm, toll.kills > 0, toll.errors > 0) == (0, True, True), toll
+
+
+def test_commands_that_race_lose_and_double_nothing(tmp_path: Path) -> None:
+    toll = races.race(tmp_path, rounds=1)
+    assert (toll.harm, toll.rows > 50) == (0, True), toll
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the allocator that fails")
+def test_a_failed_allocation_is_not_taken_for_damage() -> None:
+    done = shortages.run_alone(num_steps=12)
+    shortage = json.loads(done.stdout)
+    assert (done.returncode, shortage["taken_for_damage"]) == (0, 0), done
+    assert shortage["tasks"] == 60 and shortage["refused"] > 5 < shortage["places"]
 
 
 def test_a_full_disk(run: Path, reference: Path) -> None:
@@ -174,3 +194,25 @@ def test_missing_and_truncated_payloads_are_made_again(
     assert "1 shard table made" in done.stderr
     assert times(run / "caption") == captions
     assert_rerun_completes(run, reference)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace shows the system calls")
+def test_files_and_new_folders_survive_a_power_failure(tmp_path: Path) -> None:
+    """A file is synced before its rename, its folder after it, and the parent of each new folder too."""
+    photos, run = corpus(tmp_path / "photos", IMAGES[:4]), tmp_path / "of" / "runs" / "run"
+    program = shlex.join([sys.executable, "-m", "pipeline"])
+    trace = f"strace -f -y -q --seccomp-bpf -o {tmp_path}/trace -e trace=mkdir,mkdirat,rename,fsync"
+    command = f"{program} init {run} --source {photos} && {program} run all --run {run}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", f"{trace} bash -c {shlex.quote(command)}"], check=True, env=env)
+    pattern = r'(mkdir|rename|fsync)(?:at)?\((?:\d+<(.*?)>|"(.*?)"(?:, "(.*?)")?).*= 0$'
+    calls = [match.groups(default="") for match in re.finditer(pattern, (tmp_path / "trace").read_text(), re.MULTILINE)]
+    synced = [(number, call[1]) for number, call in enumerate(calls) if call[0] == "fsync"]
+    num_checked = 0
+    for number, (call, _, path, target) in enumerate(calls):
+        if call == "fsync" or not (target or path).startswith(str(tmp_path)) or ".work" in Path(target or path).parts:
+            continue
+        assert any(later > number and other == str(Path(target or path).parent) for later, other in synced), path
+        assert call == "mkdir" or any(earlier < number and other == path for earlier, other in synced), path
+        num_checked += 1
+    assert num_checked > 20

@@ -11,7 +11,7 @@ import pytest
 from pipeline.records import Caption, Criterion, Score, make_storable
 from pipeline.storage import tables
 from tests.support import runs
-from tests.support.answer_fuzzer import fuzz
+from tests.support.answer_fuzzer import MAX_BYTES, fuzz
 from tests.support.scripted import SOUND, Scripted, complete
 
 NUM_IMAGES = 10
@@ -77,6 +77,10 @@ def test_a_row_that_a_table_cannot_hold_is_a_failure_of_its_own() -> None:
     assert len(tables.to_arrow(Score, [row, sound])) == 2 and make_storable(sound) is sound
 
 
+@pytest.mark.slow
 def test_mutated_answers_are_rows_and_show_no_key(tmp_path: Path) -> None:
-    counts = fuzz(tmp_path, num_mutations=200, seed=1)
-    assert counts.total() == 200 and counts["ok"] and counts["error"] and counts["invalid"]
+    fuzzed = fuzz(tmp_path, num_mutations=200, seed=1)
+    for stage, statuses in (("caption", ("ok", "error", "invalid")), ("score", ("ok", "error", "unknown"))):
+        found = fuzzed[stage]
+        assert found.statuses.total() == 200 and all(found.statuses[status] for status in statuses)
+        assert found.peak_bytes < MAX_BYTES

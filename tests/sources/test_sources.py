@@ -322,8 +322,12 @@ class TestFolder:
         names = ["קיץ/חתול 🐈.jpg", "дом.jpg", "a\nb.jpg", r"real\xff.jpg", r"back\slash.jpg"]
         write(tmp_path, {name: name for name in names})
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw\xff.jpg")).write_bytes(b"bytes")
+        rows = [{"file_name": os.path.normpath(name), "text": f"about {name}"} for name in (*names, r"raw\xff.jpg")]
+        write_metadata(tmp_path / "metadata.csv", rows)
         raws = self.read(tmp_path)
         assert {raw.data for raw in raws.values()} == {name.encode() for name in names} | {b"bytes"}
+        assert all(raw.alt_text == f"about {raw.data.decode()}" for raw in raws.values() if raw.data != b"bytes")  # type: ignore[union-attr]
+        assert raws[r"raw\xff.jpg"].alt_text == r"about raw\xff.jpg"
         assert raws[r"raw\xff.jpg"].data == b"bytes"
         assert raws[r"real\x5cxff.jpg"].data == rb"real\xff.jpg"
         assert all(raw.source_key.encode() for raw in raws.values())

@@ -153,7 +153,7 @@ class TestSamples:
         assert collect_errors(read_tars(tmp_path, image="seg.png"))["b"] == "there is no seg.png in the sample"
         assert collect_errors(read_tars(tmp_path)) == {
             "c": "there is no image in the sample",
-            "a.seg.png": _tars.NOT_TAKEN,
+            "a.seg.png": _tars.NOT_TAKEN_ERROR,
         }
 
     def test_every_image_that_is_not_taken_is_a_row(self, tmp_path: Path) -> None:

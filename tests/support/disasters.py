@@ -1,11 +1,12 @@
-"""Kills runs at random moments, many times, and counts lost and doubled rows.
+"""Kills, breaks and races runs, many times, and counts lost and doubled rows.
 
     python -m tests.support.disasters --kills 300                  # divided among the engines that start in seconds
     python -m tests.support.disasters --kills 10 --engine vllm     # or echo, server, transformers
+    python -m tests.support.disasters --all                        # and all other disasters of these tests
 
 Every stage is started, killed with SIGKILL at some moment, and started again, until it is done; then every table is
 compared with that of an uninterrupted run. Only stages that use the engine are killed (for echo: all), and equally
-often. Prints a line of JSON for each engine.
+often. Prints a line of JSON for each engine, and with --all one for each other program of OTHERS and the sums.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
@@ -38,6 +39,7 @@ KILLED = {"echo": STAGES, "server": ("caption", "score"), "transformers": ("capt
 MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD]
 AGE = 0.05  # seconds between parts, so that a short shard has some to adopt
 AT_ONCE = ("echo", "server", "transformers")  # engines that start in seconds
+OTHERS = ("syscalls", "shortages", "races", "flips")  # modules beside this one
 MOST = 5  # kills of a stage of one run; then it may end, even on a slow machine
 IMPORTED = {  # before `start`: otherwise most kills would hit imports
     "": ("__main__", "tests.support.runs", "pyarrow.parquet", "duckdb", "stages.export", "stages.scorers.judge"),
@@ -56,12 +58,14 @@ class Toll:
     rows: int = 0
     rows_lost: int = 0
     rows_doubled: int = 0
+    stats_lost: int = 0  # shards without statistics
+    errors: int = 0  # injected into system calls
     tables_that_differ: int = 0  # in their bytes, where the engine is deterministic
     leftovers: int = 0  # unfinished files under a final folder
 
     @property
     def harm(self) -> int:
-        return self.rows_lost + self.rows_doubled + self.tables_that_differ + self.leftovers
+        return self.rows_lost + self.rows_doubled + self.stats_lost + self.tables_that_differ + self.leftovers
 
 
 def main() -> None:
@@ -69,6 +73,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300, help="at least; as many of each stage")
     parser.add_argument("--engine", choices=[*AT_ONCE, "vllm"], help="only this one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="and faults of system calls and memory, races, flipped bits")
     args = parser.parse_args()
     if args.engine:
         toll = kill_runs_of(args.engine, kills=args.kills, seed=args.seed)
@@ -76,16 +81,32 @@ def main() -> None:
         sys.exit(1 if toll.harm else 0)
     command = [sys.executable, "-m", "tests.support.disasters", "--seed", str(args.seed)]
     share = ["--kills", str(-(-args.kills // len(AT_ONCE)))]
-    sys.exit(max(subprocess.run([*command, *share, "--engine", kind], check=False).returncode for kind in AT_ONCE))
+    commands = [[*command, *share, "--engine", kind] for kind in AT_ONCE]
+    commands += [[sys.executable, "-m", f"tests.support.{name}"] for name in OTHERS if args.all]
+    code, sums = 0, Counter[str]()
+    for command in commands:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        print(done.stdout, end="", flush=True)
+        code = max(code, abs(done.returncode))
+        found = json.loads(done.stdout) if done.stdout else {}
+        sums.update({name: num for name, num in found.items() if isinstance(num, int)})
+    harm = ("rows_lost", "rows_doubled", "stats_lost", "taken_for_damage", "wrong_answers")
+    print(", ".join(f"{name} {sums[name]}" for name in ("kills", "errors", "tasks", "flips", "named", *harm)))
+    sys.exit(code)
 
 
 def kill_runs_of(kind: str, *, kills: int, seed: int) -> Toll:
     """As `kill_runs`, with an engine of this kind."""
     alike = kind in ("echo", "server")
     early = [*IMPORTED[""], *IMPORTED.get(kind, ())]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(early)  # only the first process uses it
+    preload(early)
     with tempfile.TemporaryDirectory() as folder, configure_engines(kind, Path(folder)) as parts:
         return kill_runs(Path(folder), parts, kills=kills, seed=seed, alike=alike, stages=KILLED[kind])
+
+
+def preload(modules: Sequence[str]) -> None:
+    """Imports modules in the process that all others are forked from, if there is none yet."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
 
 
 @contextmanager
@@ -143,20 +164,20 @@ def kill_runs(
 def start(run: Path, what: str, **options: Any) -> BaseProcess:
     """`recap run` in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_run_stage, args=(run, what, options))
+    process = context.Process(target=run_stage, args=(run, what, options))
     process.start()
     return process
 
 
-def _run_stage(run: Path, what: str, options: dict[str, Any]) -> None:
+def run_stage(run: Path, what: str, options: dict[str, Any]) -> None:
     from pipeline.storage import parts
 
-    os.dup2(os.open(_log_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(log_file(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     parts.MAX_AGE = AGE
     sys.exit(make(run, what, **options).exit_code)
 
 
-def _log_file(run: Path) -> Path:
+def log_file(run: Path) -> Path:
     return run.with_suffix(".log")
 
 
@@ -164,7 +185,7 @@ def _time_stage(run: Path, stage: str) -> float:
     begun = time.monotonic()
     process = start(run, stage)
     process.join()
-    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{_log_file(run).read_text()[-3000:]}"
+    assert process.exitcode == 0, f"{stage} failed before anything was killed\n{log_file(run).read_text()[-3000:]}"
     return time.monotonic() - begun
 
 
@@ -186,7 +207,7 @@ def _kill_until_done(run: Path, stage: str, random: Random, seconds: dict[str, f
             if kills == 0:
                 seconds[stage] = time.monotonic() - begun
             return kills
-        output = _log_file(run).read_text()[-3000:]
+        output = log_file(run).read_text()[-3000:]
         assert process.exitcode == -signal.SIGKILL, f"{stage}: exit {process.exitcode} after {kills} kills\n{output}"
         kills += 1
 
@@ -198,6 +219,8 @@ def compare(reference: Path, run: Path, toll: Toll, *, alike: bool, but: tuple[s
         toll.rows += sum(found.values())
         toll.rows_lost += sum((wanted - found).values())
         toll.rows_doubled += sum((found - wanted).values())
+    wanted = [path.relative_to(reference) for path in (reference / "stats").rglob("*.parquet")]
+    toll.stats_lost += sum(not (run / path).exists() or not pq.read_table(run / path).num_rows for path in wanted)
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if path.is_file() and not name.startswith((".work", "stats")) and path.suffix not in but:

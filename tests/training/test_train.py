@@ -80,8 +80,17 @@ def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> Non
     assert getattr(settings.options.config, "scores", "") in {"", *run.sections["score"]}
 
 
+def list_descendants(parent: int) -> list[int]:
+    """A process and all that it started, the last first."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [*(pid for child in children for pid in list_descendants(int(child))), parent]
+
+
 @pytest.mark.slow
-def test_a_signal_to_the_process_group_of_a_training_ends_it_with_a_checkpoint(sft_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["the group", "each process"])
+def test_a_signal_to_all_processes_of_a_training_ends_it_with_a_checkpoint(
+    sft_run: Path, tmp_path: Path, to: str
+) -> None:
     shutil.copytree(sft_run, tmp_path / "run")
     run = begin(tmp_path / "run", make_sft_sections(train={"steps": 10_000, "save_steps": 10_000, "num_workers": 1}))
     command = [sys.executable, "-m", "pipeline", "run", "train", "--run", str(run)]
@@ -94,7 +103,10 @@ def test_a_signal_to_the_process_group_of_a_training_ends_it_with_a_checkpoint(s
         for line in process.stderr:
             lines.append(line)
             if "train: step 2/" in line:
-                os.killpg(process.pid, signal.SIGTERM)
+                pids = list_descendants(process.pid)
+                assert len(pids) > 1
+                for pid in pids if to == "each process" else [-process.pid]:
+                    os.kill(pid, signal.SIGTERM)
     text = "".join(lines)
     assert process.returncode == 75, text
     assert "Traceback" not in text
