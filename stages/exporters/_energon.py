@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeline.storage.layout import unfinished_path
 from pipeline.storage.payloads import BLOCK, TarMember, TarWriter, UnfinishedFile, list_members
-from pipeline.storage.tables import sync_folder
+from pipeline.storage.tables import sync_path
 from stages.exporters import FormFile, put_text
 
 META = ".nv-meta"
@@ -152,7 +152,7 @@ def _write_database(path: Path, samples: Iterable[IndexedSample]) -> bytes:
     except BaseException:  # Ctrl-C too must leave no temporary file
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return digest.digest()
 
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.storage.layout import unfinished_path
-from pipeline.storage.tables import sync_folder
+from pipeline.storage.tables import sync_path
 
 
 class UnfinishedFolder:
@@ -47,7 +47,7 @@ class UnfinishedFolder:
         if self._folders:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
+            sync_path(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
