@@ -417,6 +417,26 @@ def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
     raise typer.Exit(1 if num_damaged else 0)
 
 
+@app.command("compare", epilog="Example: recap compare runs/old:dense runs/new:dense --samples 20 --format json")
+def compare_runs(
+    a: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's directory, or DIR:NAME for one of its caption passes.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="RUN", help="Another run, or another pass of the same.")],
+    samples: Annotated[
+        int, typer.Option(help="Print this many images one by one, those whose scores differ most first.", min=0)
+    ] = 0,
+    format: Format = "table",
+) -> None:
+    """Compare two runs or two passes: what is kept, lengths and scores.
+
+    Images are joined by their sha256; of each, the best caption is compared: the chosen one, or a kept one.
+    """
+    from pipeline.commands import compare
+
+    compare.compare_runs(a, b, num_samples=samples, format=format, out=sys.stdout.buffer)
+
+
 @app.command("compact", epilog="Example: recap compact --run runs/photos")
 def compact_tables(run: RunOption = Path()) -> None:
     """Copy the tables of many shards into few large files, which make queries of the whole run fast.
