@@ -72,6 +72,13 @@ class FormConfig:
         "JPEG at quality 95, other formats as PNG",
         stamp_default=False,
     )
+    resize: Mapping[str, int] | None = key(
+        None,
+        "scale larger images down, upright: { short = 512 } pixels of the shorter side, or { long = 1024 } of the "
+        "longer; the others stay as they are",
+        stamp_default=False,
+    )
+    quality: int = key(95, "of the JPEG files that upright and resize write", least=1, most=100, stamp_default=False)
     split: Mapping[str, float] | None = key(
         None,
         "NAME = share: parts of the training set, such as train and val, each in a folder of its own. Copies of a "
@@ -101,8 +108,12 @@ class FormConfig:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
-        if self.upright and self.images == "reference":
-            raise ValueError('upright re-encodes images, and images = "reference" leaves them as they are; choose one')
+        resize = self.resize or {"long": 1}
+        if not (len(resize) == 1 and resize.keys() <= {"short", "long"} and min(resize.values()) > 0):
+            raise ValueError(f"resize is {dict(resize)}; it must have either short or long, in pixels")
+        if self.reencodes and self.images == "reference":
+            problem = 'upright and resize re-encode images, and images = "reference" leaves them as they are'
+            raise ValueError(f"{problem}; choose one")
         if self.split is not None:
             self._check_split(self.split)
         if not self.instructions:
@@ -114,6 +125,11 @@ class FormConfig:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
+
+    @property
+    def reencodes(self) -> bool:
+        """Whether image files may differ from the corpus's."""
+        return self.upright or bool(self.resize)
 
     def _check_split(self, split: Mapping[str, float]) -> None:
         wrong = [name for name in split if not re.fullmatch(r"[a-z]\w*", name) or name in RESERVED]
@@ -208,30 +224,34 @@ def work(
 ) -> Iterator[ExportSample]:
     columns = list_columns(settings)
     samples = (_build_sample(item, settings, columns) for item in inputs)
-    if not settings.upright or not _needs_images(settings):
+    if not settings.reencodes or not _needs_images(settings):
         yield from samples
         return
-    for sample in map_ahead(samples, _turn_upright, num_threads=num_threads, depth=2 * num_threads):
+    reencode = partial(_reencode, settings=settings)
+    for sample in map_ahead(samples, reencode, num_threads=num_threads, depth=2 * num_threads):
         if isinstance(sample, Exception):
             raise sample
         yield sample
 
 
-def _turn_upright(sample: ExportSample) -> ExportSample:
-    """The sample with an upright image file; unchanged where it is upright already.
+def _reencode(sample: ExportSample, settings: Config) -> ExportSample:
+    """The sample with an upright image file that is small enough; unchanged where it is both already.
 
     Raises:
         MachineError: its image cannot be decoded.
     """
-    if sample.row.orientation == 1:
+    size = find_size(sample.row.width, sample.row.height, settings.resize or {})
+    if size is None and (sample.row.orientation == 1 or not settings.upright):
         return sample
     try:
-        copy = copy_upright(sample.data)
+        copy = copy_upright(sample.data, size=size, quality=settings.quality)
     except UndecodableError as error:
-        raise MachineError(f"{sample.row.source_key} cannot be turned upright: {error}") from error
+        raise MachineError(f"{sample.row.source_key} cannot be encoded again: {error}") from error
     row = replace(
         sample.row,
         format=copy.format,
+        width=copy.width,
+        height=copy.height,
         orientation=1,
         num_bytes=len(copy.data),
         reencoded=copy.encoding,
@@ -240,10 +260,23 @@ def _turn_upright(sample: ExportSample) -> ExportSample:
     return replace(sample, row=row, data=copy.data)
 
 
+def find_size(width: int, height: int, resize: Mapping[str, int]) -> tuple[int, int] | None:
+    """Width and height of the scaled image; None where it is not larger than `resize` allows.
+
+    >>> find_size(4000, 3000, {"short": 512}), find_size(400, 300, {"short": 512}), find_size(90, 10, {"long": 30})
+    ((683, 512), None, (30, 3))
+    """
+    side = min(width, height) if "short" in resize else max(width, height)
+    most = next(iter(resize.values()), side)
+    if side <= most:
+        return None
+    return max(1, round(width * most / side)), max(1, round(height * most / side))
+
+
 def list_columns(settings: Config) -> tuple[str, ...]:
     """The columns of a training set: those of `Exported` without the ones that only other settings fill."""
     used = {
-        **dict.fromkeys(("reencoded", "written_sha256"), settings.upright),
+        **dict.fromkeys(("reencoded", "written_sha256"), settings.reencodes),
         **dict.fromkeys(("num_tokens", "cut"), bool(settings.tokenizer)),
         "texts": settings.texts == "all",
         "weight": bool(settings.weight),

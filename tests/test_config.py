@@ -38,6 +38,8 @@ from tests.support.runs import recap, sections, write
         ({"export": {"upright": True, "images": "reference"}}, ["export", "upright", "reference"]),
         ({"export": {"split": {"train": 1, "Val": 0.1}}}, ["export", "split", "small letters"]),
         ({"export": {"split": {"train": 1, "val": 0}}}, ["export", "split", "above 0"]),
+        ({"export": {"resize": {"short": 512, "long": 9}}}, ["export", "resize", "short or long"]),
+        ({"export": {"resize": {"area": 512}}}, ["export", "resize", "short or long"]),
         ({"export": {"instructions": []}}, ["export", "instructions", "at least one"]),
         ({"export": {"formats": ["tfrecord"]}}, ["export", "formats", "tfrecord", "webdataset"]),
         ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),

@@ -22,7 +22,7 @@ SIZES = (
 
 EMPTY = "**This data set is empty: no caption was kept.**\n\n"
 OPTIONAL = {  # column -> what it is
-    "reencoded": "how an image that its EXIF orientation turned was encoded again, upright; empty: the original file",
+    "reencoded": "how an image was encoded again, upright and perhaps smaller; empty: the original file",
     "written_sha256": "of the image here, if it was encoded again; `sha256` is always the original's",
     "texts": "all kept captions",
     "weight": "of the sample",

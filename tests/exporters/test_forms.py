@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline import plugins
 from pipeline.records import Exported
@@ -254,3 +256,24 @@ def test_splits_have_their_shares(shares: dict[str, float]) -> None:
     assert {name: drawn[name] / 10_000 for name in shares} == pytest.approx(
         {name: share / total for name, share in shares.items()}, abs=0.02
     )
+
+
+def test_larger_images_are_scaled_down_and_the_others_keep_their_bytes(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    originals = {"large.jpg": picture(1, "jpeg", (90, 60)), "large.png": picture(2, "png", (60, 120))}
+    originals |= {"small.jpg": picture(3), "small.webp": picture(4, "webp", (30, 200))}
+    for name, data in originals.items():
+        (photos / name).write_bytes(data)
+    source = {"kind": "folder", "path": str(photos)}
+    run = export(tmp_path / "run", source, resize={"short": 30}, quality=80, formats=["sidecar", "webdataset"])
+    rows = {row.source_key: row for row in read_rows(run)}
+    for name, row in rows.items():
+        data = next((run / "export/sidecar/00000").glob(f"{row.key}.jpg")).read_bytes()
+        assert hashlib.sha256(originals[name]).hexdigest() == row.sha256
+        assert (data == originals[name]) == name.startswith("small") == (row.reencoded == row.written_sha256 == "")
+        assert hashlib.sha256(data).hexdigest() == (row.written_sha256 or row.sha256)
+        assert Image.open(BytesIO(data)).size == (row.width, row.height)
+    assert [(row.width, row.height) for row in rows.values()] == [(45, 30), (30, 60), (40, 30), (30, 200)]
+    assert rows["large.jpg"].reencoded == "jpeg, quality 80, 45 x 30"
+    assert "0 files damaged" in recap("verify", "--run", run).stderr
