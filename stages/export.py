@@ -389,6 +389,7 @@ SUMMARY = """
         coalesce(avg(len(regexp_extract_all(caption, '\\S+'))), 0) AS mean_words,
         coalesce(avg(len(regexp_extract_all(alt_text, '\\S+'))), 0) AS mean_alt_text_words
     FROM export"""
+NO_PROVENANCE = tables.Provenance(stage="export", name="", version=VERSION, slice={}, inputs={})  # they fill memory
 OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported
 
 
@@ -419,7 +420,8 @@ def finish(run: Run, is_new: bool) -> None:
     for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
         put_text(run.folder / name, text)
     paths = sorted((run.folder / "export/index").glob("*.parquet"))
-    footers = [footer for footer in map(tables.read_whole_footer, paths) if footer]
+    found = (footer for footer in map(tables.read_whole_footer, paths) if footer)
+    footers = [replace(footer, provenance=NO_PROVENANCE) for footer in found]
     _write_indexes(run.folder, settings, footers)
     names = (name for name in (*WHOLE_FILES, *_list_indexes(settings)) if (run.folder / name).exists())
     write_sums(run.folder, "export/index", footers, names)
