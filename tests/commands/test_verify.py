@@ -155,7 +155,7 @@ def test_exported_images_are_compared_with_their_rows_where_no_digest_is_recorde
 
 def test_an_export_lists_its_digests(run: Path) -> None:
     listed = (run / "export" / "index" / "SHA256SUMS").read_text().splitlines()
+    written = [file.relative_to(run / "export") for file in (run / "export").rglob("*") if file.is_file()]
     assert sorted(line.split("  ")[1] for line in listed) == sorted(
-        [f"../{name}" for name in ("README.md", "stats.json", "parquet/00000.parquet", "parquet/00001.parquet")]
-        + ["../webdataset/00000.tar", "../webdataset/00001.tar"]
+        f"../{file}" for file in written if file.parts[0] != "index"
     )
