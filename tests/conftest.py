@@ -24,6 +24,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 WITH_MODELS = ("tests/engines/test_engines.py", "tests/stages/test_rubric.py", "tests/training/")
+LOADING_TORCH = {"processor", "tokenizer", "tiny_model"}  # fixtures
 APART = {"test_disasters"}  # each takes long, and they share little
 
 # No test times anything, and what CI finds a person must be able to find again.
@@ -39,6 +40,14 @@ class ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
         return "models" if file.startswith(WITH_MODELS) else nodeid if Path(file).stem in APART else file
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests that import torch and transformers as slow: the import alone takes seconds."""
+    for item in items:
+        if not LOADING_TORCH.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -138,6 +138,7 @@ def test_shards_are_verified_by_themselves(run: Path) -> None:
     assert recap("verify", "--run", run, "--shard", "9", check=False).returncode == 2
 
 
+@pytest.mark.slow
 def test_exported_images_are_compared_with_their_rows_where_no_digest_is_recorded(tmp_path: Path) -> None:
     with tarfile.open(ROOT / "tests" / "data" / "earlier_runs" / "photos.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -109,6 +109,7 @@ def test_a_training_set_that_mixes_versions_is_announced(run: Path) -> None:
     assert "loaders refuse such a mixture" in recap("run", "export", "--run", run).stderr
 
 
+@pytest.mark.slow
 def test_making_an_earlier_run_from_nothing_gives_the_same_rows(run: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()

@@ -62,6 +62,7 @@ def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
         assert len(row.error or "") < 400
 
 
+@pytest.mark.slow
 def test_a_hostile_corpus_is_determined_by_its_seed(tmp_path: Path) -> None:
     def read_contents(name: str, seed: int) -> dict[str, bytes]:
         write_hostile_files(tmp_path / name, seed)

@@ -41,6 +41,7 @@ def raws() -> list[Raw]:
     return read_corpus(Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2))
 
 
+@pytest.mark.slow
 def test_a_corpus_is_determined_by_its_config(raws: list[Raw]) -> None:
     config = Config(num_images=400, seed=5, broken_share=0.1, duplicate_share=0.2, samples_per_piece=7)
     assert read_corpus(config) == raws

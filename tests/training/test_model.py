@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from pipeline import config
 from stages.training.model import load_model
 from tests.support.runs import ROOT
 
 
+@pytest.mark.slow
 def test_weights_are_saved_in_the_type_in_which_they_came(tmp_path: Path) -> None:
     import torch
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 
+
+@pytest.mark.slow
 def test_master_weights_keep_what_16_bits_lose() -> None:
     import torch
     from torch import nn

@@ -96,6 +96,7 @@ def test_met_criteria_are_counted_by_weight_and_by_id() -> None:
     assert group_values(criteria) == {"states_object": [1.0, 0.0], "weight_3": [1.0, 0.0]}
 
 
+@pytest.mark.slow
 def test_an_answer_that_lacks_one_of_several_rewards_has_no_sum() -> None:
     import torch
 
