@@ -65,9 +65,11 @@ class Serving(Weights):
 
 
 # vLLM's repetition_detection: an answer stops when it ends with `min_count` copies of one sequence of tokens. Sequences
-# of 24 tokens and more have at least 6 words in most languages, and 6 copies of 6 words are what
-# stages/text/repetition.py calls a loop; shorter sequences are found as a multiple of themselves.
-LOOP_DETECTION = {"min_pattern_size": 24, "max_pattern_size": 64, "min_count": 6}
+# of 16 tokens and more have at least 5 words in most languages, and 8 copies of 5 words are what
+# stages/text/repetition.py calls a loop; shorter sequences are found as a multiple of themselves. For each token after
+# the first 128, vLLM's scheduler compares up to 16 lengths in Python: a wider range would slow short steps of large
+# batches.
+LOOP_DETECTION = {"min_pattern_size": 16, "max_pattern_size": 31, "min_count": 8}
 
 
 def require_module(module: str, *, kind: str, how: str) -> None:
