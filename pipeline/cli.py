@@ -428,7 +428,7 @@ def compare_runs(
     ] = 0,
     format: Format = "table",
 ) -> None:
-    """Compare two runs or two passes: what is kept, lengths and scores.
+    """Compare two runs or passes: kept captions, lengths and scores.
 
     Images are joined by their sha256; of each, the best caption is compared: the chosen one, or a kept one.
     """
@@ -439,9 +439,10 @@ def compare_runs(
 
 @app.command("compact", epilog="Example: recap compact --run runs/photos")
 def compact_tables(run: RunOption = Path()) -> None:
-    """Copy the tables of many shards into few large files, which make queries of the whole run fast.
+    """Copy the tables of many shards into few large files.
 
-    Answers stay the same: a copy is used only while the tables in it are unchanged, and may be removed at any time.
+    Queries of the whole run become fast. Answers stay the same: a copy is used only while the tables in it are
+    unchanged, and may be removed at any time.
     """
     from pipeline import config
     from pipeline.commands import compact
@@ -461,7 +462,7 @@ def push_export(
     run: RunOption = Path(),
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
 ) -> None:
-    """Upload the finished export to the Hugging Face Hub, or to a store such as S3.
+    """Upload the finished export to the Hub, or to a store such as S3.
 
     What is there already is skipped; an interrupted upload resumes. Prints where the export is.
     """
@@ -487,10 +488,11 @@ def audit_run(
     *,
     context: typer.Context,
 ) -> None:
-    """Draw captions for people to label, and estimate from the labels how many kept captions are acceptable.
+    """Draw captions for people to label, and estimate the precision.
 
-    Without options it prints the estimates, or, while there are no labels, writes a page with 200 captions. A larger
-    --draw with the same seed keeps the captions of a smaller one.
+    The precision is the share of kept captions that are acceptable. Without options it prints the estimates, or, while
+    there are no labels, writes a page with 200 captions. A larger --draw with the same seed keeps the captions of a
+    smaller one.
     """
     from pipeline import config, plugins
 
