@@ -7,6 +7,9 @@ CREATE VIEW plan AS SELECT * FROM read_parquet('plan.parquet', hive_partitioning
 -- One row per input of the plan.
 CREATE VIEW image AS SELECT * FROM read_parquet('image/*.parquet', union_by_name = true, hive_partitioning = false);
 
+-- One row per image of a run with [curate]: its duplicates, and whether and why it is dropped.
+CREATE VIEW curation AS SELECT * FROM read_parquet('curation/*.parquet', union_by_name = true, hive_partitioning = false);
+
 -- num_candidates rows per usable image and caption pass. `caption` is the pass, as in the other views; `name` is the same.
 CREATE VIEW caption AS SELECT *, name AS caption FROM read_parquet('caption/*/*.parquet', union_by_name = true, hive_partitioning = false);
 

@@ -235,7 +235,7 @@ def run_stage(
         str,
         typer.Argument(
             metavar="STAGE[:NAME]",
-            help="ingest, caption, rubric, score, filter, export, train or all.",
+            help="ingest, curate, caption, rubric, score, filter, export, train or all.",
             autocompletion=complete_passes,
         ),
     ],

@@ -78,6 +78,8 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
 
 def _parse_stage(top: Section, stage: str) -> dict[str, Any]:
     module = plugins.load("stages", stage)
+    if getattr(module, "OPTIONAL", False) and stage not in top.values:
+        return {}
     read = getattr(module, "read_section", lambda section: section.parse(module.Config))
     if getattr(module, "NAMED", False):
         return {name: read(section) for name, section in top.subsection(stage).subsections().items()}

@@ -126,6 +126,37 @@ class Image(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredImage(Image):
+    """An image row of a run with `[curate]`; without it the table has the columns up to `metadata`."""
+
+    version: ClassVar[int] = 2
+
+    phash: str | None = added(2, None)  # perceptual hash, 256 bits in hex; null: no picture, or a flat one
+    bits_per_pixel: float | None = added(2, None)  # of the file
+    entropy: float | None = added(2, None)  # [0, 8] bits a pixel, of the luminance at 64 x 64 pixels
+    aspect: float | None = added(2, None)  # width by height, as displayed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation(Record):
+    """Whether an image is captioned, and which others are copies of it."""
+
+    table: ClassVar[str] = "curation"
+
+    key: str
+    group: str | None  # the key of the first image of its near duplicates; null where it is dropped for itself
+    representative: bool  # the first of its group
+    distance: int | None  # bits of the hash that differ from the representative's, or from the excluded picture's
+    copy_of: str | None  # the key of the first image with the same bytes
+    drop: bool  # never captioned
+    reason: str | None  # the image's status, where, excluded, placeholder, duplicate or near_duplicate; null: kept
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Caption(Record):
     """One candidate of one pass for one image."""
 

@@ -13,7 +13,7 @@ from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request, find_no_loop
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Caption, Image, column_names
+from pipeline.records import Caption, Curation, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from stages import recipes
@@ -139,12 +139,12 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         raise ConfigError(f"{section}.recipe", str(error)) from error
     sampling = _resolve_sampling(config, recipe, section)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
-    scores = _find_scores(run, name, config)
+    scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
     return Pass(
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        reads=("image", *(f"score/{score}/{config.of}" for score in scores)),
+        reads=(*(["curation"] if curated else []), "image", *(f"score/{score}/{config.of}" for score in scores)),
         engines=(config.engine,),
         shows_images=True,
         version=VERSION,
@@ -159,25 +159,34 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         },
         record=Caption,
         max_error_share=run.resolve_error_share(config.max_error_share),
-        inputs=partial(inputs, num_candidates=config.num_candidates, query=_build_query(config, scores)),
+        inputs=partial(
+            inputs,
+            num_candidates=config.num_candidates,
+            query=_build_query(config, scores),
+            curated=curated,
+        ),
         work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, sampling=sampling).run,
     )
 
 
-def inputs(shard: Shard, *, num_candidates: int, query: str | None) -> Iterator[CaptionInput]:
+def inputs(shard: Shard, *, num_candidates: int, query: str | None, curated: bool = False) -> Iterator[CaptionInput]:
     """The candidates to generate, in order of key and candidate.
 
     Args:
         shard: the shard.
         num_candidates: per image.
         query: SQL that gives the keys of the images in order; None: all images that are ok.
+        curated: whether images that curation drops are left out.
     """
     rows = shard.read_table("image", Image)
     if query is None:
         images = (row for row in rows if row.status == "ok")
     else:
         images = (next(row for row in rows if row.key == image_key) for (image_key,) in shard.query(query))
+    curation = shard.lookup("curation", Curation) if curated else None
     for image in images:
+        if curation and any(row.drop for row in curation(image.key)):
+            continue
         for candidate in range(num_candidates):
             yield CaptionInput(
                 image=image, candidate=candidate, data=partial(shard.read_image, image), retry_of=shard.retry_of

@@ -393,6 +393,9 @@ NO_PROVENANCE = tables.Provenance(stage="export", name="", version=VERSION, slic
 OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported
 
 
+DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason ORDER BY reason'
+
+
 def finish(run: Run, is_new: bool) -> None:
     """Writes export/stats.json, the dataset card, the forms' indexes and all digests, unless no shard is new."""
     settings = run.sections["export"][""]
@@ -405,6 +408,8 @@ def finish(run: Run, is_new: bool) -> None:
             connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
         ).fetchall()
         num_older: int = database.run_query(connection, OLDER).fetchall()[0][0]
+        dropped = dict(database.query_rows(connection, DROPPED)) if run.sections["curate"] else {}
+    stats |= {"dropped": dropped} if dropped else {}
     stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
     card = build_card(
         stats,
@@ -414,7 +419,7 @@ def finish(run: Run, is_new: bool) -> None:
         formats=settings.formats,
         splits=settings.split or (),
         rules=run.sections["filter"][""].rules,
-        notes=describe_texts(settings),
+        notes=(*_describe_dropped(dropped), *describe_texts(settings)),
         columns=list_columns(settings),
     )
     for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
@@ -426,6 +431,12 @@ def finish(run: Run, is_new: bool) -> None:
     names = (name for name in (*WHOLE_FILES, *_list_indexes(settings)) if (run.folder / name).exists())
     write_sums(run.folder, "export/index", footers, names)
     _warn(run, stats["num_samples"], num_older)
+
+
+def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
+    if dropped:
+        reasons = ", ".join(f"{num:,} `{reason}`" for reason, num in dropped.items())
+        yield f"Before captioning, curation dropped {sum(dropped.values()):,} images of the corpus: {reasons}."
 
 
 def _warn(run: Run, num_samples: int, num_older: int) -> None:

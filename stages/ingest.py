@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.decoding import measures
 from pipeline.decoding.images import Limits, Probe
 from pipeline.decoding.probe_pool import ProbePool
 from pipeline.engines import Engine
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Image, Raw, make_key
+from pipeline.records import Image, MeasuredImage, Raw, make_key
 from pipeline.sections import Run, stamped
 from pipeline.storage.layout import PACKED
 from pipeline.storage.payloads import ImagePacker, PackedImage
@@ -44,16 +45,22 @@ class IngestInput:
 def passes(run: Run) -> Iterable[Pass]:
     corpus = run.corpus
     limits = Limits(min_side=corpus.min_side, max_pixels=corpus.max_pixels)
-    decoders = ProbePool(limits=limits, num_procs=run.num_cores)  # starts its processes with the first file
+    measured = bool(run.sections["curate"])
+    probe = f"pipeline.decoding.images:{'probe_and_measure' if measured else 'probe'}"
+    decoders = ProbePool(limits=limits, num_procs=run.num_cores, probe=probe)  # starts them with the first file
     yield Pass(
         stage="ingest",
         folder="image",
         version=VERSION,
-        slice={"source": run.source.stamp, **stamped(corpus)},
-        record=Image,
+        slice={
+            "source": run.source.stamp,
+            **stamped(corpus),
+            **({"measures": measures.VERSION} if measured else {}),
+        },
+        record=MeasuredImage if measured else Image,
         max_error_share=run.resolve_error_share(corpus.max_error_share),
         inputs=inputs,
-        work=partial(work, decoders=decoders),
+        work=partial(work, decoders=decoders, measured=measured),
         close=decoders.close,
         payload=lambda shard: ImagePacker(run.folder, shard.number),
         restore=restore,
@@ -67,10 +74,24 @@ def inputs(shard: Shard) -> Iterator[IngestInput]:
         yield IngestInput(shard=shard.number, index=index, source=shard.run.source.kind, raw=raw)
 
 
-def work(inputs: Iterator[IngestInput], _: Mapping[str, Engine], *, decoders: ProbePool) -> Iterator[PackedImage]:
+def work(
+    inputs: Iterator[IngestInput], _: Mapping[str, Engine], *, decoders: ProbePool, measured: bool
+) -> Iterator[PackedImage]:
     files = ((item, item.raw.data or b"") for item in inputs)
     for item, probe in map_with_context(decoders.map, files):
-        yield _build_row(item, None if item.raw.data is None else probe)
+        packed = _build_row(item, None if item.raw.data is None else probe)
+        yield replace(packed, row=_add_measures(packed.row, probe)) if measured else packed
+
+
+def _add_measures(row: Image, probe: Probe) -> MeasuredImage:
+    pixels = (row.width or 0) * (row.height or 0)
+    return MeasuredImage(
+        **vars(row),
+        phash=probe.phash,
+        bits_per_pixel=round(8 * row.num_bytes / pixels, 4) if pixels and row.num_bytes else None,
+        entropy=probe.entropy,
+        aspect=round(row.width / row.height, 4) if row.width and row.height else None,
+    )
 
 
 def restore(shard: Shard, row: Image) -> PackedImage:

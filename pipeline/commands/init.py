@@ -253,6 +253,7 @@ def default_sections(source: Mapping[str, Any], *, engine: str, model: str | Non
         captioner["base_url"] = "endpoint"
     return {
         "source": dict(source),
+        "curate": {},
         "engines.captioner": captioner,
         "caption.dense": {"recipe": "dense", "engine": "captioner"},
         "score.form": {"kind": "text"},

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import machine
 from pipeline.decoding import formats
+from pipeline.decoding.measures import SIDE, measure_luminance
 from pipeline.errors import UndecodableError
 
 if TYPE_CHECKING:
@@ -73,15 +74,22 @@ class Probe:
     num_frames: int | None
     sha256: str  # of the bytes, hex
     is_doubtful: bool = False  # memory ran out or the decoder was killed: the file may be sound
+    phash: str | None = None  # perceptual hash, 256 bits in hex; None: not measured, or a flat picture
+    entropy: float | None = None  # [0, 8] bits a pixel of the reduced luminance; None: not measured
 
 
-def probe(data: bytes, *, limits: Limits | None = None) -> Probe:
+def probe_and_measure(data: bytes, *, limits: Limits | None = None) -> Probe:
+    """As `probe`, with the perceptual hash and the entropy. A JPEG is decoded at 1/8 to 1/1 of its size."""
+    return probe(data, limits=limits, measure=True)
+
+
+def probe(data: bytes, *, limits: Limits | None = None, measure: bool = False) -> Probe:
     """Decodes the whole first frame of `data` once. Never raises, whatever the data is.
 
     A JPEG is decoded at 1/8 of its size. That reads every bit, so it detects truncated and corrupt data like a full
     decode, but skips most arithmetic on pixels.
     """
-    state = _ProbeState(data)
+    state = _ProbeState(data, measure)
     try:
         _inspect_image(state, limits or Limits())
     except _ProbeError as error:
@@ -103,8 +111,9 @@ class _ProbeError(Exception):
 class _ProbeState:
     """The properties read so far, so that an error at any point reports all of them."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, data: bytes, measure: bool) -> None:
+        self.data, self.measure = data, measure
+        self.measured: tuple[str | None, float | None] = (None, None)  # perceptual hash, entropy
         self.format: str | None = None
         self.size: tuple[int, int] | None = None  # as displayed
         self.orientation: int | None = None
@@ -112,6 +121,7 @@ class _ProbeState:
 
     def make_probe(self, status: ImageStatus, error: str | None) -> Probe:
         width, height = self.size or (None, None)
+        phash, entropy = self.measured
         return Probe(
             status=status,
             error=error,
@@ -121,6 +131,8 @@ class _ProbeState:
             orientation=self.orientation,
             num_frames=self.num_frames,
             sha256=hashlib.sha256(self.data).hexdigest(),
+            phash=phash,
+            entropy=entropy,
         )
 
 
@@ -145,12 +157,29 @@ def _inspect_data(state: _ProbeState, data: bytes, name: str, limits: Limits) ->
         if width * height > 64 * 8 * len(data):  # libjpeg fills missing data with grey, but 8x8 pixels take a bit
             message = f"a JPEG file of {len(data)} bytes cannot hold the {width}x{height} pixels of its header"
             raise _ProbeError("unreadable", message)
-        image.draft(None, (1, 1))
+        image.draft(None, (SIDE, SIDE) if state.measure else (1, 1))
     _load_pixels(image)
     if name == "PNG":  # its EXIF may follow the pixels
         state.orientation = _read_orientation(image)
         state.size = _apply_orientation(header, state.orientation, name)
+    if state.measure:
+        luminance = _reduce_luminance(image)
+        upright = luminance if name == "TIFF" else _turn_upright(luminance, state.orientation)
+        state.measured = measure_luminance(upright)
     state.num_frames = _count_frames(image)
+
+
+def _reduce_luminance(image: ImageFile) -> Picture:
+    """The luminance at `SIDE` x `SIDE`, with transparent areas on white; large pictures are converted once reduced."""
+    from PIL.Image import Resampling
+
+    picture: Picture = image
+    if image.mode.startswith(("I", "F")) or not (image.has_transparency_data or image.mode in ("L", "RGB")):
+        picture = _convert_to_rgb(image)
+    elif image.has_transparency_data:
+        picture = image.convert("RGBA")
+    reduced = picture.resize((SIDE, SIDE), Resampling.BILINEAR, reducing_gap=3.0)
+    return _convert_to_rgb(reduced).convert("L")
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

@@ -321,6 +321,7 @@ def _load_probe(name: str) -> Callable[..., Probe]:
 
     formats.import_readers()  # imported before memory is limited
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is already a process per core
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module, _, function = name.partition(":")
     return cast(Callable[..., Probe], getattr(import_module(module), function))
 

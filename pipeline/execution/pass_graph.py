@@ -10,7 +10,14 @@ from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.sections import Run
 
-ALL = ("ingest", "caption", "score", "filter", "export")  # stages of `recap run all`, which also makes their inputs
+ALL = (
+    "ingest",
+    "curate",
+    "caption",
+    "score",
+    "filter",
+    "export",
+)  # stages of `recap run all`, which also makes their inputs
 
 
 def list_passes(run: Run) -> list[Pass]:

@@ -121,7 +121,7 @@ class Verification:
             digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
             damaged = {Path(name).parts[1] for name in reasons.keys() - names}
             yield from _compare_forms(self.run.folder, names, digests, damaged)
-        elif p.record is Image:
+        elif issubclass(p.record, Image):
             with closing(self._shard(shard)) as images:
                 for row in (row for row in rows if isinstance(row, Image) and row.file in names):
                     try:
@@ -131,7 +131,7 @@ class Verification:
 
     def _check_corpus(self, p: Pass, shard: int) -> Iterator[tuple[str, str]]:
         """Reads the images that stay in the corpus; yields the files that have changed or are gone, each once."""
-        if p.record is not Image:
+        if not issubclass(p.record, Image):
             return
         seen: set[str] = set()
         with closing(self._shard(shard)) as images:

@@ -132,6 +132,7 @@ class ReportNumbers:
     num_planned: int | None  # inputs; None where only reading the tars would tell
     funnel: Mapping[str, int]  # in, usable, captioned, kept, exported: images
     images: tuple[Tally, ...]  # by status
+    curation: tuple[Tally, ...]  # images by the reason why they are dropped; () for runs without [curate]
     captions: tuple[Tally, ...]  # by status
     attempts: tuple[Tally, ...]  # captions by the attempt that succeeded
     flags: tuple[Tally, ...]
@@ -170,6 +171,7 @@ def read_numbers(run: Run) -> ReportNumbers:
             num_planned=_read_count(connection, "SELECT sum(stop - start) FROM plan HAVING bool_and(stop IS NOT NULL)"),
             funnel={name: _read_count(connection, sql) or 0 for name, sql in FUNNEL.items()},
             images=_read_tallies(connection, IMAGES),
+            curation=_read_tallies(connection, CURATION),
             captions=_read_tallies(connection, CAPTIONS),
             attempts=_read_tallies(connection, ATTEMPTS),
             flags=_read_tallies(connection, FLAGS),
@@ -199,6 +201,9 @@ FUNNEL = {
 IMAGES = """
     SELECT '', status, count(*) AS num, min_by(error, md5_number_lower(key)) FROM image
     GROUP BY status ORDER BY num DESC, status"""
+CURATION = """
+    SELECT '', coalesce(reason, 'kept') AS label, count(*) AS num, NULL FROM curation
+    GROUP BY label ORDER BY num DESC, label"""
 CAPTIONS = """
     SELECT name, status, count(*) AS num, min_by(error, md5_number_lower(key)) FROM caption
     GROUP BY name, status ORDER BY name, num DESC, status"""

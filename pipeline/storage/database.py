@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -16,10 +16,11 @@ from pipeline import machine
 from pipeline.errors import MachineError, QueryError
 from pipeline.records import (
     Caption,
+    Curation,
     Exported,
-    Image,
     ImageRubric,
     Label,
+    MeasuredImage,
     Planned,
     Record,
     Score,
@@ -34,9 +35,13 @@ from pipeline.storage.compaction import list_current_files
 
 if TYPE_CHECKING:
     import duckdb
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
 
-RECORDS: tuple[type[Record], ...] = (Planned, Image, Caption, ImageRubric, Score, Verdict, Label, Step, Stat, Exported)
+RECORDS: tuple[type[Record], ...] = (
+    *(Planned, MeasuredImage, Curation, Caption, ImageRubric, Score, Verdict, Label, Step, Stat, Exported),
+)
 ADDED_COLUMNS = {"caption": ", name AS caption"}  # of the views, to those of the files
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
 ROWS_IN_MEMORY = 2_000  # of a query's result
@@ -274,6 +279,29 @@ def _parse_statements(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise QueryError(f"{sql[:MAX_QUOTED]}... is nested too deeply") from error
+
+
+@contextmanager
+def open_condition(condition: str) -> Iterator[Callable[[pa.Table], npt.NDArray[np.bool_]]]:
+    """A function that finds which rows of an Arrow table meet an SQL condition; where it is NULL they do not.
+
+    Raises:
+        QueryError: the condition fails, or is none.
+    """
+    import duckdb
+
+    with duckdb.connect(config={"threads": 1}) as duck, _translate_errors():
+        duck.execute(QUIET)
+        duck.execute("SET enable_external_access = false")
+
+        def find_rows(table: pa.Table) -> npt.NDArray[np.bool_]:
+            with _translate_errors():
+                duck.register("image", table)
+                found = duck.sql(f"SELECT coalesce(({condition})::BOOLEAN, false) AS met FROM image")
+                met: npt.NDArray[np.bool_] = found.to_arrow_table().column("met").to_numpy()
+                return met
+
+        yield find_rows
 
 
 @contextmanager

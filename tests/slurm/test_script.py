@@ -84,6 +84,21 @@ def test_stages_wait_for_the_same_block_and_the_dataset_card_for_all(tmp_path: P
     ]
 
 
+def test_a_stage_that_reads_all_shards_waits_for_whole_arrays_and_then_for_its_first_task(tmp_path: Path) -> None:
+    later: dict[str, Any] = {"score": (), "filter": (), "export": ()}
+    _, submitted = submit_missing(slurm_run(tmp_path, 12, {"gpus": 0}, curate={}), window=8, due=later)
+    assert submitted == [
+        ("ingest", ""),
+        ("ingest.1", ""),
+        ("curate", "afterok:101:102"),
+        ("curate", "afterok:103"),
+        ("curate.1", "afterok:103"),
+        ("caption", "aftercorr:101:103"),
+        ("caption", "aftercorr:101:104"),
+        ("caption.1", "aftercorr:102:105"),
+    ]
+
+
 def test_windows_of_a_throttled_stage_run_in_sequence(tmp_path: Path) -> None:
     _, submitted = submit_missing(slurm_run(tmp_path, 12, {"max_running": 3}), window=5, due={"caption": ()})
     assert submitted[:4] == [

@@ -20,7 +20,7 @@ from pipeline import plugins, records, sections
 from pipeline.commands.init import format_toml
 from pipeline.storage.database import RECORDS
 from pipeline.validation import describe_type
-from stages import caption, export, recipes, rubric, rubrics, score
+from stages import caption, curate, export, recipes, rubric, rubrics, score
 from stages import filter as filter_stage
 from stages.rubric_writers import llm
 from stages.text.prompts import SamplingConfig
@@ -92,6 +92,11 @@ def configuration_parts() -> Iterator[Part]:
     yield from _plugin_parts("pipeline.engines", "kind = {kind}")
     serve = plugins.load("pipeline.engines", "openai").Serve
     yield Part(title="`[engines.NAME.serve]`", classes=(serve,), text="How `recap serve NAME` starts vLLM.", level=3)
+    yield Part(
+        title="`[curate]`",
+        classes=(curate.Config,),
+        text="Without this section every image that is ok is captioned. See [Curation](curation.md).",
+    )
     yield Part(title="`[caption.NAME]`", classes=(caption.Config,))
     yield Part(title="`[rubric.NAME]`", classes=(rubric.Config,))
     yield Part(title="`[score.NAME]`", classes=(score.Config,), text=f"Every scorer has {COMMON}")
