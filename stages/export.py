@@ -311,7 +311,7 @@ def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...])
 
 def _has_groups(run: Run, settings: Config) -> bool:
     """Whether copies are known by the groups of curate, rather than by their bytes alone."""
-    return bool(settings.split) and bool(run.sections.get("curate"))
+    return bool(settings.split) and bool(run.sections["curate"])
 
 
 def _needs_images(settings: Config) -> bool:

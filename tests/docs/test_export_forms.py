@@ -31,5 +31,18 @@ def test_loading_lines_load(block: Block, home: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile(block.text, block.page.name, "exec"), names)
+    if "trl's" in block.text:
+        check_messages(names["dataset"])
     found = [names[name] for name in ("image", "sample", "dataset") if name in names]
     assert found or "captions/*.parquet" in block.text
+
+
+def check_messages(dataset: Any) -> None:
+    """TRL finds one image for each user's turn, and no placeholder that it would take for text."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    for row in dataset:
+        question, answer = prepare_multimodal_messages(row["messages"], images=row["images"])
+        assert [part["type"] for part in question["content"]] == ["image", "text"]
+        assert question["content"][1]["text"] == "Describe this image in detail."
+        assert answer["content"][0]["text"]

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -106,6 +107,7 @@ def test_every_form_is_written_the_same_again(photos: Path, tmp_path: Path) -> N
     assert list((again / ".work").rglob("*.tmp*")) == []
 
 
+@pytest.mark.slow
 def test_a_shard_of_which_nothing_is_kept_any_more_leaves_no_files(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(photos, run)
@@ -207,8 +209,6 @@ def test_instructions_are_drawn_by_key(tmp_path: Path) -> None:
 
 
 def test_an_overlay_finds_each_image_in_the_corpus(tars: Path) -> None:
-    import pyarrow.parquet as pq
-
     places = pq.read_table(tars / "export/overlay/index").to_pylist()
     for row, place in zip(read_rows(tars), places, strict=True):
         assert (place["key"], place["sha256"], place["caption"]) == (row.key, row.sha256, row.caption)
@@ -224,6 +224,7 @@ def test_names_that_lead_elsewhere_are_not_safe(name: str) -> None:
     assert not sidecar.is_safe_name(name)
 
 
+@pytest.mark.slow
 def test_splits_share_no_copies_and_replace_the_whole(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png"] * 20)
     for file in sorted(photos.glob("*.jpg")):
@@ -258,6 +259,7 @@ def test_splits_have_their_shares(shares: dict[str, float]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_larger_images_are_scaled_down_and_the_others_keep_their_bytes(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -277,3 +279,17 @@ def test_larger_images_are_scaled_down_and_the_others_keep_their_bytes(tmp_path:
     assert [(row.width, row.height) for row in rows.values()] == [(45, 30), (30, 60), (40, 30), (30, 200)]
     assert rows["large.jpg"].reencoded == "jpeg, quality 80, 45 x 30"
     assert "0 files damaged" in recap("verify", "--run", run).stderr
+
+
+@pytest.mark.slow
+def test_near_copies_that_curate_grouped_are_in_one_split(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 12)
+    shares = {"train": 0.5, "val": 0.5}
+    parts = sections(photos, filter={"rules": {}}, export={"formats": ["captions"], "split": shares}, curate={})
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    groups = recap("sql", 'SELECT key, "group" AS name FROM curation WHERE NOT drop', "--run", run, "--format", "json")
+    drawn = {row["key"]: draw_split(shares, seed=0, group=row["name"]) for row in json.loads(groups.stdout)}
+    files = {split: pq.read_table(run / "export/captions" / split)["key"].to_pylist() for split in shares}
+    assert {key: split for split, keys in files.items() for key in keys} == drawn
+    assert set(drawn.values()) == {"train", "val"}
