@@ -33,8 +33,8 @@ from pipeline.storage.database import list_score_folders
 from pipeline.storage.payloads import write_sums
 from stages.exporters import ExportPayload, ExportSample, FormFile, Origin, put_text
 from stages.exporters._card import build_card
+from stages.exporters._kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
 from stages.exporters._splits import draw_split
-from stages.kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
 from stages.sql import find_scores
 from stages.text.prompts import derive_seed
 from stages.text.selection import (
