@@ -107,7 +107,7 @@ def describe_texts(config: TextConfig) -> list[str]:
     if config.max_tokens:
         notes.append(f"Texts were cut to {config.max_tokens} tokens of `{plain_value(config.tokenizer)}`.")
     if config.drop:
-        notes.append(f"{config.drop:.1%} of the captions are empty.")
+        notes.append(f"About {config.drop:.1%} of the captions are empty.")
     return notes
 
 
