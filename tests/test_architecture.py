@@ -44,8 +44,8 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "stages.scenes",
     "stages.scorers",
     "stages.rubric_writers",
-    "stages.exporters",
     "stages.sql",
+    "stages.exporters",
     "stages.training",
     "stages.audit",
     "stages",  # the stages themselves
