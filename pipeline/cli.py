@@ -340,14 +340,13 @@ def run_query(
 ) -> None:
     """Run a named query, or list the named queries."""
     from pipeline import config
-    from pipeline.commands.sql import list_queries, print_query, read_query
-    from pipeline.storage import database
+    from pipeline.commands import answers
+    from pipeline.commands.sql import list_queries
 
     if not name:
         print("\n".join(f"{title:16} {sentence}" for title, sentence in list_queries()))
         return
-    with database.connect_run(config.load(run)) as connection:
-        print_query(connection, read_query(name), format, sys.stdout.buffer)
+    answers.print_named_query(config.load(run), name, format, sys.stdout.buffer)
 
 
 @app.command("schema", epilog="Example: recap schema > run.schema.json")
@@ -441,8 +440,8 @@ def compare_runs(
 def compact_tables(run: RunOption = Path()) -> None:
     """Copy the tables of many shards into few large files.
 
-    Queries of the whole run become fast. Answers stay the same: a copy is used only while the tables in it are
-    unchanged, and may be removed at any time.
+    Also answers the named queries, so that queries of the whole run become fast. Answers stay the same: a copy is used
+    only while the tables in it are unchanged, and may be removed at any time.
     """
     from pipeline import config
     from pipeline.commands import compact

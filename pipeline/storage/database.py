@@ -66,7 +66,8 @@ class Connection:
     def __init__(self, duck: duckdb.DuckDBPyConnection, views: Iterable[str], *, handle: int) -> None:
         """`handle` is that of the run's folder, through which the views read."""
         self.duck, self._handle = duck, handle
-        self._undefined = {_view_name(statement): statement for statement in views}
+        self.views = {_view_name(statement): statement for statement in views}
+        self._undefined = dict(self.views)
         for record in RECORDS:
             columns = ", ".join(map(_empty_column, arrow_schema(record)))
             more = ADDED_COLUMNS.get(record.table, "")
@@ -264,8 +265,23 @@ def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:
     functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
     if unknown := sorted(name for name in functions if not TABLE_FUNCTIONS.fullmatch(name)):
         raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it is none of those known to do no more than read")
-    connection.define({node["table_name"].strip('"').lower() for node in nodes if "table_name" in node})
+    connection.define(_list_tables(nodes))
     return statements[0]
+
+
+def _list_tables(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {node["table_name"].strip('"').lower() for node in nodes if "table_name" in node}
+
+
+def describe_views(connection: Connection, run: Path, sql: str) -> Iterator[tuple[str, list[tuple[str, int, int]]]]:
+    """The statement of each view that a query names, and the names, times and sizes of the files that it reads."""
+    for name in sorted(_list_tables(_walk(_parse_statements(connection.duck, sql))) & connection.views.keys()):
+        statement = HANDLE.sub("", connection.views[name])
+        (pattern,) = re.findall(r"read_parquet\('([^']*)'", statement)
+        folders = [path for path in run.glob(pattern.rpartition("/")[0]) if path.is_dir()] if "/" in pattern else [run]
+        entries = [entry for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".parquet")]
+        files = [(os.path.relpath(entry.path, run), entry.stat()) for entry in entries]
+        yield statement, sorted((file, about.st_mtime_ns, about.st_size) for file, about in files)
 
 
 def _parse_statements(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config
+from pipeline.commands import answers
 from pipeline.commands.sql import list_queries, read_query
 from pipeline.records import Caption
 from pipeline.storage import compaction, database, tables
@@ -32,7 +35,7 @@ def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def answer_all(run: Path) -> dict[str, list[tuple[object, ...]]]:
+def query_all(run: Path) -> dict[str, list[tuple[object, ...]]]:
     with database.connect_run(config.load(run)) as connection:
         named = {  # sorted, since some queries do not order equal rows
             name: sorted(database.query_rows(connection, read_query(name)), key=repr) for name, _ in list_queries()
@@ -44,17 +47,51 @@ def answer_all(run: Path) -> dict[str, list[tuple[object, ...]]]:
     return named | every
 
 
+def print_all(run: Path) -> dict[str, str]:
+    """What `recap query` prints, in the formats with and without types."""
+    return {
+        f"{name}.{form}": print_answer(run, name, form)
+        for name, _ in list_queries()
+        for form in ("json", "csv", "parquet")
+        if name not in ("worst", "flags")  # they do not order equal rows
+    }
+
+
+def print_answer(run: Path, name: str, form: str) -> str:
+    out = io.BytesIO()
+    answers.print_named_query(config.load(run), name, form, out)
+    if form != "parquet":
+        return out.getvalue().decode()
+    table = pq.read_table(io.BytesIO(out.getvalue()))
+    return f"{table.schema} {table.to_pylist()}"  # in which NaN is like NaN
+
+
+def test_stored_answers_are_those_of_the_queries_while_no_table_changes(run: Path) -> None:
+    before = print_all(run)
+    recap("compact", "--run", run)
+    stored = {file.stem for file in (run / "compact" / "answers").iterdir()}
+    assert stored == {name for name, _ in list_queries()}
+    assert print_all(run) == before
+    path = run / "verdict" / "00001.parquet"
+    path.unlink()
+    assert print_answer(run, "yield", "json") != before["yield.json"]
+    assert print_answer(run, "lengths", "json") == before["lengths.json"]
+    after = print_answer(run, "yield", "json")
+    assert "query yield: answered" in recap("compact", "--run", run).stdout
+    assert print_answer(run, "yield", "json") == after
+
+
 def list_read(run: Path) -> list[str]:
     return compaction.list_current_files(run, "caption/*/*.parquet")
 
 
 def test_copies_change_no_answer_and_no_other_file(run: Path) -> None:
-    answers, before = answer_all(run), files(run, without=(".work",))
+    expected, before = query_all(run), files(run, without=(".work",))
     lines = recap("compact", "--run", run).stdout.splitlines()
     assert "caption/dense: 6 tables in 2 files" in lines and "stats/verdict: 6 tables in 2 files" in lines
     spans = ("00000-00003", "00004-00005")
     assert list_read(run) == [f"compact/caption/{name}/{span}.parquet" for name in ("dense", "short") for span in spans]
-    assert answer_all(run) == answers
+    assert query_all(run) == expected
     assert files(run, without=(".work", "compact")) == before
     assert recap("compact", "--run", run).stdout == ""
     assert make(run).done == 0
@@ -75,12 +112,12 @@ def test_an_outdated_copy_is_not_read_until_it_is_made_again(run: Path, change: 
     else:
         copy.write_bytes(copy.read_bytes()[:-50])
     assert f"compact/{copy.relative_to(run / 'compact')}" not in list_read(run)
-    answers = answer_all(run)
+    expected = query_all(run)
     recap("compact", "--run", run)
     assert list_read(run)[0].startswith("compact/caption/dense/")
-    assert answer_all(run) == answers
+    assert query_all(run) == expected
     shutil.rmtree(run / "compact")
-    assert answer_all(run) == answers
+    assert query_all(run) == expected
 
 
 def test_verify_names_a_damaged_copy_and_the_command_that_mends_it(run: Path) -> None:
