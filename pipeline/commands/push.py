@@ -11,12 +11,12 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError, StoppedError, UserError
 from pipeline.execution.run_state import RunState
@@ -25,6 +25,7 @@ from pipeline.progress import format_bytes, say
 from pipeline.sections import Run
 from pipeline.storage import stores
 from pipeline.storage.payloads import SUMS, hash_file, parse_sums, read_sums
+from pipeline.storage.tables import open_atomic
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -127,9 +128,11 @@ def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop:
     sent = earlier | _read_journal(journal)
     due = [file for file in files if sizes.get(file.name) != file.num_bytes or sent.get(file.name) != file.sha256]
     due, progress = _end_with_list(due, files), Progress(due, stop)
-    if due and LAST in sizes:
-        stores.remove_file(f"{url}/{LAST}")
     journal.parent.mkdir(parents=True, exist_ok=True)
+    if due and LAST in sizes:
+        with journal.open("a") as notes:  # so that a resumed upload knows what the removed list had
+            _note_files(notes, earlier)
+        stores.remove_file(f"{url}/{LAST}")
 
     def upload(file: ExportFile) -> ExportFile:
         progress.check()
@@ -139,15 +142,26 @@ def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop:
     with journal.open("a") as notes, ThreadPoolExecutor(THREADS) as pool:
         try:
             for file in pool.map(upload, due[:-1]):
-                print(json.dumps({"name": file.name, "sha256": file.sha256}), file=notes, flush=True)
+                _note_files(notes, {file.name: file.sha256})
                 progress.add(file)
         finally:
             pool.shutdown(cancel_futures=True)
-    for name in sorted(earlier.keys() - {file.name for file in files}):
+    for name in sorted(sent.keys() - {file.name for file in files}):
         stores.remove_file(f"{url}/{name}")
     if due:
         upload(due[-1])
+    with open_atomic(journal, durable=False) as whole:  # all that is there now, and nothing else
+        whole.write(_format_notes({file.name: file.sha256 for file in files}).encode())
     return len(due)
+
+
+def _note_files(notes: IO[str], digests: Mapping[str, str]) -> None:
+    notes.write(_format_notes(digests))
+    notes.flush()
+
+
+def _format_notes(digests: Mapping[str, str]) -> str:
+    return "".join(json.dumps({"name": name, "sha256": digest}) + "\n" for name, digest in digests.items())
 
 
 def _end_with_list(due: list[ExportFile], files: Sequence[ExportFile]) -> list[ExportFile]:
@@ -171,8 +185,8 @@ def _parse_list(text: bytes) -> dict[str, str]:
 
 def _read_journal(journal: Path) -> dict[str, str]:
     sent: dict[str, str] = {}
-    with suppress(FileNotFoundError, ValueError):  # a killed upload may have left half a line, at the end
-        for line in journal.read_text().splitlines():
+    for line in journal.read_text().splitlines() if journal.exists() else ():
+        with suppress(ValueError):  # half a line, of an upload that was killed
             note = json.loads(line)
             sent[note["name"]] = note["sha256"]
     return sent
@@ -189,13 +203,12 @@ def push_to_hub(files: Sequence[ExportFile], repository: str, *, is_private: boo
         earlier = _fetch_earlier_list(api, repository) if LAST in remote else {}
         due = _end_with_list([file for file in files if not _is_same(file, remote.get(file.name))], files)
         progress, batches = Progress(due, stop), list(_split_commits(due))
+        kept = {file.name for file in files}
         for number, batch in enumerate(batches):
             operations: list[Any] = [CommitOperationAdd(file.name, str(file.path)) for file in batch]
-            if number == 0 and LAST in remote and batch is not batches[-1]:
-                operations.append(CommitOperationDelete(LAST))
-            if batch is batches[-1]:
-                obsolete = earlier.keys() & remote.keys() - {file.name for file in files}
-                operations += map(CommitOperationDelete, sorted(obsolete))
+            if number == 0:  # in the commit that removes the list, which names them
+                removed = earlier.keys() & remote.keys() - {file.name for file in batch}
+                operations += [CommitOperationDelete(name) for name in sorted(removed - kept | removed & {LAST})]
             message = f"Upload {len(batch)} files ({number + 1} of {len(batches)})"
             api.create_commit(repository, operations, commit_message=message, repo_type="dataset")
             progress.add(*batch)

@@ -6,11 +6,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
+from threading import Event
 
 import pytest
 
-from pipeline.commands.push import FILES_PER_COMMIT, LAST
+from pipeline.commands.push import FILES_PER_COMMIT, LAST, ExportFile, push_to_store
+from pipeline.errors import StoppedError
+from pipeline.storage import stores
 from tests.support import object_store
 from tests.support.hub import serve_hub
 from tests.support.runs import begin, corpus, files, make, recap, recap_alone, sections, start_recap, write
@@ -100,6 +104,36 @@ def test_a_changed_export_replaces_the_earlier_one_and_nothing_else(
     assert done.stdout == f"{url}\n"
     assert read_store("changed") == {**list_export(run), "NOTES": b"mine"}
     assert len(list_export(run)) < len(list_export(finished))
+
+
+def make_files(folder: Path, contents: dict[str, str]) -> list[ExportFile]:
+    """Files of an export with these contents, and the list of their digests at the end."""
+    digests = {name: sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    listed = "".join(f"{digest}  ../{name}\n" for name, digest in digests.items())
+    made = []
+    for name, text in (contents | {LAST: listed}).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = sha256(text.encode()).hexdigest()
+        made.append(ExportFile(name=name, path=path, num_bytes=len(text), sha256=digest))
+    return made
+
+
+def test_an_interrupted_replacement_removes_what_the_earlier_list_named(tmp_path: Path) -> None:
+    url, journal, stop = "memory://replaced", tmp_path / "journal", Event()
+    push_to_store(make_files(tmp_path / "1", {"a": "1", "b": "1"}), url, journal=journal, stop=stop)
+    stores.upload_file(tmp_path / "1" / "a", f"{url}/mine")
+    changed = make_files(tmp_path / "2", {"a": "22"})
+    stop.set()
+    with pytest.raises(StoppedError):
+        push_to_store(changed, url, journal=journal, stop=stop)
+    assert stores.list_tree(url).keys() == {"a", "b", "mine"}  # without the list
+    journal.write_text(journal.read_text() + '{"name": "half')
+    stop.clear()
+    assert push_to_store(changed, url, journal=journal, stop=stop) == 2
+    assert stores.list_tree(url).keys() == {"a", "mine", LAST}
+    assert stores.read_url(f"{url}/a") == b"22"
 
 
 def test_what_is_not_finished_or_has_no_target_is_refused(run: Path, tmp_path: Path) -> None:
