@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+UNKNOWN = "is no function known to give the same value for the same row at all times"
+AGGREGATES_OF_LISTS = ("list_aggregate", "list_aggr", "array_aggregate", "array_aggr", "aggregate")
 CLASSES = {  # of nodes in DuckDB's parse tree
     *(
         "BETWEEN",
@@ -81,6 +83,23 @@ def find_problem(nodes: Iterator[dict[str, Any]]) -> str:
         if isinstance(kind, str) and kind not in CLASSES:
             return f"it has {FORBIDDEN.get(kind, kind)}"
         name = node.get("function_name")
-        if isinstance(name, str) and name.lower() not in FUNCTIONS:
-            return f"{name} is no function known to give the same value for the same row at all times"
+        if isinstance(name, str) and (problem := _find_function_problem(name, node)):
+            return problem
     return ""
+
+
+def _find_function_problem(name: str, node: dict[str, Any]) -> str:
+    arguments = [one.get("expression", one) for one in node.get("arguments") or node.get("children") or []]
+    if name.lower() == "age":
+        return "" if len(arguments) == 2 else "age of one date reads the clock; age(date, date) does not"
+    if name.lower() in AGGREGATES_OF_LISTS:
+        aggregate = _read_constant(arguments[1]) if len(arguments) > 1 else ""
+        is_known = f"list_{aggregate.lower()}" in FUNCTIONS
+        return "" if is_known else f"{name} needs the name of an aggregate that also is a function, as sum in list_sum"
+    return "" if name.lower() in FUNCTIONS else f"{name} {UNKNOWN}"
+
+
+def _read_constant(node: dict[str, Any]) -> str:
+    """The text of a constant, in the trees of either version of DuckDB; "" for any other node."""
+    value = node.get("literal", {}).get("text") or node.get("value", {}).get("value")
+    return value if isinstance(value, str) else ""

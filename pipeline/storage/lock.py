@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pipeline.errors import RefusedError
 
 MAX_AGE = 600.0  # seconds after which the lock of an unreachable owner counts as abandoned
 MAX_WAIT = 60.0  # seconds for another process to release it
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # errors of link(2)
 POLL = 0.1  # seconds between attempts
 
 
@@ -24,18 +26,17 @@ def hold_lock(path: Path, *, max_wait: float = MAX_WAIT) -> Iterator[Callable[[]
     """Holds the lock, and yields a function that checks whether it is still held.
 
     link(2) creates the file: it is atomic on NFS too, where flock may hold on one host only and O_EXCL depends on the
-    version. A link whose response is lost still raises the file's number of links.
+    version. A link whose response is lost still raises the file's number of links. File systems without links, such as
+    exFAT and some of FUSE, have O_EXCL.
 
     Raises:
         RefusedError: another process holds it for longer than `max_wait` seconds.
     """
     own = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    own.write_text(json.dumps({"host": platform.node(), "pid": os.getpid()}))
+    own.write_text(json.dumps({"host": platform.node(), "pid": os.getpid(), "id": own.name}))
 
     def is_held() -> bool:
-        with suppress(FileNotFoundError):
-            return path.samefile(own)
-        return False
+        return _read_owner(path).get("id") == own.name
 
     try:
         end = time.monotonic() + max_wait
@@ -74,8 +75,14 @@ def keep_fresh(path: Path) -> Iterator[None]:
 
 def _try_link(own: Path, path: Path) -> bool:
     with suppress(FileExistsError):
-        os.link(own, path)
-    return own.stat().st_nlink == 2
+        try:
+            os.link(own, path)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            with path.open("x") as file:
+                file.write(own.read_text())
+    return own.stat().st_nlink == 2 or _read_owner(path) == _read_owner(own)
 
 
 def _is_abandoned(path: Path, own: Path) -> bool:
@@ -96,8 +103,7 @@ def _remove_abandoned(path: Path, own: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(aside)
         if not _is_abandoned(aside, own):  # another process was faster, and this is its new lock
-            with suppress(FileExistsError):
-                os.link(aside, path)
+            _try_link(aside, path)
         aside.unlink()
 
 

@@ -118,6 +118,7 @@ def test_a_connection_leaves_no_open_handle(run: Path) -> None:
         "CASE WHEN width BETWEEN 1 AND 9 THEN text ~ '^a' ELSE status IN ('ok', 'empty') END",
         "coalesce(try_cast(alt_text AS INTEGER), 0) > greatest(width, height) % 7",
         "[flag.upper() FOR flag IN flags IF len(flag) > 1][1] IS DISTINCT FROM 'A'",
+        "list_aggregate([width, height], 'max') > 9 AND age(DATE '2020-01-01', DATE '2019-01-01') > INTERVAL 1 DAY",
         "hash(key) % 10 = 3 AND extract(year FROM DATE '2020-01-01') = 2020",
     ],
 )
@@ -138,7 +139,9 @@ def test_conditions_over_one_row_are_allowed(sql: str, clause: str) -> None:
             (f"{name}() IS NULL", f"{name} is no function")
             for name in ("now", "today", "random", "uuid", "current_query")
         ),
-        ("age(DATE '2020-01-01') > INTERVAL 1 DAY", "age is no function"),
+        ("age(DATE '2020-01-01') > INTERVAL 1 DAY", "age of one date reads the clock"),
+        ("list_aggregate([width], 'reservoir_quantile', 0.5) > 1", "list_aggregate needs the name of an aggregate"),
+        ("list_aggregate([width], text) > 1", "list_aggregate needs the name of an aggregate"),
         ("ago(INTERVAL 1 DAY) > epoch_ms(width)", "ago is no function"),
         ("current_setting('threads') = 1", "current_setting is no function"),
         ("getenv('HOME') = text", "getenv is no function"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -153,7 +154,15 @@ def extend(path: Path, name: str) -> None:
         write_plan(path, [Piece(file=f"{name}-{n}", start=0, stop=3) for n in range(i + 1)], shard_size=2)
 
 
-def test_locks_of_processes_that_are_gone_are_removed_and_others_respected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_links", [True, False])
+def test_locks_of_processes_that_are_gone_are_removed_and_others_respected(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "as exFAT")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "lock"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
