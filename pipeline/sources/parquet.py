@@ -82,6 +82,8 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
             yield from _make_lost_rows(range(piece.start, stop), name, str(error))
             return
         num_rows = table.metadata.num_rows
+        if not config.allow_rewritten and piece.stop is not None and num_rows < piece.stop:  # in as many bytes
+            raise _make_rewritten_error(piece, f"it has {num_rows} rows and had at least {piece.stop}")
         selected = range(piece.start, num_rows if piece.stop is None else piece.stop)
         for group, rows in _parquet.list_groups(table):
             if part := range(max(rows.start, selected.start), min(rows.stop, selected.stop)):
@@ -95,10 +97,14 @@ def _check_unchanged(stream: BinaryIO, piece: Piece) -> None:
     num_bytes = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     if piece.stop is not None and piece.num_bytes not in (None, num_bytes):
-        raise MachineError(
-            f"{piece.file} has been rewritten since it was planned: it has {num_bytes} bytes and had {piece.num_bytes};"
-            " restore it or make a new run, or if rows were only appended, set source.allow_rewritten = true"
-        )
+        raise _make_rewritten_error(piece, f"it has {num_bytes} bytes and had {piece.num_bytes}")
+
+
+def _make_rewritten_error(piece: Piece, difference: str) -> MachineError:
+    return MachineError(
+        f"{piece.file} has been rewritten since it was planned: {difference}; restore it or make a new run, or if rows"
+        " were only appended, set source.allow_rewritten = true"
+    )
 
 
 def _read_group(

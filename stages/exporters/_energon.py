@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeline.storage.layout import unfinished_path
 from pipeline.storage.payloads import BLOCK, TarMember, TarWriter, UnfinishedFile, list_members
-from pipeline.storage.tables import sync_path
+from pipeline.storage.tables import make_folder, sync_path
 from stages.exporters import FormFile, put_text
 
 META = ".nv-meta"
@@ -135,7 +135,7 @@ def read_samples(tar: Path, number: int) -> Iterator[IndexedSample]:
 def _write_database(path: Path, samples: Iterable[IndexedSample]) -> bytes:
     """Writes index.sqlite; returns a digest of its rows. Equal samples give equal bytes."""
     unfinished, digest = unfinished_path(path, work=path.parent), hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         with closing(sqlite3.connect(unfinished)) as database:
             for statement in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", *TABLES):

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.storage.layout import unfinished_path
-from pipeline.storage.tables import sync_path
+from pipeline.storage.tables import make_folder, sync_path
 
 
 class UnfinishedFolder:
@@ -39,24 +39,16 @@ class UnfinishedFolder:
         """Puts the folder in the place of an earlier one; if it was never opened, only removes that."""
         for folder, _, files in os.walk(self._temporary):
             for name in (*files, "."):
-                _sync(Path(folder, name))
+                sync_path(Path(folder, name))
         old = self._temporary.with_name(f"{self._temporary.name}.old")
         if self.path.exists():
-            old.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(old.parent)
             os.replace(self.path, old)
         if self._folders:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             os.replace(self._temporary, self.path)
             sync_path(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def abandon(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

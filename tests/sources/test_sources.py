@@ -677,6 +677,9 @@ class TestParquet:
         make_parquet(tmp_path / "corpus", 3)
         raws = list(parquet.read(piece, replace(config, allow_rewritten=True)))
         assert [raw.error for raw in raws] == [None] * 3 + ["the file now has 3 rows"] * 2
+        num_bytes = Path(parquet.place(piece.file, config)).stat().st_size
+        with pytest.raises(MachineError, match="it has 3 rows and had at least 5"):
+            next(parquet.read(replace(piece, num_bytes=num_bytes), config))
 
     @pytest.mark.parametrize(
         ("keys", "message"),
