@@ -150,9 +150,11 @@ class Shard:
         """The plan's name for an image's file, or the file itself where the plan does not have it."""
         file = image.file
         assert file is not None
+        if not Path(file).is_absolute():
+            return file
         if image.source_key in self._planned and file.endswith(f"/{image.source_key}"):  # a file of its own
             return image.source_key
-        parts = file.split("/") if Path(file).is_absolute() else []
+        parts = file.split("/")
         names = ("/".join(parts[start:]) for start in range(len(parts)))  # the longest first
         return next((name for name in names if name in self._planned), file)
 

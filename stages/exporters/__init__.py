@@ -39,7 +39,7 @@ class Origin:
     """Where an image file is."""
 
     image: Image  # its row, with the bytes' offset and number
-    file: str  # path or URL, as it is now, of the file that has the bytes
+    file: str  # path, as it is now, of the file that has the bytes
     name: str  # the plan's name for that file; relative to the run if ingest packed the image
 
 

@@ -77,10 +77,12 @@ class Overlay:
         self._captions.abandon()
 
     def _write_webshart(self, file: str, name: str, members: Mapping[str, Any]) -> UnfinishedFile:
-        size = 0 if "://" in file else Path(file).stat().st_size
-        name = name.removeprefix(f"{PACKED}/")
-        metadata = {"path": name, "filesize": size, "files": members, "includes_image_geometry": True}
-        out = UnfinishedFile(self._root / "webshart" / f"{name.removesuffix('.tar')}.json", work=self._work)
+        name = name.removeprefix(f"{PACKED}/").removesuffix(".tar")
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # the plan has a name that leads out of the corpus
+            name = Path(name).name
+        size = Path(file).stat().st_size
+        metadata = {"path": f"{name}.tar", "filesize": size, "files": members, "includes_image_geometry": True}
+        out = UnfinishedFile(self._root / "webshart" / f"{name}.json", work=self._work)
         out.open().write(json.dumps(metadata, ensure_ascii=False).encode())
         return out
 
@@ -89,8 +91,8 @@ def find_member(origin: Origin) -> str:
     """The image's name in its tar; the corpus's name for it where it is a file of its own, or has a long name."""
     image = origin.image
     usual = f"{image.source_key}.{file_extension(image.format)}"
-    if not image.offset or "://" in origin.file:
-        return usual if image.offset else image.source_key
+    if not image.offset:
+        return image.source_key
     with Path(origin.file).open("rb") as tar:
         header = os.pread(tar.fileno(), BLOCK, image.offset - BLOCK)
     name, prefix = (field.partition(b"\0")[0].decode(errors="replace") for field in (header[:100], header[345:500]))
@@ -146,7 +148,7 @@ def group_images(tables: Sequence[Path], run: str) -> Iterator[tuple[str, Iterat
     """The tars of the corpus and where their images are, in order; `run` is the path from `images/` to the run."""
     places = (row for row in read_places(tables) if row["offset"])
     for file, rows in groupby(places, key=lambda row: str(row["file"])):
-        yield (file if Path(file).is_absolute() or "://" in file else f"{run}/{file}"), rows
+        yield (file if Path(file).is_absolute() else f"{run}/{file}"), rows
 
 
 def read_places(tables: Sequence[Path]) -> Iterator[dict[str, Any]]:
