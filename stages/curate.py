@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.decoding.excluded import describe_excluded, read_excluded
-from pipeline.decoding.near_duplicates import MAX_DISTANCE, Pairs, choose_representatives, find_pairs
+from pipeline.decoding.near_duplicates import MAX_DISTANCE, NUM_BITS, Pairs, choose_representatives, find_pairs
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, QueryError
 from pipeline.execution.passes import AllShards, Pass, Shard
@@ -257,9 +257,7 @@ def group_images(
         many = format_quantity(pairs.num_passed_over, "picture")
         say(f"recap: curate: {many} are too much like very many others to be compared with all; some copies may stay")
     to_excluded = np.full(len(pictures), -1)
-    overlap = (pairs.earlier < len(looks)) & (pairs.later >= len(looks))
-    for index, distance in zip(searched[pairs.later[overlap] - len(looks)], pairs.distance[overlap], strict=True):
-        to_excluded[index] = distance if to_excluded[index] < 0 else min(distance, to_excluded[index])
+    to_excluded[searched] = _measure_overlap(pairs, len(looks), len(searched))
     is_excluded = (to_excluded >= 0)[which] | _is_among(digests, named)
     is_placeholder = (np.bincount(which) >= (config.placeholder or np.inf))[which] & ~is_excluded
     dropped = np.zeros(len(pictures), bool)
@@ -283,6 +281,16 @@ def group_images(
     rows["num_copies"][usable] = np.bincount(copy, minlength=len(usable))[copy]
     rows["num_similar"][usable] = np.bincount(group[grouped], minlength=len(usable))[group]
     return rows
+
+
+def _measure_overlap(pairs: Pairs, num_excluded: int, num: int) -> Array:
+    """For each of `num` hashes, which follow the excluded ones, the distance to the nearest of those, or -1."""
+    import numpy as np
+
+    distance = np.full(num, NUM_BITS + 1)
+    overlap = (pairs.earlier < num_excluded) & (pairs.later >= num_excluded)
+    np.minimum.at(distance, pairs.later[overlap] - num_excluded, pairs.distance[overlap])
+    return np.where(distance > NUM_BITS, -1, distance)
 
 
 def _make_rows(num: int) -> Array:

@@ -77,7 +77,7 @@ def _estimate_work(band: Band, num_hashes: int) -> float:
     """The time of a band in look-ups, if its bits were independent."""
     width = band.stop - band.start
     num_lookups: int = num_hashes * sum(comb(width, num) for num in range(band.radius + 1))
-    return float(num_lookups) * (1 + CANDIDATE_COST / 2 * num_hashes / (1 << width)) + (1 << width)
+    return float(num_lookups) / 2 * (1 + CANDIDATE_COST * num_hashes / (1 << width)) + (1 << width)
 
 
 def find_pairs(
@@ -159,24 +159,27 @@ def _find_candidates(keys: Ints, starts: Ints, counts: Ints, band: Band) -> Iter
     import numpy as np
 
     slot = np.full(2 ** (band.stop - band.start), -1, np.int32)
-    own = np.arange(len(keys), dtype=np.int32)
-    slot[keys] = own
-    waiting: list[tuple[Ints, Ints]] = []  # pairs of keys
-    num_waiting = 0
-    for mask in _list_masks(band):
-        other = slot.take(keys ^ mask, mode="clip")  # without the check of bounds
-        one = np.flatnonzero(other > own) if mask else np.flatnonzero(counts > 1)
-        waiting.append((one, other[one] if mask else one))
-        num_waiting += len(one)
-        if num_waiting > BATCH:
-            yield from _join(waiting, starts, counts)
-            waiting, num_waiting = [], 0
+    slot[keys] = np.arange(len(keys), dtype=np.int32)
+    own = np.flatnonzero(counts > 1)
+    waiting, num_waiting = [(own, own)], len(own)  # pairs of keys
+    for top in range((band.stop - band.start) if band.radius else 0):
+        lower = np.flatnonzero(keys >> top & 1 == 0)  # of two keys that differ in this bit, the one without it
+        flipped = keys[lower] | (1 << top)
+        for mask in _list_masks(top, band.radius - 1):
+            other = slot.take(flipped ^ mask, mode="clip")  # without the check of bounds
+            hits = np.flatnonzero(other >= 0)
+            waiting.append((lower[hits], other[hits]))
+            num_waiting += len(hits)
+            if num_waiting > BATCH:
+                yield from _join(waiting, starts, counts)
+                waiting, num_waiting = [], 0
     yield from _join(waiting, starts, counts)
 
 
-def _list_masks(band: Band) -> Iterator[int]:
-    for num in range(band.radius + 1):
-        for bits in combinations(range(band.stop - band.start), num):
+def _list_masks(num_bits: int, most: int) -> Iterator[int]:
+    """All numbers below 2^`num_bits` with at most so many bits set."""
+    for num in range(most + 1):
+        for bits in combinations(range(num_bits), num):
             yield sum(1 << bit for bit in bits)
 
 
