@@ -85,7 +85,7 @@ class OutOfMemoryError(MachineError):
 
     def __init__(self, detail: str) -> None:
         advice = "free some, raise the limit (ulimit -v, Slurm's --mem) or use fewer --workers; finished work is kept"
-        super().__init__(f"not enough memory: {detail}; {advice}")
+        super().__init__(f"not enough memory: {' '.join(detail.split())}; {advice}")
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str]]:

@@ -17,6 +17,7 @@ SHORTAGES = [
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     OSError("ZSTD decompression failed: Allocation error : not enough memory"),
     RuntimeError("can't start new thread"),
+    OSError("Couldn't deserialize thrift: std::bad_alloc\n"),
     ImportError("libarrow.so: failed to map segment from shared object"),
 ]
 DAMAGES = [OSError("Corrupt snappy compressed data."), ValueError("no magic bytes"), EOFError()]

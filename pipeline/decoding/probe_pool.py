@@ -1,9 +1,9 @@
 """The probe pool: images probed in a few long-lived processes, bounded in time and memory.
 
-A file that crashes or hangs a decoder costs only its own row, and one whose decoder was killed or ran out of memory
-is probed again while no other decoder runs. This module knows processes and pipes, not images, which
-are the business of `pipeline.decoding.images`. Nothing is pickled, so that a decoder that a file has taken over cannot
-take over its parent.
+A file that crashes or hangs a decoder costs only its own row, and one whose decoder was killed or ran out of memory is
+probed again while no other decoder runs. This module knows processes and pipes, not images, which are the business of
+`pipeline.decoding.images`. Nothing is pickled, so that a decoder that a file has taken over cannot take over
+its parent.
 """
 
 from __future__ import annotations
