@@ -20,6 +20,7 @@ from pipeline import config
 from pipeline.errors import MachineError, QueryError
 from pipeline.records import Step
 from pipeline.storage import database, tables
+from pipeline.storage.payloads import SUMS
 from tests.support.runs import begin, corpus, make, recap, sections
 
 UNPROTECTED = ("run.toml",)  # the user's own
@@ -56,14 +57,14 @@ def list_protected_files(run: Path) -> list[Path]:
 def flip_bits(run: Path, *, num_flips: int, seed: int) -> Flips:
     """Flips bits and restores them.
 
-    Several files are damaged at once, but those beside tables never with the tables that list them, and the plan, with
-    which all others are compared, alone.
+    Several files are damaged at once, but never one with another that lists it: the plan, the list of digests, tables
+    and files beside tables take turns.
     """
     noise, flips, answers, turn = Random(seed), Flips(), read_answers(run), 0
     while flips.flips < num_flips:
         turn += 1
-        chosen = [file for file in list_protected_files(run) if _find_turn(run, file) == turn % 3]
-        kept = {file: file.read_bytes() for file in chosen if turn % 3 == 0 or noise.random() < 0.7}
+        chosen = [file for file in list_protected_files(run) if _find_turn(run, file) == turn % 4]
+        kept = {file: file.read_bytes() for file in chosen if turn % 4 == 0 or noise.random() < 0.7}
         for file in kept:
             flip_bit(file, noise)
             flips.by_kind[f"{file.parent.relative_to(run)}/*{file.suffix}"] += 1
@@ -82,9 +83,10 @@ def flip_bits(run: Path, *, num_flips: int, seed: int) -> Flips:
 
 
 def _find_turn(run: Path, file: Path) -> int:
-    if file.name == "plan.parquet":
-        return 0
-    return 1 if file.suffix in (".tar", "") or file.parent == run / "export" / "parquet" else 2
+    if file.name in ("plan.parquet", SUMS):
+        return 0 if file.name == SUMS else 1
+    top, *inner = file.relative_to(run).parts
+    return 2 if top == "shards" or (top == "export" and inner[0] != "index") else 3
 
 
 def flip_bit(file: Path, noise: Random) -> None:

@@ -102,7 +102,10 @@ def run_traced(run: Path, stage: str, trace: Path, expression: str) -> int:
 
 def _run_behind_gate(gate: Event, run: Path, stage: str) -> None:
     gate.wait()
-    run_stage(run, stage, {})
+    try:
+        run_stage(run, stage, {})
+    except OSError as error:  # as the command line prints it
+        sys.exit(f"recap: {error}")
 
 
 def main() -> None:
