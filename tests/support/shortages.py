@@ -27,7 +27,7 @@ from pipeline.records import Criterion, Piece, Score
 from pipeline.storage import integrity, tables
 from pipeline.storage.plan import Plan, write_plan
 
-ENOUGH, SHORT, WRONG = 0, 12, 13  # exit codes of a task
+ENOUGH, SHORT, WRONG, OTHER = 0, 12, 13, 14  # exit codes of a task; the loader ends with 127
 PROVENANCE = tables.Provenance(stage="score", name="s", version=1, slice={}, inputs={})
 NUM_ROWS = tables.ROWS_PER_GROUP + 100
 ALLOCATOR = """
@@ -56,7 +56,8 @@ class Shortage:
     refused: int = 0  # with an error that names the machine
     aborted: int = 0  # by a library
     places: int = 0  # lines of code in which an allocation failed
-    taken_for_damage: int = 0  # ended with another error, or with a file that is not whole
+    other_errors: int = 0  # of Python or a library that reports a failed allocation as something else
+    taken_for_damage: int = 0  # called a file damaged, or left one that is not whole
 
 
 def starve_tables(folder: Path, *, num_steps: int) -> Shortage:
@@ -88,10 +89,11 @@ def starve_tables(folder: Path, *, num_steps: int) -> Shortage:
             shortage.tasks += 1
             shortage.finished += code == ENOUGH
             shortage.refused += code == SHORT
-            shortage.aborted += code < 0
+            shortage.aborted += code < 0 or code == 127
+            shortage.other_errors += code == OTHER
             is_whole = table.read_bytes() == before[0] and len(Plan.load(plan)[1]) in (21, 22)
             is_whole &= not written.exists() or list(tables.read_rows(written, Score)) == rows
-            if code not in (ENOUGH, SHORT, -6, -11) or not is_whole:
+            if code == WRONG or not is_whole:
                 shortage.taken_for_damage += 1
                 print(text, file=sys.stderr)
             if code > 0:
@@ -121,7 +123,8 @@ def run_starved(task: Callable[[], object], allocator: ctypes.CDLL, number: int)
             task()
         except BaseException as error:  # the process ends here, not in the caller's code
             allocator.arm(-1)
-            code = SHORT if find_trouble(error) and not isinstance(error, BrokenTableError) else WRONG
+            is_wrong = isinstance(error, BrokenTableError) or "damaged" in str(error)
+            code = WRONG if is_wrong else SHORT if find_trouble(error) else OTHER
             last = traceback.extract_tb(error.__traceback__)[-1]
             os.write(2, f"{''.join(traceback.format_exception(error))}{last.filename}:{last.lineno}".encode())
         os._exit(code)
