@@ -484,8 +484,6 @@ def audit_run(
     confidence: Annotated[float, typer.Option(help="The confidence of that threshold.")] = 0.9,
     score: Annotated[str | None, typer.Option(help="The score of that threshold: a name in [score].")] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other captions.")] = 0,
-    *,
-    context: typer.Context,
 ) -> None:
     """Draw captions for people to label, and estimate the precision.
 
@@ -493,10 +491,11 @@ def audit_run(
     there are no labels, writes a page with 200 captions. A larger --draw with the same seed keeps the captions of a
     smaller one.
     """
-    from pipeline import config, plugins
+    from pipeline import config
+    from pipeline.execution import whole_run
 
-    audit, loaded = plugins.load("stages", context.command.name or ""), config.load(run)  # a plugin, as every stage
-    for line in audit.run_audit(
+    audit, loaded = whole_run.load_command("audit"), config.load(run)
+    for line in audit.run_command(
         loaded, draw=draw, labels=labels or (), precision=precision, confidence=confidence, score=score, seed=seed
     ):
         print(line)

@@ -87,14 +87,16 @@ def find_imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from ((f"{node.module}.{alias.name}", node.module) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("plugins.load"):
-            arguments = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-            if arguments and len(arguments) == len(node.args):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("load", "import_module"):
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+            arguments = [arg.value for arg in values if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            if arguments and len(arguments) == len(values):
                 name = arguments[-1] if "." in arguments[-1] else ".".join(arguments)
                 yield name, name
 
 
 def room_of(module: str) -> str:
+    assert any(f"{module}.".startswith(f"{room}.") for room in ROOMS), f"{module} is in no room of ROOMS"
     return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len)
 
 
@@ -173,6 +175,9 @@ def test_the_tree_is_flat_and_its_directories_are_small() -> None:
         ("pipeline.storage.tables", "from pipeline.execution import runner", upward_imports),
         ("pipeline.config", "def f():\n    from stages import caption", upward_imports),
         ("pipeline.cli", 'plugins.load("stages", "train")', upward_imports),
+        ("pipeline.cli", 'plugins.load(package="stages", name="train")', upward_imports),
+        ("pipeline.cli", 'from pipeline import plugins as p\np.load("stages", "train")', upward_imports),
+        ("pipeline.cli", 'importlib.import_module("stages.train")', upward_imports),
         ("stages.filter", "from pipeline.cli import app", upward_imports),
         ("pipeline.errors", "if TYPE_CHECKING:\n    from pipeline import plugins", circle),
         ("pipeline.sections", 'plugins.load("pipeline", "config")', circle),

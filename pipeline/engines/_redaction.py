@@ -6,7 +6,7 @@ The whole text is masked before it is cut, since half a key is still a secret.
 from __future__ import annotations
 
 import json
-from urllib.parse import quote
+import re
 
 MAX_QUOTED = 300  # characters of a server's response that a message quotes
 MIN_SECRET = 8  # characters: shorter keys, such as EMPTY, are ordinary words, and answers may hold them
@@ -14,17 +14,16 @@ MASK = "***"
 
 
 class Redactor:
-    """Masks one API key, plain, as JSON writes it, and as URLs write it. An empty key masks nothing."""
+    """Masks one API key in any mixture of plain, JSON and URL escapes. An empty key masks nothing."""
 
     def __init__(self, key: str) -> None:
-        forms = {key, json.dumps(key)[1:-1], quote(key, safe=""), quote(key)} if key else set()
-        self._forms = sorted(forms, key=len, reverse=True)
+        pattern = "".join(map(_match_escaped, key))
+        self._text = re.compile(pattern) if key else None
+        self._bytes = re.compile(pattern.encode()) if key else None
         self._is_secret = len(key) >= MIN_SECRET
 
     def mask(self, text: str) -> str:
-        for form in self._forms:
-            text = text.replace(form, MASK)
-        return text
+        return self._text.sub(MASK, text) if self._text else text
 
     def mask_answer(self, text: str) -> str:
         """As `mask`, but leaves keys that are ordinary words."""
@@ -32,11 +31,18 @@ class Redactor:
 
     def mask_body(self, body: bytes) -> bytes:
         """As `mask_answer`, of a response before it is parsed."""
-        for form in self._forms if self._is_secret else ():
-            body = body.replace(form.encode(), MASK.encode())
-        return body
+        return self._bytes.sub(MASK.encode(), body) if self._bytes and self._is_secret else body
 
     def quote(self, text: str) -> str:
         """The masked text as a message shows it: printable, on one line, at most MAX_QUOTED characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in self.mask(text)).split())
         return line[:MAX_QUOTED]
+
+
+def _match_escaped(char: str) -> str:
+    """A pattern of a character as it is, as JSON may write it, and as URLs may."""
+    units = char.encode("utf-16-be", "surrogatepass")
+    numbers = "".join(rf"\\u(?i:{units[i : i + 2].hex()})" for i in range(0, len(units), 2))
+    quoted = "".join(f"%(?i:{byte:02x})" for byte in char.encode("utf-8", "surrogatepass"))
+    short = re.escape(json.dumps(char)[1:-1])
+    return f"(?:{re.escape(char)}|{short}|{numbers}|{quoted})"

@@ -27,6 +27,14 @@ def load_stage(name: str) -> ModuleType | None:
     return module if hasattr(module, "reads") and hasattr(module, "make") else None
 
 
+def load_command(name: str) -> ModuleType:
+    """The package of stages/ that is the command `recap NAME`.
+
+    It has `run_command(run: Run, **options) -> Iterator[str]`, which yields the lines to print.
+    """
+    return plugins.load("stages", name)
+
+
 def make_product(stage: ModuleType, state: RunState) -> Path:
     """Makes the stage's product and returns its path.
 

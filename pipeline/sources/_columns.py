@@ -78,7 +78,9 @@ def _find_image_column(schema: pa.Schema) -> str:
     candidates: list[str] = [field.name for field in schema if _holds_images(field.type)]
     preferred: list[str] = [name for name in [*_list_image_features(schema), *IMAGE_NAMES] if name in candidates]
     if preferred:
-        return preferred[0]
+        return min(
+            preferred, key=lambda name: _is_null(schema.field(name).type)
+        )  # a column of nulls is the last choice
     if lists := [field.name for field in schema if _holds_image_lists(field.type)]:
         others = f"; or choose one of {', '.join(candidates)}" if candidates else ""
         message = f"column {lists[0]!r} holds lists of images, which are not supported: write one image a row{others}"
@@ -110,7 +112,13 @@ def _holds_images(type: pa.DataType) -> bool:
 
     if pa.types.is_struct(type):
         return type.get_field_index("bytes") >= 0 and _holds_images(type.field("bytes").type)
-    return _is_binary(type) or pa.types.is_null(type)
+    return _is_binary(type) or _is_null(type)
+
+
+def _is_null(type: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_null(type))
 
 
 def _holds_image_lists(type: pa.DataType) -> bool:
@@ -181,14 +189,16 @@ def _format_key(value: Any) -> str:
 
 
 def _read_text(value: Any) -> Any:
-    """Bytes that are printable UTF-8 as text; any other value unchanged."""
+    """Bytes that are printable UTF-8 as text, in lists too; any other value unchanged."""
+    if isinstance(value, list):
+        return [_read_text(one) for one in value]
     if not isinstance(value, bytes):
         return value
     try:
         text = value.decode()
     except UnicodeDecodeError:
         return value
-    return value if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) else text
+    return value if _common.CONTROLS.search(value) else text
 
 
 def make_lost_row(row: int, *, name: str, error: str) -> Raw:

@@ -31,6 +31,7 @@ MARKS = {  # byte order marks and their codecs; UTF-32's begins with UTF-16's
 }
 GUESSED_ENCODING = "cp1252"  # of a text without a mark that is not UTF-8
 ENCODING = "text_encoding"  # the metadata of such a text
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # bytes that no text has
 MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, since it is held in memory
 MAX_TEXT_BYTES = 1 << 24  # of one text or JSON file
 MAX_LEVELS = 64  # of nested JSON: deeper than real metadata, and within what other readers accept
@@ -64,6 +65,8 @@ def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] 
     if any(find_encoding(data) == GUESSED_ENCODING for data in (files or {}).values()):
         fields = {**fields, ENCODING: GUESSED_ENCODING}
     names = (column,) if column else ALT_TEXTS
+    if any(isinstance(one := fields.get(name), bytes) and find_encoding(one) == GUESSED_ENCODING for name in names):
+        fields = {**fields, ENCODING: GUESSED_ENCODING}
     candidates = [(name, texts[name]) for name in ((column,) if column else TEXTS) if name in texts]
     candidates += [(name, _first_string(fields[name])) for name in names if name in fields]
     inner = fields.get("json")  # a table that was made from tars has their JSON in a column, as an object or as text
@@ -77,9 +80,17 @@ def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] 
 
 
 def _first_string(value: Any) -> str:
-    """A caption, or the first of several that is not blank; "" for any other value."""
+    """A caption, also in an object or as bytes, or the first of several that is not blank; "" for any other value."""
     values = value if isinstance(value, list) else [value]
-    return next((one for one in values if isinstance(one, str) and one.strip()), "")
+    return next((text for text in map(_read_caption, values) if text.strip()), "")
+
+
+def _read_caption(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return next((one for name in ALT_TEXTS if isinstance(one := value.get(name), str) and one.strip()), "")
+    if isinstance(value, bytes) and not CONTROLS.search(value):
+        return decode_text(value)
+    return value if isinstance(value, str) else ""
 
 
 def find_encoding(data: bytes) -> str:

@@ -5,6 +5,7 @@ It refuses to know what is in the files, and to follow a name or a link to anywh
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pipeline.sources import _common, _files
 from pipeline.storage import stores
 
 RELIST_SECONDS = 10  # between two listings of a changing local directory
+UNLISTED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # errors of folders that are passed over and counted
 NUM_LISTINGS = 64  # of remote directories in memory
 
 Sizes = Mapping[str, int | None]  # of the files in a directory, by name -> bytes; None: it could not be told
@@ -93,7 +95,9 @@ class _LocalTree:
                             folders.append(entry.name)
                         else:
                             sizes[entry.name] = _find_size(entry)
-            except PermissionError:
+            except OSError as error:
+                if error.errno not in UNLISTED:
+                    raise
                 skipped.append(folder)
                 continue
             yield folder, dict(sorted(sizes.items()))

@@ -349,9 +349,12 @@ def _read_parquet_columns(stream: BinaryIO) -> Collection[str]:
 
 
 def _read_rows(tree: _trees.Tree, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a metadata file; one that names no file has the name of its place, which no image has."""
     readers = {".csv": _read_csv_rows, ".jsonl": _read_jsonl_rows, ".parquet": _parquet.read_rows}
     with tree.open(name) as stream:
-        yield from (row for row in readers[PurePosixPath(name).suffix](stream) if isinstance(row.get(FILE_NAME), str))
+        for number, row in enumerate(readers[PurePosixPath(name).suffix](stream), 1):
+            named = isinstance(row.get(FILE_NAME), str) and row[FILE_NAME]
+            yield row if named else {**row, FILE_NAME: f"(row {number} without {FILE_NAME})"}
 
 
 def _open_text(stream: BinaryIO, *, newline: str) -> TextIO:

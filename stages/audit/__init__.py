@@ -30,7 +30,7 @@ NUM_DRAWN = 200  # captions of a first draw
 KEPT_SHARE = 0.5  # of the captions that are drawn; the others are refused ones
 
 
-def run_audit(
+def run_command(
     run: Run,
     *,
     draw: int | None,

@@ -881,3 +881,18 @@ def run_img2dataset(root: Path, rows: list[tuple[str, str]]) -> None:
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})
+
+
+CAPTIONS = [([b"", b"zz"], "zz"), (b"caf\xe9", "café"), ({"text": "q"}, "q"), (b"\x00\x01", None)]
+
+
+@pytest.mark.parametrize(("value", "alt_text"), CAPTIONS)
+def test_a_caption_of_any_type_in_a_table_is_read_as_text(value: object, alt_text: str | None) -> None:
+    import pyarrow as pa
+
+    from pipeline.sources._columns import choose_columns, read_samples
+
+    table = pa.table({"image": pa.nulls(1), "jpg": [b"\xff\xd8\x00"], "caption": [value]})
+    columns = choose_columns(table.schema, image="", source_key="", alt_text="", short=("caption",))
+    assert columns.image == "jpg", "a column of nulls is the images' only if there is no other"
+    assert [sample.alt_text for sample in read_samples(table, columns, first=0, name="t")] == [alt_text]
