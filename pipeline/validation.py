@@ -125,10 +125,13 @@ class Section:
         if problem == "missing":
             return self.error(name, f"is missing; it is {describe_type(hint)}: {field.metadata.get('help', '')}")
         reasons = {
-            "greater_than_equal": f"is too small; the least is {field.metadata.get('least')}",
-            "less_than_equal": f"is too large; the most is {field.metadata.get('most')}",
+            "greater_than_equal": f"is too small; the minimum is {field.metadata.get('least')}",
+            "less_than_equal": f"is too large; the maximum is {field.metadata.get('most')}",
             "finite_number": "is not a finite number",
         }
+        items = [one for one in get_args(hint) if one is not Ellipsis] if get_origin(hint) in (tuple, Mapping) else []
+        if problem not in reasons and items and isinstance(self.values[name], list | dict) and path[1:]:
+            return self.error(f"{name}.{path[1]}", f"{self.values[name][path[1]]!r} is not {describe_type(items[-1])}")
         return self.error(name, f"{self.values[name]!r} {reasons.get(problem, f'is not {describe_type(hint)}')}")
 
     def _build_dataclass(self, cls: Any, values: Mapping[str, Any]) -> Any:

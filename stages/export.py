@@ -108,6 +108,8 @@ class FormConfig:
         if not self.formats or len(set(self.formats)) < len(self.formats):
             choices = ", ".join(plugins.list_names("stages.exporters"))
             raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
+        if len({name.rpartition(".")[2] for name in self.formats}) < len(self.formats):
+            raise ValueError(f"formats is {list(self.formats)}; two of them would write to one folder of export/")
         resize = self.resize or {"long": 1}
         if not (len(resize) == 1 and resize.keys() <= {"short", "long"} and min(resize.values()) > 0):
             raise ValueError(f"resize is {dict(resize)}; it must have either short or long, in pixels")

@@ -17,10 +17,10 @@ from tests.support.runs import recap, sections, write
     [
         ({"source": {"pth": "x"}}, ["source.pth", "unknown key", "did you mean 'path'"]),
         ({"source": {"kind": "foldr"}}, ["source.kind", "'foldr'", "did you mean 'folder'", "webdataset"]),
-        ({"source": {"shard_size": 0}}, ["source.shard_size", "0", "the least is 1"]),
+        ({"source": {"shard_size": 0}}, ["source.shard_size", "0", "the minimum is 1"]),
         ({"source": {"shard_size": "many"}}, ["source.shard_size", "'many'", "an integer"]),
         ({"engines__captioner": {"kind": "ecko"}}, ["engines.captioner.kind", "'ecko'", "did you mean 'echo'"]),
-        ({"engines__captioner": {"error_share": 2.0}}, ["engines.captioner.error_share", "2.0", "the most is 1"]),
+        ({"engines__captioner": {"error_share": 2.0}}, ["engines.captioner.error_share", "2.0", "the maximum is 1"]),
         ({"caption__dense": {"engine": "captoner"}}, ["caption.dense", "'captoner'", "captioner"]),
         ({"caption__dense": {"recipe": "dens"}}, ["caption.dense", "'dens'", "dense"]),
         ({"caption__dense": {"where": "widht > 3"}}, ["caption.dense.where", "widht", "width"]),

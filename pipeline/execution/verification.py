@@ -120,7 +120,9 @@ class Verification:
         if p.record is Exported:
             digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
             damaged = {Path(name).parts[1] for name in reasons.keys() - names}
-            yield from _compare_forms(self.run.folder, names, digests, damaged)
+            own = self.run.sections["export"][""].formats
+            forms = {form.rpartition(".")[2]: form for form in (*plugins.list_names("stages.exporters"), *own)}
+            yield from _compare_forms(self.run.folder, forms, names, digests, damaged)
         elif issubclass(p.record, Image):
             with closing(self._shard(shard)) as images:
                 for row in (row for row in rows if isinstance(row, Image) and row.file in names):
@@ -213,16 +215,16 @@ class Verification:
 
 
 def _compare_forms(
-    run: Path, names: Iterable[str], digests: Mapping[str, str], damaged: Container[str]
+    run: Path, forms: Mapping[str, str], names: Iterable[str], digests: Mapping[str, str], damaged: Container[str]
 ) -> Iterator[tuple[str, str]]:
     """Compares the images of exported files, form by form, since a form may spread a shard over several files.
 
     Args:
+        forms: folder below export/ -> the form that writes it.
         damaged: forms with further files, whose images are unknown.
     """
-    forms = plugins.list_names("stages.exporters")
     for form, files in groupby(sorted(names), key=lambda name: Path(name).parts[1]):
-        module = plugins.load("stages.exporters", form) if form in forms else None
+        module = plugins.load("stages.exporters", forms[form]) if form in forms else None
         if module and hasattr(module, "read_images"):
             images = {name: partial(module.read_images, run / name) for name in files}
             yield from _compare_form(images, digests, is_complete=form not in damaged)

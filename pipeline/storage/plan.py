@@ -267,7 +267,7 @@ def assign_shards(pieces: Iterable[Piece], *, shard_size: int, first: int = 0) -
 
 def _plan_piece(shard: int, piece: Piece, start: int, stop: int | None) -> Planned:
     if shard >= MAX_SHARDS:
-        raise UserError(f"the corpus needs more than {MAX_SHARDS} shards; raise source.shard_size")
+        raise UserError(f"source.shard_size: the corpus needs more than {MAX_SHARDS:,} shards of this size; raise it")
     return Planned(shard=shard, file=piece.file, start=start, stop=stop, num_bytes=piece.num_bytes)
 
 

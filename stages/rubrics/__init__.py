@@ -43,9 +43,9 @@ class Question:
             raise ValueError(f"answers are {list(self.answers)}; at least two are needed, all different")
         values = list(self.by_answer.values())
         if len(self.values or values) != len(self.answers) or values != sorted(values):
-            raise ValueError("values needs one number for each answer, from worst to best")
+            raise ValueError(f"values are {values}; they must be a number for each answer, from worst to best")
         if min(values) < 0 or max(values) > 1:
-            raise ValueError("values must be between 0 and 1")
+            raise ValueError(f"values are {values}; they must be between 0 and 1")
 
     @property
     def by_answer(self) -> Mapping[str, float]:

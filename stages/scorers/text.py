@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
@@ -68,9 +69,10 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
         raise ConfigError(f"{field}.flags", str(error)) from error
     weights = {name: WEIGHTS.get(name, 1.0) for name in (*CHECKS, *patterns)}
     for name, weight in config.weights.items():
-        if name not in weights or weight < 0:
-            known = ", ".join(weights)
-            raise ConfigError(f"{field}.weights.{name}", f"no such check, or below 0; the checks are {known}")
+        if name not in weights:
+            raise ConfigError(f"{field}.weights.{name}", plugins.explain_unknown(name, list(weights)))
+        if weight < 0:
+            raise ConfigError(f"{field}.weights.{name}", f"{weight} is too small; the minimum is 0")
     return Settings(bounds=config, patterns=patterns, weights=weights | dict(config.weights))
 
 

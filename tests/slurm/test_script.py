@@ -321,7 +321,7 @@ def test_interrupted_stage_has_one_job_per_pass(tmp_path: Path) -> None:
         ({"caption": {"gpu": 2}}, ["slurm.caption.gpu", "unknown key"]),
         ({"time": "four hours"}, ["slurm.ingest.time", "'four hours'", "04:00:00"]),
         ({"time": "00:04:00"}, ["time", "must be longer than notice = 300 s"]),
-        ({"gpus": -1}, ["gpus", "-1", "the least is 0"]),
+        ({"gpus": -1}, ["gpus", "-1", "the minimum is 0"]),
         ({"server": {"workers": 2}}, ["slurm.server.workers", "replicas"]),
     ],
 )

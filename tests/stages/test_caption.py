@@ -143,7 +143,7 @@ def test_where_selects_by_image_columns(tmp_path: Path) -> None:
         ({"where": "width LIKE 3 + '{}'::BLOB"}, "caption.dense.where"),
         ({"where": "finish_reason = 'stop'"}, "caption.dense.where: .*finish_reason"),
         ({"of": "dens"}, "caption.dense.of"),
-        ({"num_candidates": 0}, "caption.dense.num_candidates: 0 is too small; the least is 1"),
+        ({"num_candidates": 0}, "caption.dense.num_candidates: 0 is too small; the minimum is 1"),
         ({"num_candidates": 2, "temperature": 0}, "caption.dense.num_candidates: 2 candidates would be equal"),
         ({"top_p": 0}, "caption.dense: top_p"),
     ],

@@ -86,7 +86,7 @@ def test_each_caption_pass_has_a_score_pass_that_reads_only_it(tmp_path: Path) -
         ({"kind": "text", "captions": ["dens"]}, "score.mine.captions: 'dens' is none of dense, short"),
         ({"kind": "text", "min_word": 3}, "score.mine.min_word: unknown key; did you mean 'min_words'"),
         ({"kind": "text", "flags": "latin"}, "score.mine.flags: 'latin' is none of .*english"),
-        ({"kind": "text", "weights": {"lop": 1}}, "score.mine.weights.lop: no such check"),
+        ({"kind": "text", "weights": {"lop": 1}}, "score.mine.weights.lop: 'lop' is none of"),
         ({"kind": "text", "min_words": 9, "max_words": 8}, "score.mine: min_words = 9 is more than"),
     ],
 )
