@@ -147,8 +147,8 @@ def _read_shard(shard: Shard) -> Array:
 
     assert shard.find_shared is not None
     folder = shard.find_shared()
-    first, last = np.load(folder / "starts.npy", mmap_mode="r")[shard.number : shard.number + 2]
-    rows: Array = np.array(np.load(folder / "rows.npy", mmap_mode="r")[first:last])
+    first, last = np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False)[shard.number : shard.number + 2]
+    rows: Array = np.array(np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)[first:last])
     return rows
 
 
