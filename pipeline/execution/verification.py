@@ -197,10 +197,13 @@ class Verification:
         if reason:
             yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
             return
-        for name in whole:
-            if listed[name] != hash_file(folder / name):
-                reason = f"has changed since it was written: its SHA-256 is not that in {p.folder}/{SUMS}"
-                yield Damage(path=name, reason=reason, remedy=remedy)
+        changed = [name for name in whole if listed[name] != hash_file(folder / name)]
+        for name in changed:
+            reason = f"has changed since it was written: its SHA-256 is not that in {p.folder}/{SUMS}"
+            yield Damage(path=name, reason=reason, remedy=remedy)
+        if len(changed) == 1:  # which of the two was damaged, nothing tells
+            reason = f"does not have the digest of {changed[0]}: one of the two has changed"
+            yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
 
     def _describe(self, path: Path, reason: str, command: str) -> Damage:
         remedy = f"{_remove(path)} && {command}" if command else _remove(path)

@@ -49,7 +49,7 @@ def test_a_sound_run_has_no_damage_and_nothing_is_written(run: Path) -> None:
 
 @pytest.mark.slow
 def test_single_flipped_bits_are_named_in_every_kind_of_file(run: Path) -> None:
-    flips = flip_bits(run, num_flips=60, seed=15)
+    flips = flip_bits(run, num_flips=90, seed=15)
     assert (flips.named, flips.wrong_answers) == (flips.flips, 0), flips
     kinds = {f"{file.parent.relative_to(run)}/*{file.suffix}" for file in list_protected_files(run)}
     assert flips.by_kind.keys() == kinds

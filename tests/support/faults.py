@@ -35,6 +35,7 @@ class Faulty:
         self.jitter = 0.0  # share of the delay by which it may be longer or shorter
         self.status = 0  # answer everything with it
         self.key = ""  # demand it
+        self.model = "echo"  # the name that it serves
         self.seen: Counter[str] = Counter()
         self.most_in_flight = 0
         self.bodies: list[dict[str, Any]] = []
@@ -86,7 +87,7 @@ class Faulty:
         return web.Response()
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "echo", "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": self.model, "object": "model"}]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self._num_in_flight += 1
