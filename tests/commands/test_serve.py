@@ -50,7 +50,7 @@ def test_vllm_engine_is_served_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], imitates: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(vllm, "is_cpu_build", lambda: True)
-    monkeypatch.setattr(vllm, "emulates_bfloat16", lambda: imitates)
+    monkeypatch.setattr(vllm.machine, "emulates_bfloat16", lambda: imitates)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(stored))
     engine = {"kind": "vllm", "model": "mine", "max_model_len": 4096}
