@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
-.PHONY: help demo test test-fast test-vllm test-slurm test-browser disasters hostile check format vllm requirements docs clean
+.PHONY: help demo test test-fast test-vllm test-slurm test-browser test-faults disasters hostile check format vllm requirements docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -12,11 +12,11 @@ help:  ## List the targets
 demo: $(VENV)/.test  ## Run the whole pipeline on drawn scenes, into runs/demo
 	$(BIN)/recap demo runs/demo
 
-test: $(VENV)/.test  ## Run all tests that need neither vLLM nor Slurm
-	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser" -n 2
+test: $(VENV)/.test  ## Run all tests that need no further program
+	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser and not faults" -n 2
 
 test-fast: $(VENV)/.test  ## Run the quick tests, under two minutes
-	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser and not slow" -n 2
+	$(BIN)/python -m pytest -m "not vllm and not slurm and not browser and not faults and not slow" -n 2
 
 check: $(VENV)/.test  ## Check lint, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -38,6 +38,9 @@ test-slurm: $(VENV)/.test  ## Run the tests on a real Slurm started here (root; 
 
 test-browser: $(VENV)/.test  ## Run the tests of the report in a real browser (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser
+
+test-faults: $(VENV)/.test  ## Run the tests in which system calls and allocations fail (apt-get install strace gcc)
+	$(BIN)/python -m pytest -m faults
 
 disasters: $(VENV)/.test  ## Kill, break, starve and race runs, flip 1,000 bits, and count what is lost (gcc, strace)
 	$(BIN)/python -m tests.support.disasters --kills 300 --all

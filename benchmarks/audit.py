@@ -1,4 +1,4 @@
-"""Writes labels of a run over the scenes world, made from the truth by this command and by nobody else.
+"""Writes labels of a run over the scenes world, made from the truth; no command of recap reads it.
 
 They take the role of a person's labels, so that an audit can be tried: a caption is acceptable when all that it says is
 true and no thing is named twice (stages/scenes/measure.py).

@@ -97,8 +97,8 @@ def _limit_inputs(inputs: Callable[[Shard], Iterator[Any]], keys: Collection[str
 def _format_timing(timing: Timing) -> str:
     rows = sum(stat.num_new_rows for stat in timing.stats)
     loading = f", after {format_duration(timing.load_seconds)} of loading" if timing.load_seconds >= 1 else ""
-    rate = format_rate(rows / max(timing.seconds, 1e-9))
-    return f"{timing.p.title} made {rows} rows in {format_duration(timing.seconds)}, {rate} rows/s{loading}"
+    made = f"{timing.p.title} made {format_quantity(rows, 'row')} in {format_duration(timing.seconds)}"
+    return f"{made}, {format_rate(rows / max(timing.seconds, 1e-9))} rows/s{loading}"
 
 
 def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str]) -> Iterator[str]:

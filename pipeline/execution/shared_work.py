@@ -6,7 +6,6 @@ What it contains, only the pass knows.
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -62,21 +61,18 @@ def _fill(p: Pass, shards: AllShards, folder: Path) -> None:
     say(f"recap: {p.title}: reading {' and '.join(p.reads_all)} of all shards, once for the whole run")
     unfinished = unfinished_path(folder, work=folder.parent)
     unfinished.mkdir()
-    try:
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, unfinished, ignore_errors=True)
         p.prepare(shards, unfinished)
         for file in unfinished.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            tables.sync_path(file)
         try:
             unfinished.rename(folder)
+            undo.pop_all()
         except OSError:
             if not folder.is_dir():  # otherwise another process, to which this one seemed gone, was faster
                 raise
-            shutil.rmtree(unfinished, ignore_errors=True)
         tables.sync_path(folder.parent)
-    except BaseException:  # Ctrl-C too must leave nothing behind
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     for other in folder.parent.glob("shared-*"):  # of earlier configurations or corpora
         if other != folder and other.is_dir() and is_old(other):
             shutil.rmtree(other, ignore_errors=True)

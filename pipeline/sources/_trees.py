@@ -21,7 +21,7 @@ RELIST_SECONDS = 10  # between two listings of a changing local directory
 UNLISTED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # errors of folders that are passed over and counted
 NUM_LISTINGS = 64  # of remote directories in memory
 
-Sizes = Mapping[str, int | None]  # of the files in a directory, by name -> bytes; None: it could not be told
+Sizes = Mapping[str, int | None]  # of the files in a directory, by name -> bytes; None: unknown
 Version = tuple[int, ...]  # of a file or directory; another one means another content
 
 

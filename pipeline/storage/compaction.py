@@ -117,7 +117,7 @@ def _add_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def list_current_files(run: Path, pattern: str) -> list[str]:
-    """The files of a glob below the run, with copies in the place of their members; none where no copy is current."""
+    """The files of a glob below the run, with copies instead of their members; none where no copy is current."""
     parent, top = pattern.rpartition("/")[0], pattern.partition("/")[0]
     if not (run / COMPACT / top).is_dir():
         return []

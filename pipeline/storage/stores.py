@@ -12,7 +12,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -185,11 +185,9 @@ def upload_file(file: Path, url: str) -> None:
         except FileNotFoundError:  # of a file system with directories
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             target = filesystem.open(path, "wb", autocommit=False)
-        try:
-            with file.open("rb") as source:
-                shutil.copyfileobj(source, target, BUFFER_BYTES)
+        with ExitStack() as undo, file.open("rb") as source:
+            undo.callback(target.discard)  # parts of an upload cost money until they are removed
+            shutil.copyfileobj(source, target, BUFFER_BYTES)
             target.close()
             target.commit()
-        except BaseException:  # Ctrl-C too; parts of an upload cost money until they are removed
-            target.discard()
-            raise
+            undo.pop_all()

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -337,20 +337,24 @@ def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -
         work: folder for the unfinished file, on the same file system; by default the folder of `path`.
         durable: whether the file must survive a power failure, rather than only the end of this process.
     """
+    with place_atomic(path, work=work, durable=durable) as unfinished, open(unfinished, "xb") as file:
+        yield file
+
+
+@contextmanager
+def place_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """As `open_atomic`, for a file that something else writes: yields the name to write it under."""
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
         make_folder(folder)
     unfinished = unfinished_path(path, work=work)
-    try:
-        with open(unfinished, "xb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+    with ExitStack() as undo:
+        undo.callback(unfinished.unlink, missing_ok=True)
+        yield unfinished
+        if durable:
+            sync_path(unfinished)
         os.replace(unfinished, path)
-    except BaseException:  # Ctrl-C too must leave no temporary file
-        unfinished.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     if durable:
         sync_path(path.parent)
 

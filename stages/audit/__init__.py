@@ -75,7 +75,7 @@ def draw_page(run: Run, *, num_captions: int, seed: int) -> Path:
     captions = [caption for pair in zip_longest(*drawn) for caption in pair if caption is not None]
     if not captions:
         raise UserError(f"{run.folder}: has no verdicts to audit; `recap run filter --run {run.folder}` makes them")
-    # Kept and refused alternate in the draw; in the order of keys nobody can tell which is which.
+    # Kept and refused alternate in the draw; the order of keys does not show which is which.
     return write_page(run, sorted(captions, key=lambda caption: (caption.key[::-1], caption.id)))
 
 

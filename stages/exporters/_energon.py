@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import struct
 import uuid
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from pipeline.storage.layout import unfinished_path
 from pipeline.storage.payloads import BLOCK, TarMember, TarWriter, UnfinishedFile, list_members
-from pipeline.storage.tables import make_folder, sync_path
+from pipeline.storage.tables import place_atomic
 from stages.exporters import FormFile, put_text
 
 META = ".nv-meta"
@@ -134,25 +132,16 @@ def read_samples(tar: Path, number: int) -> Iterator[IndexedSample]:
 
 def _write_database(path: Path, samples: Iterable[IndexedSample]) -> bytes:
     """Writes index.sqlite; returns a digest of its rows. Equal samples give equal bytes."""
-    unfinished, digest = unfinished_path(path, work=path.parent), hashlib.sha256()
-    make_folder(path.parent)
-    try:
-        with closing(sqlite3.connect(unfinished)) as database:
-            for statement in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", *TABLES):
-                database.execute(statement)
-            for sample in samples:
-                digest.update(repr(sample).encode())
-                _insert_sample(database, sample)
-            for statement in KEYS:
-                database.execute(statement)
-            database.commit()
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:  # Ctrl-C too must leave no temporary file
-        unfinished.unlink(missing_ok=True)
-        raise
-    sync_path(path.parent)
+    digest = hashlib.sha256()
+    with place_atomic(path) as unfinished, closing(sqlite3.connect(unfinished)) as database:
+        for statement in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", *TABLES):
+            database.execute(statement)
+        for sample in samples:
+            digest.update(repr(sample).encode())
+            _insert_sample(database, sample)
+        for statement in KEYS:
+            database.execute(statement)
+        database.commit()
     return digest.digest()
 
 

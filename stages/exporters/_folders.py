@@ -36,7 +36,7 @@ class UnfinishedFolder:
             out.write(data)
 
     def commit(self) -> None:
-        """Puts the folder in the place of an earlier one; if it was never opened, only removes that."""
+        """Replaces an earlier folder by this one; if it was never opened, only removes the earlier one."""
         for folder, _, files in os.walk(self._temporary):
             for name in (*files, "."):
                 sync_path(Path(folder, name))

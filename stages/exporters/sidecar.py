@@ -1,7 +1,7 @@
 """Export form `sidecar`: `export/sidecar/00000/` with KEY.jpg and its caption, on one line, in KEY.txt.
 
 kohya's scripts read the first line of a caption file and SimpleTuner takes each line as a caption of its own. The
-`metadata.jsonl` of a folder lists its images: kohya's scripts read it in the place of the caption files, and `datasets`
+`metadata.jsonl` of a folder lists its images: kohya's scripts read it instead of the caption files, and `datasets`
 as an image folder. When the training set references its images, the folder has the caption files alone, named as the
 corpus names the images, so that they can be copied beside them.
 """

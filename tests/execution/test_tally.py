@@ -9,29 +9,10 @@ import pytest
 from pipeline.errors import ShardFailedError
 from pipeline.execution.tally import MIN_ROWS, ShardTally
 from pipeline.progress import ProgressMeter
-from pipeline.records import Image
 from pipeline.sources._tars import NOT_TAKEN_ERROR
+from tests.support.scoring import image_row
 
-TAKEN = Image(
-    key="000000000000",
-    shard=0,
-    index=0,
-    status="ok",
-    error=None,
-    source="webdataset",
-    source_key="000.jpg",
-    file=None,
-    offset=None,
-    num_bytes=1,
-    format="jpeg",
-    width=20,
-    height=20,
-    orientation=1,
-    num_frames=1,
-    sha256="",
-    alt_text=None,
-    metadata="{}",
-)
+TAKEN = image_row(0, "ok")
 NOT_TAKEN = replace(TAKEN, status="unreadable", error=NOT_TAKEN_ERROR, source_key="000.mask.png")
 BROKEN = replace(TAKEN, status="unreadable", error="a JPEG file that cannot be read: broken")
 

@@ -83,7 +83,7 @@ def test_a_shard_made_by_several_processes_at_once_is_whole(run: Path, reference
     assert_rerun_completes(run, reference)
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace injects the faults")
+@pytest.mark.faults
 def test_stages_that_fail_or_are_killed_at_a_system_call_lose_nothing(tmp_path: Path) -> None:
     toll = syscalls.break_calls(tmp_path, every=13)
     assert (toll.harm, toll.kills > 0, toll.errors > 0) == (0, True, True), toll
@@ -94,7 +94,7 @@ def test_commands_that_race_lose_and_double_nothing(tmp_path: Path) -> None:
     assert (toll.harm, toll.rows > 50) == (0, True), toll
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the allocator that fails")
+@pytest.mark.faults
 def test_a_failed_allocation_is_not_taken_for_damage() -> None:
     done = shortages.run_alone(num_steps=12)
     shortage = json.loads(done.stdout)
@@ -196,7 +196,7 @@ def test_missing_and_truncated_payloads_are_made_again(
     assert_rerun_completes(run, reference)
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace shows the system calls")
+@pytest.mark.faults
 def test_files_and_new_folders_survive_a_power_failure(tmp_path: Path) -> None:
     """A file is synced before its rename, its folder after it, and the parent of each new folder too."""
     photos, run = corpus(tmp_path / "photos", IMAGES[:4]), tmp_path / "of" / "runs" / "run"

@@ -106,7 +106,8 @@ def test_stats_match_the_index(run: Path, index: list[Exported]) -> None:
 
 
 def test_shards_without_chosen_captions_have_no_files_and_the_index_lists_the_others(tmp_path: Path) -> None:
-    wids = pytest.importorskip("wids")
+    import wids
+
     photos = corpus(tmp_path / "photos", ["jpg"] * 8)
     parts = sections(photos, source={"shard_size": 3}, filter={"rules": {"first": "key NOT LIKE '000001%'"}})
     run = begin(tmp_path / "run", parts)

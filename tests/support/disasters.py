@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 
@@ -77,8 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.engine:
         toll = kill_runs_of(args.engine, kills=args.kills, seed=args.seed)
-        print(json.dumps({"engine": args.engine, **asdict(toll)}))
-        sys.exit(1 if toll.harm else 0)
+        print_toll(toll, engine=args.engine)
     command = [sys.executable, "-m", "tests.support.disasters", "--seed", str(args.seed)]
     share = ["--kills", str(-(-args.kills // len(AT_ONCE)))]
     commands = [[*command, *share, "--engine", kind] for kind in AT_ONCE]
@@ -93,6 +92,12 @@ def main() -> None:
     harm = ("rows_lost", "rows_doubled", "stats_lost", "taken_for_damage", "wrong_answers")
     print(", ".join(f"{name} {sums[name]}" for name in ("kills", "errors", "tasks", "flips", "named", *harm)))
     sys.exit(code)
+
+
+def print_toll(toll: Toll, **about: str) -> NoReturn:
+    """Prints a line of JSON and ends the process; exit code 1 where something was lost."""
+    print(json.dumps({**about, **asdict(toll)}))
+    sys.exit(1 if toll.harm else 0)
 
 
 def kill_runs_of(kind: str, *, kills: int, seed: int) -> Toll:

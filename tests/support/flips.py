@@ -64,7 +64,7 @@ def flip_bits(run: Path, *, num_flips: int, seed: int) -> Flips:
     while flips.flips < num_flips:
         turn += 1
         chosen = [file for file in list_protected_files(run) if _find_turn(run, file) == turn % 4]
-        kept = {file: file.read_bytes() for file in chosen if turn % 4 == 0 or noise.random() < 0.7}
+        kept = {file: file.read_bytes() for file in chosen if turn <= 4 or turn % 4 == 0 or noise.random() < 0.7}
         for file in kept:
             flip_bit(file, noise)
             flips.by_kind[f"{file.parent.relative_to(run)}/*{file.suffix}"] += 1

@@ -9,12 +9,9 @@ shards beside a retry of others. Prints a line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import shutil
-import sys
 import tempfile
-from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.storage.plan import Plan
 from tests.support import disasters
-from tests.support.disasters import IMPORTED, STAGES, Toll, compare
+from tests.support.disasters import IMPORTED, STAGES, Toll, compare, print_toll
 from tests.support.runs import begin, corpus, make, sections, write
 
 NUM_IMAGES, SHARD_SIZE = 12, 4
@@ -115,8 +112,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         toll = race(Path(folder), rounds=rounds)
-    print(json.dumps({"faults": "races", **asdict(toll)}))
-    sys.exit(1 if toll.harm else 0)
+    print_toll(toll, faults="races")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ strace injects the faults: EIO in place of the call, or SIGKILL before it. Print
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import re
 import shutil
@@ -19,12 +18,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from tests.support import disasters
-from tests.support.disasters import IMPORTED, STAGES, Toll, compare, run_stage
+from tests.support.disasters import IMPORTED, STAGES, Toll, compare, print_toll, run_stage
 from tests.support.runs import begin, corpus, sections
 
 CALLS = {  # as C libraries make them, under any of their names
@@ -114,8 +112,7 @@ def main() -> None:
     every = parser.parse_args().every
     with tempfile.TemporaryDirectory() as folder:
         toll = break_calls(Path(folder), every=every)
-    print(json.dumps({"faults": "system calls", **asdict(toll)}))
-    sys.exit(1 if toll.harm else 0)
+    print_toll(toll, faults="system calls")
 
 
 if __name__ == "__main__":
