@@ -479,9 +479,10 @@ def audit_run(
         list[Path] | None, typer.Option(help="A file of labels to add: saved by the page, or JSONL, or Parquet.")
     ] = None,
     precision: Annotated[
-        float | None, typer.Option(help="Find the threshold above which this share of captions is acceptable.")
+        float | None,
+        typer.Option(help="Find the threshold above which this share of captions is acceptable.", min=0.01, max=0.999),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="The confidence of that threshold.")] = 0.9,
+    confidence: Annotated[float, typer.Option(help="The confidence of that threshold.", min=0.01, max=0.999)] = 0.9,
     score: Annotated[str | None, typer.Option(help="The score of that threshold: a name in [score].")] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other captions.")] = 0,
 ) -> None:

@@ -195,6 +195,8 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
         known = ", ".join(sorted(run.sections["score"])) or "(there are none)"
         raise UserError(f"--score: {score!r} is no score of {run.file}; it has {known}")
     scores, labelled = _collect_scores(run, score, seed=seed)
+    if not scores:
+        raise UserError(f"--score: no caption has a value of {score!r} in {run.folder}")
     guarantee = find_threshold(scores, labelled, precision=precision, confidence=confidence)
     wanted = f"{precision:.0%} acceptable with {confidence:.0%} confidence"
     if guarantee.threshold is None:
@@ -205,9 +207,9 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
             yield f"the captions with the best {score} are acceptable less often than {precision:.0%}"
         return
     bound = f"{guarantee.bound:.1%} by {format_quantity(guarantee.num_labels, 'label')} there"
-    yield f"{score} >= {guarantee.threshold:.6g}: at least {wanted} ({bound}); keeps {guarantee.kept:.1%} of captions"
+    yield f"{score} >= {guarantee.threshold!r}: at least {wanted} ({bound}); keeps {guarantee.kept:.1%} of captions"
     yield "in run.toml:"
-    yield f'  [filter.rules]\n  audited = "{score} >= {guarantee.threshold:.6g}"'
+    yield f'  [filter.rules]\n  audited = "{score} >= {guarantee.threshold!r}"'
 
 
 def _collect_scores(run: Run, score: str, *, seed: int) -> tuple[list[float], list[tuple[float, bool]]]:

@@ -102,25 +102,6 @@ def estimate_share(
     return Share(value=value, low=low, high=high, num_labels=num, num_captions=size, method="labels and features")
 
 
-def combine_strata(shares: Sequence[Share], *, confidence: float = 0.95) -> Share:
-    """The share in the union of strata, each weighted by its number of captions."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    size = sum(share.num_captions for share in shares)
-    value = sum(share.num_captions * share.value for share in shares) / size
-    # Half of an interval's width over z serves as the standard error: it is wider than 0 for strata of one class.
-    variance = sum((share.num_captions / size * share.width / (2 * z)) ** 2 for share in shares)
-    inside = min(max(value, 0.5 / size), 1 - 0.5 / size)
-    low, high = wilson_interval(value, inside * (1 - inside) / variance, confidence=confidence)
-    return Share(
-        value=value,
-        low=low,
-        high=high,
-        num_labels=sum(share.num_labels for share in shares),
-        num_captions=size,
-        method="labels and features" if any(s.method == "labels and features" for s in shares) else "labels",
-    )
-
-
 def _estimate_from_labels(y: np.ndarray, size: int, confidence: float) -> Share:
     low, high = wilson_interval(float(y.mean()), len(y), confidence=confidence)
     return Share(value=float(y.mean()), low=low, high=high, num_labels=len(y), num_captions=size, method="labels")

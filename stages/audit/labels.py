@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.progress import escape_controls
-from pipeline.records import Label, LabelVerdict
+from pipeline.records import Label
 from pipeline.sections import Run
 from pipeline.storage import database, tables
 from pipeline.storage.payloads import hash_file
@@ -170,7 +170,7 @@ def _parse_label(row: Mapping[str, Any], texts: Mapping[Identity, str], *, where
     if sentence is not None and (type(sentence) is not int or sentence < 0):
         raise UserError(f"{where}: sentence is {str(sentence)[:40]!r}; it must be a number from 0, or null")
     allowed = WHOLE_CAPTION if sentence is None else SENTENCE
-    if verdict not in allowed or verdict not in get_args(LabelVerdict):
+    if verdict not in allowed:
         raise UserError(f"{where}: verdict is {str(verdict)[:40]!r}; it must be one of {', '.join(sorted(allowed))}")
     return Label(
         key=key,

@@ -59,9 +59,7 @@ def render_page(title: str, items: Sequence[Mapping[str, object]]) -> str:
     )
     script = (resources.files("stages.audit") / "templates" / "audit.js").read_text(encoding="utf-8")
     drawn = json.dumps([[item[name] for name in ("key", "caption", "candidate", "text")] for item in items])
-    digest = hashlib.sha256(
-        f"{title}{drawn}".encode("utf-8", "replace")
-    ).hexdigest()  # marks of another draw are others
+    digest = hashlib.sha256(f"{title}{drawn}".encode("utf-8", "replace")).hexdigest()  # for the marks of this draw
     data = json.dumps({"id": digest, "run": title, "items": items}).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     hash_source = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Both are safe within their elements: the data has no "<", and the script is ours.

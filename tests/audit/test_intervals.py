@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.audit.intervals import bound_share_below, combine_strata, estimate_share, wilson_interval
+from stages.audit.intervals import bound_share_below, estimate_share, wilson_interval
 
 SIZE, NUM_AUDITS = 2000, 60
 
@@ -60,13 +60,3 @@ def test_the_lower_bound_is_the_share_at_which_so_many_are_just_likely_enough(
 def test_labels_that_are_missing_or_too_many_are_refused(labels: list[bool]) -> None:
     with pytest.raises(ValueError, match=f"{len(labels)} labels of 3 captions"):
         estimate_share(labels, np.zeros((len(labels), 1)), np.zeros((3, 1)))
-
-
-def test_strata_count_by_their_number_of_captions() -> None:
-    features = np.zeros((900, 1))
-    good = estimate_share([True] * 45 + [False] * 5, features[:50], features)
-    bad = estimate_share([True] * 10 + [False] * 40, features[:50], features[:100])
-    both = combine_strata([good, bad])
-    assert both.value == pytest.approx(0.9 * 0.9 + 0.1 * 0.2)
-    assert both.low < both.value < both.high
-    assert both.num_captions == 1000

@@ -95,10 +95,11 @@ def test_every_single_bit_of_a_plan_is_protected(run: Path) -> None:
 def test_the_printed_command_mends_the_file(run: Path, name: str) -> None:
     before = (run / name).read_bytes()
     flip_bit(run / name, random.Random(17))
-    (line,) = verify(run)
-    path, commands = line.split(" ")[0], line.partition("; to mend it: ")[2].split(" && ")
-    assert path == name
-    for command in commands:
+    lines = verify(run)
+    # Of a file whose digest stands only in the list, nothing tells which of the two was damaged.
+    suspects = [name, "export/index/SHA256SUMS"] if name == "export/README.md" else [name]
+    assert [line.split(" ")[0] for line in lines] == suspects
+    for command in lines[0].partition("; to mend it: ")[2].split(" && "):
         program, *words = shlex.split(command)
         if program == "rm":
             for word in words[1:]:

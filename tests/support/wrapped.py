@@ -300,7 +300,7 @@ def _images_column(folder: Path, rng: random.Random) -> Iterator[Expected]:
 
 
 def _text_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
-    """Writes one file for each type of a caption column. Only texts are alt text."""
+    """Writes one file for each type of a caption column. Alt text is a text, the first of a list, or one by name."""
     columns: dict[str, tuple[pa.Array, str | None]] = {
         "int": (pa.array([7]), None),
         "float": (pa.array([float("nan")]), None),
@@ -309,7 +309,8 @@ def _text_columns(folder: Path, rng: random.Random) -> Iterator[Expected]:
         "strings": (pa.array([["first", "second"]]), "first"),
         "no_strings": (pa.array([[]], pa.list_(pa.string())), None),
         "numbers": (pa.array([[1, 2]]), None),
-        "struct": (pa.array([{"text": "x"}]), None),
+        "struct": (pa.array([{"text": "x"}]), "x"),
+        "other_struct": (pa.array([{"words": "x"}]), None),
         "map": (pa.array([[("text", "x")]], pa.map_(pa.string(), pa.string())), None),
         "dictionary": (pa.array(["said"]).dictionary_encode(), "said"),
         "large": (pa.array(["said"], pa.large_string()), "said"),
