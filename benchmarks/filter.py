@@ -22,7 +22,7 @@ from benchmarks.held_out import (
     open_engine,
     render_image,
 )
-from stages.scenes.claims import count_claims
+from stages.scenes.measure import measure_caption
 from stages.scorers import Sample, judge
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     least = median(value for value in scores if value is not None)
     kept = [value is not None and value >= least for value in scores]
     scenes = list_scenes(args.scenes)
-    precision = [count_claims(text, scene).precision for text, scene in zip(captions, scenes, strict=True)]
+    precision = [measure_caption(text, scene).total.precision for text, scene in zip(captions, scenes, strict=True)]
 
     def measure_gain(drawn: Sequence[int]) -> float:
         """The claim precision of the kept captions minus that of all."""

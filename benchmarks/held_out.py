@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.worlds import CHOICE
 from pipeline.engines import Engine, Request, transformers
 from pipeline.sources import scenes
 from pipeline.sources.scenes import Scene, draw_scene
 from stages import recipes
 
-SEED = 90_001  # of a world that no model is trained on
+SEED = CHOICE
 CORPUS = scenes.Config(num_images=100_000, seed=SEED, broken_share=0.0, duplicate_share=0.0)
 JUDGE, CAPTIONER = "stages/models/scenes-judge", "stages/models/scenes-captioner"
 STUDENT = Path("stages/models/scenes-student")
@@ -72,14 +73,14 @@ def generate_captions(model: str, num_scenes: int) -> list[str]:
 
 def measure_captions(captions: Sequence[str]) -> CaptionQuality:
     """The quality of one caption for each of the scenes 0, 1, ... of the held-out world."""
-    from stages.scenes.claims import count_claims
+    from stages.scenes.measure import measure_caption
 
-    results = [count_claims(text, draw_scene(SEED, index)) for index, text in enumerate(captions)]
+    results = [measure_caption(text, draw_scene(SEED, index)).total for index, text in enumerate(captions)]
     return CaptionQuality(
         precision=mean(r.precision for r in results),
         recall=mean(r.recall for r in results),
         f1=mean(r.f1 for r in results),
-        hallucinations=mean(r.num_hallucinations for r in results),
+        hallucinations=mean(r.num_false for r in results),
         words=mean(len(text.split()) for text in captions),
     )
 

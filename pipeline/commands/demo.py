@@ -104,10 +104,10 @@ def measure_accuracy(captions: Sequence[tuple[str, str | None, str, bool]]) -> I
         "kept captions": [(key, text) for key, _, text, kept in captions if kept],
     }
     for name, group in groups.items():
-        counts = [truth.count_claims(text, scenes.find_scene(key)) for key, text in group]
+        counts = [truth.measure_caption(text, scenes.find_scene(key)).total for key, text in group]
         if counts:
             precision, recall = fmean(one.precision for one in counts), fmean(one.recall for one in counts)
-            num_false = fmean(one.num_hallucinations for one in counts)
+            num_false = fmean(one.num_false for one in counts)
             yield f"  {name:14}{precision:>12.1%}{recall:>12.1%}{num_false:>11.2f} each"
 
 
