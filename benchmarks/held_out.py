@@ -15,6 +15,7 @@ from pipeline.sources.scenes import Scene, draw_scene
 from stages import recipes
 
 SEED = CHOICE
+ONE_TO_ONE, AS_SET = "one to one", "set of claims"  # how the claims of a caption are compared with the truth
 CORPUS = scenes.Config(num_images=100_000, seed=SEED, broken_share=0.0, duplicate_share=0.0)
 JUDGE, CAPTIONER = "stages/models/scenes-judge", "stages/models/scenes-captioner"
 STUDENT = Path("stages/models/scenes-student")
@@ -71,16 +72,28 @@ def generate_captions(model: str, num_scenes: int) -> list[str]:
         engine.close()
 
 
-def measure_captions(captions: Sequence[str]) -> CaptionQuality:
-    """The quality of one caption for each of the scenes 0, 1, ... of the held-out world."""
+def measure_captions(captions: Sequence[str], measure: str = ONE_TO_ONE) -> CaptionQuality:
+    """The quality of one caption for each of the scenes 0, 1, ... of the held-out world.
+
+    Args:
+        measure: ONE_TO_ONE, or AS_SET, by which the first outcomes were recorded: it charges nothing for repetition.
+    """
+    from stages.scenes.claims import count_claims
     from stages.scenes.measure import measure_caption
 
-    results = [measure_caption(text, draw_scene(SEED, index)).total for index, text in enumerate(captions)]
+    scenes = [draw_scene(SEED, index) for index in range(len(captions))]
+    if measure == AS_SET:
+        sets = [count_claims(text, scene) for text, scene in zip(captions, scenes, strict=True)]
+        shares, num_false = [(r.precision, r.recall, r.f1) for r in sets], [r.num_hallucinations for r in sets]
+    else:
+        totals = [measure_caption(text, scene).total for text, scene in zip(captions, scenes, strict=True)]
+        shares, num_false = [(r.precision, r.recall, r.f1) for r in totals], [r.num_false for r in totals]
+    precision, recall, f1 = (mean(values) for values in zip(*shares, strict=True))
     return CaptionQuality(
-        precision=mean(r.precision for r in results),
-        recall=mean(r.recall for r in results),
-        f1=mean(r.f1 for r in results),
-        hallucinations=mean(r.num_false for r in results),
+        precision=precision,
+        recall=recall,
+        f1=f1,
+        hallucinations=mean(num_false),
         words=mean(len(text.split()) for text in captions),
     )
 

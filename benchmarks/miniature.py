@@ -30,7 +30,9 @@ from typing import Any
 
 import stages.rubric
 from benchmarks.held_out import (
+    AS_SET,
     JUDGE,
+    ONE_TO_ONE,
     STUDENT,
     CaptionQuality,
     generate_captions,
@@ -56,7 +58,6 @@ from stages.training import provenance
 from stages.training.methods import grpo, sft
 from stages.training.settings import TrainConfig, read_section, stamp_config
 
-MEASURE = "one to one"
 RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
 TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
 SFT_BATCH = 32
@@ -136,7 +137,7 @@ class Outcome:
     minutes: float  # of the last attempt, measuring included
     figures: CaptionQuality
     rubric: float  # the mean rubric score of its captions
-    measure: str = "set of claims"  # outcomes of before have none; a repetition cost nothing then
+    measure: str = AS_SET  # the first outcomes do not name it
 
 
 def create_run(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
@@ -266,10 +267,10 @@ def print_comparison(outcomes: Sequence[Outcome]) -> None:
     first = outcomes[0]
     world = "most of the committee share a blind spot" if first.shared else "blind spots of the committee differ"
     print(f"\nstudent {first.student}, {first.num_scenes} held-out scenes; {world}; measured by {first.measure}")
-    qualities = measure_teachers(first.num_scenes, shared=first.shared)
-    qualities["alt text"] = measure_captions([read_alt_text(index) for index in range(first.num_scenes)])
-    if first.measure == MEASURE:  # teachers are measured now, so they stand beside no earlier figures
-        print_table(qualities)
+    qualities = measure_teachers(first.num_scenes, shared=first.shared, measure=first.measure)
+    alt_texts = [read_alt_text(index) for index in range(first.num_scenes)]
+    qualities["alt text"] = measure_captions(alt_texts, first.measure)
+    print_table(qualities)
     names = [field.name for field in fields(CaptionQuality)]
     print(f"\n{'arm':16}{'seeds':>6}{'samples':>9}" + "".join(f"{name:>18}" for name in names) + f"{'rubric':>16}")
     made_from = {
@@ -283,7 +284,7 @@ def print_comparison(outcomes: Sequence[Outcome]) -> None:
         columns.append([one.rubric for one in seeds])
         figures = "".join(f"{mean(values):>10.3f} ± {measure_spread(values):.3f}" for values in columns)
         print(f"{arm:16}{len(seeds):6}{seeds[0].samples:9}{figures}")
-    if first.measure == MEASURE and by_arm.keys() >= {BEFORE, "rubrics"}:
+    if by_arm.keys() >= {BEFORE, "rubrics"}:
         before, best = (mean(one.figures.f1 for one in by_arm[arm]) for arm in (BEFORE, "rubrics"))
         share = (best - before) / (qualities["consensus"].f1 - before)
         print(f"GRPO with rubrics closes {share:.0%} of the gap to the consensus")
@@ -315,7 +316,7 @@ def train_missing_arms(args: argparse.Namespace) -> None:
     student, judge = digest_weights(args.student), digest_weights(Path(args.judge))
     before = generate_captions(str(args.student), args.scenes)
     rubrics = HeldOutRubrics.write(before, shared=args.shared)
-    done = {(one.made_from, one.seed, one.num_scenes) for one in read_outcomes() if one.measure == MEASURE}
+    done = {(one.made_from, one.seed, one.num_scenes) for one in read_outcomes() if one.measure == ONE_TO_ONE}
     for seed in range(args.seeds):
         for arm, settings in make_arms(run.sections["train"][""]).items():
             made_from = digest_arm(student, judge, settings, shared=args.shared)
@@ -337,7 +338,7 @@ def train_missing_arms(args: argparse.Namespace) -> None:
                 minutes=round((time.monotonic() - start) / 60, 1),
                 figures=measure_captions(texts),
                 rubric=round(rubrics.score(texts), 4),
-                measure=MEASURE,
+                measure=ONE_TO_ONE,
             )
             write_outcome(outcome)
 

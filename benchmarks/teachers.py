@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.held_out import CaptionQuality, list_scenes, measure_captions, print_table, round_figures
+from benchmarks.held_out import ONE_TO_ONE, CaptionQuality, list_scenes, measure_captions, print_table, round_figures
 from stages.scenes.teachers import TEACHERS, caption_scene, merge_captions
 
 
-def measure_teachers(num_scenes: int, *, shared: bool = False) -> dict[str, CaptionQuality]:
+def measure_teachers(num_scenes: int, *, shared: bool = False, measure: str = ONE_TO_ONE) -> dict[str, CaptionQuality]:
     scenes = list_scenes(num_scenes)
     captions = {name: [caption_scene(name, scene, 0, shared=shared) for scene in scenes] for name in TEACHERS}
     captions["consensus"] = [merge_captions(group) for group in zip(*captions.values(), strict=True)]
-    return {name: measure_captions(some) for name, some in captions.items()}
+    return {name: measure_captions(some, measure) for name, some in captions.items()}
 
 
 def main() -> None:
