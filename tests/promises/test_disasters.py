@@ -65,7 +65,7 @@ def assert_clean_failure(done: subprocess.CompletedProcess[str], run: Path, *say
 
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("echo", 10), ("server", 4), ("transformers", 3)],
+    [("echo", 6), ("server", 3), ("transformers", 2)],
 )
 def test_killed_runs_lose_and_double_no_rows(kind: str, kills: int) -> None:
     toll = disasters.kill_runs_of(kind, kills=kills, seed=1)
