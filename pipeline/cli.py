@@ -564,7 +564,7 @@ def _print_error(error: Exception) -> None:
 
 
 def is_sql_comment(word: str) -> bool:
-    """Whether an argument is SQL that begins with a comment; an option's name has no white space."""
+    """True if an argument is SQL that begins with a comment; an option's name has no white space."""
     return word.startswith("--") and any(map(str.isspace, word.partition("=")[0]))
 
 

@@ -38,7 +38,7 @@ def num_cores() -> int:
 
 
 def emulates_bfloat16() -> bool:
-    """Whether bfloat16 products take this CPU three to ten times as long as float32, for want of instructions.
+    """True if bfloat16 products take this CPU three to ten times as long as float32, for want of instructions.
 
     oneDNN runs them on any AVX-512, so its own check is not enough on x86. Torch has no public name for the checks.
     """

@@ -139,7 +139,7 @@ class MeasuredImage(Image):
 
 @dataclass(frozen=True, kw_only=True)
 class Curation(Record):
-    """Whether an image is captioned, and which others are copies of it."""
+    """The selection of an image for captioning, and the group of its copies."""
 
     table: ClassVar[str] = "curation"
 
@@ -267,7 +267,7 @@ class Score(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
-    """Whether a caption is kept, and the first reason when it is not."""
+    """The filter's decision on a caption, and the first reason for a refusal."""
 
     table: ClassVar[str] = "verdict"
 
@@ -285,7 +285,7 @@ class Verdict(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Label(Record):
-    """What a person says of one sentence of a caption, or of the whole caption."""
+    """A person's judgement of one sentence of a caption, or of the whole caption."""
 
     table: ClassVar[str] = "label"
 

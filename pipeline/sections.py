@@ -114,12 +114,12 @@ class Plugin:
         return {self.selector: self.kind, **stamped(self.config)}
 
     def place(self, file: str) -> str:
-        """Where a planned file is now; for sources."""
+        """The present path of a planned file; for sources."""
         place = getattr(self.module, "place", None)
         return place(file, self.config) if place else file
 
     def is_in_place(self, piece: Any) -> bool:
-        """Whether the images of a piece stay where they are; for sources."""
+        """True if the images of a piece stay where they are; for sources."""
         is_in_place = getattr(self.module, "is_in_place", None)
         return is_in_place(piece, self.config) if is_in_place else False
 
@@ -164,7 +164,7 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a job requests: `[slurm]` for all stages, `[slurm.STAGE]` for one."""
+    """Resources that a job requests: `[slurm]` for all stages, `[slurm.STAGE]` for one."""
 
     partition: str = key("", "empty: the cluster's default")
     account: str = key("", "the account to charge")

@@ -314,7 +314,7 @@ def _find_first(values: Array) -> Array:
 
 
 def _is_among(rows: Array, others: Array) -> Array:
-    """Which rows are equal to one of the others."""
+    """Marks the rows that are equal to one of the others."""
     import numpy as np
 
     first = _find_first(np.concatenate((others, rows)))

@@ -130,7 +130,7 @@ class FormConfig:
 
     @property
     def reencodes(self) -> bool:
-        """Whether image files may differ from the corpus's."""
+        """True if image files may differ from the corpus's."""
         return self.upright or bool(self.resize)
 
     def _check_split(self, split: Mapping[str, float]) -> None:
@@ -312,12 +312,12 @@ def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...])
 
 
 def _has_groups(run: Run, settings: Config) -> bool:
-    """Whether copies are known by the groups of curate, rather than by their bytes alone."""
+    """True if copies are known by the groups of curate, rather than by their bytes alone."""
     return bool(settings.split) and bool(run.sections["curate"])
 
 
 def _needs_images(settings: Config) -> bool:
-    """Whether a form has the bytes of images. Without a copy, there are none in those that can reference them."""
+    """True if a form has the bytes of images. Without a copy, there are none in those that can reference them."""
     forms = (_load_form(name) for name in settings.formats)
     may_reference = settings.images == "reference"
     return any(

@@ -228,7 +228,7 @@ def _split_commits(files: Sequence[ExportFile]) -> Iterator[list[ExportFile]]:
 
 
 def _is_same(file: ExportFile, remote: Any) -> bool:
-    """Whether a repository has the file, by its SHA-256 or, where git itself holds the content, by git's digest."""
+    """True if a repository has the file, by its SHA-256 or, where git itself holds the content, by git's digest."""
     if remote is None or remote.size != file.num_bytes:
         return False
     if remote.lfs:

@@ -219,7 +219,7 @@ def _split_sizes(ends: Ints) -> Iterator[tuple[int, int]]:
 
 
 def _verify(halves: npt.NDArray[np.complex128], one: Ints, other: Ints, max_distance: int) -> tuple[Ints, Ints]:
-    """Which pairs of positions differ in at most `max_distance` bits, and in how many."""
+    """The pairs of positions that differ in at most `max_distance` bits, and in how many."""
     import numpy as np
 
     near, distance = np.arange(len(one)), np.zeros(len(one), np.int64)

@@ -167,6 +167,6 @@ class Attempt:
             raise OvertakenError
 
     def _is_replaced(self) -> bool:
-        """Whether another process has put the table in place since this attempt began."""
+        """True if another process has put the table in place since this attempt began."""
         now = read_intact_footer(self.run, self.path)
         return now is not None and now.provenance == self.provenance and now != self.before

@@ -42,7 +42,7 @@ NUM_READERS = 16  # requests at once for the files of a remote folder
 
 
 class Input(Protocol):
-    """What one row is made from."""
+    """The input of one row."""
 
     @property
     def id(self) -> tuple[str | int, ...]:

@@ -92,7 +92,7 @@ class RunState:
                 )
 
     def is_complete(self, p: Pass) -> bool:
-        """Whether every shard of the plan has its table, up to date or not."""
+        """True if every shard of the plan has its table, up to date or not."""
         folder = self.run.folder / p.folder
         num = sum(entry.name.endswith(".parquet") for entry in os.scandir(folder)) if folder.is_dir() else 0
         return num == self.plan.num_shards

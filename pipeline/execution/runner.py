@@ -47,7 +47,7 @@ POLL = 0.5  # seconds between checks whether workers must be stopped
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What one command did."""
+    """Counts of the work of one command."""
 
     done: int = 0  # shard tables made
     skipped: int = 0  # shard tables that were done before
@@ -293,7 +293,7 @@ def _set_aside(path: Path) -> str:
 
 
 class WorkerJob:
-    """What a worker process does: makes shards with engines of its own, which stay open for the whole pass."""
+    """The loop of a worker process: makes shards with engines of its own, which stay open for the whole pass."""
 
     def __init__(self, folder: Path, shards: str, stale: Stale, retry: frozenset[str]) -> None:
         self._state = RunState(config.load(folder), shards=shards, stale=stale)

@@ -139,7 +139,7 @@ def _list_inputs(names: list[str]) -> Iterator[str]:
 
 
 def _list_stems(names: Iterable[str]) -> set[str]:
-    """What the name of a sidecar may have before its extension: an image's name with and without its own."""
+    """All that the name of a sidecar may have before its extension: an image's name with and without its own."""
     return {one for name in names if _common.is_image(name) for one in (name, name.rpartition(".")[0])}
 
 

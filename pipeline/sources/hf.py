@@ -144,7 +144,7 @@ def _choose_columns(split: datasets.Dataset, config: Config) -> _columns.Columns
 
 
 def _list_roots(config: Config) -> tuple[str, ...]:
-    """Where images given only by path may be: the dataset's directory, and the library's caches."""
+    """Directories where images given only by path may be: the dataset's directory, and the library's caches."""
     import datasets
     from huggingface_hub import constants
 

@@ -235,7 +235,7 @@ def find_columns(expression: str, *, clause: str) -> frozenset[str]:
 
 
 def _find_problem(tree: Any) -> str:
-    """Why a parsed clause is not one deterministic expression over a row; "" if it is."""
+    """The reason why a parsed clause is not one deterministic expression over a row; "" if it is."""
     if tree["error"]:
         return str(tree["error_message"])
     if len(tree["statements"]) != 1:

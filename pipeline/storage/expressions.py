@@ -1,4 +1,4 @@
-"""Whether an SQL expression of run.toml sees its own row alone and gives the same value at any time.
+"""The check that an SQL expression of run.toml sees its own row alone and gives the same value at any time.
 
 What is known to do so is allowed, and nothing else: DuckDB gains functions with each release.
 """
@@ -77,7 +77,7 @@ FUNCTIONS = set(
 
 
 def find_problem(nodes: Iterator[dict[str, Any]]) -> str:
-    """Why the parsed expression may see more than its row, or change with time; "" if it does not."""
+    """The reason why the parsed expression may see more than its row, or change with time; "" if it does not."""
     for node in nodes:
         kind = node.get("class")
         if isinstance(kind, str) and kind not in CLASSES:

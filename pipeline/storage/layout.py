@@ -48,7 +48,7 @@ def is_old(path: Path) -> bool:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether the writer was a process of this host that is gone, or has not written for long."""
+    """True if the writer was a process of this host that is gone, or has not written for long."""
     writer = UNFINISHED.fullmatch(path.name)
     if writer and writer["host"] == _hash_host() and not Path(f"/proc/{writer['pid']}").exists():
         return True

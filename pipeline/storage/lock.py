@@ -86,7 +86,7 @@ def _try_link(own: Path, path: Path) -> bool:
 
 
 def _is_abandoned(path: Path, own: Path) -> bool:
-    """Whether the lock is too old, by the file server's clock, or its owner was a process of this host that is gone."""
+    """True if the lock is too old, by the file server's clock, or its owner was a process of this host that is gone."""
     os.utime(own)
     try:
         age = own.stat().st_mtime - path.stat().st_mtime

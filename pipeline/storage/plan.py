@@ -143,7 +143,7 @@ def _read_planned(path: Path) -> list[Planned]:
 
 
 def explain_shard_size(path: Path, shard_size: int) -> str:
-    """Why this `source.shard_size` has no effect on the plan; "" if it is that of the last extension, or unknown."""
+    """The reason this `source.shard_size` has no effect on the plan; "" if it is the last extension's, or unknown."""
     footer = tables.read_footer(path)
     planned = footer.provenance.slice.get("shard_size") if footer else None
     if planned in (None, shard_size):

@@ -1,4 +1,4 @@
-"""Which captions people label: an even draw, the same for everybody, and in proportion over scores and passes.
+"""The draw of the captions that people label: even, the same for everybody, and in proportion over scores and passes.
 
 A draw of more captions begins with those of a smaller one, so labels are never lost. Kept captions (those that are
 exported) and refused ones are two populations, drawn apart.

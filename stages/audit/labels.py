@@ -58,7 +58,7 @@ def read_labels(run: Run) -> list[Label]:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionVerdict:
-    """What all labellers together say of a caption."""
+    """The verdict of all labellers together on a caption."""
 
     votes: Mapping[str, bool]  # labeller -> acceptable
 

@@ -36,7 +36,7 @@ from pipeline.storage.payloads import file_extension
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where an image file is."""
+    """The place of an image file."""
 
     image: Image  # its row, with the bytes' offset and number
     file: str  # path, as it is now, of the file that has the bytes
@@ -91,7 +91,7 @@ class FormFile:
 
 @dataclass(frozen=True, kw_only=True)
 class CardEntry:
-    """What the dataset card says about a form."""
+    """The dataset card's words about a form."""
 
     image: str  # the name of the image in a sample: a column, or the extension of a member
     caption: str  # the same of the caption

@@ -36,7 +36,7 @@ class Captions:
 
 
 def find_url(sample: ExportSample) -> str:
-    """Where the corpus says that the image came from; "" if it does not."""
+    """The address that the corpus gives for the image; "" if it does not."""
     if "://" in sample.row.source_key:
         return sample.row.source_key
     metadata = json.loads(sample.row.metadata)

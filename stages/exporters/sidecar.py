@@ -87,7 +87,7 @@ class Sidecars:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a relative path is one on every file system, and leads nowhere else."""
+    """True if a relative path is one on every file system, and leads nowhere else."""
     parts = name.split("/")
     return name.isprintable() and not any(
         part in ("", ".", "..") or len(part.encode()) > MAX_NAME or set(part) & set('\\:*?"<>|') for part in parts

@@ -85,7 +85,7 @@ class TextConfig:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the texts depend on the seed."""
+        """True if the texts depend on the seed."""
         return isinstance(self.texts, Mapping) or self.random_length or self.sentences > 0 or self.drop > 0
 
 

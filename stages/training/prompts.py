@@ -18,7 +18,7 @@ def load_recipe(run: Run, config: TrainConfig, caption: str) -> Recipe:
 
 
 def slice_recipes(run: Run, config: TrainConfig) -> dict[str, Any]:
-    """What decides the prompts, by caption pass."""
+    """The settings that decide the prompts, by caption pass."""
     slices = {name: load_recipe(run, config, name).slice for name in config.captions}
     return {name: {key: value for key, value in words.items() if key != "flags"} for name, words in slices.items()}
 

@@ -41,7 +41,7 @@ def _digest_weights(model: str) -> str:
 
 
 def is_done(run: Run, config: TrainConfig, provenance: tables.Provenance) -> bool:
-    """Whether the model is there, trained from the same by all of its steps."""
+    """True if the model is there, trained from the same by all of its steps."""
     path = Curve.path(run.folder)
     if not (run.folder / config.output / CARD).exists() or not path.exists():
         return False

@@ -28,7 +28,7 @@ class Method(Protocol):
         """The folders of the tables that it reads."""
 
     def slice(self) -> Mapping[str, Any]:
-        """What decides the model besides the keys of `[train]`, as JSON values."""
+        """All that decides the model besides the keys of `[train]`, as JSON values."""
 
     def read_examples(self) -> Iterator[TrainExample]:
         """In key order."""
@@ -37,4 +37,4 @@ class Method(Protocol):
         """A trainer of transformers for examples that are already in order."""
 
     def describe(self) -> str:
-        """What the model learns from, as the end of a sentence that begins with "Trained"."""
+        """The source that the model learns from, as the end of a sentence that begins with "Trained"."""
