@@ -71,8 +71,8 @@ def test_paths_in_a_table_are_opened_below_a_remote_root(store: dict[str, str], 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    root = object_store.put_folder(corpus(tmp_path / "photos", ["jpg"] * 2), "root")
-    paths = ["00000.jpg", "../root/00001.jpg", str(tmp_path / "photos" / "00001.jpg"), "00009.jpg"]
+    root = object_store.put_folder(corpus(tmp_path / "photos", ["jpg"] * 2), "below")
+    paths = ["00000.jpg", "../below/00001.jpg", str(tmp_path / "photos" / "00001.jpg"), "00009.jpg"]
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [{"bytes": None, "path": path} for path in paths]}), table)
     raws = read_all(parquet, parquet.Config(path=str(table), image="image", image_root=root))
