@@ -81,19 +81,13 @@ def measure_captions(captions: Sequence[str], measure: str = ONE_TO_ONE) -> Capt
     from stages.scenes.claims import count_claims
     from stages.scenes.measure import measure_caption
 
-    scenes = [draw_scene(SEED, index) for index in range(len(captions))]
-    if measure == AS_SET:
-        sets = [count_claims(text, scene) for text, scene in zip(captions, scenes, strict=True)]
-        shares, num_false = [(r.precision, r.recall, r.f1) for r in sets], [r.num_hallucinations for r in sets]
-    else:
-        totals = [measure_caption(text, scene).total for text, scene in zip(captions, scenes, strict=True)]
-        shares, num_false = [(r.precision, r.recall, r.f1) for r in totals], [r.num_false for r in totals]
-    precision, recall, f1 = (mean(values) for values in zip(*shares, strict=True))
+    count = count_claims if measure == AS_SET else lambda text, scene: measure_caption(text, scene).total
+    results = [count(text, draw_scene(SEED, index)) for index, text in enumerate(captions)]
     return CaptionQuality(
-        precision=precision,
-        recall=recall,
-        f1=f1,
-        hallucinations=mean(num_false),
+        precision=mean(r.precision for r in results),
+        recall=mean(r.recall for r in results),
+        f1=mean(r.f1 for r in results),
+        hallucinations=mean(r.num_false for r in results),
         words=mean(len(text.split()) for text in captions),
     )
 

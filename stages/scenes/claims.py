@@ -98,7 +98,7 @@ class ClaimCounts:
         return 2 * self.precision * self.recall / both if both else 0.0
 
     @property
-    def num_hallucinations(self) -> int:
+    def num_false(self) -> int:
         return self.num_stated - self.num_true
 
 

@@ -46,7 +46,7 @@ def test_written_claims_parse_back(claims: list[Claim], seed: int) -> None:
 @given(scenes, st.integers())
 def test_a_complete_caption_has_full_precision_and_recall(scene_, seed: int) -> None:
     result = count_claims(write_caption(list_facts(scene_), Random(seed)), scene_)
-    assert (result.precision, result.recall, result.f1, result.num_hallucinations) == (1, 1, 1, 0)
+    assert (result.precision, result.recall, result.f1, result.num_false) == (1, 1, 1, 0)
 
 
 @given(scenes, subsets(), st.integers())
@@ -71,7 +71,7 @@ def test_repetition_changes_no_count(scene_, claims: list[Claim], seed: int) -> 
 def test_stray_sentences_are_false_claims(stray: str, scene_, seed: int) -> None:
     text = write_caption(list_facts(scene_), Random(seed))
     padded = count_claims(f"{text} {stray}", scene_)
-    assert padded.num_hallucinations == 1
+    assert padded.num_false == 1
     assert padded.recall == 1
     assert count_claims(f"{text}\n{stray}\n{stray}", scene_).precision < padded.precision
 
