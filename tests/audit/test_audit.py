@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline import config
+from pipeline.errors import UserError
 from pipeline.storage import database
-from stages.audit import read_audit
+from stages.audit import describe_guarantee, read_audit
 from stages.audit.drawing import draw_captions
 from stages.audit.labels import CaptionVerdict, combine_labels, fleiss_kappa, measure_agreement, read_labels
 from stages.audit.page import render_page
@@ -129,6 +130,19 @@ def test_a_threshold_needs_a_score_of_the_run(run: Path) -> None:
     result = recap("audit", "--run", run, "--precision", 0.9, "--score", "beauty", check=False)
     assert result.returncode == 2
     assert "'beauty' is no score" in result.stderr
+
+
+def test_a_threshold_needs_values_of_the_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.audit._collect_scores", lambda run, score, *, seed: ([], []))
+    with pytest.raises(UserError, match="--score: no caption has a value of 'judge'"):
+        list(describe_guarantee(config.load(run), score="judge", precision=0.9, confidence=0.9, seed=0))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--precision", 1.5), ("--precision", 0), ("--confidence", 1)])
+def test_shares_that_no_threshold_can_have_are_refused(run: Path, option: str, value: float) -> None:
+    result = recap("audit", "--run", run, option, value, "--score", "judge", check=False)
+    assert result.returncode == 2
+    assert option in result.stderr
 
 
 def test_agreement_of_labellers() -> None:
