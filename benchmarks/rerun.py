@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.scale import write_photos
+from pipeline.execution.state_index import SETTLED
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
         write_photos(photos, args.shards)
         time_recap("init", run, "--source", photos, "--shard-size", 1)
         time_recap("run", "all", "--run", run, "--workers", 2)
+        time.sleep(SETTLED / 1e9)  # younger files are not cached
+        time_recap("run", "all", "--run", run)  # it caches the footers
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         seconds = [(time_recap("run", "all", "--run", run), time_recap("--help")) for _ in range(args.pairs)]
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "the rerun changed files"
