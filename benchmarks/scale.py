@@ -22,6 +22,7 @@ from io import BytesIO
 from pathlib import Path
 from statistics import median
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 SIDE = 128  # pixels
@@ -44,11 +45,15 @@ def measure_corpus(folder: Path, num_images: int, workers: int) -> dict[str, obj
     photos, run = folder / f"photos{num_images}", folder / f"run{num_images}"
     write_photos(photos, num_images)
     run_recap("init", run, "--source", photos)
+    text = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(text.replace("\n[curate]\n", "\n", 1))  # it would drop what looks alike
     bare = [measure_bare_rate(photos, workers)]
     rates, peak = {}, 0
     for stage in STAGES:
         seconds, memory = run_recap("run", stage, "--run", run, "--workers", workers)
         rates[stage], peak = num_images / seconds, max(peak, memory)
+    captions = sum(pq.read_metadata(file).num_rows for file in (run / "caption").rglob("*.parquet"))
+    assert captions == num_images, f"{captions} of {num_images} images were captioned"
     bare.append(measure_bare_rate(photos, workers))
     return {
         "images": num_images,
@@ -81,11 +86,15 @@ def render_photo(seed: int) -> bytes:
 def run_recap(*args: object) -> tuple[float, int]:
     """Wall seconds of a command, start-up included, and the peak memory of its largest process, KiB."""
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "pipeline", *map(str, args)], stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"recap {' '.join(map(str, args))} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - start, usage.ru_maxrss
+    with tempfile.TemporaryFile() as messages:
+        child = subprocess.Popen([sys.executable, "-m", "pipeline", *map(str, args)], stderr=messages)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            messages.seek(0)
+            command, code = " ".join(map(str, args)), os.waitstatus_to_exitcode(status)
+            raise SystemExit(f"recap {command} ended with {code}:\n{messages.read().decode()}")
+    return seconds, usage.ru_maxrss
 
 
 def measure_bare_rate(photos: Path, workers: int) -> float:
