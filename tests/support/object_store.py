@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.request import Request, urlopen
 
 BUCKET = "corpus"
 SECRET = "sesame-open-0123456789"
@@ -30,6 +31,9 @@ def serve_s3() -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
     }
+    # Servers of one process share their objects.
+    reset = Request(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+    urlopen(reset).close()
     with patch.dict(os.environ, environment):
         fsspec.filesystem("s3").clear_instance_cache()
         fsspec.filesystem("s3").mkdir(BUCKET)
