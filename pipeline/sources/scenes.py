@@ -51,6 +51,8 @@ NUM_THINGS = (1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 5, 6)  # drawn evenly
 ASPECTS = ((1, 1), (1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
 APART = 1.12  # two things are clearly apart when their distance is this many times the sum of their radii
 ASIDE = 0.06  # in short sides: a smaller offset is neither left nor right, neither above nor below
+CROWD = 4  # things in a crowded picture, at least
+CROWD_CANDIDATES = 32  # scenes of the world that a picture of a chosen crowding is chosen from
 BROKEN = ("truncated", "empty", "page", "noise", "missing")
 
 
@@ -64,6 +66,13 @@ class Config:
     long_side: int = key(320, "pixels that no side is longer than", least=96, most=4096)
     broken_share: float = key(0.04, "share of files that cannot be read", least=0, most=1)
     duplicate_share: float = key(0.06, "share of copies of earlier pictures, half exact, half near", least=0, most=1)
+    crowded_share: float | None = key(
+        None,
+        "share of pictures with four to six things; without it, the world's own, about a quarter",
+        stamp_default=False,
+        least=0,
+        most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,18 +349,34 @@ def draw_sample(index: int, config: Config) -> Raw:
     """One sample of the corpus: a picture or a broken file, with alt text and the truth as metadata."""
     rng = Random(f"sample/{config.seed}/{index}")
     original, take = _choose_original(index, config)
-    truth = draw_scene(config.seed, original)
+    truth = _choose_scene(original, config)
     broken = rng.choice(BROKEN) if rng.random() < config.broken_share else None
     kind, alt_text = _write_alt_text(rng, truth)
     data = _encode_picture(truth, config, take=take)
     metadata: dict[str, Any] = {"scene": asdict(truth), "alt_text": kind, "broken": broken}
-    metadata["copy_of"] = original if original != index else None
+    metadata["copy_of"] = truth.index if original != index else None
     return Raw(
-        source_key=f"scenes/{config.seed}/{original}" + (f"/copy-{index}" if original != index else ""),
+        source_key=f"scenes/{config.seed}/{truth.index}" + (f"/copy-{index}" if original != index else ""),
         data=_break_file(rng, data, broken) if broken else data,
         alt_text=alt_text,
         metadata=json.dumps(metadata, separators=(",", ":")),
         error="404: the picture has gone" if broken == "missing" else None,
+    )
+
+
+def _choose_scene(index: int, config: Config) -> Scene:
+    """The scene of the picture `index`: the same number of the world, unless the config decides how crowded it is.
+
+    Then it is the first of the picture's own `CROWD_CANDIDATES` scenes that fits, or their last, so that a picture
+    shows an ordinary scene of the world and no two pictures show the same one.
+    """
+    if config.crowded_share is None:
+        return draw_scene(config.seed, index)
+    is_crowded = Random(f"crowd/{config.seed}/{index}").random() < config.crowded_share
+    numbers = range(index * CROWD_CANDIDATES, (index + 1) * CROWD_CANDIDATES)
+    drawn = (draw_scene(config.seed, number) for number in numbers)
+    return next(
+        (scene for scene in drawn if (len(scene.things) >= CROWD) == is_crowded), draw_scene(config.seed, numbers[-1])
     )
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.sections import stamped
 from pipeline.sources import scenes
 from pipeline.sources.scenes import (
     Config,
@@ -129,3 +131,28 @@ def test_pixels_have_the_colours_of_the_scene() -> None:
     thing = np.median(image[inside], axis=0) - scenes.COLOURS[truth.things[0].colour]
     assert np.abs(background).max() <= 14
     assert np.abs(thing).max() <= 14
+
+
+def test_pictures_are_as_crowded_as_asked_and_show_ordinary_scenes() -> None:
+    config = Config(num_images=300, seed=5, broken_share=0.0, duplicate_share=0.0, crowded_share=0.6)
+    drawn = [find_scene(raw.source_key) for raw in read_corpus(config)]
+    assert len({scene.index for scene in drawn}) == len(drawn)
+    assert 0.52 < sum(len(scene.things) >= scenes.CROWD for scene in drawn) / len(drawn) < 0.68
+    for share, crowded in ((0.0, False), (1.0, True)):
+        some = read_corpus(replace(config, num_images=20, crowded_share=share))
+        assert {len(find_scene(raw.source_key).things) >= scenes.CROWD for raw in some} == {crowded}
+        assert [json.loads(raw.metadata)["scene"]["index"] for raw in some] == [
+            find_scene(raw.source_key).index for raw in some
+        ]
+
+
+def test_copies_in_a_crowded_corpus_show_the_scene_of_their_original() -> None:
+    raws = read_corpus(Config(num_images=60, seed=5, broken_share=0.0, duplicate_share=0.5, crowded_share=1.0))
+    copies = [raw for raw in raws if "/copy-" in raw.source_key]
+    originals = {raw.source_key for raw in raws}
+    assert copies and all(raw.source_key.rsplit("/copy-")[0] in originals for raw in copies)
+    assert all(json.loads(raw.metadata)["copy_of"] == find_scene(raw.source_key).index for raw in copies)
+
+
+def test_the_worlds_own_crowding_leaves_fingerprints_as_they_were() -> None:
+    assert "crowded_share" not in stamped(Config()) and stamped(Config(crowded_share=0.0))["crowded_share"] == 0.0
