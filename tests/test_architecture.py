@@ -148,10 +148,12 @@ def directory_entry(module: str) -> str:
     return package if package == "stages" else f"{package}.{rest.partition('.')[0]}"
 
 
+@pytest.mark.slow
 def test_every_import_points_down() -> None:
     assert upward_imports(sources()) == []
 
 
+@pytest.mark.slow
 def test_no_imports_go_in_circles() -> None:
     assert circle(sources()) == []
 

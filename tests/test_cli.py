@@ -85,6 +85,7 @@ def test_unknown_option_is_a_user_error() -> None:
     assert recap("status", "--jsn", check=False).returncode == 2
 
 
+@pytest.mark.slow
 def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "cut", "png"] * 4)
     recap("init", tmp_path / "run", "--source", photos, "--shard-size", 5)
@@ -98,6 +99,7 @@ def test_init_run_status_on_a_folder_of_photographs(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "export" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_nothing_says_so(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 3)
     run = begin(tmp_path / "run", sections(photos, filter={"rules": {"never": "form > 2"}}))
@@ -160,6 +162,7 @@ def test_init_refuses_to_overwrite_and_to_guess(tmp_path: Path, run: Path) -> No
     assert (inside.returncode, "is inside the corpus" in inside.stderr) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b--c d;e ä{}", "o'q p\"q"])
 def test_run_may_have_any_name_that_sql_can_quote(tmp_path: Path, name: str) -> None:
     run = begin(tmp_path / name, sections(corpus(tmp_path / "photos", ["jpg"] * 3), filter={"rules": {}}))
@@ -168,6 +171,7 @@ def test_run_may_have_any_name_that_sql_can_quote(tmp_path: Path, name: str) -> 
         assert database.run_query(connection, "SELECT count(*) FROM export").fetchone() == (3,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a[1]", "f*g x?"])
 def test_run_with_a_glob_in_its_name_reads_its_own_tables_alone(tmp_path: Path, name: str) -> None:
     for folder, num in ((name, 3), (name.translate({ord(c): "1" for c in "[]*?"}), 5)):
@@ -186,6 +190,7 @@ def test_section_appended_to_a_fresh_run_toml_is_read(tmp_path: Path) -> None:
     assert "caption:second" in recap("status", "--run", tmp_path / "run").stdout
 
 
+@pytest.mark.slow
 def test_plan_grows_at_its_end(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 12)
     run = begin(tmp_path / "run", sections(photos))
@@ -214,6 +219,7 @@ def test_plan_refuses_a_shard_size_without_effect_and_names_lost_files(tmp_path:
     assert "1 planned file missing from the corpus: '00003.jpg'" in recap("plan", "--run", run).stderr
 
 
+@pytest.mark.slow
 def test_only_the_requested_shards_are_made(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 45)))
     recap("run", "all", "--run", run, "--shard", "1-3:2")
@@ -224,6 +230,7 @@ def test_only_the_requested_shards_are_made(tmp_path: Path) -> None:
     assert (wrong.returncode, "0-4" in wrong.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_sql_prints_every_format(run: Path) -> None:
     query = "SELECT key, status FROM image ORDER BY key"
     rows = [{"key": k, "status": s} for k, s in database.query_rows(database.connect(run), query)]
@@ -233,6 +240,7 @@ def test_sql_prints_every_format(run: Path) -> None:
     assert (table[0].split(), len(table)) == (["key", "status"], 1 + len(rows))
 
 
+@pytest.mark.slow
 def test_status_prints_every_format(run: Path, tmp_path: Path) -> None:
     expected = json.loads(recap("status", "--run", run, "--json").stdout)
     rows = list(csv.DictReader(io.StringIO(recap("status", "--run", run, "--format", "csv").stdout)))
@@ -322,6 +330,7 @@ def test_a_statement_may_begin_with_a_comment(run: Path, comment: str, begin_wit
     assert begin_with or done.stdout.split() == ["num", "24"]
 
 
+@pytest.mark.slow
 def test_sql_reads_nothing_outside_of_the_run_through_links_or_parent_folders(run: Path, tmp_path: Path) -> None:
     outside = run.parent / "outside"
     shutil.copytree(run / "verdict", outside)
@@ -417,6 +426,7 @@ def test_reading_statements_are_allowed(run: Path, query: str) -> None:
         assert database.run_query(connection, query.format(run=run)).fetchall()
 
 
+@pytest.mark.slow
 def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run, tmp_path / "run")
     damaged = run / "stats" / "caption" / "dense" / "00001.parquet"
@@ -435,6 +445,7 @@ def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: P
     assert found["caption:dense"]["rows_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_every_named_query_runs_on_a_full_and_on_an_empty_run(run: Path, tmp_path: Path) -> None:
     bare = begin(tmp_path / "bare", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
     names = [name for name, sentence in list_queries() if sentence.endswith(".")]
@@ -454,6 +465,7 @@ def test_every_named_query_runs_on_a_full_and_on_an_empty_run(run: Path, tmp_pat
     assert (wrong.returncode, "did you mean 'yield'" in wrong.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_try_shows_captions_and_scores_and_writes_nothing(run: Path) -> None:
     before = times(run)
     shown = recap("try", "score:judge:dense", "--images", 3, "--run", run).stdout
@@ -466,6 +478,7 @@ def test_try_shows_captions_and_scores_and_writes_nothing(run: Path) -> None:
     assert not any("00000.jpg" in line or "00001.png" in line for line in captions)  # not the first images
 
 
+@pytest.mark.slow
 def test_try_shows_images_that_the_pass_asks_for(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png", "cut"] * 12)
     run = begin(tmp_path / "run", sections(photos, caption__dense={"where": "format = 'png'"}))
@@ -515,6 +528,7 @@ def test_init_warns_about_ignored_files(tmp_path: Path) -> None:
     assert "are ignored" not in recap("init", tmp_path / "other", "--source", photos).stderr
 
 
+@pytest.mark.slow
 def test_try_reads_several_tars(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     for number in range(9):
@@ -526,6 +540,7 @@ def test_try_reads_several_tars(tmp_path: Path) -> None:
     assert len(set(names)) == 5 and len({name[0] for name in names}) > 2
 
 
+@pytest.mark.slow
 def test_tables_of_a_removed_pass_are_not_shown(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
@@ -551,6 +566,7 @@ def test_tables_of_a_removed_pass_are_not_shown(tmp_path: Path) -> None:
         assert sorted(map(list, database.query_rows(connection, query))) == every
 
 
+@pytest.mark.slow
 def test_score_removed_from_run_toml_decides_nothing(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg", "png"]), caption__old={"recipe": "short", "engine": "captioner"}
@@ -582,6 +598,7 @@ def test_missing_input_is_reported_once(tmp_path: Path) -> None:
     assert "caption:dense 00000" in done.stderr and "(and 3 shards more like it)" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_pass_with_missing_input_is_named(tmp_path: Path) -> None:
     parts = sections(
         corpus(tmp_path / "photos", ["jpg"] * 2), source={"shard_size": 1}, filter={"rules": {}, "choose": "form DESC"}
@@ -608,6 +625,7 @@ def test_missing_api_key_is_named_with_its_engine(tmp_path: Path) -> None:
 HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\u2066e\x07f\rg\x00h"
 
 
+@pytest.mark.slow
 def test_no_output_for_people_has_raw_control_or_bidi_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,8 @@ def run_command(
     Raises:
         UserError: a file does not read, there is nothing to draw from or to estimate from, or an option is wrong.
     """
+    if precision is not None:
+        _check_score(run, score)  # before anything is labelled for it
     for file in labels:
         yield f"{file}: {format_quantity(import_labels(run, file), 'label')}"
     if draw is None and not read_labels(run):
@@ -54,11 +56,9 @@ def run_command(
         yield f"{path}: open it in a browser, label the captions and save them to a file"
         yield f"next: recap audit --labels FILE --run {shlex.quote(str(run.folder))}"
         return
-    if precision is None:
+    if precision is None or score is None:
         yield from describe_audit(run, seed=seed)
         return
-    if score is None:
-        raise UserError("--precision needs --score: the name of the score whose threshold is wanted")
     yield from describe_guarantee(run, score=score, precision=precision, confidence=confidence, seed=seed)
 
 
@@ -191,9 +191,7 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
         UserError: there is no such score, there are no labels, or scikit-learn is not installed.
     """
     _check_installed()
-    if score not in run.sections["score"]:
-        known = ", ".join(sorted(run.sections["score"])) or "(there are none)"
-        raise UserError(f"--score: {score!r} is no score of {run.file}; it has {known}")
+    _check_score(run, score)
     scores, labelled = _collect_scores(run, score, seed=seed)
     if not scores:
         raise UserError(f"--score: no caption has a value of {score!r} in {run.folder}")
@@ -210,6 +208,14 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
     yield f"{score} >= {guarantee.threshold!r}: at least {wanted} ({bound}); keeps {guarantee.kept:.1%} of captions"
     yield "in run.toml:"
     yield f'  [filter.rules]\n  audited = "{score} >= {guarantee.threshold!r}"'
+
+
+def _check_score(run: Run, score: str | None) -> None:
+    if score is None:
+        raise UserError("--precision needs --score: the name of the score whose threshold is wanted")
+    if score not in run.sections["score"]:
+        known = ", ".join(sorted(run.sections["score"])) or "(there are none)"
+        raise UserError(f"--score: {score!r} is no score of {run.file}; it has {known}")
 
 
 def _collect_scores(run: Run, score: str, *, seed: int) -> tuple[list[float], list[tuple[float, bool]]]:

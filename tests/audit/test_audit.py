@@ -71,6 +71,7 @@ def test_text_of_the_run_cannot_end_the_page_s_script() -> None:
     assert page.count("<script") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
 def test_labels_give_the_shares_of_both_populations(run: Path, tmp_path: Path, form: str) -> None:
     kept, refused = list_captions(run)
@@ -93,6 +94,7 @@ def test_labels_give_the_shares_of_both_populations(run: Path, tmp_path: Path, f
     assert f"{len(refused)} refused captions: 0.0% acceptable" in out
 
 
+@pytest.mark.slow
 def test_labels_of_a_text_that_has_changed_do_not_count(run: Path, tmp_path: Path) -> None:
     kept, _ = list_captions(run)
     file = tmp_path / "labels.jsonl"

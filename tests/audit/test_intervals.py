@@ -20,6 +20,7 @@ def make_population(*, share: float, signal: float, seed: int) -> tuple[np.ndarr
     return features, rng.random(SIZE) < 1 / (1 + np.exp(-odds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "signal"), [(0.8, 2.0), (0.95, 1.0), (0.5, 0.0)])
 def test_intervals_cover_the_truth_and_are_no_wider_than_by_labels_alone(share: float, signal: float) -> None:
     features, labels = make_population(share=share, signal=signal, seed=5)
@@ -45,6 +46,7 @@ def test_useless_features_change_nothing_when_few_labels_are_of_one_class() -> N
     assert (found.low, found.high) == wilson_interval(0.9, 20)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 200), st.floats(0.5, 0.99), st.data())
 def test_the_lower_bound_is_the_share_at_which_so_many_are_just_likely_enough(
     num: int, confidence: float, data: st.DataObject

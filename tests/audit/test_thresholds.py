@@ -16,6 +16,7 @@ def make_population(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return scores, rng.random(SIZE) < 0.55 + 0.45 * scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [0.8, 0.9])
 def test_the_promise_is_broken_no_more_often_than_it_says(precision: float) -> None:
     scores, labels = make_population(3)
@@ -40,6 +41,7 @@ def test_thresholds_depend_on_scores_alone_and_go_from_strict_to_lenient() -> No
     assert sum(score >= thresholds[0] for score in scores) / SIZE * 300 >= 22  # a faultless sample would pass
 
 
+@pytest.mark.slow
 def test_labels_that_are_missing_are_counted() -> None:
     scores = [place / 100 for place in range(100)]
     labelled = [(score, place % 12 != 0) for place, score in enumerate(scores)]  # 11 in 12: just above 0.9

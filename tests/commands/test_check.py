@@ -24,6 +24,8 @@ from tests.support.faults import Faulty
 from tests.support.runs import begin, corpus, recap, sections, write
 from tests.support.serving import serve_folder
 
+pytestmark = pytest.mark.slow
+
 SCONTROL = """#!/bin/sh
 echo "PartitionName=gpu Default=YES State=UP MaxTime=04:00:00 MaxCPUsPerNode=8 TotalCPUs=8 TotalNodes=1"
 """

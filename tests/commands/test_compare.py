@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.runs import begin, corpus, make, recap, sections
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -56,6 +56,7 @@ def test_images_of_files_of_unknown_length_are_counted_by_their_bytes(tmp_path: 
     assert found.value == pytest.approx(200) and found.low < 200 < found.high
 
 
+@pytest.mark.slow
 def test_an_estimate_is_near_the_run_and_status_compares_them(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg", "png", "cut", "webp"] * 15)), seed=1)
     before = set(times(run))

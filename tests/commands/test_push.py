@@ -19,6 +19,8 @@ from tests.support import object_store
 from tests.support.hub import serve_hub
 from tests.support.runs import begin, corpus, files, make, recap, recap_alone, sections, start_recap, write
 
+pytestmark = pytest.mark.slow
+
 NUM_SHARDS = 18
 SOURCE = {"shard_size": 1}
 FORMS = {"formats": ["webdataset", "parquet"]}
@@ -143,7 +145,6 @@ def test_what_is_not_finished_or_has_no_target_is_refused(run: Path, tmp_path: P
     assert done.returncode == 2 and "export: 1 of 18 shards are not up to date" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_killed_upload_to_the_hub_resumes_in_small_commits(run: Path, tmp_path: Path) -> None:
     with serve_hub() as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_0"}

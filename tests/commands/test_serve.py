@@ -24,6 +24,7 @@ def run(tmp_path: Path, **engines: dict[str, Any]) -> config.Run:
 JUDGE: dict[str, Any] = {"kind": "openai", "model": "some/judge", "base_url": "endpoint", "api_key_env": "JUDGE_KEY"}
 
 
+@pytest.mark.slow
 def test_server_has_the_flags_for_image_batches(tmp_path: Path) -> None:
     how = {"max_num_seqs": 32, "replicas": 2, "dtype": "bfloat16", "args": ["--quantization=fp8"]}
     server = serve.describe_server(run(tmp_path, judge={**JUDGE, "serve": how}), "judge")
@@ -37,6 +38,7 @@ def test_server_has_the_flags_for_image_batches(tmp_path: Path) -> None:
     assert flags["--dtype"] == "bfloat16" and command[-1] == "--quantization=fp8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "imitates", "dtype"),
     [

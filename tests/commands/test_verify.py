@@ -39,6 +39,7 @@ def verify(run: Path, *arguments: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_a_sound_run_has_no_damage_and_nothing_is_written(run: Path) -> None:
     before = {file: file.read_bytes() for file in list_protected_files(run)}
     done = recap("verify", "--run", run)
@@ -112,6 +113,7 @@ def test_the_printed_command_mends_the_file(run: Path, name: str) -> None:
         assert (run / name).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_their_inputs_are_named(run: Path) -> None:
     path = run / "caption" / "dense" / "00000.parquet"
     footer, rows = tables.read_footer(path), list(tables.read_rows(path, Caption))
@@ -132,6 +134,7 @@ def test_tables_beyond_the_plan_and_missing_payload_are_named_but_not_missing_ta
     ]
 
 
+@pytest.mark.slow
 def test_shards_are_verified_by_themselves(run: Path) -> None:
     flip_bit(run / "verdict" / "00001.parquet", random.Random(18))
     assert verify(run, "--shard", "0/2") == []

@@ -81,6 +81,7 @@ def test_limits_reach_the_processes() -> None:
         assert [found.status for found in pool.map([picture(0)])] == ["too_small"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evil", "timeout", "message"),
     [
@@ -115,6 +116,7 @@ def test_a_decoder_does_not_inherit_secrets(monkeypatch: pytest.MonkeyPatch) -> 
     assert ({"LD_LIBRARY_PATH", "PYTHONPATH"} - given, secret & given) == (set(), set())
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     files = [picture(1), make_lying_png(16000, 16000), picture(2)]
     with ProbePool(num_procs=1, max_memory=256 << 20) as pool:
@@ -124,6 +126,7 @@ def test_memory_is_bounded() -> None:
     assert (huge.format, huge.width, huge.height) == ("png", 16000, 16000)
 
 
+@pytest.mark.slow
 def test_a_decoder_killed_from_outside_costs_no_row() -> None:
     files = [picture(shade) for shade in range(4 * BATCH_ITEMS)]
     with ProbePool(num_procs=1) as pool:
@@ -136,6 +139,7 @@ def test_a_decoder_killed_from_outside_costs_no_row() -> None:
         assert rows == [probe(data) for data in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [1, 2])
 def test_a_file_whose_decoder_was_killed_is_probed_alone(num_kills: int, tmp_path: Path) -> None:
     (tmp_path / "kills").write_bytes(bytes(num_kills))
@@ -144,6 +148,7 @@ def test_a_file_whose_decoder_was_killed_is_probed_alone(num_kills: int, tmp_pat
         assert list(pool.map(files)) == [probe(picture(shade)) for shade in (1, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("evil", "error"), [(b"killed", "signal 9"), (b"short", "exit status 12")])
 def test_what_fails_alone_is_the_files_fault_only_with_memory_to_spare(evil: bytes, error: str, tmp_path: Path) -> None:
     (tmp_path / "kills").write_bytes(bytes(99))
@@ -232,6 +237,7 @@ def start_parent(what: str) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["wait", "hang"])
 def test_decoders_end_with_a_parent_that_was_killed(what: str) -> None:
     with start_parent(what) as process:

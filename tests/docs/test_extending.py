@@ -70,6 +70,7 @@ def query(run: Path, sql: str) -> list[list[Any]]:
     return [list(row.values()) for row in json.loads(recap("sql", sql, "--run", run, "--format", "json").stdout)]
 
 
+@pytest.mark.slow
 def test_all_examples_make_one_run(project: Path, zips: Path) -> None:
     run = begin(project, zips)
     assert make(run).exit_code == 0
@@ -89,6 +90,7 @@ def test_all_examples_make_one_run(project: Path, zips: Path) -> None:
     assert exported
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_examples_is_done_and_notices_changes(project: Path, zips: Path) -> None:
     run = begin(project, zips)
     assert make(run).exit_code == 0
@@ -124,6 +126,7 @@ def test_an_example_in_a_plugin_directory_needs_no_dot(
     monkeypatch.delattr(module, name)
 
 
+@pytest.mark.slow
 def test_init_takes_a_source_of_ones_own(project: Path, zips: Path) -> None:
     recap("init", project / "run", "--source", zips, "--kind", "my_recap.zips")
     recap("run", "ingest", "--run", project / "run")

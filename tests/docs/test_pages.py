@@ -102,6 +102,7 @@ def test_every_command_is_in_the_readme() -> None:
         assert f"`recap {command.name or command.callback.__name__}" in README.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", TOML_BLOCKS, ids=lambda block: block.id)
 def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path, documented_run: Path) -> None:
     values = tomllib.loads(block.text)
@@ -123,6 +124,7 @@ def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path, documented_run:
     assert "caption:dense" in recap("status", "--run", tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_the_full_run_toml_runs(tmp_path: Path) -> None:
     (block,) = list_blocks("toml", pages=(README,))
     values: dict[str, Any] = plain_engines(tomllib.loads(block.text))
@@ -136,6 +138,7 @@ def test_the_full_run_toml_runs(tmp_path: Path) -> None:
     assert {"image/00000.parquet", "verdict/00000.parquet", "export/README.md", "export/stats.json"} <= written.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["true", "key NOT LIKE '000001%'"])
 def test_the_loading_lines_of_the_readme_load_all_samples(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

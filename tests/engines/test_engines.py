@@ -230,6 +230,7 @@ def test_an_engine_has_a_name(engine: Engine) -> None:
     assert isinstance(engine, Engine) and engine.model
 
 
+@pytest.mark.slow
 def test_requests_are_drawn_lazily(opened: Opened) -> None:
     drawn = 0
 

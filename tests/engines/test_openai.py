@@ -40,6 +40,7 @@ def undisturbed(num: int) -> list[str]:
         return [reply.text for reply in engine.generate(request(n) for n in range(num))]
 
 
+@pytest.mark.slow
 def test_retried_requests_get_the_same_answers() -> None:
     with Faulty(share=0.1) as server, opened(server, timeout=2.0) as engine:
         replies = list(engine.generate(request(n) for n in range(200)))
@@ -47,6 +48,7 @@ def test_retried_requests_get_the_same_answers() -> None:
     assert [reply.text for reply in replies] == undisturbed(200)
 
 
+@pytest.mark.slow
 def test_max_in_flight_is_reached_and_not_exceeded() -> None:
     class Gathering(Faulty):
         async def _answer_or_fault(self, request: web.Request) -> web.StreamResponse:
@@ -60,6 +62,7 @@ def test_max_in_flight_is_reached_and_not_exceeded() -> None:
     assert server.most_in_flight == 16
 
 
+@pytest.mark.slow
 def test_a_restarted_server_is_used_again() -> None:
     with Faulty() as server, opened(server) as engine:
         replies = engine.generate(request(n) for n in range(100))
@@ -90,6 +93,7 @@ def test_a_dead_server_is_reported_before_it_is_given_up(
     assert f"{server.url}/chat/completions cannot be reached" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_server_that_only_returns_errors_counts_as_dead(status: int) -> None:
     with Faulty() as server, opened(server, give_up_after=1.0, num_tries=2) as engine:
@@ -98,6 +102,7 @@ def test_a_server_that_only_returns_errors_counts_as_dead(status: int) -> None:
             list(engine.generate([request(0)]))
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_counts_as_dead() -> None:
     with (
         Faulty(share=1.0, faults=("hang",)) as server,
@@ -163,6 +168,7 @@ def test_servers_share_the_load_and_a_dead_one_is_skipped() -> None:
     assert min(first.seen.total(), second.seen.total()) > 20
 
 
+@pytest.mark.slow
 def test_a_server_restarted_on_another_port_is_found_by_its_endpoint_file(tmp_path: Path) -> None:
     file = tmp_path / "endpoint.json"
     with Faulty() as first, Faulty() as second, opened(base_url=str(file)) as engine:

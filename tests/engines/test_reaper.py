@@ -43,6 +43,7 @@ def test_children_and_grandchildren_end_when_the_parent_is_killed(way: str) -> N
     assert all(wait_for_end(pid) for pid in spared)
 
 
+@pytest.mark.slow
 @WAYS
 def test_processes_outlive_a_reaper_that_was_stopped(way: str) -> None:
     parent = start_parent(way, "stopped")

@@ -225,6 +225,7 @@ def make_gzip_bomb() -> bytes:
     return b"".join(packer.compress(b" " * 2**20) for _ in range(128)) + packer.flush()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_a_gzip_bomb_is_cut_off(status: int) -> None:
     bomb = make_gzip_bomb()

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.runs import begin, corpus, files, make, recap, sections, write
 
+pytestmark = pytest.mark.slow
+
 
 def tables(run: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(run).items() if name.endswith((".parquet", ".tar"))}

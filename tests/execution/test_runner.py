@@ -177,6 +177,7 @@ def test_a_changed_condition_leaves_captions_and_scores_done(run: Path, finished
     assert states(run)["filter"] == "stale"
 
 
+@pytest.mark.slow
 def test_retry_makes_exactly_the_failed_rows_again(tmp_path: Path) -> None:
     source = corpus(tmp_path / "photos", ["jpg"] * 30)
     parts = sections(source, engines__captioner={"error_share": 0.3}, caption__dense={"num_candidates": 2})
@@ -214,6 +215,7 @@ def test_retry_excludes_stale_keep_and_tables_without_statuses(run: Path) -> Non
         make(run, "export", retry=frozenset({"error"}))
 
 
+@pytest.mark.slow
 def test_a_retry_of_images_packs_the_sound_ones_again_without_reading_them(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "cut", "jpg", "png", "empty", "jpg"])
     run = begin(tmp_path / "run", sections(photos, source={"shard_size": 3, "pack": True}))
@@ -235,6 +237,7 @@ def test_a_retry_of_images_packs_the_sound_ones_again_without_reading_them(tmp_p
     }
 
 
+@pytest.mark.slow
 def test_rows_of_a_damaged_part_are_made_again(tmp_path: Path, finished: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -255,6 +258,7 @@ def test_rows_of_a_damaged_part_are_made_again(tmp_path: Path, finished: Path) -
     assert files(run / "caption") == files(finished / "caption")
 
 
+@pytest.mark.slow
 def test_a_retry_adopts_no_parts_of_the_table_that_it_replaces(tmp_path: Path) -> None:
     source = corpus(tmp_path / "photos", ["jpg"] * 30)
     run = begin(tmp_path / "run", sections(source, engines__captioner={"empty_share": 0.4}), max_error_share=1.0)
@@ -284,6 +288,7 @@ def test_a_retry_adopts_no_parts_of_the_table_that_it_replaces(tmp_path: Path) -
     assert texts.count("made by a retry that was killed") == interrupted.statuses.get("empty", 0)
 
 
+@pytest.mark.slow
 def test_work_in_use_outlives_the_shard_and_abandoned_work_does_not(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
     make(run, "ingest")
@@ -326,6 +331,7 @@ def test_statistics_are_in_place_before_the_table(tmp_path: Path, monkeypatch: p
     assert (stat.num_rows, stat.num_new_rows) == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_dead_engine_is_a_failure_and_not_a_stop(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 60), engines__captioner={"die_after": 15})
     run = begin(tmp_path / "run", parts)
@@ -337,6 +343,7 @@ def test_a_dead_engine_is_a_failure_and_not_a_stop(tmp_path: Path) -> None:
     assert make(run, "caption").done >= 1  # a new engine goes on
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_since_ingest_is_not_captioned(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"pack": True}))
     make(run, "ingest")
@@ -377,6 +384,7 @@ def test_a_shard_fails_when_too_many_rows_fail(tmp_path: Path) -> None:
     assert not list((run / "caption").rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_pass_whose_input_is_missing_names_it(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3)))
     done = recap_alone("run", "caption", "--run", run, check=False)
@@ -384,6 +392,7 @@ def test_a_pass_whose_input_is_missing_names_it(tmp_path: Path) -> None:
     assert "image/00000.parquet is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_seconds_of_overlapping_shards_add_up_to_those_of_the_pass(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 20), engines__captioner={"delay": 0.1})
     run = begin(tmp_path / "run", parts)

@@ -31,6 +31,7 @@ def test_every_image_is_equally_likely() -> None:
     assert 150 < drawn["a"] < 250
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40), st.integers(1, 99), st.integers())
 def test_files_of_unknown_length_give_ranges_of_a_few_of_them(sizes: list[int], num: int, seed: int) -> None:
     pieces = [Piece(file=str(n), num_bytes=size) for n, size in enumerate(sizes)]

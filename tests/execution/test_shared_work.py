@@ -20,6 +20,8 @@ from pipeline.execution.state_index import StateIndex
 from pipeline.storage import tables
 from tests.support.runs import begin, corpus, make, sections
 
+pytestmark = pytest.mark.slow
+
 STAGE = '''
 from dataclasses import dataclass
 from functools import partial

@@ -19,6 +19,8 @@ from pipeline.storage.layout import work_folder
 from pipeline.storage.parts import write_failure
 from tests.support.runs import begin, corpus, make, sections, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -129,7 +131,6 @@ def summarise(run: Path) -> dict[str, status.PassStatus]:
     return {p.title: p for p in status.summarise_passes(state, JobMonitor.query_slurm(state))}
 
 
-@pytest.mark.slow
 def test_every_reason_for_stale_shards_is_listed(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 7)
     for shard in range(7):

@@ -70,6 +70,7 @@ class EchoJob:
         pass
 
 
+@pytest.mark.slow
 def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     core = min(os.sched_getaffinity(0))
     pool, messages = (
@@ -86,6 +87,7 @@ def test_each_worker_has_cores_and_devices_of_its_own() -> None:
     assert VISIBLE not in os.environ
 
 
+@pytest.mark.slow
 def test_errors_of_workers_are_raised_with_their_traceback() -> None:
     pool = WorkerPool(EchoJob, [NodeShare()])
     with pytest.raises(ConfigError, match=r"a\.field: is wrong") as raised:
@@ -95,6 +97,7 @@ def test_errors_of_workers_are_raised_with_their_traceback() -> None:
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_fails_only_its_own_tasks() -> None:
     pool = WorkerPool(EchoJob, [NodeShare(), NodeShare()])
     tasks: list[Future[Any]] = [pool.submit(task, on_progress=lambda _: None) for task in ("die", "work", "work")]

@@ -82,6 +82,7 @@ def list_files(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in found if file.parent.name != "index"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["photos", "tars"])
 def test_images_are_those_of_the_corpus_and_runs_verify(kind: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(kind)
@@ -93,6 +94,7 @@ def test_images_are_those_of_the_corpus_and_runs_verify(kind: str, request: pyte
         assert hasattr(module, "read_images") == getattr(module, "NEEDS_IMAGES", True), form
 
 
+@pytest.mark.slow
 def test_every_form_is_written_the_same_again(photos: Path, tmp_path: Path) -> None:
     again = tmp_path / "again" / "run"
     shutil.copytree(photos.parent, again.parent)
@@ -119,6 +121,7 @@ def test_a_shard_of_which_nothing_is_kept_any_more_leaves_no_files(photos: Path,
     assert "0 files damaged" in recap("verify", "--run", run).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["llava", "messages", "sidecar"])
 def test_a_damaged_image_file_is_found_and_repaired(form: str, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -172,6 +175,7 @@ def test_a_caption_file_has_one_line_and_stands_beside_its_image(photos: Path) -
         assert (line["file_name"], line["image_size"]) == (image.name, [row.width, row.height])
 
 
+@pytest.mark.slow
 def test_referenced_images_are_not_copied(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png"])
     corpus(photos / "more", ["webp"], first=1)
@@ -189,6 +193,7 @@ def test_referenced_images_are_not_copied(tmp_path: Path) -> None:
     assert "0 files damaged" in recap("verify", "--run", run).stderr
 
 
+@pytest.mark.slow
 def test_images_inside_tars_cannot_be_referenced(tmp_path: Path) -> None:
     tars = write_tars(tmp_path / "tars")
     parts = sections(tars, filter={"rules": {}}, export={"formats": ["messages"], "images": "reference"})
@@ -198,6 +203,7 @@ def test_images_inside_tars_cannot_be_referenced(tmp_path: Path) -> None:
     assert 'export.images is "reference"' in done.stderr
 
 
+@pytest.mark.slow
 def test_instructions_are_drawn_by_key(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 40)
     source = {"kind": "folder", "path": str(photos), "shard_size": 40}

@@ -34,6 +34,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / str(request.param)
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_done_and_nothing_is_stale(run: Path) -> None:
     passes = json.loads(recap("status", "--json", "--run", str(run)).stdout)
     assert sum(p["done"] for p in passes) == NUM_TABLES[run.name]
@@ -42,6 +43,7 @@ def test_an_earlier_run_is_done_and_nothing_is_stale(run: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_running_an_earlier_run_again_makes_nothing(run: Path) -> None:
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files(run)}
     done = [recap("run", stage, "--run", str(run)) for stage in ("all", "rubric", "score")]
@@ -49,6 +51,7 @@ def test_running_an_earlier_run_again_makes_nothing(run: Path) -> None:
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files(run)} == before
 
 
+@pytest.mark.slow
 def test_an_earlier_training_set_is_written_again_with_the_same_bytes(run: Path) -> None:
     """But for what was added since: columns, lines of the card, and the indexes of the tars."""
 
@@ -95,6 +98,7 @@ def read(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
+@pytest.mark.slow
 def test_an_earlier_training_set_verifies_and_its_new_columns_are_empty(run: Path) -> None:
     assert recap("verify", "--run", run).stdout == ""
     queried = recap("sql", "SELECT DISTINCT orientation FROM export", "--run", run, "--format", "json").stdout

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.runs import begin, corpus, files, make, picture, recap, sections, write
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["jpg", "cut", "png", "webp"]
 
 

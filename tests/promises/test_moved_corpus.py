@@ -19,6 +19,8 @@ from tests.support.runs import begin, make, picture, sections, write
 from tests.support.training_runs import read_sft_examples
 from tests.support.wrapped import make_tar
 
+pytestmark = pytest.mark.slow
+
 
 def corpus(folder: Path, kind: str) -> Path:
     """Two files of three images each, one of them in a subfolder."""

@@ -26,6 +26,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_one_odd_answer_is_one_row(odd: str, tmp_path: Path) -> None:
     body, status = ODD[odd]
@@ -43,6 +44,7 @@ def test_one_odd_answer_is_one_row(odd: str, tmp_path: Path) -> None:
     assert {row.text for row in rows if row.status == "ok"} == {SOUND}
 
 
+@pytest.mark.slow
 def test_a_lone_surrogate_in_a_judges_reason_is_retried(tmp_path: Path) -> None:
     def judge(_: Any, body: dict[str, Any]) -> dict[str, Any]:
         schema = body["response_format"]["json_schema"]["schema"]["properties"]

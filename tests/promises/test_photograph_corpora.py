@@ -15,6 +15,8 @@ from pipeline.errors import UndecodableError
 from pipeline.sources import folder
 from tests.support.corpora import make_mutants, write_hostile_files, write_photographs
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 64 * 28 * 28
 
 
@@ -47,7 +49,6 @@ def test_photographs_have_the_right_status_and_decode(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
 def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
     expected = write_hostile_files(tmp_path, seed=1)
     config = folder.Config(path=str(tmp_path))
@@ -62,7 +63,6 @@ def test_hostile_files_have_one_right_row_each(tmp_path: Path) -> None:
         assert len(row.error or "") < 400
 
 
-@pytest.mark.slow
 def test_a_hostile_corpus_is_determined_by_its_seed(tmp_path: Path) -> None:
     def read_contents(name: str, seed: int) -> dict[str, bytes]:
         write_hostile_files(tmp_path / name, seed)

@@ -119,6 +119,7 @@ def test_run_toml_is_no_place_for_keys(tmp_path: Path, engine: dict[str, Any], s
     assert SESAME not in str(error.value)
 
 
+@pytest.mark.slow
 def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

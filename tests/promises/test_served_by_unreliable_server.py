@@ -18,6 +18,8 @@ from tests.support import runs
 from tests.support.faults import Faulty
 from tests.support.served import ModelServer, start_server
 
+pytestmark = pytest.mark.slow
+
 NUM_PHOTOS = 24
 
 
@@ -53,7 +55,6 @@ def test_a_server_that_fails_at_a_tenth_of_all_requests(
     assert tables(run) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_shard_and_restarted(
     tmp_path: Path, photos: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -83,7 +84,6 @@ def stopping_in_mid_shard(server: Faulty) -> Iterator[Future[None]]:
         stopped.result()
 
 
-@pytest.mark.slow
 def test_a_server_that_stays_dead_ends_the_run_with_its_url_and_the_seconds_waited(
     tmp_path: Path, photos: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_tallies_agree_with_sql(finished: Path) -> None:
     assert {cost.title for cost in found.costs} >= {"ingest", "caption:dense", "filter", "export"}
 
 
+@pytest.mark.slow
 def test_page_is_complete_and_self_contained(finished: Path) -> None:
     html = report(finished)
     check_self_contained(html)
@@ -136,6 +137,7 @@ def test_page_is_complete_and_self_contained(finished: Path) -> None:
     assert all(attributes["role"] == "img" for attributes in drawings)
 
 
+@pytest.mark.slow
 def test_command_is_deterministic_and_writes_one_file(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "report.html").unlink(missing_ok=True)
@@ -148,6 +150,7 @@ def test_command_is_deterministic_and_writes_one_file(finished: Path, tmp_path: 
     assert {name: data for name, data in files(run).items() if name != "report.html"} == before
 
 
+@pytest.mark.slow
 def test_sheets_show_kept_refused_and_unusable_samples_with_reasons(finished: Path) -> None:
     found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=20)}
     sizes = {"kept": 4, "worst": 4, "best": 4, "refused": 4, "unusable": 2}  # only eight are kept
@@ -166,6 +169,7 @@ def test_sheets_show_kept_refused_and_unusable_samples_with_reasons(finished: Pa
     assert all(reason in html.text for reason in reasons if reason)
 
 
+@pytest.mark.slow
 def test_worst_kept_and_best_refused_samples_have_the_extreme_scores(finished: Path) -> None:
     found = {sheet.kind: sheet.samples for sheet in draw_sheets(config.load(finished), num_images=5)}
     with database.connect(finished) as connection:
@@ -180,6 +184,7 @@ def test_worst_kept_and_best_refused_samples_have_the_extreme_scores(finished: P
     assert {sample.image.key for sample in found["best"]} <= set(best_by_reason.values())
 
 
+@pytest.mark.slow
 def test_pictures_become_smaller_until_the_page_fits(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def count_bytes() -> int:
         sheets = draw_sheets(config.load(run), num_images=4)
@@ -197,6 +202,7 @@ def test_pictures_become_smaller_until_the_page_fits(finished: Path, monkeypatch
     assert 0 < count_bytes() <= large // 2
 
 
+@pytest.mark.slow
 def test_missing_tar_is_reported(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "shards")
@@ -257,6 +263,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", written)
 
 
+@pytest.mark.slow
 def test_judge_of_sentences_has_one_line_per_criterion(tmp_path: Path) -> None:
     rubric = 'prompt = "{criteria} {sentence}"\nunit = "sentence"\n[[criteria]]\nid = "true"\nquestion = "Is it?"\n'
     run = write(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 3), score__judge={"rubric": "own"}))
@@ -267,6 +274,7 @@ def test_judge_of_sentences_has_one_line_per_criterion(tmp_path: Path) -> None:
     assert [one.criterion for one in read_numbers(config.load(run)).answers if one.score == "judge"] == ["true"]
 
 
+@pytest.mark.slow
 def test_training_curves_are_drawn(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"])))
     (run / "step").mkdir()
@@ -319,6 +327,7 @@ def test_nothing_in_the_report_turns_escaping_off() -> None:
         assert not re.search(r"\bsafe\b|autoescape (false|off)|Markup\(|forceescape|xmlattr", file.read_text()), file
 
 
+@pytest.mark.slow
 def test_unjudged_captions_are_in_no_bin_and_not_in_the_mean(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
     assert make(run).exit_code == 0

@@ -50,6 +50,7 @@ def test_a_corpus_is_determined_by_its_config(raws: list[Raw]) -> None:
     assert read_corpus(Config(num_images=20, seed=6))[0].data != raws[0].data
 
 
+@pytest.mark.slow
 def test_growth_moves_no_sample(raws: list[Raw]) -> None:
     assert read_corpus(Config(num_images=450, seed=5, broken_share=0.1, duplicate_share=0.2))[:400] == raws
 
@@ -84,6 +85,7 @@ def test_half_of_the_alt_texts_are_right(raws: list[Raw]) -> None:
     assert set(kinds) == {"right", "wrong", "short", "file name", "none"}
 
 
+@pytest.mark.slow
 def test_all_words_of_the_world_occur() -> None:
     things = [thing for index in range(1500) for thing in draw_scene(1, index).things]
     assert len({t.shape for t in things}) == 8

@@ -99,6 +99,7 @@ def test_failed_requests_are_errors(dense: Rubric) -> None:
     assert (result.value, result.status, result.error) == (None, "error", "too many tokens")
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.randoms(use_true_random=False), st.data())
 def test_value_is_independent_of_criteria_order(

@@ -339,6 +339,7 @@ def test_time_limits_parse_as_slurm_parses_them(limit: str, seconds: int | None)
     assert parse_time_limit(limit) == seconds
 
 
+@pytest.mark.slow
 def test_finished_run_needs_no_jobs(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4)))
     assert recap("slurm", "script", "caption", "--run", run).stdout.startswith("#!/bin/bash\n#SBATCH --job-name=recap-")
@@ -347,6 +348,7 @@ def test_finished_run_needs_no_jobs(tmp_path: Path) -> None:
     assert (script.stdout, script.stderr) == ("", "nothing is missing: there is no job to submit\n")
 
 
+@pytest.mark.slow
 def test_stale_tables_are_not_submitted_by_default(tmp_path: Path) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"] * 4))
     run = begin(tmp_path / "run", parts)

@@ -22,6 +22,8 @@ from tests.sources.test_sources import SOURCES, read_all
 from tests.support import object_store
 from tests.support.runs import begin, corpus, files, make, recap, sections, start_recap
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[dict[str, str]]:

@@ -133,6 +133,7 @@ def read_all(source: ModuleType, config: Any) -> list[Raw]:
 
 
 class TestEverySource:
+    @pytest.mark.slow
     def test_yields_every_image_once_in_order_with_its_bytes_and_text(self, source: ModuleType, tmp_path: Path) -> None:
         raws = read_all(source, SOURCES[source](tmp_path / "corpus", 8))
         assert [(raw.data, raw.alt_text, raw.error) for raw in raws] == [
@@ -140,6 +141,7 @@ class TestEverySource:
         ]
         assert len({raw.source_key for raw in raws}) == 8
 
+    @pytest.mark.slow
     def test_a_piece_has_its_length_or_none(self, source: ModuleType, tmp_path: Path) -> None:
         config = SOURCES[source](tmp_path / "corpus", 8)
         for piece in source.pieces(config):
@@ -734,6 +736,7 @@ class TestParquet:
 
 
 class TestHf:
+    @pytest.mark.slow
     def test_large_rows_are_in_memory_one_at_a_time(self, tmp_path: Path) -> None:
         import datasets
 
@@ -781,6 +784,7 @@ class TestHf:
         with pytest.raises(ConfigError, match=r"source\.path: .* cannot be loaded"):
             read_all(hf, replace(config, split="dev"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("files", "message"),
         [

@@ -79,6 +79,7 @@ class TestMembers:
         assert others.items() <= read_sound_members(bytes(data)).items()
         assert len(list_members(bytes(data))) == 5
 
+    @pytest.mark.slow
     @settings(max_examples=300)
     @given(data=st.binary(max_size=3000), at=st.integers(0, 6000), members=MEMBERS)
     def test_in_random_bytes_are_errors_or_in_the_file(self, data: bytes, at: int, members: dict[str, bytes]) -> None:
@@ -281,6 +282,7 @@ class TestStaging:
         (tmp_path / f"a.tar.{ending}").write_bytes(PACKERS[ending](make_tar(PLAIN)) + b"garbage")
         assert [raw.data for raw in read_tars(tmp_path)] == list(PLAIN.values())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("ending", PACKERS)
     def test_keeps_the_samples_before_a_cut(self, tmp_path: Path, ending: str) -> None:
         noise = {f"{n:03d}.jpg": random.Random(n).randbytes(9000) for n in range(200)}

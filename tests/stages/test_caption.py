@@ -81,6 +81,7 @@ def run_pass(p: Pass, shard: Shard, **shares: Any) -> list[Caption]:
 image_statuses = st.sampled_from(["ok", "ok", "ok", "empty", "unreadable", "unsupported", "too_small", "too_large"])
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(image_statuses, max_size=12), st.integers(1, 4), st.floats(0, 0.2), st.floats(0, 0.2))
 def test_every_usable_image_has_num_candidates_rows(
@@ -153,6 +154,7 @@ def test_errors_name_the_section_and_key(tmp_path: Path, section: dict[str, Any]
         build_pass(tmp_path, section)
 
 
+@pytest.mark.slow
 def test_where_selects_by_the_best_candidate_of_another_pass(tmp_path: Path) -> None:
     scores = [
         make_score(0, 0, 0.2),

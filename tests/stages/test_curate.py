@@ -24,6 +24,8 @@ from pipeline.storage.layout import table_path
 from stages.curate import KEPT, REASONS, Config, Images, group_images
 from tests.support.runs import begin, corpus, make, recap, sections, write
 
+pytestmark = pytest.mark.slow
+
 PHOTOGRAPHS = ("chelsea", "coffee", "rocket")
 
 

@@ -63,6 +63,7 @@ def test_webdataset_loads_every_row(run: Path, index: list[Exported]) -> None:
     assert [image.size for image, _, _ in decoded] == [(row.width, row.height) for row in index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_datasets_loads_every_row(run: Path, index: list[Exported], kind: str, tmp_path: Path) -> None:
     import datasets
@@ -105,6 +106,7 @@ def test_stats_match_the_index(run: Path, index: list[Exported]) -> None:
     assert stats["mean_words"] == pytest.approx(sum(len(row.caption.split()) for row in index) / len(index))
 
 
+@pytest.mark.slow
 def test_shards_without_chosen_captions_have_no_files_and_the_index_lists_the_others(tmp_path: Path) -> None:
     import wids
 
@@ -123,6 +125,7 @@ def test_shards_without_chosen_captions_have_no_files_and_the_index_lists_the_ot
     assert [loaded[i]["__key__"] for i in range(len(loaded))] == keys
 
 
+@pytest.mark.slow
 def test_image_extension_can_be_the_originals(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png", "webp"])
     parts = sections(photos, export={"image_extension": "original"}, filter={"rules": {}})
@@ -197,6 +200,7 @@ def turned(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upright", [False, True])
 def test_pictures_on_their_side_are_exported_with_their_orientation_or_upright(tmp_path: Path, upright: bool) -> None:
     photos = turned(tmp_path / "photos")
@@ -230,6 +234,7 @@ def read_members(tar: Path, extension: str) -> list[bytes]:
         return [file.extractfile(name).read() for name in file.getnames() if name.endswith(extension)]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_training_set_without_samples_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = sections(corpus(tmp_path / "photos", ["jpg"]), filter={"rules": {"none": "false"}})
     run = begin(tmp_path / "run", parts)
@@ -265,6 +270,7 @@ class Captions:
 """
 
 
+@pytest.mark.slow
 def test_a_form_can_be_a_module_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "lines.py").write_text(FORM)

@@ -13,6 +13,8 @@ from pipeline.records import Exported
 from pipeline.storage import tables
 from tests.support.runs import begin, corpus, files, make, recap, sections, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:

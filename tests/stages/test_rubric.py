@@ -40,6 +40,7 @@ image_statuses = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(image_statuses)
 def test_every_image_with_a_usable_caption_has_one_rubric(
@@ -135,6 +136,7 @@ def read_rubrics(run: Path) -> list[ImageRubric]:
     return list(tables.read_rows(run / "rubric/mine/00000.parquet", ImageRubric))
 
 
+@pytest.mark.slow
 def test_retry_writes_only_failed_rubrics(tmp_path: Path) -> None:
     run = begin_run_with_models(tmp_path / "run", error_share=0.3)
     for stage in ("ingest", "caption", "rubric", "score"):

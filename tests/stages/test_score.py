@@ -37,6 +37,7 @@ corpora = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(corpora, st.sampled_from(["text", "judge"]))
 def test_every_usable_caption_has_one_score(

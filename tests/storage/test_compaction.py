@@ -16,6 +16,8 @@ from pipeline.records import Caption
 from pipeline.storage import compaction, database, tables
 from tests.support.runs import begin, corpus, files, make, recap, sections
 
+pytestmark = pytest.mark.slow
+
 NUM_SHARDS = 6
 
 

@@ -72,6 +72,7 @@ def test_views_are_the_same_under_any_path(run: Path, name: str) -> None:
         assert read_views(odd) == read_views(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_filter_and_export_are_the_same_under_any_path(run: Path, tmp_path: Path, name: str) -> None:
     odd = shutil.copytree(run, tmp_path / name / run.name, ignore=shutil.ignore_patterns("verdict", "export", ".work"))
@@ -80,6 +81,7 @@ def test_filter_and_export_are_the_same_under_any_path(run: Path, tmp_path: Path
     assert read_views(odd) == read_views(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text=x", "a\\b[c]*"])
 def test_plain_duckdb_reads_the_views_within_a_run_of_any_name(run: Path, tmp_path: Path, name: str) -> None:
     odd = shutil.copytree(run, tmp_path / name)

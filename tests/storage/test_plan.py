@@ -60,6 +60,7 @@ def test_shards_have_the_given_size_and_unknown_lengths_a_shard_each(sizes: list
             assert sum(row.stop - row.start for row in pieces if row.stop is not None) <= shard_size
 
 
+@pytest.mark.slow
 @given(sizes, st.integers(1, 10))
 def test_digests_of_all_shards_equal_those_of_each(sizes: list[int | None], shard_size: int) -> None:
     with TemporaryDirectory() as folder:
@@ -69,6 +70,7 @@ def test_digests_of_all_shards_equal_those_of_each(sizes: list[int | None], shar
         assert list(plan.digests()) == [plan.digest(shard) for shard in range(num_shards)]
 
 
+@pytest.mark.slow
 @given(sizes, sizes, st.integers(1, 10), st.lists(st.integers(0, 9), max_size=12))
 def test_no_key_moves_when_the_corpus_grows(
     sizes: list[int | None], more: list[int | None], shard_size: int, growth: list[int]

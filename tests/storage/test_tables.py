@@ -44,6 +44,7 @@ def rows(record: Any) -> st.SearchStrategy[Any]:
     return st.builds(record, **{field.name: values(hints[field.name]) for field in dataclasses.fields(record)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [Image, Caption, Score, Verdict, Stat, Exported])
 def test_rows_round_trip(record: type[Record]) -> None:
     @given(st.lists(rows(record), max_size=5))
@@ -133,6 +134,7 @@ def test_a_flipped_byte_in_a_page_is_noticed(tmp_path: Path) -> None:
             assert error.path == path
 
 
+@pytest.mark.slow
 def test_a_damaged_footer_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     tables.write_rows(path, Score, [score("1")], PROVENANCE)

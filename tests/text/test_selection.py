@@ -64,6 +64,7 @@ def test_captions_are_dropped_for_the_share_asked_for() -> None:
     assert texts.count("") / len(KEYS) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_lengths_and_sentences_are_sampled_evenly() -> None:
     long = "One. Two. Three. Four."
     lengths, pairs = Counter[str](), Counter[str]()

@@ -38,6 +38,7 @@ def test_verdicts_become_examples(sft_run: Path) -> None:
     assert max(len(example.questions) for example in examples) == 3
 
 
+@pytest.mark.slow
 def test_copies_of_an_image_are_on_one_side_of_the_split(sft_run: Path, tmp_path: Path) -> None:
     examples = read_sft_examples(sft_run)
     train, evaluation = split_examples(read_digests(write_dataset(tmp_path / "x", examples)), num_eval_images=10)

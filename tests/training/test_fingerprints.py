@@ -25,6 +25,7 @@ def test_every_manifest_that_trains_is_compared() -> None:
     assert set(SLICES) == {file.parent.name for file in manifests if "[train]" in file.read_text()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SLICES)
 def test_a_manifest_has_the_fingerprint_that_it_had(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo, "find_spec", lambda _: object())  # vLLM need not be installed

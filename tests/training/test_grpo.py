@@ -43,6 +43,7 @@ def test_a_prompt_whose_image_tokens_are_expanded_twice_is_refused(processor: An
     assert [i for i in once if i != processor.image_token_id] == [i for i in ids if i != processor.image_token_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -92,6 +93,7 @@ def test_an_error_names_the_missing_tables(grpo_run: Path, tmp_path: Path, folde
         train.make(config.load(tmp_path / "run"), {})
 
 
+@pytest.mark.slow
 def test_stale_or_incomplete_tables_are_refused(grpo_run: Path, tmp_path: Path) -> None:
     folder = copy_run(grpo_run, tmp_path / "run")
     loaded = config.load(folder)
@@ -229,6 +231,7 @@ def test_checkpoints_of_unknown_provenance_are_refused(grpo_run: Path, tmp_path:
         train.make(config.load(folder), {})
 
 
+@pytest.mark.slow
 def test_there_is_a_curve_before_the_first_step(
     grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

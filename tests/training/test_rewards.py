@@ -117,6 +117,7 @@ rubric_criteria = st.builds(
 keys = st.integers(0, 10**9).map(lambda i: f"{i:012}")
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys, st.lists(rubric_criteria, max_size=2).map(tuple)))
 def test_rubrics_on_disk_are_a_mapping(
     tmp_path_factory: pytest.TempPathFactory, rubrics: dict[str, tuple[RubricCriterion, ...]]
