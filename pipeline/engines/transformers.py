@@ -88,7 +88,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class QueuedRequest:
     """One attempt at one request, queued for a batch."""
 
     prepared: Prepared
@@ -132,7 +132,9 @@ class Transformers(ScheduledEngine):
         def on_done(outcome: Reply | Exception) -> None:
             loop.call_soon_threadsafe(_set_outcome, answer, outcome)
 
-        self._batches.add(Attempt(prepared=prepared, request=request, sampling=sampling, seed=seed, on_done=on_done))
+        self._batches.add(
+            QueuedRequest(prepared=prepared, request=request, sampling=sampling, seed=seed, on_done=on_done)
+        )
         reply: Reply = await answer
         return reply
 
@@ -149,14 +151,14 @@ def _set_outcome(answer: asyncio.Future[Reply], outcome: Reply | Exception) -> N
 class _Batches:
     """Forms batches from the attempts of all callers and runs them in a thread of its own."""
 
-    def __init__(self, answer: Callable[[list[Attempt]], None], *, size: int) -> None:
+    def __init__(self, answer: Callable[[list[QueuedRequest]], None], *, size: int) -> None:
         self._answer, self._size = answer, size
-        self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[QueuedRequest | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
-    def add(self, attempt: Attempt) -> None:
+    def add(self, attempt: QueuedRequest) -> None:
         self._queue.put(attempt)
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ class _Batches:
             if is_last:
                 return
 
-    def _fill_batch(self, first: Attempt) -> tuple[list[Attempt], bool]:
+    def _fill_batch(self, first: QueuedRequest) -> tuple[list[QueuedRequest], bool]:
         batch, deadline = [first], time.monotonic() + LINGER
         while len(batch) < self._size:
             try:
@@ -212,7 +214,7 @@ class _BatchGenerator:
     def close(self) -> None:
         self._model = None
 
-    def answer_batch(self, batch: list[Attempt]) -> None:
+    def answer_batch(self, batch: list[QueuedRequest]) -> None:
         """Answers a batch. A batch that fails is split in halves, so that only the bad request gets the error."""
         import torch
 
@@ -233,7 +235,7 @@ class _BatchGenerator:
                     self.answer_batch(part[: len(part) // 2])
                     self.answer_batch(part[len(part) // 2 :])
 
-    def _generate(self, batch: list[Attempt]) -> None:
+    def _generate(self, batch: list[QueuedRequest]) -> None:
         inputs = self._build_inputs(batch)
         lengths = inputs["attention_mask"].sum(-1).tolist()
         if fitting := [attempt for attempt, length in zip(batch, lengths, strict=True) if length < self._context]:
@@ -248,7 +250,7 @@ class _BatchGenerator:
         else:
             self._reject_long_prompts(batch, lengths)
 
-    def _build_inputs(self, batch: list[Attempt]) -> Any:
+    def _build_inputs(self, batch: list[QueuedRequest]) -> Any:
         pictures = [list(attempt.prepared.pictures) for attempt in batch]
         images = {"images": pictures} if any(pictures) else {}
         inputs = self._processor(
@@ -260,14 +262,14 @@ class _BatchGenerator:
         )
         return inputs.to(self._model.device, dtype=self._model.dtype)
 
-    def _reject_long_prompts(self, batch: list[Attempt], lengths: list[int]) -> None:
+    def _reject_long_prompts(self, batch: list[QueuedRequest], lengths: list[int]) -> None:
         for attempt, length in zip(batch, lengths, strict=True):
             if length >= self._context:
                 attempt.on_done(
                     BadRequestError(f"the prompt has {length} tokens; the model's context is {self._context}")
                 )
 
-    def _make_row(self, attempt: Attempt, length: int) -> Row:
+    def _make_row(self, attempt: QueuedRequest, length: int) -> Row:
         return Row(
             sampling=attempt.sampling,
             seed=attempt.seed,
@@ -307,12 +309,12 @@ class _BatchGenerator:
         )
 
 
-def _finish_all(batch: list[Attempt], outcome: Exception) -> None:
+def _finish_all(batch: list[QueuedRequest], outcome: Exception) -> None:
     for attempt in batch:
         attempt.on_done(outcome)
 
 
-def _split_by_images(batch: list[Attempt]) -> list[list[Attempt]]:
+def _split_by_images(batch: list[QueuedRequest]) -> list[list[QueuedRequest]]:
     """Splits attempts with and without images: few processors take both at once."""
     parts = [
         [attempt for attempt in batch if bool(attempt.prepared.pictures) is has_images] for has_images in (True, False)

@@ -27,7 +27,7 @@ STOP = "stop"
 CONTEXT = multiprocessing.get_context("spawn")  # the parent has threads: a fork could inherit a locked lock
 
 
-class Job(Protocol):
+class WorkerJob(Protocol):
     """The work of a worker, created in its process."""
 
     def do(self, task: Any, send: Callable[[Any], None]) -> Any:
@@ -95,7 +95,7 @@ class WorkerPool:
         shares: one for each worker.
     """
 
-    def __init__(self, make_job: Callable[[], Job], shares: Sequence[NodeShare]) -> None:
+    def __init__(self, make_job: Callable[[], WorkerJob], shares: Sequence[NodeShare]) -> None:
         self._make_job, self._shares = make_job, shares
         self._workers: list[_Worker] = []
 
@@ -128,7 +128,7 @@ class WorkerPool:
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, make_job: Callable[[], Job], share: NodeShare) -> None:
+    def __init__(self, make_job: Callable[[], WorkerJob], share: NodeShare) -> None:
         self._connection, other_end = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_run_worker, args=(other_end, make_job, share), name="recap worker")
         self._process.start()
@@ -193,7 +193,7 @@ class _Worker:
             future.set_result(outcome)
 
 
-def _run_worker(connection: Connection, make_job: Callable[[], Job], share: NodeShare) -> None:
+def _run_worker(connection: Connection, make_job: Callable[[], WorkerJob], share: NodeShare) -> None:
     """The main function of a worker process."""
     # Terminals and clusters signal whole process groups; the parent decides what to do and sends STOP.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.progress import format_count, format_quantity
-from pipeline.report.numbers import NUM_BINS, Curve, Distribution, Lengths
+from pipeline.report.numbers import NUM_BINS, Distribution, Lengths, MetricCurve
 
 WIDTH, HEIGHT = 360, 150  # of a chart; the page scales it
 TOP, BOTTOM = 10, 22  # margins above and below the plot
@@ -41,7 +41,7 @@ class Rect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class AxisLabel:
     """A label on an axis."""
 
     label: str
@@ -68,7 +68,7 @@ class Chart:
     axis_start: float = 0
     rects: tuple[Rect, ...] = ()
     paths: tuple[Path, ...] = ()
-    texts: tuple[Text, ...] = ()
+    texts: tuple[AxisLabel, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +168,12 @@ def plot_histogram(
     )
 
 
-def _place_tick(x: float, label: str) -> Text:
+def _place_tick(x: float, label: str) -> AxisLabel:
     anchor = "start" if x < 10 else "end" if x > WIDTH - 10 else "middle"
-    return Text(label=label, x=x, y=HEIGHT - 6, anchor=anchor)
+    return AxisLabel(label=label, x=x, y=HEIGHT - 6, anchor=anchor)
 
 
-def group_curves(curves: Sequence[Curve]) -> list[tuple[str, list[Line]]]:
+def group_curves(curves: Sequence[MetricCurve]) -> list[tuple[str, list[Line]]]:
     """(metric, its curves in training and on held-out samples), metrics of results first."""
     charts: dict[str, list[Line]] = {}
     for curve in curves:
@@ -199,10 +199,10 @@ def plot_curves(title: str, lines: Sequence[Line]) -> Chart:
             for line in lines
         ),
         texts=(
-            Text(label=_format_value(high), x=LEFT - 6, y=TOP + 4, anchor="end"),
-            Text(label=_format_value(low), x=LEFT - 6, y=AXIS + 4, anchor="end"),
-            Text(label="0", x=LEFT, y=HEIGHT - 6, anchor="start"),
-            Text(label=f"step {last:,.0f}", x=WIDTH, y=HEIGHT - 6, anchor="end"),
+            AxisLabel(label=_format_value(high), x=LEFT - 6, y=TOP + 4, anchor="end"),
+            AxisLabel(label=_format_value(low), x=LEFT - 6, y=AXIS + 4, anchor="end"),
+            AxisLabel(label="0", x=LEFT, y=HEIGHT - 6, anchor="start"),
+            AxisLabel(label=f"step {last:,.0f}", x=WIDTH, y=HEIGHT - 6, anchor="end"),
         ),
     )
 

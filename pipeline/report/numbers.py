@@ -24,7 +24,7 @@ USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")  # names and passwords in URLs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class RowCount:
     """A number of rows of one kind."""
 
     group: str = ""  # the pass, where there are several
@@ -66,7 +66,7 @@ class Distribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class AnswerCount:
     """One answer to a criterion, and how often it was given."""
 
     verdict: str | None  # None: the judge could not say
@@ -81,7 +81,7 @@ class CriterionAnswers:
     score: str
     caption: str
     criterion: str
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerCount, ...]
 
     @property
     def mean(self) -> float | None:
@@ -107,7 +107,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class MetricCurve:
     """A metric of training by step."""
 
     name: str
@@ -131,17 +131,17 @@ class ReportNumbers:
     num_shards: int  # planned
     num_planned: int | None  # inputs; None where only reading the tars would tell
     funnel: Mapping[str, int]  # in, usable, captioned, kept, exported: images
-    images: tuple[Tally, ...]  # by status
-    curation: tuple[Tally, ...]  # images by the reason why they are dropped; () for runs without [curate]
-    captions: tuple[Tally, ...]  # by status
-    attempts: tuple[Tally, ...]  # captions by the attempt that succeeded
-    flags: tuple[Tally, ...]
-    refusals: tuple[Tally, ...]  # captions by the reason for refusal
+    images: tuple[RowCount, ...]  # by status
+    curation: tuple[RowCount, ...]  # images by the reason why they are dropped; () for runs without [curate]
+    captions: tuple[RowCount, ...]  # by status
+    attempts: tuple[RowCount, ...]  # captions by the attempt that succeeded
+    flags: tuple[RowCount, ...]
+    refusals: tuple[RowCount, ...]  # captions by the reason for refusal
     lengths: tuple[Lengths, ...]  # the alt text first
     scores: tuple[Distribution, ...]
     answers: tuple[CriterionAnswers, ...]
     costs: tuple[Cost, ...]
-    curves: tuple[Curve, ...]
+    curves: tuple[MetricCurve, ...]
     settings: tuple[Setting, ...]
 
     @property
@@ -257,9 +257,9 @@ def _read_count(connection: database.Connection, sql: str) -> int | None:
     return None if row is None or row[0] is None else int(row[0])
 
 
-def _read_tallies(connection: database.Connection, sql: str) -> tuple[Tally, ...]:
+def _read_tallies(connection: database.Connection, sql: str) -> tuple[RowCount, ...]:
     rows = database.query_rows(connection, f"{sql} LIMIT {MAX_ROWS}")
-    return tuple(Tally(group=group, label=label, count=num, example=example) for group, label, num, example in rows)
+    return tuple(RowCount(group=group, label=label, count=num, example=example) for group, label, num, example in rows)
 
 
 def _read_lengths(connection: database.Connection) -> Iterator[Lengths]:
@@ -286,7 +286,7 @@ def _read_distributions(connection: database.Connection) -> Iterator[Distributio
 def _read_answers(connection: database.Connection) -> Iterator[CriterionAnswers]:
     rows = database.query_rows(connection, f"{ANSWERS} LIMIT {MAX_ANSWERS}")
     for (score, caption, criterion), group in groupby(rows, key=lambda row: row[:3]):
-        answers = tuple(Answer(verdict=verdict, count=num, value=mean) for *_, verdict, num, mean, _ in group)
+        answers = tuple(AnswerCount(verdict=verdict, count=num, value=mean) for *_, verdict, num, mean, _ in group)
         yield CriterionAnswers(score=score, caption=caption, criterion=criterion, answers=answers)
 
 
@@ -297,9 +297,9 @@ def _read_costs(connection: database.Connection) -> tuple[tuple[Cost, ...], floa
     return costs, max((row[-1] for row in rows), default=None)
 
 
-def _read_curves(connection: database.Connection) -> Iterator[Curve]:
+def _read_curves(connection: database.Connection) -> Iterator[MetricCurve]:
     for name, points in groupby(database.query_rows(connection, POINTS), key=lambda row: row[0]):
-        yield Curve(name=name, points=tuple((step, value) for _, step, value in points))
+        yield MetricCurve(name=name, points=tuple((step, value) for _, step, value in points))
 
 
 # Steps that share a point of the chart are averaged. Metrics of speed are left out.

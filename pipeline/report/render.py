@@ -25,7 +25,7 @@ from pipeline.progress import format_count, format_duration, format_quantity
 from pipeline.records import Criterion
 from pipeline.report import charts
 from pipeline.report.charts import Part, choose_tone, format_share
-from pipeline.report.numbers import Answer, Cost, CriterionAnswers, ReportNumbers, read_numbers
+from pipeline.report.numbers import AnswerCount, Cost, CriterionAnswers, ReportNumbers, read_numbers
 from pipeline.report.samples import Sheet, draw_sheets
 from pipeline.sections import Run
 from pipeline.storage import tables
@@ -72,7 +72,7 @@ class Filters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class PageSection:
     """A section of the page."""
 
     template: str  # its branch in the template
@@ -164,53 +164,53 @@ def make_environment() -> Environment:
     return environment
 
 
-def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[Section]:
+def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[PageSection]:
     """The sections of which the run has data."""
     if numbers.funnel["in"]:
-        yield Section(template="funnel", title="From corpus to training set")
-        yield Section(
+        yield PageSection(template="funnel", title="From corpus to training set")
+        yield PageSection(
             template="statuses",
             title="Statuses and refusals",
             lead="Every input is a row with a status; none is dropped. A caption is refused by the first condition "
             "that it does not meet, or because a scorer could not judge it.",
         )
     if numbers.captions:
-        yield Section(
+        yield PageSection(
             template="captions",
             title="Captions",
             lead="Caption lengths in words compared with the corpus's own alt text, and the flags of captions.",
         )
     if numbers.scores:
-        yield Section(
+        yield PageSection(
             template="scores",
             title="Scores",
             lead="Captions by score, from 0 (worst) to 1. Captions that a scorer could not judge have no score.",
         )
     if numbers.answers:
-        yield Section(
+        yield PageSection(
             template="criteria",
             title="Criteria",
             lead="For each criterion of each score: the share of captions with each answer, and the mean value.",
         )
     if numbers.curves:
-        yield Section(
+        yield PageSection(
             template="training", title="Training", lead="Metrics by step, with the last value below each curve."
         )
     if sheets:
-        yield Section(
+        yield PageSection(
             template="samples",
             title="Samples",
             lead="Click a picture to enlarge it. The bar of a score has a part for each criterion, as wide as its "
             "weight; click it to see the reasons.",
         )
     if numbers.costs:
-        yield Section(
+        yield PageSection(
             template="costs",
             title="Costs",
             lead="Time is the sum over all workers, rows/s is the rate of one worker, and tokens are per row. Waiting "
             "is the share of time in which the engine was idle.",
         )
-    yield Section(
+    yield PageSection(
         template="settings",
         title="Settings",
         lead="Keys of run.toml that are set and decide rows. All others have defaults or affect only speed and place.",
@@ -259,13 +259,13 @@ def clip_text(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
-def describe_answer(answer: Answer | Criterion) -> str:
+def describe_answer(answer: AnswerCount | Criterion) -> str:
     if answer.verdict is not None:
         return clip_text(answer.verdict, 60)
     return "cannot say" if answer.value is None else "scored"
 
 
-def _answer_parts(answers: Sequence[Answer]) -> list[Part]:
+def _answer_parts(answers: Sequence[AnswerCount]) -> list[Part]:
     total = sum(answer.count for answer in answers)
     return [
         Part(

@@ -53,7 +53,7 @@ class JudgedCaption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ReportSample:
     """An image with its captions, the chosen one first."""
 
     image: Image
@@ -68,7 +68,7 @@ class Sheet:
     """Samples of one kind."""
 
     kind: str  # kept, worst, best, refused, captioned, usable, unusable
-    samples: tuple[Sample, ...]
+    samples: tuple[ReportSample, ...]
 
     @property
     def has_scores(self) -> bool:
@@ -153,9 +153,9 @@ def _has_rows(connection: database.Connection, table: str) -> bool:
     return next(database.query_rows(connection, f"SELECT 1 FROM {table} LIMIT 1"), None) is not None
 
 
-def _read_samples(run: Run, keys: Iterable[str], *, max_bytes: int) -> Mapping[str, Sample]:
+def _read_samples(run: Run, keys: Iterable[str], *, max_bytes: int) -> Mapping[str, ReportSample]:
     """The samples of these keys, read shard by shard; each picture has about `max_bytes` or fewer."""
-    samples: dict[str, Sample] = {}
+    samples: dict[str, ReportSample] = {}
     for number, group in groupby(sorted(keys), lambda key: int(key[:6])):
         literals = ", ".join(map(database.quote_literal, group))
         plan = Plan.load(run.folder / "plan.parquet", str(number))[0]
@@ -168,7 +168,7 @@ def _read_samples(run: Run, keys: Iterable[str], *, max_bytes: int) -> Mapping[s
                 image = Image(**row)
                 picture, error = _read_picture(shard, image, max_bytes)
                 texts = captions.get(image.key, [])
-                samples[image.key] = Sample(
+                samples[image.key] = ReportSample(
                     image=image,
                     picture=picture,
                     error=error,

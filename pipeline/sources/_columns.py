@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, UnusableFileError
-from pipeline.records import Raw
+from pipeline.records import Raw, replace_surrogates
 from pipeline.sources import _common, _files, _trees
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def read_samples(
         if not key:
             key = next((path.removeprefix(f"{root}/") for root in roots if path.startswith(f"{root}/")), path)
         row = {one: _read_text(value) for one, value in row.items()}
-        raw = Raw(source_key=_common.replace_surrogates(key) or f"{name}:{number}", data=None)
+        raw = Raw(source_key=replace_surrogates(key) or f"{name}:{number}", data=None)
         yield _common.add_text(_add_image(raw, data, path, roots), row, column=columns.alt_text)
 
 

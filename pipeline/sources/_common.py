@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.records import Raw
+from pipeline.records import Raw, replace_surrogates
 
 IMAGES = {  # extensions in use for images, whether or not this machine decodes them
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "avifs", "heic"),
@@ -148,11 +148,6 @@ def format_json(fields: Mapping[str, Any]) -> str:
         return replace_surrogates(json.dumps(fields, ensure_ascii=False, allow_nan=False, default=_convert_value))
     except (ValueError, TypeError):  # a number that JSON lacks, or a key that is no string
         return replace_surrogates(json.dumps(_make_strict(fields), ensure_ascii=False, default=_convert_value))
-
-
-def replace_surrogates(text: str) -> str:
-    """Replaces halves of surrogate pairs, which JSON may contain and UTF-8 may not."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _convert_value(value: Any) -> Any:

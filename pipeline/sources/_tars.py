@@ -37,14 +37,14 @@ MAX_TAR_HELP = "a compressed tar that unpacks to more bytes than this is cut off
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TarSample:
     """Adjacent members that share a key."""
 
     key: str  # the path up to the first or last dot of the file name
     members: dict[str, _tar_format.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
     error: str | None = None  # this is no sample, but a range of the tar or an image that cannot be used
 
-    def mark_ambiguous(self) -> Sample:
+    def mark_ambiguous(self) -> TarSample:
         """The sample without usable members, since the one before it has a member of the same name."""
         members = {name: replace(member, error="another member has its name") for name, member in self.members.items()}
         return replace(self, members=members)
@@ -57,12 +57,12 @@ class Sample:
         last = (member for name, member in self.members.items() if _common.is_image(f".{name}"))
         return next(exact, next(last, NO_FILE))
 
-    def list_other_images(self) -> Iterator[Sample]:
+    def list_other_images(self) -> Iterator[TarSample]:
         """The images that `find_image` leaves when no extension is given, as samples with an error."""
         taken = self.find_image("")
         for name, member in self.members.items():
             if member is not taken and member.error is None and _common.is_image(f".{name}"):
-                yield Sample(key=member.name, error=NOT_TAKEN_ERROR)
+                yield TarSample(key=member.name, error=NOT_TAKEN_ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +74,13 @@ class Tar:
     file: str | None  # path of the same bytes on disk; None for a scratch copy
     error: str | None = None  # why it ends early
 
-    def list_samples(self, split_at: SplitAt = "first") -> Iterator[Sample]:
+    def list_samples(self, split_at: SplitAt = "first") -> Iterator[TarSample]:
         """All samples in order, from the headers alone, with damaged ranges between them.
 
         Args:
             split_at: the dot of a file name at which its key ends.
         """
-        sample: Sample | None = None
+        sample: TarSample | None = None
         for one in filter(None, (self._make_sample(m, split_at) for m in _tar_format.read_members(self.stream))):
             if sample is not None and one.key == sample.key and not one.members.keys() & sample.members.keys():
                 sample.members.update(one.members)
@@ -92,18 +92,18 @@ class Tar:
         if sample is not None:
             yield sample
 
-    def _make_sample(self, member: _tar_format.Member, split_at: SplitAt) -> Sample | None:
+    def _make_sample(self, member: _tar_format.Member, split_at: SplitAt) -> TarSample | None:
         """A sample of one member; None when the member is hidden."""
         if not member.name:
             error = "; ".join(error for error in (member.error, self.error) if error)
-            return Sample(key=f"{self.name}@{member.offset}", error=error)
+            return TarSample(key=f"{self.name}@{member.offset}", error=error)
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         if stem and extension and split_at == "last":
             stem, _, extension = name.rpartition(".")
-        return Sample(key=folder + slash + stem, members={extension.lower(): member}) if stem else None
+        return TarSample(key=folder + slash + stem, members={extension.lower(): member}) if stem else None
 
-    def read_image(self, sample: Sample, extension: str = "") -> Raw:
+    def read_image(self, sample: TarSample, extension: str = "") -> Raw:
         """The sample's image, with its place in the tar, or the error why there is none."""
         member = sample.find_image(extension)
         error = sample.error or member.error or _common.explain_size(member.size, _common.MAX_IMAGE_BYTES)
@@ -112,7 +112,7 @@ class Tar:
         offset = member.offset if self.file else None
         return Raw(source_key=sample.key, data=self._read_data(member), file=self.file, offset=offset)
 
-    def read_sample(self, sample: Sample, *, extension: str = "", column: str = "") -> Raw:
+    def read_sample(self, sample: TarSample, *, extension: str = "", column: str = "") -> Raw:
         """The sample: its image as in `read_image`, alt text from `column` or the usual names, and metadata."""
         files = {}
         for name in dict.fromkeys((*_common.TEXTS, column)):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pipeline import progress
 from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
-from pipeline.records import Piece, Raw
+from pipeline.records import Piece, Raw, replace_surrogates
 from pipeline.sections import key
 from pipeline.sources import _common, _files, _parquet, _survey, _trees
 
@@ -246,7 +246,7 @@ def _list_metadata(image: str) -> Iterator[tuple[str, str]]:
         for name in METADATA:
             relative = str(path.relative_to(folder))
             plain = _unescape_name(relative)
-            yield prefix + name, plain if _common.replace_surrogates(plain) == plain else relative
+            yield prefix + name, plain if replace_surrogates(plain) == plain else relative
 
 
 def _open_metadata(tree: _trees.Tree, name: str) -> _Table:
@@ -299,7 +299,7 @@ def _load_table(tree: _trees.Tree, path: str, version: _trees.Version) -> _Table
     chunks, rows = [schema.empty_table()], _read_rows(tree, path)
     try:
         while batch := list(islice(rows, NUM_ROWS)):
-            names = [os.path.normpath(_common.replace_surrogates(row.pop(FILE_NAME))) for row in batch]
+            names = [os.path.normpath(replace_surrogates(row.pop(FILE_NAME))) for row in batch]
             chunks.append(pa.table([names, [_common.format_json(row) for row in batch]], schema))
     except (csv.Error, BrokenParquetError) as error:
         raise ConfigError(path, f"cannot be read: {error}") from error

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.errors import BrokenParquetError, ConfigError
-from pipeline.records import Piece, Raw
+from pipeline.records import Piece, Raw, replace_surrogates
 from pipeline.sections import key
 from pipeline.sources import _common, _files, _parquet, _survey, _tars
 
@@ -70,7 +70,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
 
 
 def _join_rows(table: str, tar: _tars.Tar, column: str) -> Iterator[Raw]:
-    samples: dict[str, _tars.Sample] = {}
+    samples: dict[str, _tars.TarSample] = {}
     doubles = [one for one in tar.list_samples() if samples.setdefault(one.key, one) is not one]
     table_error = None
     try:
@@ -91,7 +91,7 @@ def _make_missing(row: dict[str, Any]) -> Raw:
     error = f"{row.get('status')}: {row.get('error_message')}"
     if row.get("status") == "success":
         error = "img2dataset reports success, but the tar has no such sample"
-    return Raw(source_key=_common.replace_surrogates(str(row.get("key"))), data=None, error=error)
+    return Raw(source_key=replace_surrogates(str(row.get("key"))), data=None, error=error)
 
 
 def _locate_table(piece: Piece, config: Config) -> str:

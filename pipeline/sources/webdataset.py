@@ -60,8 +60,8 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
             yield tar.read_sample(sample, column=config.alt_text, extension=config.image)
 
 
-def _list_samples(tar: _tars.Tar, config: Config) -> Iterator[_tars.Sample]:
-    others: list[_tars.Sample] = []
+def _list_samples(tar: _tars.Tar, config: Config) -> Iterator[_tars.TarSample]:
+    others: list[_tars.TarSample] = []
     for sample in tar.list_samples(config.split_keys):
         yield sample
         if not config.image:

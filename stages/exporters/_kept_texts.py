@@ -19,7 +19,7 @@ from pipeline.records import NamedScore
 from pipeline.sections import Run
 from pipeline.storage import database
 from stages.sql import IMAGE_COLUMNS, NUM_WORDS, ORDER_BY, build_rows, check_query, find_scores
-from stages.text.selection import RAW, Text, TextConfig
+from stages.text.selection import RAW, ExportText, TextConfig
 
 # Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.
 TEXTS = """
@@ -52,7 +52,7 @@ THRESHOLD_FILE = "raw_score.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptText(Text):
+class KeptText(ExportText):
     """A kept caption of an image, or its alt text, with what is exported beside it."""
 
     candidate: int

@@ -21,7 +21,7 @@ from stages.text.sentences import split_sentences
 
 RAW = "raw"  # the alt text, among the names of caption passes
 Count = Callable[[str], int]  # tokens of a text
-T = TypeVar("T", bound="Text")
+T = TypeVar("T", bound="ExportText")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def describe_texts(config: TextConfig) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class ExportText:
     """A text that an image may be exported with."""
 
     text: str
@@ -159,7 +159,7 @@ def choose_text(texts: Sequence[T], config: TextConfig, *, seed: int, key: str) 
     return best[name] if weights else None
 
 
-def excerpt_text(text: Text, config: TextConfig, count: Count | None, *, seed: int, key: str) -> Excerpt:
+def excerpt_text(text: ExportText, config: TextConfig, count: Count | None, *, seed: int, key: str) -> Excerpt:
     """The caption of a sample: dropped, sampled, shortened, with its prefix, and cut to `max_tokens`."""
     if config.drop and draw(seed, key, "drop") < config.drop:
         return Excerpt(text="", num_tokens=count("") if count else 0, cut=0)

@@ -9,16 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.text.selection import RAW, Text, TextConfig, choose_text, cut_text, draw, excerpt_text, sample_sentences
+from stages.text.selection import (
+    RAW,
+    ExportText,
+    TextConfig,
+    choose_text,
+    cut_text,
+    draw,
+    excerpt_text,
+    sample_sentences,
+)
 from stages.text.sentences import split_sentences
 
 KEYS = [f"{i:012d}" for i in range(10_000)]
 WORDS = st.lists(st.sampled_from(["A red cat.", "It sits!", "Mr. B sees 3.5 m", "Is it?", "猫。", "\n"]), max_size=8)
 
 
-def text(name: str, **changes: Any) -> Text:
+def text(name: str, **changes: Any) -> ExportText:
     values: dict[str, Any] = {"text": f"{name}.", "caption_pass": name, "is_kept": name != RAW, "is_chosen": False}
-    return Text(**{**values, "is_best": True, "is_top": False, **changes})
+    return ExportText(**{**values, "is_best": True, "is_top": False, **changes})
 
 
 def count(text: str) -> int:
@@ -26,7 +35,7 @@ def count(text: str) -> int:
     return len(text.split()) + 2
 
 
-def shares(texts: list[Text], config: TextConfig, seed: int = 0) -> dict[str, float]:
+def shares(texts: list[ExportText], config: TextConfig, seed: int = 0) -> dict[str, float]:
     chosen = (choose_text(texts, config, seed=seed, key=key) for key in KEYS)
     return {name: num / len(KEYS) for name, num in Counter(one.caption_pass for one in chosen if one).items()}
 
