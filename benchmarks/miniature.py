@@ -43,7 +43,7 @@ from benchmarks.held_out import (
     round_figures,
 )
 from benchmarks.teachers import measure_teachers
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.commands import init
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.pass_graph import select_passes
@@ -51,7 +51,7 @@ from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.validation import Section
 from stages import scorers, train
-from stages.rubric_writers import Evidence, claims, count_majority
+from stages.rubric_writers import Evidence, count_majority
 from stages.scenes.teachers import TEACHERS, caption_scene
 from stages.scorers import Sample, rubric
 from stages.training import provenance
@@ -165,7 +165,7 @@ def create_run(folder: Path, *, student: Path, judge: str, shared: bool) -> conf
 
 def digest_arm(student: str, judge: str, settings: TrainConfig | None, *, shared: bool) -> str:
     """The digest of all that decides an arm and its figures except its seed and the place of its files."""
-    versions = [module.VERSION for module in (claims, rubric, stages.rubric, provenance)]
+    versions = [module.VERSION for module in (load_writer(), rubric, stages.rubric, provenance)]
     texts = [tomllib.loads(read_manifest()), MORE_SECTIONS, TEACHER_SECTION, shared, versions]
     uses_judge = settings is not None and "mark" in getattr(settings.options.config, "rewards", ())
     parts = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
@@ -190,6 +190,11 @@ def digest_weights(model: Path) -> str:
 def render_manifest(student: Path) -> str:
     """The run.toml that begins with this model."""
     return read_manifest().replace('"scenes-student"', f'"{student.absolute()}"')
+
+
+def load_writer() -> Any:
+    """The writer of the manifest's rubrics."""
+    return plugins.load("stages.rubric_writers", tomllib.loads(read_manifest())["rubric"]["committee"]["writer"])
 
 
 def read_manifest() -> str:
@@ -228,7 +233,7 @@ class HeldOutRubrics:
             )
             for index, (scene, text) in enumerate(zip(list_scenes(len(student)), student, strict=True))
         ]
-        return cls(criteria=[written.criteria for written in claims.write(evidence)])
+        return cls(criteria=[written.criteria for written in load_writer().write(evidence)])
 
     def score(self, captions: Sequence[str]) -> float:
         samples = (

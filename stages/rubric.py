@@ -29,7 +29,7 @@ class Config:
 
     teachers: tuple[str, ...] = key(help="the committee: caption passes; the first usable candidate of each counts")
     student: str = key(help="the caption pass compared with them, with all of its candidates")
-    writer: str = key("claims", "claims, llm, or a module of your own with a dot")
+    writer: str = key("claims", "claims, statements (claims, each once), llm, or a module of your own with a dot")
     engine: str = key("", "the model of a writer that uses one: a name in [engines]")
     words: str = key("", "its prompt: a file of writers/, your own or one that ships")
     agree: int = key(0, "the number of teachers that must agree; 0: at least half of them", least=0)

@@ -1,4 +1,4 @@
-"""The arms of benchmarks/miniature are valid trainings, and those that are recorded are not trained again."""
+"""The arms of benchmarks/miniature are valid, recorded ones are not trained again, and the adversary finds nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import miniature
+from benchmarks import adversary, miniature
+from benchmarks.held_out import list_scenes
 from pipeline import config
 from stages.training.settings import TrainConfig
 from tests.support.runs import ROOT
@@ -31,3 +32,16 @@ def test_recorded_arms_have_the_digest_of_the_present_ones(arms: dict[str, Train
     digests = {miniature.digest_arm(student, judge, arms[arm], shared=shared) for arm, shared in cases}
     recorded = {outcome.made_from for outcome in miniature.read_outcomes()}
     assert digests <= recorded
+
+
+@pytest.mark.slow
+def test_no_caption_is_found_whose_reward_rises_while_it_gets_worse() -> None:
+    """The short form of `python -m benchmarks.adversary`."""
+    tried, found = adversary.search(list_scenes(12), writer="statements", candidates=120)
+    assert set(tried) == set(adversary.CHANGES) and tried.total() > 1000
+    assert found and not [one for one in found if one.lost_f1 > adversary.MOST_LOST and not one.is_misled]
+
+
+def test_the_adversary_finds_how_sets_of_claims_are_gamed() -> None:
+    _, found = adversary.search(list_scenes(3), writer="claims", candidates=120)
+    assert [one for one in found if one.lost_f1 > adversary.MOST_LOST and not one.is_misled]

@@ -17,18 +17,10 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from stages.rubric_writers import Evidence, WriterOptions, WrittenRubric
-from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
+from stages.scenes.claim_checks import SEVERITY, CaptionClaims, Check, collect_claims
 from stages.scenes.claims import DIRECTIONS, KINDS, Claim, Kind, contradicts
 
 VERSION = 3
-SEVERITY: Mapping[Kind, Severity] = {
-    "object": "critical",
-    "count": "critical",
-    "relation": "important",
-    "size": "important",
-    "texture": "important",
-    "background": "minor",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,7 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
         teachers = [collect_claims(text) for text in evidence.teachers]
         student = [collect_claims(text) for text in evidence.student]
         checks = enumerate(_choose_checks(teachers, student, evidence.num_agree), start=1)
-        criteria = tuple(_build_criterion(number, check, teachers, student) for number, check in checks)
+        criteria = tuple(build_criterion(number, check, teachers, student) for number, check in checks)
         if criteria:
             yield WrittenRubric(criteria=criteria)
         else:
@@ -70,11 +62,11 @@ def _choose_checks(
     agreed = find_agreed(votes, num_agree)
     if not agreed:
         return
-    supported = agreed | _find_supported(votes, agreed, num_agree)
+    supported = agreed | find_supported(votes, agreed, num_agree)
     missed = [claim for claim in agreed if not all(claim in caption for caption in student)]
     objects = {claim for caption in student for claim in caption.all if claim.kind == "object"}
-    yield from (Check(how="states", claims=frozenset({claim})) for claim in _sort_claims(missed))
-    yield from (Check(how="avoids", claims=frozenset({claim})) for claim in _sort_claims(objects - supported))
+    yield from (Check(how="states", claims=frozenset({claim})) for claim in sort_claims(missed))
+    yield from (Check(how="avoids", claims=frozenset({claim})) for claim in sort_claims(objects - supported))
     for kind in KINDS:
         allowed = frozenset(claim for claim in supported if claim.kind == kind)
         yield Check(how="only", kind=kind, claims=allowed, may_be_silent=not allowed & agreed)
@@ -87,22 +79,22 @@ def find_agreed(votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
     return {c for c in enough if not any(contradicts(c, other) and votes[other] >= votes[c] for other in enough)}
 
 
-def _find_supported(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
+def find_supported(votes: Mapping[Claim, int], agreed: set[Claim], num_agree: int) -> set[Claim]:
     """Claims that are allowed beyond the agreed ones, which they do not contradict.
 
     One teacher alone may be mistaken; more than half of those needed for an agreement rarely are.
     """
-    others = {claim for claim, num in votes.items() if 2 * num > num_agree} | set(_derive_relations(agreed))
+    others = {claim for claim, num in votes.items() if 2 * num > num_agree} | set(derive_relations(agreed))
     return {claim for claim in others if not any(contradicts(claim, other) for other in agreed)}
 
 
-def _build_criterion(
+def build_criterion(
     number: int, check: Check, teachers: Sequence[CaptionClaims], student: Sequence[CaptionClaims]
 ) -> RubricCriterion:
     kind = check.kind or next((claim.kind for claim in check.claims), None)
-    severity = SEVERITY[kind] if kind else "important"
+    severity = choose_severity(check, kind)
     return RubricCriterion(
-        id="_".join([check.how, *([kind] if kind else []), str(number)]),
+        id="_".join([check.how, *([kind] if kind and check.how != "beyond" else []), str(number)]),
         text=check.text,
         severity=severity,
         weight=SEVERITY_WEIGHTS[severity],
@@ -112,11 +104,20 @@ def _build_criterion(
     )
 
 
-def _sort_claims(claims: Iterable[Claim]) -> list[Claim]:
+def choose_severity(check: Check, kind: Kind | None) -> Severity:
+    """A claim's own; the number of a kind weighs little, because each of its things is a criterion already."""
+    if check.how == "beyond":
+        return "critical"
+    if check.how == "says" and len(check.claims) > 1:
+        return "minor"
+    return SEVERITY[kind] if kind else "important"
+
+
+def sort_claims(claims: Iterable[Claim]) -> list[Claim]:
     return sorted(claims, key=lambda claim: (KINDS.index(claim.kind), claim))
 
 
-def _derive_relations(claims: Iterable[Claim]) -> Iterator[Claim]:
+def derive_relations(claims: Iterable[Claim]) -> Iterator[Claim]:
     """Relations that follow from others: left of A, which is left of B, is left of B."""
     for word in DIRECTIONS:
         known = {(c.about, c.other) for c in claims if c.kind == "relation" and c.value == word}

@@ -3,21 +3,34 @@
 A caption's claims come from its sentences. Where it is rewarded, claims in fragments of sentences outside the grammar
 count against it too, so that appending text to a false claim does not undo it. The writer of a criterion and the scorer
 share these checks. The text of a criterion itself makes no claim.
+
+The checks `says` and `beyond` count statements instead of comparing sets: a thing named twice is stated twice.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, groupby
 from typing import Literal
 
-from stages.scenes.claims import Claim, Kind, contradicts, find_fragments, parse_caption
+from pipeline.records import SEVERITY_WEIGHTS, Severity
+from stages.scenes.claims import Claim, Kind, Sentence, contradicts, find_fragments, is_exceeded, parse_caption
 
-How = Literal["states", "avoids", "only", "plain"]
+How = Literal["states", "avoids", "only", "plain", "says", "beyond"]
 PLAIN = "Each sentence is a statement about the picture, and none says again what was said"
+SEVERITY: Mapping[Kind, Severity] = {
+    "object": "critical",
+    "count": "critical",
+    "relation": "important",
+    "size": "important",
+    "texture": "important",
+    "background": "minor",
+}
+COST = 1.5  # what a claim beyond the supported ones costs, in what a claim of its kind brings
+STRAY_COST = COST * SEVERITY_WEIGHTS["critical"]  # of a sentence outside the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +40,9 @@ class CaptionClaims:
     claims: Mapping[Kind, frozenset[Claim]]
     stray: frozenset[Claim] = frozenset()  # in fragments of sentences outside the grammar; only count against it
     is_plain: bool  # each sentence makes at least one claim that no sentence before it makes
+    first: frozenset[Claim] = frozenset()  # stated by the first mention of a thing, or by another sentence
+    again: tuple[Claim, ...] = ()  # said of a thing named before, said before, or a count below what is listed
+    num_stray: int = 0  # sentences outside the grammar
 
     @property
     def all(self) -> Iterator[Claim]:
@@ -52,7 +68,29 @@ def collect_claims(text: str) -> CaptionClaims:
         is_plain &= not claims.issuperset(sentence.claims)
         claims.update(sentence.claims)
     kinds = groupby(sorted(claims), key=lambda claim: claim.kind)
-    return CaptionClaims(claims={kind: frozenset(group) for kind, group in kinds}, is_plain=is_plain)
+    first, again = _split_statements(sentences)
+    return CaptionClaims(
+        claims={kind: frozenset(group) for kind, group in kinds},
+        is_plain=is_plain,
+        first=first,
+        again=again,
+        num_stray=sum(not sentence.claims for sentence in sentences),
+    )
+
+
+def _split_statements(sentences: Sequence[Sentence]) -> tuple[frozenset[Claim], tuple[Claim, ...]]:
+    """The claims that may be credited, and those that only cost: a picture has one thing of each name."""
+    mentions = [sentence.claims for sentence in sentences if sentence.claims and sentence.claims[0].kind == "object"]
+    first: set[Claim] = set()
+    again: list[Claim] = []
+    for sentence in sentences:
+        is_new = bool(sentence.claims) and sentence.claims[0] not in first
+        for claim in sentence.claims:
+            if is_new and not is_exceeded(claim, mentions):
+                first.add(claim)
+            else:
+                again.append(claim)
+    return frozenset(first), tuple(again)
 
 
 @lru_cache(maxsize=4096)
@@ -69,7 +107,9 @@ class Check:
     states: makes all of the claims, and none that contradicts one, so naming every texture does not pass;
     avoids: makes none of the claims;
     only: of one kind, makes no claim besides these, and at least one unless `may_be_silent`;
-    plain: see `CaptionClaims.is_plain`.
+    plain: see `CaptionClaims.is_plain`;
+    says: as states, but of a thing named twice only the first mention counts;
+    beyond: states nothing besides the claims, and nothing twice; see `cost`.
 
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
     >>> check.text
@@ -87,6 +127,10 @@ class Check:
         match self.how:
             case "states":
                 return all(claim in caption and not caption.denies(claim) for claim in self.claims)
+            case "says":
+                return all(claim in caption.first and not caption.denies(claim) for claim in self.claims)
+            case "beyond":
+                return bool(self.claims & caption.first) and not self.cost(caption)
             case "avoids":
                 return not any(claim in caption.claims_against(claim.kind) for claim in self.claims)
             case "only":
@@ -95,12 +139,19 @@ class Check:
                 return caption.claims_against(self.kind) <= self.claims and (self.may_be_silent or not is_silent)
         return caption.is_plain
 
+    def cost(self, caption: CaptionClaims) -> float:
+        """What a caption says beyond the claims: for each claim `COST` times what one of its kind brings."""
+        unsupported = chain(caption.first - self.claims, caption.stray - self.claims, caption.again)
+        return COST * sum(map(weigh_claim, unsupported)) + STRAY_COST * caption.num_stray
+
     @property
     def text(self) -> str:
         listed = "; ".join(format_claim(claim) for claim in sorted(self.claims))
         match self.how:
-            case "states":
+            case "states" | "says":
                 return f"Says: {listed}"
+            case "beyond":
+                return f"Says of no thing more than there are, and nothing besides: {listed}"
             case "avoids":
                 return f"Does not say: {listed}"
             case "only":
@@ -114,6 +165,25 @@ class Check:
         claims = sorted(map(list, self.claims))
         values = {"how": self.how, "kind": self.kind, "claims": claims, "may_be_silent": self.may_be_silent}
         return json.dumps(values)
+
+
+def weigh_claim(claim: Claim) -> float:
+    """What a claim brings when the teachers agree on it.
+
+    >>> weigh_claim(Claim("object", "red ring", ""))
+    3.0
+    """
+    return SEVERITY_WEIGHTS[SEVERITY[claim.kind]]
+
+
+def discount(met: float, cost: float) -> float:
+    """The share of its met criteria that a caption keeps when it says more than is supported.
+
+    Args:
+        met: the weights of the criteria that it meets.
+        cost: of what it says beyond.
+    """
+    return max(0.0, 1.0 - cost / met) if met else 0.0
 
 
 def format_claim(claim: Claim) -> str:

@@ -56,6 +56,9 @@ class Claim(NamedTuple):
     other: str = ""  # of a relation: what `about` is related to
 
 
+Parts = tuple[Claim, ...]  # of one object sentence: the object, then its size and texture as far as they are stated
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
     text: str
@@ -158,6 +161,14 @@ def contradicts(claim: Claim, other: Claim) -> bool:
             return False
         return {claim.value, other.value} <= {*MEETINGS} or (claim.value == other.value and claim.value in DIRECTIONS)
     return claim.about == other.about and claim.value != other.value
+
+
+def is_exceeded(claim: Claim, mentions: Iterable[Parts]) -> bool:
+    """True for a count that is lower than the number of things that the caption lists."""
+    if claim.kind != "count":
+        return False
+    listed = sum(claim.about in (THINGS, mention[0].about.split()[-1]) for mention in mentions)
+    return listed > int(claim.value)
 
 
 def count_claims(text: str, scene: Scene) -> ClaimCounts:
@@ -266,6 +277,17 @@ def _parse_sentence(sentence: str) -> tuple[Claim, ...]:
         if match := pattern.fullmatch(sentence.removesuffix(".")):
             return _read_match(kind, match)
     return ()
+
+
+def read_written_relation(sentence: str) -> tuple[str, str, str] | None:
+    """The two things of a relation and the word between them as they are written, not in canonical form.
+
+    >>> read_written_relation("The blue star is right of the red ring.")
+    ('blue star', 'right of', 'red ring')
+    """
+    pattern = dict(_compile_grammar())["relation"]
+    match = pattern.fullmatch(sentence.strip().removesuffix("."))
+    return (match["about"].lower(), match["value"].lower(), match["other"].lower()) if match else None
 
 
 @lru_cache(maxsize=65536)

@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.sources.scenes import Scene, Thing
-from stages.scenes.claims import KINDS, THINGS, Claim, Kind, is_true, list_facts, parse_caption
-
-Parts = tuple[Claim, ...]  # of one object sentence: the object, then its size and texture as far as they are stated
+from stages.scenes.claims import KINDS, Claim, Kind, Parts, is_exceeded, is_true, list_facts, parse_caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +100,6 @@ def measure_caption(text: str, scene: Scene) -> Measure:
         names_twice=any(num > max(1, in_picture[name]) for name, num in names.items()),
         repeats_sentence=len(set(texts)) < len(texts),
     )
-
-
-def is_exceeded(claim: Claim, mentions: Iterable[Parts]) -> bool:
-    """True for a count that is lower than the number of things that the caption lists."""
-    if claim.kind != "count":
-        return False
-    listed = sum(claim.about in (THINGS, mention[0].about.split()[-1]) for mention in mentions)
-    return listed > int(claim.value)
 
 
 def match_things(mentions: Sequence[Parts], scene: Scene) -> Iterable[Claim]:

@@ -7,8 +7,9 @@ or when the judge fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +87,10 @@ def _judge_samples(
 def _check_samples(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
         claims = claim_checks.collect_rewarded_claims(sample.text)
-        criteria = (_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ())
+        criteria = [_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ()]
+        kept = _find_kept_share(sample.rubric_criteria or (), criteria, claims)
+        if kept < 1.0:
+            criteria = [replace(c, value=c.value and c.value * kept) for c in criteria]
         yield combine_criteria(criteria, undecided="only a judge can decide these criteria")
 
 
@@ -99,3 +103,11 @@ def _check_criterion(criterion: RubricCriterion, claims: CaptionClaims) -> Crite
         weight=criterion.weight,
         reason=criterion.text,
     )
+
+
+def _find_kept_share(criteria: Iterable[RubricCriterion], decided: Iterable[Criterion], claims: CaptionClaims) -> float:
+    """The share of its met criteria that a caption keeps after paying for what it says beyond the supported claims."""
+    checks = (claim_checks.parse_check(criterion.claim) for criterion in criteria if criterion.claim is not None)
+    cost = sum(check.cost(claims) for check in checks if check.how == "beyond")
+    met = math.fsum(c.weight * (c.value or 0.0) for c in decided)
+    return claim_checks.discount(met, cost) if cost else 1.0

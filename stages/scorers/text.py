@@ -1,11 +1,12 @@
 """Scorer `text`: checks of the caption's text without a model, each of them a criterion.
 
-Length, loops, the flags of flags/, printable characters, a proper ending, and overlap with the alt text. Uses no image
-and no engine.
+Length, loops, the flags of flags/, printable characters, a proper ending, overlap with the alt text, and sentences that
+occur twice, if the section says so. Uses no image and no engine.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.sections import key
 from stages import flags
 from stages.scorers import Sample, ScoreResult, combine_criteria
 from stages.text.repetition import find_loop, split_words
+from stages.text.sentences import split_sentences
 
 VERSION = 1
 WEIGHTS: Mapping[str, float] = {  # of the checks and the flags that ship; other flags weigh 1
@@ -26,6 +28,7 @@ WEIGHTS: Mapping[str, float] = {  # of the checks and the flags that ship; other
     "printable": 2.0,
     "ending": 1.0,
     "copy": 2.0,
+    "repeated_sentence": 2.0,
     "refusal": 3.0,
     "prompt_leak": 2.0,
     "special_token": 2.0,
@@ -43,6 +46,7 @@ class Config:
     max_words: int = key(600, "more words fail", least=1)
     min_printable: float = key(0.99, "share of printable characters; less fails", least=0, most=1)
     max_copied: float = key(0.8, "share of word triples copied from the alt text; more fails", least=0, most=1)
+    repeated_sentence: bool = key(False, "whether a sentence that occurs twice fails", stamp_default=False)
     flags: str = key("english", "flags that fail too: a file of flags/", stamp=False)
     weights: Mapping[str, float] = key(factory=dict, help="weights of checks, by name; overrides the defaults")
 
@@ -67,7 +71,7 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
         patterns = flags.load(config.flags, run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.flags", str(error)) from error
-    weights = {name: WEIGHTS.get(name, 1.0) for name in (*CHECKS, *patterns)}
+    weights = {name: WEIGHTS.get(name, 1.0) for name in (*_list_checks(config), *patterns)}
     for name, weight in config.weights.items():
         if name not in weights:
             raise ConfigError(f"{field}.weights.{name}", plugins.explain_unknown(name, list(weights)))
@@ -82,12 +86,16 @@ def score(samples: Iterable[Sample], settings: Settings, _: Mapping[str, Engine]
 
 
 def _check_sample(sample: Sample, settings: Settings) -> Iterator[Criterion]:
-    for name, check in CHECKS.items():
-        yield _build_criterion(name, check(sample, settings.bounds), settings)
+    for name in _list_checks(settings.bounds):
+        yield _build_criterion(name, CHECKS[name](sample, settings.bounds), settings)
     flagged = flags.find_flags(sample.text, settings.patterns)
     for name in settings.patterns:
         result = (False, "noticed") if name in flagged else (True, "not noticed")
         yield _build_criterion(name, result, settings)
+
+
+def _list_checks(config: Config) -> list[str]:
+    return [name for name in CHECKS if name != "repeated_sentence" or config.repeated_sentence]
 
 
 def _build_criterion(name: str, result: CheckResult, settings: Settings) -> Criterion:
@@ -109,6 +117,13 @@ def _check_length(sample: Sample, bounds: Config) -> CheckResult:
 def _check_loops(sample: Sample, _: Config) -> CheckResult:
     loop = find_loop(sample.text)
     return not loop, loop or "nothing loops"
+
+
+def _check_sentences(sample: Sample, _: Config) -> CheckResult:
+    sentences = [words for text in split_sentences(sample.text) if (words := tuple(split_words(text)))]
+    counts = Counter(sentences)
+    repeated = next((words for words in sentences if counts[words] > 1), None)
+    return repeated is None, f"says twice: {' '.join(repeated)}" if repeated else "no sentence occurs twice"
 
 
 def _check_printable(sample: Sample, bounds: Config) -> CheckResult:
@@ -142,4 +157,5 @@ CHECKS = {
     "printable": _check_printable,
     "ending": _check_ending,
     "copy": _check_copy,
+    "repeated_sentence": _check_sentences,
 }

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline import config
+from pipeline.errors import ConfigError
+from pipeline.sections import stamped
 from stages import scorers
 from stages.scorers import ScoreResult, text
 from tests.support.scoring import (
@@ -46,6 +48,13 @@ GOOD_CAPTION = "A grey cat with green eyes sits on a red mat in front of a door,
         ("I'm sorry, but I can't help with describing this image.", {}, {"refusal"}),
         ("The image shows a grey cat on a red mat.", {}, {"meta_commentary"}),
         (f"{GOOD_CAPTION}<|im_end|>", {}, {"special_token", "ending"}),
+        ("A small blue square. A red ring on grey. A small  blue square!", {}, set()),
+        (
+            "A small blue square. A red ring on grey. A small  blue square!",
+            {"repeated_sentence": True},
+            {"repeated_sentence"},
+        ),
+        ("A small blue square. A blue square, small. 1. 2. 3. Three numbers.", {"repeated_sentence": True}, set()),
         (f"**Cat**\n\n{GOOD_CAPTION}", {}, {"markdown"}),
     ],
 )
@@ -60,3 +69,11 @@ def test_check_weights_can_be_set() -> None:
     assert whole.value is not None and 0.8 < whole.value < 1
     assert check_text("A cat.", weights={"words": 0.0}).value == 1.0
     assert check_text("A cat.", weights=dict.fromkeys((c.id for c in whole.criteria), 0.0)).status == "unknown"
+
+
+def test_scores_without_the_check_of_repeated_sentences_are_as_they_were() -> None:
+    twice = "A small blue square. A small blue square."
+    assert check_text(twice).value == 1.0 and "repeated_sentence" not in stamped(text.Config())
+    assert (check_text(twice, repeated_sentence=True).value or 1.0) < 1.0
+    with pytest.raises(ConfigError, match="repeated_sentence"):
+        check_text(twice, weights={"repeated_sentence": 1.0})

@@ -1,0 +1,214 @@
+"""The statements writer: criteria are what teachers agree on, once each, and what is said beyond is taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.records import RubricCriterion
+from pipeline.sources.scenes import COLOURS, SHAPES, Scene
+from stages.rubric_writers import statements
+from stages.scenes import claim_checks
+from stages.scenes.claim_checks import COST, collect_rewarded_claims, parse_check, weigh_claim
+from stages.scenes.claims import Claim, group_claims, list_facts, parse_caption, write_caption, write_sentence
+from stages.scenes.teachers import TEACHERS, caption_scene, list_swaps
+from tests.support.scoring import CAPTIONS, CHANGED, compute_digest, compute_reward, make_evidence, scenes, score_text
+
+RING, STAR, CROSS = "red ring", "blue star", "green cross"
+
+
+def write_criteria(teachers: Sequence[str], *student: str, num_agree: int | None = None) -> tuple[RubricCriterion, ...]:
+    (written,) = statements.write([make_evidence(teachers, *student, num_agree=num_agree)])
+    return written.criteria
+
+
+def write_for_scene(scene: Scene) -> tuple[RubricCriterion, ...]:
+    return write_criteria([caption_scene(name, scene, 0) for name in TEACHERS], caption_scene("hasty", scene, 1))
+
+
+def list_agreed(criteria: Sequence[RubricCriterion]) -> set[Claim]:
+    return {claim for c in criteria if c.id.startswith("says") for claim in parse_check(c.claim or "").claims}
+
+
+def list_supported(criteria: Sequence[RubricCriterion]) -> frozenset[Claim]:
+    return parse_check(criteria[-1].claim or "").claims
+
+
+def write_agreed_caption(criteria: Sequence[RubricCriterion]) -> str:
+    return write_caption(sorted(list_agreed(criteria)), Random(0))
+
+
+def test_criteria_are_what_teachers_agree_on_also_what_the_student_says() -> None:
+    teachers = [
+        "There is a small red circle. There is a blue circle. The blue circle is left of the red circle. Two objects.",
+        "A small red circle. A large blue circle. The red circle is right of the blue circle. Two objects.",
+        "A red circle. A green ring. Two objects. The background is grey.",
+    ]
+    criteria = write_criteria(teachers, "A red circle. A purple cross. Two objects.")
+    assert [(c.id, c.text, c.weight, c.agreed, c.missed) for c in criteria] == [
+        ("says_count_1", "Says: count(objects, 2)", 3.0, 3, 0.0),
+        ("says_object_2", "Says: object(blue circle)", 3.0, 2, 1.0),
+        ("says_object_3", "Says: object(red circle)", 3.0, 3, 0.0),
+        ("says_size_4", "Says: size(red circle, small)", 2.0, 2, 1.0),
+        ("says_relation_5", "Says: relation(blue circle, left of, red circle)", 2.0, 2, 1.0),
+        ("says_object_6", "Says: object(blue circle); object(red circle)", 1.0, 2, 1.0),
+        (
+            "beyond_7",
+            "Says of no thing more than there are, and nothing besides: count(objects, 2); object(blue circle); "
+            "object(red circle); relation(blue circle, left of, red circle); size(red circle, small)",
+            3.0,
+            1,
+            1.0,
+        ),
+    ]
+
+
+def test_most_of_those_that_relate_two_things_decide_how() -> None:
+    said, other = f"The {RING} is left of the {STAR}.", f"The {STAR} is left of the {RING}."
+    through = f"The {RING} is left of the {CROSS}. The {CROSS} is left of the {STAR}."
+    named = f"A {RING}. A {STAR}. A {CROSS}."
+    claim = Claim("relation", RING, "left of", STAR)
+    for relations, agreed, supported in (
+        ((said, said, "", "", ""), True, True),
+        ((said, through, "", "", ""), True, True),
+        ((said, said, other, "", ""), True, True),
+        ((said, said, other, other, ""), False, True),
+        ((said, "", "", "", ""), False, True),
+        ((said, other, "", "", ""), False, False),
+    ):
+        criteria = write_criteria([f"{named} {relation}" for relation in relations], f"A {RING}.")
+        assert (claim in list_agreed(criteria), claim in list_supported(criteria)) == (agreed, supported), relations
+
+
+@given(scenes)
+def test_what_is_agreed_earns_everything_and_silence_nothing(scene: Scene) -> None:
+    criteria = write_for_scene(scene)
+    assert compute_reward(write_agreed_caption(criteria), criteria) == 1.0
+    assert compute_reward("", criteria) == 0.0
+
+
+@given(scenes, st.integers(0, 50), st.sampled_from(list(TEACHERS)), st.randoms(use_true_random=False))
+def test_saying_something_again_always_costs(scene: Scene, seed: int, teacher: str, random: Random) -> None:
+    criteria = write_for_scene(scene)
+    text = caption_scene(teacher, scene, seed)
+    before = compute_reward(text, criteria)
+    for sentence in parse_caption(text).sentences:
+        again = write_sentence(sentence.claims, random)
+        for joined in (f"{text} {again}", f"{text} {again.upper()}", f"{again} {text}"):
+            after = compute_reward(joined, criteria)
+            assert after < before or after == before == 0.0, (text, again)
+
+
+@given(scenes, st.integers(0, 50), st.sampled_from(list(TEACHERS)), st.randoms(use_true_random=False))
+def test_a_claim_that_no_teacher_supports_always_costs(scene: Scene, seed: int, teacher: str, random: Random) -> None:
+    criteria = write_for_scene(scene)
+    text = caption_scene(teacher, scene, seed)
+    before = compute_reward(text, criteria)
+    for sentence in parse_caption(text).sentences:
+        swap = random.choice(list_swaps(sentence.claims))
+        if not list_supported(criteria).intersection(swap):
+            after = compute_reward(f"{text} {write_sentence(swap, random)}", criteria)
+            assert after < before or after == before == 0.0, (text, swap)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(scenes, st.sampled_from(list(TEACHERS)), st.randoms(use_true_random=False))
+def test_one_more_false_statement_costs_at_least_what_one_more_true_one_brings(
+    scene: Scene, teacher: str, random: Random
+) -> None:
+    criteria = write_for_scene(scene)
+    text = caption_scene(teacher, scene, 5)
+    stated = set(collect_rewarded_claims(text).all)
+    agreed = group_claims(sorted(list_agreed(criteria)))
+    missing = [group for group in agreed if not stated.intersection(group) and fits(group, text)]
+    assume(missing and stated & list_agreed(criteria))
+    true = random.choice(missing)
+    false = make_false(true, {claim.about for claim in stated | list_supported(criteria)})
+    before = compute_reward(text, criteria)
+    with_true = compute_reward(f"{text} {write_sentence(true, random)}", criteria)
+    with_false = compute_reward(f"{text} {write_sentence(false, random)}", criteria)
+    assert before - with_false >= min(before, with_true - before) - 1e-9, (text, true, false)
+
+
+def make_false(group: Sequence[Claim], known: set[str]) -> tuple[Claim, ...]:
+    """A sentence of the same kind that no teacher supports: about other things, or with another value."""
+    if group[0].kind == "count":
+        return (group[0]._replace(value="9"),)
+    if group[0].kind == "background":
+        return (group[0]._replace(value="pink" if group[0].value != "pink" else "teal"),)
+    names = [name for name in (f"{colour} {shape}" for colour in COLOURS for shape in SHAPES) if name not in known]
+    return tuple(claim._replace(about=names[0], other=claim.other and names[1]) for claim in group)
+
+
+def fits(group: Sequence[Claim], text: str) -> bool:
+    """The caption neither denies the claims nor counts fewer things than it would then list."""
+    added = collect_rewarded_claims(f"{text} {write_sentence(group, Random(0))}")
+    return not any(added.denies(claim) for claim in group) and added.again == collect_rewarded_claims(text).again
+
+
+def test_weights_are_those_of_the_documented_example() -> None:
+    """docs/training.md works this example out."""
+    teachers = [f"Two objects. A small {RING}. A {STAR}. The {RING} is left of the {STAR}."] * 5
+    criteria = write_criteria(teachers, f"A {RING}.")
+    assert sum(c.weight for c in criteria) == 3 + 3 + 3 + 2 + 2 + 3
+    for text, value in (
+        (f"Two objects. A small {RING}. A {STAR}. The {RING} is left of the {STAR}.", 16 / 16),
+        (f"Two objects. A small {RING}.", 11 / 16),
+        (f"Two objects. A small {RING}. A {STAR}.", 14 / 16),
+        (f"Two objects. A small {RING}. A {CROSS}.", (8 - 4.5) / 16),
+        (f"Two objects. A small {RING}. A small {RING}.", (8 - 7.5) / 16),
+        (f"Two objects. A small {RING}. A fine picture.", (8 - 4.5) / 16),
+    ):
+        assert compute_reward(text, criteria) == pytest.approx(value), text
+
+
+def test_a_count_below_what_is_listed_is_false() -> None:
+    criteria = write_criteria([f"Two objects. A {RING}. A {STAR}."] * 3, f"A {RING}.")
+    unmet = {c.id for c in score_text(f"Two objects. A {RING}. A {STAR}. A {CROSS}.", criteria).criteria if not c.value}
+    assert "says_count_1" in unmet
+
+
+def test_a_thing_named_twice_has_the_details_of_its_first_mention() -> None:
+    criteria = write_criteria([f"A small {RING}."] * 3, f"A {RING}.")
+    first = score_text(f"A large {RING}. A small {RING}.", criteria)
+    assert {c.id: c.verdict for c in first.criteria}["says_size_2"] == "no"
+
+
+def test_rubrics_are_independent_of_caption_order() -> None:
+    for *teachers, student in CAPTIONS:
+        assert write_criteria(teachers[::-1], student) == write_criteria(teachers, student)
+
+
+def test_rubrics_are_empty_without_agreement() -> None:
+    (written,) = statements.write([make_evidence(["A red ring.", "A blue star."], "A red ring.", num_agree=2)])
+    assert (written.status, written.error) == ("empty", "there is nothing that 2 of its teachers say")
+
+
+@given(scenes)
+def test_criteria_texts_make_no_claims(scene: Scene) -> None:
+    for criterion in write_for_scene(scene):
+        assert not parse_caption(criterion.text).claims
+        assert parse_check(criterion.claim or "").json == criterion.claim
+
+
+@given(scenes)
+def test_a_true_caption_keeps_a_reward_when_teachers_miss_things(scene: Scene) -> None:
+    text = write_caption(list_facts(scene), Random(0))
+    beyond = parse_check(write_for_scene(scene)[-1].claim or "")
+    assert beyond.cost(collect_rewarded_claims(text)) == COST * sum(
+        map(weigh_claim, set(list_facts(scene)) - beyond.claims)
+    )
+
+
+def test_version_changes_with_the_rubrics_and_their_scores() -> None:
+    rows = [
+        (write_criteria(teachers, student, num_agree=num_agree), score_text(student, write_criteria(teachers, student)))
+        for *teachers, student in CAPTIONS
+        for num_agree in range(1, len(teachers))
+    ]
+    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (1, 1.5, "e9ec2b3b640fec20"), CHANGED
