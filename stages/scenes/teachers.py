@@ -40,6 +40,7 @@ from stages.scenes.claims import (
     list_thing_facts,
     make_relation,
     parse_caption,
+    read_written_relation,
     write_caption,
     write_sentence,
 )
@@ -104,6 +105,11 @@ class Config:
         "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
     )
     shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
+    revision: Literal[1, 2] = key(
+        1,
+        "of the labeller: 2 explains a relation in the order in which its sentence names the things",
+        stamp_default=False,
+    )
 
 
 def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
@@ -267,8 +273,12 @@ def _find_swapped_word(group: Sequence[Claim], other: Sequence[Claim]) -> str:
     return "colour" if (before_words ^ after_words) & set(COLOURS) else "shape"
 
 
-def answer_statement(sentence: str, scene: Scene) -> tuple[str, bool]:
+def answer_statement(sentence: str, scene: Scene, *, revision: int = 1) -> tuple[str, bool]:
     """A short reason, from what the scene shows of a sentence's subject, and whether the sentence is true.
+
+    Args:
+        revision: 1 explains a relation in canonical form, so that the reason of "right of" ends with "left of"; 2
+            explains the two things in the order of the sentence, so that the reason has the word that decides.
 
     >>> from pipeline.sources.scenes import draw_scene
     >>> answer_statement("The background is pink.", draw_scene(0, 0))
@@ -278,7 +288,11 @@ def answer_statement(sentence: str, scene: Scene) -> tuple[str, bool]:
     if len(parsed) != 1 or not parsed[0].claims:
         return "no statement about the picture", False
     group = parsed[0].claims
-    return _explain_group(group, scene), are_true(group, scene)
+    true = are_true(group, scene)
+    if revision > 1 and (written := read_written_relation(sentence)):
+        about, _, other = written
+        return _explain_relation(about, other, scene), true
+    return _explain_group(group, scene), true
 
 
 def _explain_group(group: Sequence[Claim], scene: Scene) -> str:
@@ -289,11 +303,11 @@ def _explain_group(group: Sequence[Claim], scene: Scene) -> str:
         named = [t.name for t in scene.left_to_right if first.about in (THINGS, t.shape)]
         return f"{', '.join(named)}: {NUMBERS[len(named)]}" if named else NUMBERS[0]
     if first.kind == "relation":
-        return _explain_relation(first, scene)
+        return _explain_relation(first.about, first.other, scene)
     return _describe_closest(group, scene)
 
 
-def _explain_relation(claim: Claim, scene: Scene) -> str:
+def _explain_relation(about: str, other: str, scene: Scene) -> str:
     """All things with their positions, then the two in question with all their true relations, or the missing one.
 
     Listing everything first keeps the answer from being led by the question; repeating the two positions beside each
@@ -302,10 +316,10 @@ def _explain_relation(claim: Claim, scene: Scene) -> str:
     things = {thing.name: thing for thing in scene.things}
     placed = {name: "{} {} {}".format(name, *centre_in_tenths(thing, scene)) for name, thing in things.items()}
     listed = ", ".join(placed[thing.name] for thing in scene.left_to_right)
-    for name in (claim.about, claim.other):
+    for name in (about, other):
         if name not in things:
             return f"{listed}: no {name}"
-    a, b = things[claim.about], things[claim.other]
+    a, b = things[about], things[other]
     words = ("left of", "right of", "above", "below", "touching", "inside", "around")
     relations = ", ".join(word for word in words if is_related(a, word, b)) or "level"
     return f"{listed}: {placed[a.name]}, {placed[b.name]}: {relations}"
@@ -345,10 +359,9 @@ def open(config: Config) -> TeacherEngine:  # noqa: A001
 class TeacherEngine:
     """Answers requests about scenes from their truth, lazily and one at a time."""
 
-    revision = "1"
-
     def __init__(self, config: Config) -> None:
-        self._voice, self._shared = config.teacher, config.shared
+        self._voice, self._shared, self._revision = config.teacher, config.shared, config.revision
+        self.revision = str(config.revision)
         self.model = f"teacher-{config.teacher}" + ("-shared" if config.shared else "")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
@@ -375,7 +388,7 @@ class TeacherEngine:
 
     def _write_text(self, prompt: str, truth: Scene, seed: int) -> str:
         if self._voice == "labeller":
-            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], truth))
+            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], truth, revision=self._revision))
         if self._voice == "speaker":
             rng = Random(f"speaker/{truth.seed}/{truth.index}/{seed}")
             text = caption_scene(rng.choice(list(TEACHERS)), truth, seed) if rng.random() < 0.5 else None

@@ -101,6 +101,7 @@ class Reward:
         rubrics: Mapping[str, tuple[RubricCriterion, ...]],
         read_completion: ReadCompletion,
         max_error_share: float,
+        length_band: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -108,9 +109,11 @@ class Reward:
             rubrics: by key, the criteria of an image's own rubric, for a scorer that needs one.
             read_completion: reads an answer as the caption stage would.
             max_error_share: [0, 1]; training fails when a larger share of the last answers could not be scored.
+            length_band: least and most words of an answer that earns something; empty: any number.
         """
         self.__name__ = name
         self._scorer, self._engines, self._rubrics, self._read_completion = scorer, engines, rubrics, read_completion
+        self._length_band = length_band
         self._max_error_share, self._last_errors = max_error_share, deque[str | None](maxlen=WINDOW)
 
     def __call__(
@@ -148,7 +151,13 @@ class Reward:
         log_metric("rate/unusable", 1 - len(samples) / len(answers))
         self._log(list(results.values()), log_metric)
         self._check_errors(results.values())
-        return [results[number].value if number in results else 0.0 for number in range(len(answers))]
+        fits = [self._fits_band(answer.text) for answer in answers]
+        if self._length_band:
+            log_metric(f"rate/outside_band/{self.__name__}", 1 - fmean(fits))
+        return [results[number].value if number in results and fits[number] else 0.0 for number in range(len(answers))]
+
+    def _fits_band(self, text: str) -> bool:
+        return not self._length_band or self._length_band[0] <= len(text.split()) <= self._length_band[1]
 
     def _log(self, results: Sequence[ScoreResult], log_metric: LogMetric) -> None:
         if results:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engines import Request
+from pipeline.sections import stamped
 from pipeline.sources.scenes import Scene, draw_scene
 from stages.scenes import teachers
-from stages.scenes.claims import count_claims, group_claims, parse_caption, write_sentence
+from stages.scenes.claims import count_claims, group_claims, parse_caption, read_written_relation, write_sentence
 from stages.scenes.teachers import (
     TEACHERS,
     Config,
@@ -72,6 +73,28 @@ def test_labels_are_true(one: Scene, seed: int) -> None:
     reason, true = answer_statement(sentence, one)
     assert true == are_true(parsed.claims, one)
     assert reason
+
+
+@given(scenes, st.integers())
+def test_the_second_revision_explains_relations_as_they_are_written(one: Scene, seed: int) -> None:
+    rng = Random(seed)
+    for _ in range(4):
+        sentence = draw_statement(one, rng)
+        (reason, true), (earlier, same) = (answer_statement(sentence, one, revision=n) for n in (2, 1))
+        written = read_written_relation(sentence)
+        assert true == same and (written or reason == earlier)
+        if written and ": no " not in reason:
+            about, word, other = written
+            _, places, words = reason.split(": ")
+            assert [place.rsplit(" ", 2)[0] for place in places.split(", ")] == [about, other]
+            assert (word in words.split(", ")) == true
+
+
+def test_a_labeller_of_the_first_revision_has_the_fingerprint_that_it_had() -> None:
+    assert stamped(Config(teacher="labeller")) == {"teacher": "labeller", "shared": False}
+    sentence = "The blue star is right of the red ring."
+    assert read_written_relation(sentence.upper()) == ("blue star", "right of", "red ring")
+    assert read_written_relation("A red ring.") is None
 
 
 def test_half_of_the_statements_are_true() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from tests.support.training_runs import write_rubrics
 END = 2  # the token that ends an answer
 
 
-def make_reward(run: Path, rubrics: Mapping[str, Any] | None = None) -> tuple[Reward, dict[str, Any]]:
+def make_reward(
+    run: Path, rubrics: Mapping[str, Any] | None = None, *, length_band: Sequence[int] = ()
+) -> tuple[Reward, dict[str, Any]]:
     """The run's reward, and the columns that TRL passes to it for the captions of the student."""
     loaded = config.load(run)
     scorer = scorers.load_scorer(loaded.sections["score"]["committee"].scorer, run=run, field="score.committee")
@@ -47,7 +49,13 @@ def make_reward(run: Path, rubrics: Mapping[str, Any] | None = None) -> tuple[Re
     }
     read_completion = make_completion_reader(None, end_tokens={END}, max_tokens=64)
     reward = Reward(
-        "committee", scorer, engines={}, rubrics=rubrics, read_completion=read_completion, max_error_share=0.2
+        "committee",
+        scorer,
+        engines={},
+        rubrics=rubrics,
+        read_completion=read_completion,
+        max_error_share=0.2,
+        length_band=length_band,
     )
     return reward, columns
 
@@ -78,6 +86,18 @@ def test_an_answer_that_the_caption_stage_refuses_earns_nothing(grpo_run: Path) 
     assert min(value for value in before if value is not None) > 0
     assert after == [0.0, *before[1:-1], 0.0]
     assert logged["rate/unusable"] == pytest.approx(2 / len(after))
+
+
+def test_an_answer_outside_the_length_band_earns_nothing(grpo_run: Path) -> None:
+    plain, columns = make_reward(grpo_run)
+    before = plain(**columns, log_metric=lambda *_: None)
+    lengths = [len(completion[0]["content"].split()) for completion in columns["completions"]]
+    least, most = min(lengths) + 1, max(lengths) - 1
+    banded, _ = make_reward(grpo_run, length_band=(least, most))
+    logged: dict[str, float] = {}
+    after = banded(**columns, log_metric=logged.__setitem__)
+    assert after == [v if least <= n <= most else 0.0 for v, n in zip(before, lengths, strict=True)]
+    assert 0 < logged["rate/outside_band/committee"] < 1 and after.count(0.0) > before.count(0.0)
 
 
 def test_a_reward_that_mostly_fails_ends_the_training(grpo_run: Path) -> None:

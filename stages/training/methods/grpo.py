@@ -2,7 +2,8 @@
 
 Captions are rewarded for what they are later filtered by. A group of answers without a reward gives no gradient.
 
-GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160.
+GRPO: arXiv 2402.03300, equation 3. Rubric rewards: RubiCap, arXiv 2603.09160. Several rewards, each normalised in its
+group, and rewards gated by length: BalCapRL, arXiv 2605.07394.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class Config:
         "sum: rewards are summed, and sums are compared within their group; normalise: each reward is normalised within"
         " its group, and their sum over the step",
     )
+    length_band: tuple[int, ...] = key(
+        (), "least and most words of an answer; outside, its rewards of `banded` are 0", stamp_default=False
+    )
+    banded: tuple[str, ...] = key((), "the rewards that `length_band` gates; empty: all", stamp_default=False)
     rollouts: Literal["auto", "transformers", "vllm"] = key(
         "auto", "what generates answers; auto: vllm on a GPU where it is installed", stamp=False
     )
@@ -74,6 +79,12 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError('method = "grpo" needs rewards, for instance rewards = { rubric = 1.0 }')
     if unfit := {name: weight for name, weight in own.rewards.items() if not 0 < weight < math.inf}:
         raise ValueError(f"rewards are {unfit}: a weight is a number above 0")
+    if own.length_band and (len(own.length_band) != 2 or not 0 <= own.length_band[0] <= own.length_band[1]):
+        raise ValueError(f"length_band is {list(own.length_band)}: it is two numbers of words, the lower first")
+    if own.banded and not own.length_band:
+        raise ValueError(f"banded is {list(own.banded)}, which needs length_band")
+    if unknown := [name for name in own.banded if name not in own.rewards]:
+        raise ValueError(f"banded names {unknown}, and rewards are {list(own.rewards)}")
     if len(config.captions) > 1:
         raise ValueError(f"captions are {list(config.captions)}: grpo uses the prompt of one pass")
     if config.batch_size % own.group_size:
@@ -181,6 +192,7 @@ class Grpo:
                 rubrics=self._rubrics.get(name, {}),
                 read_completion=read_completion,
                 max_error_share=self._run.max_error_share,
+                length_band=self._own.length_band if name in (self._own.banded or self._own.rewards) else (),
             )
             for name, scorer in self._scorers.items()
         ]
