@@ -20,6 +20,8 @@ from typing import Protocol, runtime_checkable
 from pipeline.engines import _output
 
 LOOP = _output.LOOP
+TokenChoice = _output.TokenChoice
+MAX_TOP_TOKENS = 20  # what servers allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Reply:
     seed: int = 0  # of that attempt
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None  # of the last attempt
-    logprobs: tuple[float, ...] | None = None  # natural log, one per output token, when requested
+    tokens: tuple[TokenChoice, ...] | None = None  # of the answer, when requested and known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class Request:
     accept: Callable[[Reply], str] = accept_all  # returns "", or what is wrong with the answer
     find_loop: Callable[[str], str] = find_no_loop  # returns "", or a loop in a text that no continuation can mend
     seed: int = 0  # attempt n uses seed + n - 1
-    logprobs: bool = False
+    top_tokens: int = 0  # alternatives to report at each token, at most MAX_TOP_TOKENS; 0: report no tokens
 
 
 @runtime_checkable
@@ -139,6 +141,6 @@ def clean_reply(reply: Reply) -> Reply:
         fault=reply.fault,
         num_prompt_tokens=reply.num_prompt_tokens,
         num_output_tokens=reply.num_output_tokens,
-        logprobs=reply.logprobs,
+        tokens=reply.tokens,
     )
     return replace(reply, **vars(output))

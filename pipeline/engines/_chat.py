@@ -5,13 +5,14 @@ Template and pixel rule come from the model's own processor. It knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
-from pipeline.engines import Request
+from pipeline.engines import Request, TokenChoice
 from pipeline.engines._options import Model
+from pipeline.engines._output import build_choice
 from pipeline.engines._scheduler import SingleFlightCache
 from pipeline.errors import BadRequestError, ConfigError, UndecodableError
 
@@ -69,6 +70,21 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int], *, stopped: bool) -> st
     kept = tokens[:-1] if stopped else tokens
     text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text if stopped else text.rstrip("\ufffd")
+
+
+def decode_choices(
+    tokenizer: Any, tokens: Iterable[int], choices: Iterable[Mapping[int, float]]
+) -> tuple[TokenChoice, ...]:
+    """Decodes the tokens of an answer and their alternatives (token -> log-probability), each by itself."""
+
+    @cache
+    def decode(token: int) -> str:
+        return str(tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return tuple(
+        build_choice(decode(token), ((decode(other), logprob) for other, logprob in alternatives.items()))
+        for token, alternatives in zip(tokens, choices, strict=True)
+    )
 
 
 def build_messages(request: Request) -> list[dict[str, Any]]:

@@ -38,6 +38,18 @@ class NotTextError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+    """A token of an answer, and the likeliest tokens at its place.
+
+    The probabilities are the model's own, before temperature and top_p; whether before or after a schema's mask depends
+    on the engine.
+    """
+
+    text: str
+    logprobs: Mapping[str, float]  # text of a token, itself among them -> natural log of its probability
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """The fields of a reply that come from the model; their meaning is there."""
 
@@ -47,7 +59,7 @@ class Output:
     fault: str
     num_prompt_tokens: int | None
     num_output_tokens: int | None
-    logprobs: tuple[float, ...] | None
+    tokens: tuple[TokenChoice, ...] | None
 
 
 def parse_completion(body: bytes) -> Output:
@@ -72,7 +84,7 @@ def parse_completion(body: bytes) -> Output:
         fault=ONLY_THOUGHTS if has_thoughts and not content else "",
         num_prompt_tokens=usage.get("prompt_tokens"),
         num_output_tokens=usage.get("completion_tokens"),
-        logprobs=choice.get("logprobs"),
+        tokens=choice.get("logprobs"),
     )
 
 
@@ -84,7 +96,7 @@ def read_output(
     fault: Any = "",
     num_prompt_tokens: Any = None,
     num_output_tokens: Any = None,
-    logprobs: Any = None,
+    tokens: Any = None,
 ) -> Output:
     """Turns whatever an engine has of an answer into text and numbers. Sound text and numbers stay as they are."""
     text = ""
@@ -112,7 +124,7 @@ def read_output(
         fault=replace_surrogates(str(fault)) if fault else reason_fault,
         num_prompt_tokens=_read_count(num_prompt_tokens),
         num_output_tokens=_read_count(num_output_tokens),
-        logprobs=_read_logprobs(logprobs),
+        tokens=_read_tokens(tokens),
     )
 
 
@@ -183,13 +195,33 @@ def _read_count(count: Any) -> int | None:
     return count if is_count else None
 
 
-def _read_logprobs(logprobs: Any) -> tuple[float, ...] | None:
-    """Reads numbers, or OpenAI's object of tokens. Values that are no finite numbers leave none."""
-    tokens = logprobs.get("content") if isinstance(logprobs, dict) else logprobs
-    if not isinstance(tokens, Iterable) or isinstance(tokens, str | bytes):
+def build_choice(text: str, alternatives: Iterable[tuple[str, float]]) -> TokenChoice:
+    """A token and its alternatives; those that read the same are one, and impossible ones are left out."""
+    logprobs: dict[str, float] = {}
+    for alternative, logprob in alternatives:
+        if math.isfinite(logprob):
+            known = logprobs.get(alternative, -math.inf)
+            high, low = max(known, logprob), min(known, logprob)
+            logprobs[alternative] = high + math.log1p(math.exp(low - high))
+    return TokenChoice(text=text, logprobs=logprobs)
+
+
+def _read_tokens(tokens: Any) -> tuple[TokenChoice, ...] | None:
+    """Reads token choices, or OpenAI's object of them. What has another form is None."""
+    listed = tokens.get("content") if isinstance(tokens, dict) else tokens
+    if not isinstance(listed, list | tuple):
         return None
     try:
-        values = tuple(float(token["logprob"] if isinstance(token, dict) else token) for token in tokens)
-    except (LookupError, TypeError, ValueError, OverflowError):
+        return tuple(token if isinstance(token, TokenChoice) else _read_token(token) for token in listed)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
-    return values if all(map(math.isfinite, values)) else None
+
+
+def _read_token(token: Mapping[str, Any]) -> TokenChoice:
+    """
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, OverflowError: it is not OpenAI's object of a token.
+    """
+    text = str.__str__(token["token"])
+    others = {str.__str__(one["token"]): float(one["logprob"]) for one in token.get("top_logprobs") or ()}
+    return build_choice(text, {**others, text: float(token["logprob"])}.items())

@@ -24,10 +24,10 @@ class Row:
     sampling: Sampling
     seed: int
     max_tokens: int  # the sampling's, or what the context leaves
-    logprobs: bool
+    top_tokens: int = 0
     matcher: Any = None  # xgrammar's, of the schema
     tokens: list[int] = field(default_factory=list)
-    chosen_logprobs: list[float] = field(default_factory=list)  # of the model itself: before penalties and temperature
+    choices: list[dict[int, float]] = field(default_factory=list)  # by token: log-probabilities of the likeliest
     stopped: bool = False  # by an end-of-text token
 
     @property
@@ -52,7 +52,7 @@ class TokenSampler:
     def __call__(self, _: Tensor, logits: Tensor) -> Tensor:
         torch = self._torch
         scores = logits.float()
-        raw = scores.log_softmax(-1) if any(row.logprobs for row in self._rows) else None
+        raw = scores.log_softmax(-1) if any(row.top_tokens for row in self._rows) else None
         scores = scores.clone()
         scores[:, self._suppressed] = -torch.inf
         self._apply_penalties(scores)
@@ -102,12 +102,17 @@ class TokenSampler:
                 continue
             row.tokens.append(token)
             row.stopped = token in self._ends
-            if row.logprobs and raw is not None:
-                row.chosen_logprobs.append(float(raw[n, token]))
+            if row.top_tokens and raw is not None:
+                row.choices.append(_rank_tokens(raw[n], token, row.top_tokens))
             if row.matcher is not None and not row.stopped:
                 row.matcher.accept_token(token)
             if self._seen is not None:
                 self._seen[n, token] = True
+
+
+def _rank_tokens(logprobs: Tensor, chosen: int, num: int) -> dict[int, float]:
+    values, tokens = logprobs.topk(min(num, len(logprobs)))
+    return dict(zip(tokens.tolist(), values.tolist(), strict=True)) | {chosen: float(logprobs[chosen])}
 
 
 def _draw_uniform(row: Row) -> Tensor:

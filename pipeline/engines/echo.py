@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pipeline.engines import Reply, Request, Sampling, finish_attempt
+from pipeline.engines import Reply, Request, Sampling, TokenChoice, finish_attempt
 from pipeline.errors import EngineDiedError
 from pipeline.sections import key
 
@@ -162,7 +162,9 @@ def _apply_failure(failure: str, text: str, request: Request, random: Random) ->
         finish_reason="length" if failure == "truncated" else "stop",
         num_prompt_tokens=len(request.prompt.split()) + len(request.images),
         num_output_tokens=len(tokens),
-        logprobs=tuple(-random.expovariate(2) for _ in tokens) if request.logprobs else None,
+        tokens=tuple(TokenChoice(text=token, logprobs={token: -random.expovariate(2)}) for token in tokens)
+        if request.top_tokens
+        else None,
     )
 
 

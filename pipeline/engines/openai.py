@@ -198,8 +198,8 @@ def _build_attempt_fields(sampling: Sampling, seed: int, request: Request, *, vl
     }
     if vllm:
         body |= {"top_k": sampling.top_k, "repetition_penalty": sampling.repetition_penalty, "min_p": 0.0}
-    if request.logprobs:
-        body["logprobs"] = True
+    if request.top_tokens:
+        body |= {"logprobs": True, "top_logprobs": request.top_tokens}
     return body
 
 

@@ -274,7 +274,7 @@ class _BatchGenerator:
             sampling=attempt.sampling,
             seed=attempt.seed,
             max_tokens=min(attempt.sampling.max_tokens, self._context - length),
-            logprobs=attempt.request.logprobs,
+            top_tokens=attempt.request.top_tokens,
             matcher=self._grammars.compile_matcher(attempt.request.schema)
             if attempt.request.schema is not None
             else None,
@@ -305,7 +305,7 @@ class _BatchGenerator:
             finish_reason="stop" if row.stopped else "length",
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=len(row.tokens),
-            logprobs=tuple(row.chosen_logprobs) if row.logprobs else None,
+            tokens=_chat.decode_choices(self._tokenizer, row.tokens, row.choices) if row.top_tokens else None,
         )
 
 

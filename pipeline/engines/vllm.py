@@ -13,7 +13,7 @@ import itertools
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import machine
-from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, find_no_loop
+from pipeline.engines import Inspection, Reply, Request, Sampling, TokenChoice, _chat, find_no_loop
 from pipeline.engines._inspection import check_installed, inspect_model
 from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
 from pipeline.engines._reaper import Reaper
@@ -249,6 +249,7 @@ class _Core:
             raise EngineDiedError(TERMINATED)
         try:
             text = _chat.decode_answer(self._tokenizer, answer.token_ids, stopped=answer.finish_reason == "stop")
+            tokens = self._decode_choices(answer) if answer.logprobs is not None else None
         except (
             OverflowError,
             ValueError,
@@ -260,8 +261,12 @@ class _Core:
             finish_reason=answer.finish_reason,
             num_prompt_tokens=len(last.prompt_token_ids or ()),
             num_output_tokens=len(answer.token_ids),
-            logprobs=_extract_logprobs(answer.token_ids, answer.logprobs),
+            tokens=tokens,
         )
+
+    def _decode_choices(self, answer: Any) -> tuple[TokenChoice, ...]:
+        choices = ({token: chance.logprob for token, chance in step.items()} for step in answer.logprobs)
+        return _chat.decode_choices(self._tokenizer, answer.token_ids, choices)
 
     async def _restart(self, dead: Any, error: Exception) -> None:
         """Starts a new engine, once for all requests that saw the old one die."""
@@ -347,18 +352,12 @@ def _build_parameters(request: Request, sampling: Sampling, seed: int, *, stop_l
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         seed=seed % 2**63 if sampling.temperature > 0 else None,
-        logprobs=0 if request.logprobs else None,
+        logprobs=request.top_tokens or None,
         structured_outputs=StructuredOutputsParams(json=request.schema) if request.schema is not None else None,
         repetition_detection=RepetitionDetectionParams(**LOOP_DETECTION) if detects else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
         detokenize=False,  # whole answers are decoded here; doing it per token would slow the engine's input
     )
-
-
-def _extract_logprobs(tokens: Iterable[int], logprobs: Any) -> tuple[float, ...] | None:
-    if logprobs is None:
-        return None
-    return tuple(float(step[token].logprob) for token, step in zip(tokens, logprobs, strict=True))
 
 
 @contextmanager

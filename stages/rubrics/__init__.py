@@ -23,6 +23,7 @@ from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_t
 FIELDS = ("criteria", "alt_text", "caption", "sentence")
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the prompt's field that holds it
 NO_ALT_TEXT = "(none)"
+NO_REASONS = "Leave out all reasons: give the verdicts only."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class RubricSpec:
     prompt: str = key(help="the prompt; {criteria} and {alt_text} come first, {caption} or {sentence} last")
     with_image: bool = key(True, "whether the judge sees the image")
     unit: Literal["caption", "sentence"] = key("caption", "what one request judges")
-    aggregate: Literal["mean", "min"] = key("mean", "of a caption's sentences: their mean, or the worst")
+    aggregate: Literal["mean", "min", "product"] = key("mean", "of a caption's sentences: their mean, worst or product")
     unsure: str = key("cannot say", "the answer that leaves a question undecided; empty: not allowed")
     min_decided: float = key(0.5, "share of the weight to decide; below it the score is unknown", least=0, most=1)
     sampling: SamplingConfig = key(factory=SamplingConfig)
@@ -84,15 +85,21 @@ class Rubric:
 
     spec: RubricSpec = key(stamp="words")
     criteria: Mapping[str, Question]  # by id; the heaviest first, then in order of id
+    with_reasons: bool = key(True, "ask for a reason before each verdict", stamp_default=False)
+
+    @cached_property
+    def allowed_verdicts(self) -> Mapping[str, list[str]]:
+        """The answers to each question, by id, and the one that leaves it undecided."""
+        unsure = [self.spec.unsure] if self.spec.unsure else []
+        return {name: [*question.answers, *unsure] for name, question in self.criteria.items()}
 
     @cached_property
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the answer: a reason, then a verdict; for several questions, by id."""
-        unsure = [self.spec.unsure] if self.spec.unsure else []
-        reason = {"type": "string"}
+        reason = {"reason": {"type": "string"}} if self.with_reasons else {}
         answers = {
-            name: object_schema({"reason": reason, "verdict": {"type": "string", "enum": [*q.answers, *unsure]}})
-            for name, q in self.criteria.items()
+            name: object_schema({**reason, "verdict": {"type": "string", "enum": verdicts}})
+            for name, verdicts in self.allowed_verdicts.items()
         }
         return next(iter(answers.values())) if len(answers) == 1 else object_schema(answers)
 
@@ -108,8 +115,9 @@ class Rubric:
             sentence: the part to judge when the unit is a sentence; joined to one line.
             alt_text: the image's alt text.
         """
+        no_reasons = () if self.with_reasons else (NO_REASONS,)
         fields = {
-            "criteria": "\n".join(map(self._list_answers, self.criteria.values())),
+            "criteria": "\n".join([*map(self._list_answers, self.criteria.values()), *no_reasons]),
             "alt_text": fence_text(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
             "caption": fence_text(caption),
             "sentence": join_lines(sentence),
@@ -122,7 +130,7 @@ class Rubric:
         return f"- {question.id}: {question.question}\n  Answers, from worst to best: {answers}{unsure}"
 
 
-def load(name: str, *, run: Path | None) -> Rubric:
+def load(name: str, *, run: Path | None, with_reasons: bool = True) -> Rubric:
     """The rubric `name` of the run, else of those that ship.
 
     Raises:
@@ -131,7 +139,7 @@ def load(name: str, *, run: Path | None) -> Rubric:
     """
     section = read_toml(name, folder="rubrics", run=run)
     spec = section.parse(RubricSpec, ignore=frozenset({"criteria"}))
-    return Rubric(spec=spec, criteria=_parse_criteria(section, spec))
+    return Rubric(spec=spec, criteria=_parse_criteria(section, spec), with_reasons=with_reasons)
 
 
 def load_judge_spec(name: str, *, run: Path | None) -> RubricSpec:
@@ -152,10 +160,10 @@ def load_judge_spec(name: str, *, run: Path | None) -> RubricSpec:
     return spec
 
 
-def build_image_rubric(spec: RubricSpec, criteria: Iterable[RubricCriterion]) -> Rubric:
+def build_image_rubric(spec: RubricSpec, criteria: Iterable[RubricCriterion], *, with_reasons: bool = True) -> Rubric:
     """The rubric of one image, from its own criteria; each is answered no or yes."""
     questions = (Question(id=c.id, question=c.text, severity=c.severity, weight=c.weight) for c in criteria)
-    return Rubric(spec=spec, criteria=_sort_questions(questions))
+    return Rubric(spec=spec, criteria=_sort_questions(questions), with_reasons=with_reasons)
 
 
 def _parse_criteria(section: Section, spec: RubricSpec) -> Mapping[str, Question]:

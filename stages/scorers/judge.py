@@ -8,11 +8,13 @@ is retried, and if that fails, nothing is decided.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from pipeline.engines import Engine, Reply, Request
+from pipeline.engines import MAX_TOP_TOKENS, Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion, ScoreStatus
 from pipeline.sections import key
@@ -22,12 +24,26 @@ from stages.scorers import Sample, ScoreResult, weighted_mean
 from stages.text.answers import read_value
 from stages.text.prompts import derive_seed, map_with_context
 from stages.text.sentences import split_sentences
+from stages.text.verdicts import read_probabilities
 
 VERSION = 1
+NO_PROBABILITIES = 'verdict = "logprob" needs the log-probabilities of tokens, which the engine did not return'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class VerdictConfig:
+    """The keys of a scorer that asks a model for verdicts."""
+
+    verdict: Literal["written", "logprob"] = key(
+        "written",
+        "the value of an answer: that of the verdict written, or the mean over all verdicts by their probabilities",
+        stamp_default=False,
+    )
+    reasons: bool = key(True, "have the judge write a reason before each verdict", stamp_default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(VerdictConfig):
     engine: str = key(help="the judge: a name in [engines]")
     rubric: str = key("dense", "its questions: a file of rubrics/, your own or one that ships")
 
@@ -36,6 +52,7 @@ class Config:
 class Settings:
     engine: str = key(help="a name in [engines]", stamp=False)
     rubric: Rubric
+    is_soft: bool = key(False, "values are means by probability", stamp_default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +82,8 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
         ConfigError: the rubric does not exist or is wrong.
     """
     try:
-        return Settings(engine=config.engine, rubric=rubrics.load(config.rubric, run=run))
+        rubric = rubrics.load(config.rubric, run=run, with_reasons=config.reasons)
+        return Settings(engine=config.engine, rubric=rubric, is_soft=config.verdict == "logprob")
     except UnknownNameError as error:
         raise ConfigError(f"{field}.rubric", str(error)) from error
 
@@ -80,19 +98,27 @@ def shows_images(settings: Settings) -> bool:
 
 def score(samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
     pairs = ((sample, settings.rubric) for sample in samples)
-    return score_by_rubrics(pairs, engine=settings.engine, engines=engines)
+    return score_by_rubrics(pairs, engine=settings.engine, engines=engines, is_soft=settings.is_soft)
 
 
 def score_by_rubrics(
-    pairs: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine]
+    pairs: Iterable[tuple[Sample, Rubric]], *, engine: str, engines: Mapping[str, Engine], is_soft: bool = False
 ) -> Iterator[ScoreResult]:
-    """Scores each sample by the rubric beside it. Requests about one sample are adjacent, for prefix caching."""
+    """Scores each sample by the rubric beside it. Requests about one sample are adjacent, for prefix caching.
+
+    Args:
+        pairs: samples and their rubrics.
+        engine: the judge's name in `engines`.
+        engines: the open engines by name.
+        is_soft: answers have the mean value of all verdicts by their probabilities, not that of the one written.
+    """
     model = engines[engine]
     passages = (passage for sample, rubric in pairs for passage in _split_sample(sample, rubric))
-    requests = ((passage, _build_request(passage)) for passage in passages)
+    top_tokens = MAX_TOP_TOKENS if is_soft else 0
+    requests = ((passage, _build_request(passage, top_tokens=top_tokens)) for passage in passages)
     answers: list[JudgeAnswer] = []
     for passage, reply in map_with_context(model.generate, requests):
-        answers.append(_parse_reply(reply, passage))
+        answers.append(_parse_reply(reply, passage, is_soft=is_soft))
         if passage.is_last:
             yield _combine_answers(answers, passage.rubric, name=engine, engine=model)
             answers = []
@@ -108,7 +134,7 @@ def _split_sample(sample: Sample, rubric: Rubric) -> Iterator[Passage]:
         yield Passage(sample=sample, rubric=rubric, images=images, text=text, suffix=suffix, is_last=is_last)
 
 
-def _build_request(passage: Passage) -> Request:
+def _build_request(passage: Passage, *, top_tokens: int) -> Request:
     sample, rubric = passage.sample, passage.rubric
     return Request(
         id=f"{sample.key}/{sample.candidate}{passage.suffix}",
@@ -120,6 +146,7 @@ def _build_request(passage: Passage) -> Request:
         ladder=rubric.spec.sampling.rungs,
         accept=lambda reply: _find_problem(reply, rubric),
         seed=derive_seed(sample.seed, passage.suffix),
+        top_tokens=top_tokens,
     )
 
 
@@ -131,20 +158,31 @@ def _find_problem(reply: Reply, rubric: Rubric) -> str:
     return ""
 
 
-def _parse_reply(reply: Reply, passage: Passage) -> JudgeAnswer:
+def _parse_reply(reply: Reply, passage: Passage, *, is_soft: bool) -> JudgeAnswer:
     rubric = passage.rubric
     problem = _find_problem(reply, rubric)
+    if not problem and is_soft and reply.tokens is None:
+        problem = NO_PROBABILITIES
     verdicts = {} if problem else rubric.verdicts(read_value(reply, rubric.schema))
+    soft: Iterable[Mapping[str, float] | None] = [None] * len(rubric.criteria)
+    if not problem and is_soft:
+        soft = read_probabilities(reply.tokens or (), list(rubric.allowed_verdicts.values()))
     criteria = tuple(
-        _build_criterion(question, verdicts.get(question.id, {}), passage.suffix)
-        for question in rubric.criteria.values()
+        _build_criterion(question, verdicts.get(question.id, {}), passage.suffix, probabilities)
+        for question, probabilities in zip(rubric.criteria.values(), soft, strict=True)
     )
     return JudgeAnswer(criteria=criteria, reply=reply, problem=problem)
 
 
-def _build_criterion(question: Question, answer: Mapping[str, str], suffix: str) -> Criterion:
+def _build_criterion(
+    question: Question, answer: Mapping[str, str], suffix: str, probabilities: Mapping[str, float] | None
+) -> Criterion:
     verdict = answer.get("verdict")
     value = None if verdict is None else question.by_answer.get(verdict)
+    if value is not None and probabilities is not None:
+        decided = math.fsum(probabilities[name] for name in question.by_answer)
+        expected = math.fsum(probabilities[name] * worth for name, worth in question.by_answer.items())
+        value = min(1.0, expected / decided) if decided else value
     return Criterion(
         id=f"{question.id}{suffix}",
         verdict=None if value is None else verdict,
@@ -175,14 +213,16 @@ def _combine_answers(answers: Sequence[JudgeAnswer], rubric: Rubric, *, name: st
 
 
 def _compute_value(answers: Sequence[JudgeAnswer], rubric: Rubric) -> float | None:
-    """The mean over the decided criteria, of all sentences or of the worst one; None if too little was decided."""
+    """The mean over the decided criteria, of all sentences, the worst one, or each as a factor; None if too little was
+    decided."""
     criteria = [criterion for answer in answers for criterion in answer.criteria]
     decided = weighted_mean(replace(criterion, value=float(criterion.value is not None)) for criterion in criteria)
     if decided is None or decided < rubric.spec.min_decided:
         return None
     if rubric.spec.aggregate == "mean":
         return weighted_mean(criteria)
-    return min((v for answer in answers if (v := weighted_mean(answer.criteria)) is not None), default=None)
+    values = [value for answer in answers if (value := weighted_mean(answer.criteria)) is not None]
+    return min(values) if rubric.spec.aggregate == "min" else math.prod(values)
 
 
 def _add_known(counts: Sequence[int | None]) -> int | None:

@@ -29,7 +29,7 @@ DEFAULT_SPEC = "text_only"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(judge.VerdictConfig):
     rubric: str = key(help="the pass that wrote the criteria: a name in [rubric]")
     judge: str = key("", "the model that decides them: a name in [engines]; empty: the claims of the caption do")
     words: str = key("", "the judge's prompt: a file of rubrics/ without criteria, your own or one that ships")
@@ -40,6 +40,8 @@ class Settings:
     rubric: str
     judge: str = key("", "a name in [engines]", stamp=False)
     spec: RubricSpec | None = key(None, "the judge's prompt; None without a judge", stamp="words")
+    is_soft: bool = key(False, "values are means by probability", stamp_default=False)
+    with_reasons: bool = key(True, "the judge writes reasons", stamp_default=False)
 
 
 def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
@@ -50,12 +52,21 @@ def prepare(config: Config, *, run: Path | None, field: str) -> Settings:
     if not config.judge:
         if config.words:
             raise ConfigError(f"{field}.words", "is used by a judge only; set judge too")
+        if config.verdict != "written" or not config.reasons:
+            name = "verdict" if config.verdict != "written" else "reasons"
+            raise ConfigError(f"{field}.{name}", "is used by a judge only; set judge too")
         return Settings(rubric=config.rubric)
     try:
         spec = rubrics.load_judge_spec(config.words or DEFAULT_SPEC, run=run)
     except UnknownNameError as error:
         raise ConfigError(f"{field}.words", str(error)) from error
-    return Settings(rubric=config.rubric, judge=config.judge, spec=spec)
+    return Settings(
+        rubric=config.rubric,
+        judge=config.judge,
+        spec=spec,
+        is_soft=config.verdict == "logprob",
+        with_reasons=config.reasons,
+    )
 
 
 def engines(settings: Settings) -> Mapping[str, str]:
@@ -80,8 +91,9 @@ def _judge_samples(
 ) -> Iterator[ScoreResult]:
     assert settings.spec is not None
     spec = settings.spec
-    pairs = ((sample, rubrics.build_image_rubric(spec, sample.rubric_criteria or ())) for sample in samples)
-    return judge.score_by_rubrics(pairs, engine=settings.judge, engines=engines)
+    build = partial(rubrics.build_image_rubric, spec, with_reasons=settings.with_reasons)
+    pairs = ((sample, build(sample.rubric_criteria or ())) for sample in samples)
+    return judge.score_by_rubrics(pairs, engine=settings.judge, engines=engines, is_soft=settings.is_soft)
 
 
 def _check_samples(samples: Iterable[Sample]) -> Iterator[ScoreResult]:

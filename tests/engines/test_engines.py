@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
+import string
 import threading
 import time
 from collections import Counter
@@ -204,11 +206,17 @@ def test_answers_follow_the_schema(engine: Engine) -> None:
         assert values["verdict"] in ("yes", "partly", "no") and 1 <= values["stars"] <= 5
 
 
-def test_there_is_one_log_probability_per_output_token(engine: Engine) -> None:
-    without, with_them = ask(engine, request(0), request(0, logprobs=True))
-    assert without.logprobs is None and without.num_prompt_tokens
-    assert with_them.logprobs is not None and max(with_them.logprobs) <= 0
-    assert len(with_them.logprobs) == with_them.num_output_tokens
+def test_every_output_token_has_its_probability_and_those_of_others(engine: Engine) -> None:
+    without, with_them = ask(engine, request(0), request(0, top_tokens=5))
+    assert without.tokens is None and without.num_prompt_tokens
+    assert with_them.tokens is not None
+    assert len(with_them.tokens) == with_them.num_output_tokens
+    squeeze = str.maketrans("", "", string.whitespace)
+    written = "".join(token.text for token in with_them.tokens).translate(squeeze)
+    assert written.startswith(with_them.text.translate(squeeze))
+    for token in with_them.tokens:
+        assert token.text in token.logprobs and 1 <= len(token.logprobs) <= 6
+        assert sum(map(math.exp, token.logprobs.values())) <= 1.0001
 
 
 def test_two_threads_share_an_engine(engine: Engine) -> None:

@@ -11,12 +11,13 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 
 from pipeline.engines import Reply, Sampling, clean_reply, finish_attempt
+from pipeline.engines._output import build_choice
 from pipeline.engines._redaction import MAX_QUOTED, Redactor
 from pipeline.errors import EngineDiedError
 from tests.engines.test_openai import opened, request
@@ -170,24 +171,54 @@ def test_nonsense_counts_are_unknown(count: Any) -> None:
 
 
 @pytest.mark.parametrize("usage", [None, [], "x", 7])
-def test_odd_usage_and_logprobs_leave_the_answer(usage: Any) -> None:
-    body = complete(SOUND) | {"usage": usage}
-    body["choices"][0]["logprobs"] = {"content": [{"logprob": usage}]}
-    reply = ask(lambda *_: body)
+def test_odd_usage_leaves_the_answer(usage: Any) -> None:
+    reply = ask(lambda *_: complete(SOUND) | {"usage": usage})
     assert (reply.text, reply.num_output_tokens, reply.error) == (SOUND, None, None)
 
 
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        [],
+        "x",
+        {"content": 7},
+        {"content": [{"logprob": -1}]},
+        {"content": [{"token": 3, "logprob": -1}]},
+        {"content": [{"token": "a", "logprob": "b"}]},
+        {"content": [{"token": "a", "logprob": -1, "top_logprobs": 5}]},
+        {"content": ["a"]},
+    ],
+)
+def test_odd_logprobs_leave_the_answer(logprobs: Any) -> None:
+    body = complete(SOUND)
+    body["choices"][0]["logprobs"] = logprobs
+    reply = ask(lambda *_: body)
+    assert (reply.text, reply.error) == (SOUND, None) and not reply.tokens
+
+
+def test_alternatives_that_read_the_same_are_one_and_impossible_ones_none() -> None:
+    token = {"token": "a", "logprob": math.log(0.5)}
+    others = [token, {"token": "b", "logprob": math.log(0.25)}, {"token": "c", "logprob": -math.inf}]
+    body = complete(SOUND)
+    body["choices"][0]["logprobs"] = {"content": [{**token, "top_logprobs": others}]}
+    (choice,) = ask(lambda *_: body).tokens or ()
+    assert (choice.text, choice.logprobs) == ("a", pytest.approx({"a": math.log(0.5), "b": math.log(0.25)}))
+    both = build_choice("a", [("a", math.log(0.5)), ("a", math.log(0.25))])
+    assert both.logprobs == pytest.approx({"a": math.log(0.75)})
+
+
 def test_replies_of_every_engine_are_cleaned() -> None:
-    odd = Reply(text="half \ud83d", finish_reason="EOS", num_output_tokens=-1, logprobs=(math.nan,))
+    odd = Reply(text="half \ud83d", finish_reason="EOS", num_output_tokens=-1, tokens=cast(Any, (math.nan,)))
     reply, _ = finish_attempt(request(0), odd, 1)
-    assert (reply.text, reply.finish_reason, reply.num_output_tokens, reply.logprobs) == (
+    assert (reply.text, reply.finish_reason, reply.num_output_tokens, reply.tokens) == (
         "half \ufffd",
         "stop",
         None,
         None,
     )
     assert "surrogate" in reply.fault
-    sound = Reply(text=SOUND, finish_reason="stop", num_output_tokens=5, logprobs=(-0.5,))
+    sound = Reply(text=SOUND, finish_reason="stop", num_output_tokens=5, tokens=(build_choice(SOUND, [(SOUND, -0.5)]),))
     assert clean_reply(sound) == sound
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config
-from pipeline.engines import Reply, echo
+from pipeline.engines import MAX_TOP_TOKENS, Reply, TokenChoice, echo
 from pipeline.errors import ConfigError
 from stages import rubrics
-from stages.rubrics import Rubric
+from stages.rubrics import NO_REASONS, Rubric
 from stages.scorers import Sample, ScoreResult, judge
 from tests.support.scoring import (
     SENTENCE_RUBRIC,
@@ -164,6 +166,48 @@ def test_undecided_sentences_do_not_count(tmp_path: Path, illegal: str, value: f
         make_sample("First one. Second one. Third one."),
     )
     assert result.value == value and result.status == ("ok" if value else "unknown")
+
+
+def answer_softly(verdict: str, chances: Mapping[str, float]) -> Reply:
+    before, after = '{"reason": "it is so", "verdict": "', '"}'
+    tokens = [
+        TokenChoice(text=before, logprobs={before: 0.0}),
+        TokenChoice(text=verdict, logprobs={name: math.log(chance) for name, chance in chances.items()}),
+        TokenChoice(text=after, logprobs={after: 0.0}),
+    ]
+    return Reply(text=before + verdict + after, finish_reason="stop", tokens=tuple(tokens))
+
+
+@pytest.mark.parametrize(("aggregate", "value"), [("mean", 0.5), ("min", 0.25), ("product", 0.1875)])
+def test_soft_values_are_means_by_probability(tmp_path: Path, aggregate: str, value: float) -> None:
+    rubric = load_rubric(tmp_path, SENTENCE_RUBRIC.replace("with_image", f'aggregate = "{aggregate}"\nwith_image'))
+    (name,) = rubric.criteria
+    worst, best = rubric.criteria[name].answers[0], rubric.criteria[name].answers[-1]
+    chances = iter([{worst: 0.2, best: 0.6, rubric.spec.unsure: 0.2}, {worst: 0.75, best: 0.25}])
+    engine = ScriptedEngine(lambda *_: answer_softly(best, next(chances)))
+    settings = judge.Settings(engine="m", rubric=rubric, is_soft=True)
+    (result,) = judge.score([make_sample("A cat sits. A dog stands.")], settings, {"m": engine})
+    assert result.value == pytest.approx(value)
+    assert [criterion.value for criterion in result.criteria] == pytest.approx([0.75, 0.25])
+    assert {request.top_tokens for request in engine.requests} == {MAX_TOP_TOKENS}
+
+
+def test_an_engine_without_probabilities_is_named(tmp_path: Path) -> None:
+    rubric = load_rubric(tmp_path, SENTENCE_RUBRIC)
+    (name,) = rubric.criteria
+    answer = json.dumps({"reason": "", "verdict": rubric.criteria[name].answers[-1]})
+    settings = judge.Settings(engine="m", rubric=rubric, is_soft=True)
+    (result,) = judge.score([make_sample()], settings, {"m": ScriptedEngine(lambda *_: answer)})
+    assert (result.status, result.error) == ("unknown", judge.NO_PROBABILITIES)
+
+
+def test_verdicts_without_reasons_have_a_smaller_schema_and_say_so(dense: Rubric) -> None:
+    bare = rubrics.load("dense", run=None, with_reasons=False)
+    answer = json.dumps({name: {"verdict": question.answers[-1]} for name, question in bare.criteria.items()})
+    (result,) = judge_samples(bare, lambda *_: answer)
+    assert result.value == 1.0 and {criterion.reason for criterion in result.criteria} == {None}
+    assert NO_REASONS in bare.build_prompt(caption="c", sentence="", alt_text=None)
+    assert NO_REASONS not in dense.build_prompt(caption="c", sentence="", alt_text=None)
 
 
 def test_text_only_judge_reads_no_image(tmp_path: Path) -> None:

@@ -130,7 +130,16 @@ class Faulty:
         self.bodies.append(body)
         (reply,) = echo.open(echo.Config()).generate([_request(body)])
         message = {"role": "assistant", "content": reply.text}
-        logprobs = {"content": [{"logprob": value} for value in reply.logprobs]} if reply.logprobs else None
+        tokens = [(token.text, token.logprobs) for token in reply.tokens or ()]
+        listed = [
+            {
+                "token": text,
+                "logprob": logprobs[text],
+                "top_logprobs": [{"token": other, "logprob": value} for other, value in logprobs.items()],
+            }
+            for text, logprobs in tokens
+        ]
+        logprobs = {"content": listed} if reply.tokens is not None else None
         choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason, "logprobs": logprobs}
         usage = {"prompt_tokens": reply.num_prompt_tokens, "completion_tokens": reply.num_output_tokens}
         return json.dumps({"choices": [choice], "usage": usage}).encode()
@@ -149,7 +158,7 @@ def _request(body: dict[str, Any]) -> Request:
         schema=json.dumps(schema) if schema is not None else None,
         ladder=(Sampling(max_tokens=body["max_tokens"]),),
         seed=body.get("seed", 0),
-        logprobs=bool(body.get("logprobs")),
+        top_tokens=body.get("top_logprobs", 0),
     )
 
 
