@@ -20,7 +20,7 @@ from pipeline.validation import Section, read_toml
 from stages.text.json_schema import object_schema
 from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, join_lines, list_fields
 
-FIELDS = ("criteria", "alt_text", "caption", "sentence")
+FIELDS = ("criteria", "alt_text", "caption", "before", "sentence")
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the prompt's field that holds it
 NO_ALT_TEXT = "(none)"
 NO_REASONS = "Leave out all reasons: give the verdicts only."
@@ -64,7 +64,7 @@ class RubricSpec:
     """The keys of a rubric's TOML file, except its criteria."""
 
     system: str = key("", "the system message; empty: none")
-    prompt: str = key(help="the prompt; {criteria} and {alt_text} come first, {caption} or {sentence} last")
+    prompt: str = key(help="the prompt; {criteria}, {alt_text} and {before} come first, {caption} or {sentence} last")
     with_image: bool = key(True, "whether the judge sees the image")
     unit: Literal["caption", "sentence"] = key("caption", "what one request judges")
     aggregate: Literal["mean", "min", "product"] = key("mean", "of a caption's sentences: their mean, worst or product")
@@ -107,19 +107,21 @@ class Rubric:
         """The reason and verdict of each question, by id, in an answer that follows the schema."""
         return value if len(self.criteria) > 1 else dict.fromkeys(self.criteria, value)
 
-    def build_prompt(self, *, caption: str, sentence: str, alt_text: str | None) -> str:
+    def build_prompt(self, *, caption: str, sentence: str, alt_text: str | None, before: str = "") -> str:
         """The prompt about one caption.
 
         Args:
             caption: the whole caption.
             sentence: the part to judge when the unit is a sentence; joined to one line.
             alt_text: the image's alt text.
+            before: the sentences of the caption that precede the part to judge.
         """
         no_reasons = () if self.with_reasons else (NO_REASONS,)
         fields = {
             "criteria": "\n".join([*map(self._list_answers, self.criteria.values()), *no_reasons]),
             "alt_text": fence_text(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
             "caption": fence_text(caption),
+            "before": fence_text(before),
             "sentence": join_lines(sentence),
         }
         return fill_template(self.spec.prompt, fields).strip()

@@ -1,13 +1,16 @@
 """Simulated teachers: five captioners that see a scene's truth, each with its own blind spots.
 
 They replace strong vision-language models and are an engine (`kind = "stages.scenes.teachers"`), which finds the truth
-through a request's `source_key` and nothing else. Two more voices make labels: `speaker` makes one statement, true or
-false by one swap; `labeller` answers a judge's question about the last line of its prompt.
+through a request's `source_key` and nothing else. Other voices make labels and what is to be labelled: `speaker` makes
+one statement, true or false by one swap; `stranger` makes one that cannot be decided in the words of this world;
+`repeater` captions a scene and says something again; `labeller` answers a judge's question about the last line of its
+prompt.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,18 +99,24 @@ SHARED = {  # the same teachers when most share a blind spot: they see no patter
     else teacher
     for name, teacher in TEACHERS.items()
 }
+STRANGE_THINGS = ("dog", "pentagon", "house", "tree", "letter", "spiral", "person", "boat", "lamp", "word")
+STRANGE_PLACES = ("near", "behind", "on top of", "beside", "bigger than", "far from")
+STRANGE_LOOKS = ("shiny", "beautiful", "crooked", "transparent", "calm", "old", "blurred")
+CANNOT_SAY = "cannot say"  # where the schema of a judge's answer has it
+BEFORE = re.compile(r"Said before:\n(`{3,})\n(.*?)\n\1", re.DOTALL)  # in the prompt of rubrics/scenes_open.toml
 CONSENSUS = 3  # of the five teachers must state a claim
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    teacher: Literal["hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "labeller"] = key(
-        "hasty", "which voice answers: a teacher's name, consensus, speaker or labeller"
-    )
+    teacher: Literal[
+        "hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "stranger", "repeater", "labeller"
+    ] = key("hasty", "which voice answers: a teacher's name, consensus, speaker, stranger, repeater or labeller")
     shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
     revision: Literal[1, 2] = key(
         1,
-        "of the labeller: 2 explains a relation in the order in which its sentence names the things",
+        "of the labeller: 2 explains a relation in the order in which its sentence names the things, refuses what was"
+        " said before, and cannot say whether a sentence outside the words of this world holds",
         stamp_default=False,
     )
 
@@ -295,6 +304,50 @@ def answer_statement(sentence: str, scene: Scene, *, revision: int = 1) -> tuple
     return _explain_group(group, scene), true
 
 
+def label_statement(sentence: str, scene: Scene, *, before: str = "") -> tuple[str, bool | None]:
+    """As `answer_statement`, second revision; a thing that was named before is not there again.
+
+    Args:
+        before: the sentences of the caption that precede it.
+
+    Returns:
+        The reason, and the verdict; None: it cannot be decided in the words of this world.
+    """
+    parsed = parse_caption(sentence).sentences
+    if len(parsed) != 1 or not parsed[0].claims:
+        return "no statement about the picture", None
+    first = parsed[0].claims[0]
+    if first in parse_caption(before).claims:
+        return f"{first.about or first.value} was named before", False
+    return answer_statement(sentence, scene, revision=2)
+
+
+def draw_strange_statement(rng: Random) -> str:
+    """A sentence that no claim of this world decides."""
+    colour, shape, other = rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.choice(list(SHAPES))
+    thing, place = rng.choice(STRANGE_THINGS), rng.choice(STRANGE_PLACES)
+    return rng.choice(
+        (
+            f"There is a {thing}.",
+            f"A {colour} {thing}.",
+            f"A {thing} is {place} the {colour} {shape}.",
+            f"The {shape} is {place} the {other}.",
+            f"A {rng.choice(STRANGE_LOOKS)} {colour} {shape}.",
+            f"The picture looks {rng.choice(STRANGE_LOOKS)}.",
+            f"The {colour} {shape} casts a shadow.",
+            f"Nobody knows where the {shape} comes from.",
+        )
+    )
+
+
+def repeat_statement(text: str, rng: Random) -> str:
+    """A caption with one of its sentences again, word by word or in other words."""
+    sentences = [sentence for sentence in parse_caption(text).sentences if sentence.claims]
+    chosen = rng.choice(sentences)
+    again = chosen.text if rng.random() < 0.5 else write_sentence(chosen.claims[: rng.randint(1, 3)], rng)
+    return f"{text} {again}"
+
+
 def _explain_group(group: Sequence[Claim], scene: Scene) -> str:
     first = group[0]
     if first.kind == "background":
@@ -348,8 +401,8 @@ def sample_texts(num_scenes: int) -> Iterator[str]:
         yield f"{sentence}\n{format_verdict(*answer_statement(sentence, truth))}"
 
 
-def format_verdict(reason: str, true: bool) -> str:
-    return json.dumps({"reason": reason, "verdict": "yes" if true else "no"})
+def format_verdict(reason: str, true: bool | None) -> str:
+    return json.dumps({"reason": reason, "verdict": CANNOT_SAY if true is None else "yes" if true else "no"})
 
 
 def open(config: Config) -> TeacherEngine:  # noqa: A001
@@ -383,12 +436,17 @@ class TeacherEngine:
             truth = find_scene(request.source_key)
         except ValueError as error:
             return Reply(error=str(error))
-        text = self._write_text(request.prompt, truth, seed)
+        text = self._write_text(request, truth, seed)
         return Reply(text=text, finish_reason="stop", num_output_tokens=len(text.split()))
 
-    def _write_text(self, prompt: str, truth: Scene, seed: int) -> str:
+    def _write_text(self, request: Request, truth: Scene, seed: int) -> str:
         if self._voice == "labeller":
-            return format_verdict(*answer_statement(prompt.strip().splitlines()[-1], truth, revision=self._revision))
+            return self._label(request, truth)
+        if self._voice == "stranger":
+            return draw_strange_statement(Random(f"stranger/{truth.seed}/{truth.index}/{seed}"))
+        if self._voice == "repeater":
+            rng = Random(f"repeater/{truth.seed}/{truth.index}/{seed}")
+            return repeat_statement(caption_scene(rng.choice(list(TEACHERS)), truth, seed), rng)
         if self._voice == "speaker":
             rng = Random(f"speaker/{truth.seed}/{truth.index}/{seed}")
             text = caption_scene(rng.choice(list(TEACHERS)), truth, seed) if rng.random() < 0.5 else None
@@ -396,3 +454,11 @@ class TeacherEngine:
         if self._voice == "consensus":
             return merge_captions(caption_scene(name, truth, seed, shared=self._shared) for name in TEACHERS)
         return caption_scene(self._voice, truth, seed, shared=self._shared)
+
+    def _label(self, request: Request, truth: Scene) -> str:
+        sentence = request.prompt.strip().splitlines()[-1]
+        if self._revision == 1:
+            return format_verdict(*answer_statement(sentence, truth))
+        before = BEFORE.search(request.prompt)
+        reason, true = label_statement(sentence, truth, before=before[2] if before else "")
+        return format_verdict(reason, true if CANNOT_SAY in (request.schema or "") else bool(true))

@@ -63,6 +63,7 @@ class Passage:
     rubric: Rubric
     images: tuple[bytes, ...]
     text: str
+    before: str  # the sentences of the caption that precede it
     suffix: str  # of its criteria's ids: "/1" for the first sentence; "" for a caption
     is_last: bool  # of its sample
 
@@ -131,7 +132,10 @@ def _split_sample(sample: Sample, rubric: Rubric) -> Iterator[Passage]:
     for number, text in enumerate(texts, start=1):
         suffix = f"/{number}" if by_sentence else ""
         is_last = number == len(texts)
-        yield Passage(sample=sample, rubric=rubric, images=images, text=text, suffix=suffix, is_last=is_last)
+        before = " ".join(texts[: number - 1])
+        yield Passage(
+            sample=sample, rubric=rubric, images=images, text=text, before=before, suffix=suffix, is_last=is_last
+        )
 
 
 def _build_request(passage: Passage, *, top_tokens: int) -> Request:
@@ -139,7 +143,9 @@ def _build_request(passage: Passage, *, top_tokens: int) -> Request:
     return Request(
         id=f"{sample.key}/{sample.candidate}{passage.suffix}",
         system=rubric.spec.system,
-        prompt=rubric.build_prompt(caption=sample.text, sentence=passage.text, alt_text=sample.alt_text),
+        prompt=rubric.build_prompt(
+            caption=sample.text, sentence=passage.text, alt_text=sample.alt_text, before=passage.before
+        ),
         images=passage.images,
         source_key=sample.source_key,
         schema=json.dumps(rubric.schema, ensure_ascii=False),

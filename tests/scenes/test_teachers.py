@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.engines import Request
 from pipeline.sections import stamped
 from pipeline.sources.scenes import Scene, draw_scene
+from stages import rubrics
 from stages.scenes import teachers
 from stages.scenes.claims import count_claims, group_claims, parse_caption, read_written_relation, write_sentence
 from stages.scenes.teachers import (
@@ -19,8 +20,10 @@ from stages.scenes.teachers import (
     are_true,
     caption_scene,
     draw_statement,
+    draw_strange_statement,
     list_swaps,
     merge_captions,
+    repeat_statement,
 )
 
 scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
@@ -88,6 +91,40 @@ def test_the_second_revision_explains_relations_as_they_are_written(one: Scene, 
             _, places, words = reason.split(": ")
             assert [place.rsplit(" ", 2)[0] for place in places.split(", ")] == [about, other]
             assert (word in words.split(", ")) == true
+
+
+def ask_labeller(sentence: str, *, before: str = "", source_key: str = "scenes/0/3") -> dict[str, str]:
+    """The second revision's answer under the rubric that lets it say that it cannot say."""
+    rubric = rubrics.load("scenes_open", run=None)
+    engine = teachers.open(Config(teacher="labeller", revision=2))
+    prompt = rubric.build_prompt(caption=sentence, sentence=sentence, alt_text=None, before=before)
+    schema = json.dumps(rubric.schema)
+    (reply,) = engine.generate([Request(id="x", prompt=prompt, source_key=source_key, schema=schema)])
+    answer: dict[str, str] = json.loads(reply.text)
+    return answer
+
+
+def test_the_second_revision_knows_repeats_and_its_limits() -> None:
+    one = draw_scene(0, 3)
+    thing = one.things[0]
+    sentence = f"A {thing.size} {thing.name}."
+    assert ask_labeller(sentence)["verdict"] == "yes"
+    again = ask_labeller(sentence, before=f"All is calm. There is a {thing.name}.")
+    assert again == {"reason": f"{thing.name} was named before", "verdict": "no"}
+    assert ask_labeller(sentence, before=f"The background is {one.background}.")["verdict"] == "yes"
+    assert ask_labeller("A dog.")["verdict"] == "cannot say"
+
+
+@given(st.integers())
+def test_strange_statements_have_no_claims(seed: int) -> None:
+    (sentence,) = parse_caption(draw_strange_statement(Random(seed))).sentences
+    assert not sentence.claims
+
+
+@given(scenes, st.integers(0, 20))
+def test_a_repeater_says_the_last_sentence_again(one: Scene, seed: int) -> None:
+    (*before, last) = parse_caption(repeat_statement(caption_scene("plain", one, seed), Random(seed))).sentences
+    assert last.claims[0] in {claim for sentence in before for claim in sentence.claims}
 
 
 def test_a_labeller_of_the_first_revision_has_the_fingerprint_that_it_had() -> None:

@@ -20,7 +20,8 @@ from stages.training.collator import IGNORED, Collator
 from stages.training.dataset import write_dataset
 from stages.training.order import draw_batches, read_digests, split_examples
 from stages.training.rewards import RubricIndex
-from tests.support.training_runs import read_sft_examples, write_rubrics
+from tests.support.runs import begin, make
+from tests.support.training_runs import make_sft_sections, read_sft_examples, write_rubrics
 
 
 def test_captions_become_examples(sft_run: Path) -> None:
@@ -36,6 +37,25 @@ def test_verdicts_become_examples(sft_run: Path) -> None:
     assert all(list(answer) == ["reason", "verdict"] and answer["reason"] for answer in answers)
     assert {answer["verdict"] for answer in answers} == {"yes", "no"}
     assert max(len(example.questions) for example in examples) == 3
+
+
+def test_undecided_verdicts_are_learnt_if_asked_for(tmp_path: Path) -> None:
+    sections = make_sft_sections(source={"num_images": 12, "broken_share": 0.0, "duplicate_share": 0.0})
+    sections["engines.labeller"]["revision"] = 2
+    for voice in ("stranger", "repeater"):
+        sections[f"engines.{voice}"] = {"kind": "stages.scenes.teachers", "teacher": voice}
+        sections[f"caption.{voice}"] = {"recipe": "scenes", "engine": voice}
+    sections["score.labels"] |= {"rubric": "scenes_open", "captions": ["stranger", "repeater"]}
+    folder = begin(tmp_path / "run", sections)
+    for stage in ("ingest", "caption", "score"):
+        assert make(folder, stage).exit_code == 0
+    keys: dict[str, Any] = {"captions": ["stranger", "repeater"], "scores": "labels"}
+    decided, every = (read_sft_examples(folder, **keys, unsure=unsure) for unsure in (False, True))
+    answers = [json.loads(example.answers[0]) for example in every]
+    assert [json.dumps(a) for a in answers if a["verdict"] != "cannot say"] == [e.answers[0] for e in decided]
+    assert sum(answer["verdict"] == "cannot say" for answer in answers) == 12
+    again = [e.questions[0] for e in decided if "was named before" in e.answers[0]]
+    assert len(again) == 12 and all(len(question.split("```")[1].split()) > 5 for question in again)
 
 
 @pytest.mark.slow

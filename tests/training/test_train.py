@@ -71,7 +71,9 @@ def list_weights(folder: Path) -> list[str]:
         return list(file.keys())
 
 
-@pytest.mark.parametrize("name", ["scenes-base", "scenes-judge", "scenes-captioner-sft"])
+@pytest.mark.parametrize(
+    "name", ["scenes-base", "scenes-judge", "scenes-judge-base", "scenes-judge-open", "scenes-captioner-sft"]
+)
 def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "manifests" / name / "run.toml", tmp_path / "run.toml")
     run = config.load(tmp_path)

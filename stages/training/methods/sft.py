@@ -29,6 +29,7 @@ class Config:
     """`[train]` with `method = "sft"`."""
 
     scores: str = key("", "a judge's score pass, whose verdicts are learnt; empty: learn the captions' texts")
+    unsure: bool = key(False, "whether the judge's undecided answers are learnt too", stamp_default=False)
     turns: int = key(1, "questions about one image in one example", least=1)
     regions: float = key(0.0, "weight of a second loss: naming what each image token shows", least=0)
 
@@ -95,15 +96,25 @@ class Sft:
         alt_texts = self._read_alt_texts(file)
         captions = {caption.id: caption for caption in self._read_captions(name, file)}
         for score in tables.read_rows(self._run.folder / "score" / self._own.scores / name / file, Score):
-            if score.status != "ok":
+            if score.status != "ok" and not (self._own.unsure and score.status == "unknown"):
                 continue
             text = captions[score.key, score.candidate].text
             parts = split_sentences(text) if rubric.spec.unit == "sentence" else [text]
-            for part, criteria in zip(parts, tables.split_batches(score.criteria, len(rubric.criteria)), strict=True):
-                if all(criterion.verdict is not None for criterion in criteria):
-                    question = rubric.build_prompt(caption=text, sentence=part, alt_text=alt_texts[score.key])
+            batches = tables.split_batches(score.criteria, len(rubric.criteria))
+            for number, (part, criteria) in enumerate(zip(parts, batches, strict=True)):
+                if all(self._is_answered(criterion, rubric) for criterion in criteria):
+                    before = " ".join(parts[:number])
+                    question = rubric.build_prompt(
+                        caption=text, sentence=part, alt_text=alt_texts[score.key], before=before
+                    )
                     answer = format_verdicts(rubric, criteria)
                     yield Turn(key=score.key, system=rubric.spec.system, question=question, answer=answer)
+
+    def _is_answered(self, criterion: Criterion, rubric: Rubric) -> bool:
+        """An undecided answer has a reason, an invalid one has none."""
+        if criterion.verdict is not None:
+            return True
+        return self._own.unsure and bool(rubric.spec.unsure) and criterion.reason is not None
 
     def _load_rubric(self) -> Rubric:
         scorer = self._run.sections["score"][self._own.scores].scorer
@@ -137,6 +148,8 @@ class Sft:
 
 def format_verdicts(rubric: Rubric, criteria: Sequence[Criterion]) -> str:
     """The JSON with which a judge would have given these verdicts."""
-    verdicts = [{"reason": criterion.reason or "", "verdict": criterion.verdict} for criterion in criteria]
+    verdicts = [
+        {"reason": criterion.reason or "", "verdict": criterion.verdict or rubric.spec.unsure} for criterion in criteria
+    ]
     value = verdicts[0] if len(verdicts) == 1 else dict(zip(rubric.criteria, verdicts, strict=True))
     return json.dumps(value, ensure_ascii=False)
