@@ -404,7 +404,7 @@ def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
     """Read every file of the run and name what is damaged.
 
     Prints a line for each damaged file, with the command that mends it, and exits with 1 if there is one. Missing and
-    stale tables are no damage; `recap status` shows them.
+    stale tables are not damage; `recap status` shows them.
     """
     from pipeline import config
     from pipeline.commands import verify
@@ -419,9 +419,9 @@ def verify_run(run: RunOption = Path(), shard: ShardOption = "all") -> None:
 @app.command("compare", epilog="Example: recap compare runs/old:dense runs/new:dense --samples 20 --format json")
 def compare_runs(
     a: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's directory, or DIR:NAME for one of its caption passes.")
+        str, typer.Argument(metavar="A", help="A run's directory, or DIR:NAME for one of its caption passes.")
     ],
-    b: Annotated[str, typer.Argument(metavar="RUN", help="Another run, or another pass of the same.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another run, or another pass of the same.")],
     samples: Annotated[
         int, typer.Option(help="Print this many images one by one, those whose scores differ most first.", min=0)
     ] = 0,

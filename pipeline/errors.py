@@ -18,9 +18,9 @@
     ├── StoppedError                     exit 75: stopped by a signal, resumable
     ├── OvertakenError                   never leaves pipeline.execution: another process made the table
     ├── CorpusError (ValueError)         never an exit code: the status and error of a row
-    │   ├── UndecodableError             bytes that are no usable image
+    │   ├── UndecodableError             bytes that are not a usable image
     │   ├── UnusableFileError            a file that may not or cannot be read
-    │   └── BrokenParquetError           a Parquet file of the corpus that does not read
+    │   └── BrokenParquetError           a Parquet file of the corpus that cannot be read
     └── RequestError                     never an exit code: the error of a reply, or a retry
         ├── BadRequestError              this request cannot be answered
         ├── ServerError                  the server failed; a retry may succeed
@@ -81,7 +81,7 @@ class BrokenTableError(MachineError):
 
 
 class OutOfMemoryError(MachineError):
-    """An allocation failed, which is no sign of damage."""
+    """An allocation failed, which is not a sign of damage."""
 
     def __init__(self, detail: str) -> None:
         advice = "free some, raise the limit (ulimit -v, Slurm's --mem) or use fewer --workers; finished work is kept"
@@ -136,7 +136,7 @@ class UnusableFileError(CorpusError):
 
 
 class BrokenParquetError(CorpusError):
-    """A Parquet file of the corpus, or a range of it, does not read."""
+    """A Parquet file of the corpus, or a range of it, cannot be read."""
 
 
 class RequestError(Exception):

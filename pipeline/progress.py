@@ -20,7 +20,7 @@ FIRST_STALL = 9.0  # seconds without a row after which that is reported
 RELAY_INTERVAL = 0.5  # seconds between progress messages of a worker process
 MIN_SECONDS, MIN_ROWS = 5.0, 20  # one of them has to pass before the time left is estimated
 EARLY_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # of tqdm, without the time left
-LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is no terminal, as in a Slurm log
+LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is not a terminal, as in a Slurm log
 
 
 def escape_controls(text: str, *, keep: str = "\n\t") -> str:

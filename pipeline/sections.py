@@ -158,7 +158,7 @@ class Corpus:
     min_side: int = key(16, "pixels; smaller images get the status too_small", least=1)
     max_pixels: int = key(2**28, "width times height; larger images get too_large, undecoded", least=1)
     max_error_share: float | None = key(
-        None, "a shard fails when more images are unreadable", stamp=False, least=0, most=1
+        None, "a shard fails when more than this share of its images are unreadable", stamp=False, least=0, most=1
     )
 
 

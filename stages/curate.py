@@ -145,8 +145,8 @@ def work(inputs: Iterator[CurationInput], _: Mapping[str, Engine]) -> Iterator[C
 def _read_shard(shard: Shard) -> Array:
     import numpy as np
 
-    assert shard.find_shared is not None
-    folder = shard.find_shared()
+    assert shard.ensure_shared is not None
+    folder = shard.ensure_shared()
     first, last = np.load(folder / "starts.npy", mmap_mode="r", allow_pickle=False)[shard.number : shard.number + 2]
     rows: Array = np.array(np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)[first:last])
     return rows

@@ -73,8 +73,8 @@ def passes(run: Run) -> Iterable[Pass]:
 
 
 def inputs(shard: Shard, *, sql: str) -> Iterator[FilterInput]:
-    for name, caption, candidate, reason, rank in shard.query(sql):
-        yield FilterInput(key=name, caption=caption, candidate=candidate, reason=reason, rank=rank)
+    for image_key, caption, candidate, reason, rank in shard.query(sql):
+        yield FilterInput(key=image_key, caption=caption, candidate=candidate, reason=reason, rank=rank)
 
 
 def work(inputs: Iterator[FilterInput], _: Mapping[str, Engine]) -> Iterator[Record]:

@@ -440,7 +440,7 @@ def test_damaged_file_fails_only_the_queries_that_read_it(run: Path, tmp_path: P
         with pytest.raises(MachineError, match=f"{damaged.name}.*may be removed"):
             database.run_query(connection, "SELECT (SELECT count(*) FROM Stats)")
     done = recap("query", "cost", "--run", run, check=False)
-    assert (done.returncode, done.stderr.startswith("recap: a file of stats does not read: ")) == (1, True)
+    assert (done.returncode, done.stderr.startswith("recap: a file of stats cannot be read: ")) == (1, True)
     found = {p["title"]: p for p in json.loads(recap("status", "--run", run, "--format", "json").stdout)}
     assert found["caption:dense"]["rows_per_second"] > 0
 

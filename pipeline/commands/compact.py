@@ -18,7 +18,7 @@ def compact_run(run: Run) -> Iterator[str]:
     """Compacts folder by folder, then answers the queries; yields a line for each with new copies or a new answer.
 
     Raises:
-        BrokenTableError: a table does not read.
+        BrokenTableError: a table cannot be read.
         StoppedError: a signal came; the copies that are finished stay.
     """
     stop, folders = threading.Event(), [p.folder for p in list_passes(run)]

@@ -1,4 +1,4 @@
-"""Words that a shell completes: the stages, passes, engines and queries of a run. A run that does not read has none."""
+"""Words that a shell completes: the stages, passes, engines and queries of a run. An unreadable run has none."""
 
 from __future__ import annotations
 

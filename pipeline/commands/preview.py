@@ -128,10 +128,8 @@ def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
             value = score.status if score.value is None else f"{score.value:.2f}"
             yield score.key, _wrap_text(f"{p.title} {score.candidate}", value)
             for answer in score.criteria:
-                yield (
-                    score.key,
-                    _wrap_text(f"  {answer.id}", f"{answer.verdict or 'cannot say'}: {answer.reason or ''}"),
-                )
+                parts = (answer.verdict or "cannot say", answer.reason)
+                yield score.key, _wrap_text(f"  {answer.id}", ": ".join(filter(None, parts)))
     else:
         for rubric in shard.read_table(p.folder, ImageRubric):
             yield rubric.key, _wrap_text(p.title, rubric.error or f"{len(rubric.criteria)} criteria")

@@ -253,7 +253,7 @@ def _translate_hub_errors(repository: str) -> Iterator[None]:
     except (MachineError, UserError, StoppedError):
         raise
     except HFValidationError as error:
-        raise UserError(f"{repository!r} is no repository of the Hub, which is USER/NAME: {error}") from error
+        raise UserError(f"{repository!r} is not a repository of the Hub, which is USER/NAME: {error}") from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         is_refused = isinstance(error, RepositoryNotFoundError) or status in (401, 403)

@@ -43,7 +43,7 @@ def print_query(connection: database.Connection, sql: str, format: str, out: IO[
     """Runs a reading statement and prints its rows: as a text table, csv, json (a list of objects) or parquet.
 
     Raises:
-        QueryError: it is no reading statement, or it fails.
+        QueryError: it is not a reading statement, or it fails.
     """
     if format == "parquet":
         print_parquet(database.read_arrow(connection, sql), out)

@@ -31,7 +31,7 @@ def describe_excluded(path: Path) -> str:
 
 
 def read_excluded(paths: Iterable[Path], *, num_procs: int) -> Iterator[tuple[str, str | None]]:
-    """The SHA-256 and the perceptual hash of each picture; files that are no images have only the first."""
+    """The SHA-256 and the perceptual hash of each picture; files that are not images have only the first."""
     with ProbePool(num_procs=num_procs, probe="pipeline.decoding.images:probe_and_measure") as pool:
         for path in paths:
             if path.is_dir():

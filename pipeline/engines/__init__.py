@@ -42,7 +42,7 @@ class Reply:
     text: str = ""
     finish_reason: str | None = None  # "stop", "length", "repetition"; None when nothing was generated
     error: str | None = None  # why there is no answer
-    fault: str = ""  # why the text is no usable answer, to any prompt; "": it may be one
+    fault: str = ""  # why the text is not a usable answer, to any prompt; "": it may be one
     problem: str = ""  # what `accept` returned for the last attempt; "" when it was accepted
     attempt: int = 0  # from 1; 0 when nothing was generated
     sampling: Sampling = field(default_factory=Sampling)  # of that attempt

@@ -85,13 +85,13 @@ def _read_hub_config(config: Model, where: str) -> dict[str, Any]:
     from huggingface_hub.errors import HFValidationError
 
     if not HUB_NAME.fullmatch(config.model):
-        raise ConfigError(where, "is no directory, and no name on the Hugging Face Hub")
+        raise ConfigError(where, "is neither a directory nor a name on the Hugging Face Hub")
     try:
         file = hf_hub_download(config.model, "config.json", revision=config.revision, etag_timeout=TIMEOUT)
     except (OSError, HFValidationError) as error:  # the Hub's errors are OSErrors
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = "is the name right, and is HF_TOKEN set if access is restricted?"
-        raise ConfigError(where, f"is no directory, and the Hub does not give it: {first_line} ({advice})") from error
+        raise ConfigError(where, f"neither a directory nor on the Hub: {first_line} ({advice})") from error
     return _read_config(Path(file), where)
 
 
@@ -111,7 +111,7 @@ def inspect_server(urls: Sequence[str], *, model: str, key: str, key_env: str) -
 def _inspect_url(url: str, *, model: str, key: str, key_env: str) -> int | None:
     """The context of the model at one server, if it names it."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError("base_url", f"{url} is no http or https URL")
+        raise ConfigError("base_url", f"{url} is not an http or https URL")
     redactor = Redactor(key)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

@@ -1,6 +1,6 @@
 """Model output as text and numbers: the form that everything a server or a model returns takes before it is a reply.
 
-What cannot be text is an error, which no further attempt would change; text that is no usable answer has a fault,
+What cannot be text is an error, which no further attempt would change; text that is not a usable answer has a fault,
 which another attempt may not have. It knows neither servers nor what makes an answer good.
 """
 
@@ -66,7 +66,7 @@ def parse_completion(body: bytes) -> Output:
     """Parses the response of a server that speaks OpenAI's protocol.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, RecursionError: the response is no completion.
+        ValueError, LookupError, TypeError, AttributeError, RecursionError: the response is not a completion.
     """
     completion = json.loads(body)
     choice = completion["choices"][0]
@@ -105,7 +105,7 @@ def read_output(
     except NotTextError as not_text:
         error = error or str(not_text)
     except RecursionError:
-        error = error or "the answer is no text: its content is nested too deeply"
+        error = error or "the answer is not text: its content is nested too deeply"
     if len(text) > MAX_CHARACTERS:
         error = error or f"the answer has {len(text)} characters; at most {MAX_CHARACTERS} can be stored"
         text = text[:MAX_CHARACTERS]
@@ -149,7 +149,7 @@ def _read_content(content: Any) -> str:
         return _read_part(content)
     if isinstance(content, list):
         return "".join(_read_part(part) for part in content)
-    raise NotTextError(f"the answer is no text: its content is of type {type(content).__name__}")
+    raise NotTextError(f"the answer is not text: its content is of type {type(content).__name__}")
 
 
 def _read_part(part: Any) -> str:
@@ -162,11 +162,11 @@ def _read_part(part: Any) -> str:
             return str(part["text"])
         if part.get("type") == "refusal":
             raise NotTextError(f"the model refused: {part.get('refusal')}")
-    raise NotTextError("the answer is no text: a part of its content is something else")
+    raise NotTextError("the answer is not text: a part of its content is something else")
 
 
 def _read_reason(reason: Any, *, has_text: bool) -> tuple[str | None, str | None, str]:
-    """The reason to stop as "stop", "length", "repetition" or what it is; an error or a fault if it is no end."""
+    """The reason to stop as "stop", "length", "repetition" or what it is; an error or a fault if it is not an end."""
     if reason is None:
         return ("stop" if has_text else None), None, ""
     if not isinstance(reason, str):

@@ -206,7 +206,7 @@ class RequestScheduler(Generic[P]):
         return reply
 
     async def _ask_once(self, prompt: P, request: Request, attempt: int) -> Reply:
-        """Makes one attempt; if the engine stopped a text that is no loop for the request, again to its end."""
+        """Makes one attempt; if the engine stopped a text that is not a loop for the request, again to its end."""
         sampling, seed = request.ladder[attempt - 1], request.seed + attempt - 1
         reply = await self._ask(prompt, request, sampling, seed)
         if request.find_loop is find_no_loop or is_wanted_stop(request, reply):

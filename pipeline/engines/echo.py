@@ -63,7 +63,7 @@ class Config:
         }
 
 
-def open(config: Config) -> Echo:  # noqa: A001
+def open(config: Config) -> Echo:
     return Echo(config)
 
 

@@ -99,7 +99,7 @@ def inspect(config: Config) -> Inspection:
     return inspect_server(urls, model=config.model_name, key=_read_key(config), key_env=config.api_key_env)
 
 
-def open(config: Config) -> OpenAI:  # noqa: A001
+def open(config: Config) -> OpenAI:
     """Sends nothing yet: a server may still be starting.
 
     Raises:
@@ -293,7 +293,7 @@ class _Client:
                     self._start_health_check(server)
             if up := [server for server in self._servers if not server.is_down]:
                 return min(up, key=lambda server: (server.num_in_flight, server.num_sent))
-            missing = f"{self._config.base_url} does not exist or does not read; `recap serve` writes it"
+            missing = f"{self._config.base_url} does not exist or cannot be read; `recap serve` writes it"
             self._health.record_failure(self._health.last_error if self._servers else missing)
             await asyncio.sleep(self._choose_delay(3))
 

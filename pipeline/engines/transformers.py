@@ -50,7 +50,7 @@ def inspect(config: Config) -> Inspection:
     return inspect_model(config)
 
 
-def open(config: Config) -> Transformers:  # noqa: A001
+def open(config: Config) -> Transformers:
     """Loads the model.
 
     Raises:

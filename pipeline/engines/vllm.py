@@ -54,7 +54,7 @@ class Config(Loops, Serving, Model):
     num_restarts: int = key(2, "restarts of a vLLM that died, at most", stamp=False, least=0)
 
 
-def open(config: Config) -> Vllm:  # noqa: A001
+def open(config: Config) -> Vllm:
     """Loads the model, which takes minutes for a large one.
 
     Raises:

@@ -10,14 +10,8 @@ from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
 from pipeline.sections import Run
 
-ALL = (
-    "ingest",
-    "curate",
-    "caption",
-    "score",
-    "filter",
-    "export",
-)  # stages of `recap run all`, which also makes their inputs
+# the stages of `recap run all`, which also makes their inputs
+ALL = ("ingest", "curate", "caption", "score", "filter", "export")
 
 
 def list_passes(run: Run) -> list[Pass]:

@@ -10,7 +10,7 @@ A pass carries the stage's two functions: `inputs` reads a shard's tables and yi
 `work` turns inputs into rows, one each, in order. Neither knows about output paths, resumption or other shards.
 
 A pass whose rows depend on other shards names their tables in `reads_all`. Its `prepare` reads them once for the whole
-run and fills a folder, from which each shard takes its part (`Shard.find_shared`).
+run and fills a folder, from which each shard takes its part (`Shard.ensure_shared`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Shard:
     pieces: Sequence[Piece]  # of the corpus, as planned
     limit: int | None = None  # inputs that are read from the corpus, for a preview
     retry_of: tuple[str, ...] = ()  # digest of the table whose failed rows are retried, with different seeds
-    find_shared: Callable[[], Path] | None = None  # the folder that the pass's `prepare` filled
+    ensure_shared: Callable[[], Path] | None = None  # the folder that the pass's `prepare` filled
     _open: dict[Path, int] = field(default_factory=dict)  # of tars, file -> handle
 
     def read_table(self, folder: str, record: type[R]) -> Iterator[R]:

@@ -1,6 +1,6 @@
 """A sample of a run: random images of its plan, made in a temporary directory by the machinery of the run itself.
 
-It chooses the images and takes the times. What they are for, its users know.
+It chooses the images and takes the times. Its users know what they are for.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _make_pass(p: Pass, state: RunState, engines: EnginePool, maker: ShardMaker)
         engines[name]
     loaded = time.monotonic()
     stats = []
-    meter = _RowTimer(p.title)
+    meter = _RowTimer(p.title)  # of the last shard, whose rows are the most even
     for shard in state.selected:
         meter = _RowTimer(p.title)
         stats.append(maker.make(p, shard, engines, meter).stat)

@@ -9,7 +9,7 @@ from functools import partial
 from pipeline.execution.attempt import Attempt
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import AllShards, Pass, Shard
-from pipeline.execution.shared_work import find_shared
+from pipeline.execution.shared_work import ensure_shared
 from pipeline.execution.states import ShardStates
 from pipeline.execution.tally import SharedStopwatch
 from pipeline.progress import ProgressMeter
@@ -73,7 +73,7 @@ class ShardMaker:
                 number=number,
                 pieces=self.states.plan.pieces(number),
                 limit=self.limit,
-                find_shared=partial(find_shared, p, shards, provenance),
+                ensure_shared=partial(ensure_shared, p, shards, provenance),
             ),
             provenance=provenance,
             records=self._records,

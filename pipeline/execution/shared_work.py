@@ -1,7 +1,7 @@
 """Work that all shards of a pass share: done once for the whole run, and reused by every shard and process.
 
 It is kept in a folder of .work/ whose name has the fingerprint of what it was made from. A folder in place is complete.
-What it contains, only the pass knows.
+Only the pass knows what it contains.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.storage.lock import hold_lock, keep_fresh
 POLL = 1.0  # seconds between checks whether another process has finished
 
 
-def find_shared(p: Pass, shards: AllShards, provenance: tables.Provenance) -> Path:
-    """The folder that `p.prepare` filled from the tables of all shards; it is filled now if there is none.
+def ensure_shared(p: Pass, shards: AllShards, provenance: tables.Provenance) -> Path:
+    """Returns the folder that `p.prepare` fills from the tables of all shards, filling it if there is none.
 
     Of several processes one fills it, and the others wait.
 
@@ -31,12 +31,13 @@ def find_shared(p: Pass, shards: AllShards, provenance: tables.Provenance) -> Pa
 
     Raises:
         StoppedError: a signal came.
-        BrokenTableError, OSError: a table does not read.
+        BrokenTableError, OSError: a table cannot be read.
     """
     inputs = {whole_input(folder): provenance.inputs[whole_input(folder)] for folder in p.reads_all}
     name = f"shared-{replace(provenance, inputs=inputs).fingerprint[:16]}"
     work = shards.run.folder / ".work" / p.folder
-    folder, lock, waits = work / name, work / f"{name}.lock", False
+    folder, lock = work / name, work / f"{name}.lock"
+    waits = False
     work.mkdir(parents=True, exist_ok=True)
     while not folder.is_dir():
         with ExitStack() as stack:

@@ -32,7 +32,9 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
         if first < math.inf:
             if not insists and time.monotonic() - first > ECHO:
                 insists = True
-                threading.Thread(target=_end_after_grace, name="end", daemon=True).start()
+                timer = threading.Timer(GRACE, _end_process)
+                timer.daemon = True
+                timer.start()
                 raise KeyboardInterrupt
             return
         first = time.monotonic()
@@ -50,11 +52,6 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
         if insists:
             _end_process()
-
-
-def _end_after_grace() -> None:
-    time.sleep(GRACE)
-    _end_process()
 
 
 def _end_process() -> None:

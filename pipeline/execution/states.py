@@ -67,7 +67,7 @@ class ShardStates:
         self._whole: dict[str, WholeTable] = {}
         self._footers: dict[tuple[str, int], tables.TableFooter | None] = {}
         self._states: dict[tuple[str, int], State] = {}
-        self._damage: dict[tuple[str, int], str] = {}  # of files that do not read and count as missing
+        self._damage: dict[tuple[str, int], str] = {}  # of files that cannot be read and count as missing
 
     def state(self, p: Pass, shard: int) -> State:
         state = self.local_state(p, shard)

@@ -92,8 +92,8 @@ class ShardTally:
     def _count_failures(self) -> tuple[int, int]:
         """The failed rows, and all rows, that count towards the share.
 
-        Images that their sample does not take do not: a mask or thumbnail beside each photograph is no sign of a wrong
-        setting. Only those beyond MAX_BESIDE for each other row count, since then keys that end at the wrong dot make
+        Images that their sample does not take do not: a mask or thumbnail beside each photograph does not mean a
+        wrong setting. Only those beyond MAX_BESIDE for each other row count, since then keys that end at the wrong dot make
         one sample of a whole corpus.
         """
         num_others = self.num_rows - self.num_not_taken
@@ -134,7 +134,7 @@ class ShardTally:
         )
 
     def _list_extensions(self) -> str:
-        """The extensions of the files that failed, commonest first; "" for rows that are no files."""
+        """The extensions of the files that failed, commonest first; "" for rows that are not files."""
         counts = ", ".join(f"{num} {end}" for end, num in self.extensions.most_common(MAX_EXTENSIONS))
         return f"; among them {counts} (a folder's source.exclude leaves files out)" if counts else ""
 

@@ -1,6 +1,6 @@
 """Verification of a whole run: its files against their checksums, and its tables against the plan and each other.
 
-It only reads. What is missing or stale is no damage: `recap status` shows it, and `recap run` makes it.
+It only reads. What is missing or stale is not damage: `recap status` shows it, and `recap run` makes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline import machine, plugins
 from pipeline.errors import BrokenTableError, MachineError, OutOfMemoryError
 from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
-from pipeline.execution.shared_work import find_shared
+from pipeline.execution.shared_work import ensure_shared
 from pipeline.progress import ProgressMeter
 from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
@@ -213,7 +213,7 @@ class Verification:
         shard = Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number))
         if p and p.prepare:
             shards = AllShards(run=self.run, num_shards=self.state.plan.num_shards, stop=Event())
-            shard.find_shared = partial(find_shared, p, shards, self.state.states.provenance(p, number))
+            shard.ensure_shared = partial(ensure_shared, p, shards, self.state.states.provenance(p, number))
         return shard
 
 
@@ -246,7 +246,7 @@ def _compare_form(
             )
         except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
             machine.rule_out(error, partial(_compute_digests, read_images))
-            found, reason = {}, f"does not read: {error}"
+            found, reason = {}, f"cannot be read: {error}"
         missing -= found.keys()
         with_images = with_images or (name if found else "")
         is_complete = is_complete and not reason

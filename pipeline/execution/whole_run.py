@@ -6,7 +6,7 @@ Such a stage is a module of stages/ with
 - `make(run: Run, engines: Mapping[str, Engine], *, stale: Stale, stop: Event) -> Path`: makes the product, or finds it
   done, and returns its path. It ends early with StoppedError when `stop` is set, and a later call resumes.
 
-What the product is, only the stage knows.
+Only the stage knows what the product is.
 """
 
 from __future__ import annotations

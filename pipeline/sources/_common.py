@@ -35,7 +35,7 @@ CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # bytes that no text has
 MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, since it is held in memory
 MAX_TEXT_BYTES = 1 << 24  # of one text or JSON file
 MAX_LEVELS = 64  # of nested JSON: deeper than real metadata, and within what other readers accept
-MAX_HEX_BYTES = 64  # binary values up to this (hashes, ids) are kept as hex; longer ones are no metadata
+MAX_HEX_BYTES = 64  # binary values up to this (hashes, ids) are kept as hex; longer ones are not metadata
 ALT_TEXT_HELP = "the column or key that holds the alt text; empty: caption, text, TEXT or txt, the first there is"
 
 
@@ -146,7 +146,7 @@ def format_json(fields: Mapping[str, Any]) -> str:
     """Strict JSON, safe in Arrow and in DuckDB: NaN and infinity are null, dates ISO 8601, short binary values hex."""
     try:
         return replace_surrogates(json.dumps(fields, ensure_ascii=False, allow_nan=False, default=_convert_value))
-    except (ValueError, TypeError):  # a number that JSON lacks, or a key that is no string
+    except (ValueError, TypeError):  # a number that JSON lacks, or a key that is not a string
         return replace_surrogates(json.dumps(_make_strict(fields), ensure_ascii=False, default=_convert_value))
 
 

@@ -84,7 +84,7 @@ def _find_base(paths: str | tuple[str, ...]) -> str:
 def check_directory(path: str) -> None:
     """
     Raises:
-        ConfigError: the path or URL does not exist, or is no directory.
+        ConfigError: the path or URL does not exist, or is not a directory.
     """
     if is_url(path):
         if not stores.list_folder(path):

@@ -39,7 +39,7 @@ class Survey:
 def survey_directory(path: str) -> Survey:
     """The top level of a directory and, when that has no tar and at most one table (an index?), some of what is below.
 
-    Every kind is empty when the path is no directory.
+    Every kind is empty when the path is not a directory.
     """
     if not is_directory(path):
         return _sort_names(())

@@ -42,7 +42,7 @@ class TarSample:
 
     key: str  # the path up to the first or last dot of the file name
     members: dict[str, _tar_format.Member] = field(default_factory=dict)  # by what comes after that dot, in lower case
-    error: str | None = None  # this is no sample, but a range of the tar or an image that cannot be used
+    error: str | None = None  # this is not a sample, but a range of the tar or an image that cannot be used
 
     def mark_ambiguous(self) -> TarSample:
         """The sample without usable members, since the one before it has a member of the same name."""

@@ -167,7 +167,7 @@ def find_scene(source_key: str) -> Scene:
     """
     world, seed, index = source_key.split("/")[:3]
     if world != "scenes":
-        raise ValueError(f"{source_key!r} is no picture of the scenes world")
+        raise ValueError(f"{source_key!r} is not a picture of the scenes world")
     return draw_scene(int(seed), int(index))
 
 

@@ -34,7 +34,7 @@ def compact_folder(run: Path, folder: str) -> tuple[int, int]:
     """Writes the copies of a folder's tables that are missing or outdated; returns how many, and of how many tables.
 
     Raises:
-        BrokenTableError: a table does not read.
+        BrokenTableError: a table cannot be read.
     """
     num_copies = num_tables = 0
     tables = _list_members(run / folder)
@@ -103,7 +103,7 @@ def _read_raw(path: Path) -> Iterator[pa.RecordBatch]:
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise BrokenTableError(path, f"does not read ({error})") from error
+        raise BrokenTableError(path, f"cannot be read ({error})") from error
 
 
 def _add_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -77,7 +77,7 @@ class Connection:
         """Defines these views, if they are not defined yet.
 
         Raises:
-            MachineError: a file of one of them does not read.
+            MachineError: a file of one of them cannot be read.
         """
         import duckdb
 
@@ -90,7 +90,7 @@ class Connection:
                 why = _format_error(error).partition("\n")[0]  # the rest shows our statement, not the user's
                 if "No files found" not in why:
                     remedy = "`recap run` makes a broken table again, and a file of stats/ may be removed"
-                    raise MachineError(f"a file of {name} does not read: {why}; {remedy}") from error
+                    raise MachineError(f"a file of {name} cannot be read: {why}; {remedy}") from error
             del self._undefined[name]
 
     def _define(self, name: str, statement: str) -> None:
@@ -134,7 +134,7 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     import duckdb
 
     duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
-    # DuckDB reads *, [ and \ in any part of a path as a pattern. Through a handle the run's own path is no part of it.
+    # DuckDB reads *, [ and \ in any part of a path as a pattern. Through a handle the run's own path is not part of it.
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     root = f"/proc/self/fd/{handle}"
     allowed = ", ".join(quote_literal(f"{path}/") for path in (root, folder.absolute()))
@@ -186,7 +186,7 @@ def run_query(connection: Connection, sql: str) -> duckdb.DuckDBPyConnection:
 
     Raises:
         QueryError: it could do more than read, or it fails.
-        MachineError: a file that it reads does not read, or there is too little memory.
+        MachineError: a file that it reads cannot be read, or there is too little memory.
     """
     with _translate_errors():
         return connection.duck.execute(_check_statement(connection, sql))
@@ -322,7 +322,7 @@ def open_condition(condition: str) -> Iterator[Callable[[pa.Table], npt.NDArray[
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Raises DuckDB's errors as a QueryError, or a MachineError where a file does not read or memory is short."""
+    """Raises DuckDB's errors as a QueryError, or a MachineError where a file cannot be read or memory is short."""
     import duckdb
 
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-UNKNOWN = "is no function known to give the same value for the same row at all times"
+UNKNOWN = "is not a function known to give the same value for the same row at all times"
 AGGREGATES_OF_LISTS = ("list_aggregate", "list_aggr", "array_aggregate", "array_aggr", "aggregate")
 CLASSES = {  # of nodes in DuckDB's parse tree
     *(

@@ -40,7 +40,7 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
         return _compare_table(path, record)
     except (pa.ArrowException, ValueError, OSError) as error:  # of metadata that no reader of rows looks at
         machine.rule_out(error, lambda: _compare_table(path, record))
-        raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
+        raise BrokenTableError(path, f"cannot be read as a table of {record.table} rows ({error})") from error
 
 
 def _compare_table(path: Path, record: type[Record]) -> tables.TableFooter:

@@ -1,4 +1,4 @@
-"""A lock file that holds between processes and hosts. What it protects, its user knows."""
+"""A lock file that holds between processes and hosts. Its user knows what it protects."""
 
 from __future__ import annotations
 

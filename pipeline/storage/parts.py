@@ -11,8 +11,9 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from heapq import merge
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ class Parts:
             except BrokenTableError:
                 path.unlink(missing_ok=True)  # a part is only a cache: its rows are made again
                 continue
-            yield from self.carry(lambda path=path: _drop_errors(tables.read_rows(path, self._record)))  # type: ignore[misc]
+            yield from self.carry(partial(self._read_good_rows, path))
+
+    def _read_good_rows(self, path: Path) -> Iterator[Record]:
+        return (row for row in tables.read_rows(path, self._record) if status_of(row) != "error")
 
     def carry(self, rows: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         """Takes over rows, sorted by id, and yields them. `rows` is called again when the table is merged."""
@@ -112,12 +116,8 @@ def write_failure(folder: Path, message: str) -> None:
 
 
 def read_failure(folder: Path) -> str | None:
-    """The error of the shard's last attempt; None if it did not fail, or if the file does not read."""
+    """The error of the shard's last attempt; None if it did not fail, or if the file cannot be read."""
     try:
         return str(json.loads((folder / "failed.json").read_bytes())["message"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-def _drop_errors(rows: Iterable[Record]) -> Iterator[Record]:
-    return (row for row in rows if status_of(row) != "error")

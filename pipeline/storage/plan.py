@@ -3,7 +3,7 @@
 Everything else trusts the plan, so it is verified when it is read: pages by their checksums, and the Parquet footer,
 which locates the pages, by a checksum of its own. Plans of earlier versions lack the latter and remain readable.
 
-Also the notation of sets of shards, as --shard takes it. What a sample is, only sources know.
+Also the notation of sets of shards, as --shard takes it. Only sources know what a sample is.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def read_rows(path: Path, record: type[R]) -> Iterator[R]:
     """The rows of a table file in order, one row group in memory at a time.
 
     Raises:
-        BrokenTableError: the file does not read as a table of `record`, or has changed since it was written.
+        BrokenTableError: the file cannot be read as a table of `record`, or has changed since it was written.
     """
     for batch in read_batches(path, record):
         yield from from_arrow(record, batch)
@@ -198,7 +198,7 @@ def read_batches(path: Path, record: type[Record], *, columns: Sequence[str] | N
             yield batch
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         machine.rule_out(error, lambda: deque(_iterate_batches(path, record, names), maxlen=0))
-        raise BrokenTableError(path, f"does not read as a {record.table} table ({error})") from error
+        raise BrokenTableError(path, f"cannot be read as a table of {record.table} rows ({error})") from error
     if footer is not None and num_rows != footer.num_rows:
         raise BrokenTableError(path, f"has {num_rows} rows; it was written with {footer.num_rows}")
 

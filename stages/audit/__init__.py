@@ -43,7 +43,7 @@ def run_command(
     """The lines of `recap audit`: labels are added first, then captions are drawn or estimates made.
 
     Raises:
-        UserError: a file does not read, there is nothing to draw from or to estimate from, or an option is wrong.
+        UserError: a file cannot be read, there is nothing to draw from or to estimate from, or an option is wrong.
     """
     if precision is not None:
         _check_score(run, score)  # before anything is labelled for it
@@ -215,7 +215,7 @@ def _check_score(run: Run, score: str | None) -> None:
         raise UserError("--precision needs --score: the name of the score whose threshold is wanted")
     if score not in run.sections["score"]:
         known = ", ".join(sorted(run.sections["score"])) or "(there are none)"
-        raise UserError(f"--score: {score!r} is no score of {run.file}; it has {known}")
+        raise UserError(f"--score: {score!r} is not a score of {run.file}; it has {known}")
 
 
 def _collect_scores(run: Run, score: str, *, seed: int) -> tuple[list[float], list[tuple[float, bool]]]:

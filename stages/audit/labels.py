@@ -34,12 +34,12 @@ def import_labels(run: Run, file: Path) -> int:
         The number of labels in the file.
 
     Raises:
-        UserError: the file does not read, or a label does not name a caption of this run.
+        UserError: the file cannot be read, or a label does not name a caption of this run.
     """
     try:
         rows = list(_read_file(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: does not read as labels (JSON, JSONL or Parquet): {error}") from error
+        raise UserError(f"{file}: cannot be read as labels (JSON, JSONL or Parquet): {error}") from error
     texts = _read_texts(run, {str(row.get("key")) for row in rows})
     labels = [_parse_label(row, texts, where=f"{file}, label {number}") for number, row in enumerate(rows, 1)]
     labels = list({label.id: label for label in labels}.values())  # the last of a labeller counts
@@ -141,7 +141,7 @@ def _read_file(file: Path) -> Iterator[Mapping[str, Any]]:
         content = [json.loads(line) for line in text.splitlines() if line.strip()]
     rows = content.get("labels", [content]) if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it is no list of labels")
+        raise ValueError("it is not a list of labels")
     yield from rows
 
 

@@ -135,8 +135,8 @@ def read_texts(
         has_threshold: whether `write_threshold` was the pass's `prepare`.
     """
     threshold = None
-    if has_threshold and shard.find_shared:
-        threshold = json.loads((shard.find_shared() / THRESHOLD_FILE).read_text())
+    if has_threshold and shard.ensure_shared:
+        threshold = json.loads((shard.ensure_shared() / THRESHOLD_FILE).read_text())
     for key, rows in groupby(shard.query(query), key=itemgetter(0)):
         yield key, [_read_text(row, scores, threshold) for row in rows]
 

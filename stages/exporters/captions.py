@@ -25,7 +25,7 @@ class Captions:
     def __init__(self, run: Path, file: UnfinishedFile) -> None:
         self._run, self._rows = run, ParquetRows(file, partial(build_row_schema, added={"url": str}))
 
-    def add(self, sample: ExportSample, suffix: str) -> None:  # noqa: ARG002
+    def add(self, sample: ExportSample, suffix: str) -> None:
         self._rows.add({**sample.values, "url": find_url(sample)}, sample.columns)
 
     def commit(self) -> Mapping[str, int]:

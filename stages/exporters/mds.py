@@ -75,7 +75,7 @@ class StreamingShard:
         self._writer: Any = None
         self._encodings: dict[str, str] = {}
 
-    def add(self, sample: ExportSample, suffix: str) -> None:  # noqa: ARG002
+    def add(self, sample: ExportSample, suffix: str) -> None:
         if self._writer is None:
             from streaming import MDSWriter
 

@@ -39,7 +39,7 @@ def build_row(sample: ExportSample, question: str, path: str) -> dict[str, Any]:
     }
 
 
-def write_index(folder: Path, files: Sequence[FormFile]) -> None:  # noqa: ARG001
+def write_index(folder: Path, files: Sequence[FormFile]) -> None:
     put_text(folder / "dataset_info.json", json.dumps({"recap": DATASET}, indent=2) + "\n")
 
 

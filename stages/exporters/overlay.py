@@ -55,7 +55,7 @@ class Overlay:
         self._captions = _energon.IndexedTar(self._root / "captions" / f"{shard:05d}.tar", work=work)
         self._members: dict[tuple[str, str], dict[str, Any]] = {}  # tar and its name -> member -> webshart's entry
 
-    def add(self, sample: ExportSample, suffix: str) -> None:  # noqa: ARG002
+    def add(self, sample: ExportSample, suffix: str) -> None:
         assert sample.origin
         image, member = sample.origin.image, find_member(sample.origin)
         file = sample.origin.file if Path(image.file or "").is_absolute() else image.file

@@ -405,7 +405,7 @@ def format_verdict(reason: str, true: bool | None) -> str:
     return json.dumps({"reason": reason, "verdict": CANNOT_SAY if true is None else "yes" if true else "no"})
 
 
-def open(config: Config) -> TeacherEngine:  # noqa: A001
+def open(config: Config) -> TeacherEngine:
     return TeacherEngine(config)
 
 

@@ -138,7 +138,7 @@ def draw(*parts: str | int) -> float:
 
 
 def choose_text(texts: Sequence[T], config: TextConfig, *, seed: int, key: str) -> T | None:
-    """The text of an image; None if it has none, and is no sample.
+    """The text of an image; None if it has none, and is not a sample.
 
     An alt text among the top share comes before captions (Nguyen et al. 2023, arXiv 2307.10350). Otherwise an image
     needs a kept caption, and the weights of passes of which it has none are shared among the others.
@@ -231,7 +231,7 @@ def load_counter(name: str) -> Count:
     except Exception as error:  # it raises no narrower type
         why = str(error).partition("\n")[0]
         raise OSError(
-            f"{name!r} is no folder with a tokenizer.json, and no model of the Hub with one: {why}"
+            f"{name!r} is not a folder with a tokenizer.json, and no model of the Hub with one: {why}"
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

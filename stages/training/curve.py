@@ -12,7 +12,7 @@ from pipeline.sections import Run, stamped
 from pipeline.storage import tables
 from stages.training.settings import TrainConfig
 
-# Speed, and how answers were sampled, are no part of what was learnt.
+# Speed, and how answers were sampled, are not part of what was learnt.
 DROPPED = re.compile(r"clip_ratio|completions/m|num_tokens|step_time|total_flos|runtime|_per_second")
 CARD = "README.md"  # in the model's folder
 

@@ -131,7 +131,7 @@ def test_a_wrong_label_is_named_with_its_file_and_place(
 def test_a_threshold_needs_a_score_of_the_run(run: Path) -> None:
     result = recap("audit", "--run", run, "--precision", 0.9, "--score", "beauty", check=False)
     assert result.returncode == 2
-    assert "'beauty' is no score" in result.stderr
+    assert "'beauty' is not a score" in result.stderr
 
 
 def test_a_threshold_needs_values_of_the_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ NOT_RUN = {  # the beginning of a command -> why no test of this file runs it
     ("run", "train"): "trains a model; tests/training runs it",
     ("audit", "--labels"): "reads what people saved; tests/audit runs it",
     ("serve",): "starts vLLM; tests/commands/test_serve.py runs it",
+    ("push",): "uploads; tests/commands/test_push.py runs it",
     ("slurm", "submit"): "needs Slurm; tests/slurm runs it",
     ("slurm", "script"): "needs [slurm] on a cluster; tests/slurm compares the script with the page",
 }
@@ -41,6 +42,11 @@ def test_command_and_options_exist(words: list[str]) -> None:
     command, arguments = find_command(words)
     known = {option for param in command.params for option in (*param.opts, "--help")}
     assert {word for word in arguments if word.startswith("--")} <= known
+
+
+def test_every_command_is_in_a_shell_block() -> None:
+    texts = [block for block in list_blocks("text") if re.search(r"^recap ", block.text, re.MULTILINE)]
+    assert [block.id for block in texts] == []
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -66,6 +72,8 @@ def test_command_runs(words: list[str], home: Path, monkeypatch: pytest.MonkeyPa
         shutil.rmtree(home / "runs" / "photos")
     if "runs/mine" in words:
         (home / "runs" / "photos").rename(home / "runs" / "mine")
+    for other in {"runs/old", "runs/new"} & set(words):
+        shutil.copytree(home / "runs" / "photos", home / other)
     if words[0] not in ("init", "demo", "query", "schema", "sql") and "--run" not in words:
         monkeypatch.chdir(home / "runs" / "photos")
     arguments = [word.replace("~", str(home)) for word in words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -68,6 +69,29 @@ def begin(project: Path, zips: Path) -> Path:
 
 def query(run: Path, sql: str) -> list[list[Any]]:
     return [list(row.values()) for row in json.loads(recap("sql", sql, "--run", run, "--format", "json").stdout)]
+
+
+def test_the_source_gives_a_row_for_what_cannot_be_read(project: Path, tmp_path: Path) -> None:
+    zips = plugins.load("pipeline.sources", "my_recap.zips")
+    with zipfile.ZipFile(tmp_path / "0.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", picture(0))
+        archive.writestr("b.jpg", picture(1))
+    packed = (tmp_path / "0.zip").read_bytes()
+    (tmp_path / "0.zip").write_bytes(packed[:60] + bytes(20) + packed[80:])  # within the data of the first member
+    (tmp_path / "1.zip").write_bytes(b"not an archive")
+    source = zips.Config(path=str(tmp_path))
+    rows = [list(zips.read(piece, source)) for piece in zips.pieces(source)]
+    assert [[row.data is None for row in piece] for piece in rows] == [[True, False], [True]]
+    assert all(bool(row.error) == (row.data is None) for piece in rows for row in piece)
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_examples_pass_lint_where_built_in_ones_are(name: str) -> None:
+    (block,) = [block for block in list_blocks("python", pages=PAGE) if Path(block.file or "").stem == name]
+    place = ROOT / REGISTRIES[name].replace(".", "/") / f"{name}.py"
+    command = [sys.executable, "-m", "ruff", "check", "--quiet", "--stdin-filename", str(place), "-"]
+    result = subprocess.run(command, input=block.text, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_a_cut_endpoint_file_counts_as_missing_and_is_named(tmp_path: Path, text
     file.write_text(text)
     with opened(base_url=str(file), give_up_after=0.5) as engine, pytest.raises(EngineDiedError) as raised:
         list(engine.generate([request(0)]))
-    assert f"{file} does not exist or does not read; `recap serve` writes it" in str(raised.value)
+    assert f"{file} does not exist or cannot be read; `recap serve` writes it" in str(raised.value)
 
 
 def test_images_of_the_right_size_are_sent_unchanged_and_others_reduced_losslessly() -> None:

@@ -15,7 +15,7 @@ from pipeline import config
 from pipeline.commands import init
 from pipeline.execution.passes import AllShards
 from pipeline.execution.run_state import RunState
-from pipeline.execution.shared_work import find_shared
+from pipeline.execution.shared_work import ensure_shared
 from pipeline.execution.state_index import StateIndex
 from pipeline.storage import tables
 from tests.support.runs import begin, corpus, make, sections
@@ -73,7 +73,7 @@ def copy(shard):
 
 
 def rank(shard):
-    widths = [int(line) for line in (shard.find_shared() / "widths").read_text().splitlines()]
+    widths = [int(line) for line in (shard.ensure_shared() / "widths").read_text().splitlines()]
     for image in shard.read_table("image", Image):
         yield Rank(key=image.key, rank=sum(width < image.width for width in widths))
 '''
@@ -152,7 +152,7 @@ def test_of_several_at_once_one_does_the_shared_work(run: Path) -> None:
     shards = AllShards(run=state.run, num_shards=3, stop=Event())
     provenance: tables.Provenance = state.states.provenance(p, 0)
     with ThreadPoolExecutor(4) as threads:
-        folders = {*threads.map(lambda _: find_shared(p, shards, provenance), range(4))}
+        folders = {*threads.map(lambda _: ensure_shared(p, shards, provenance), range(4))}
     assert len(folders) == 1
     assert prepared(run) == [6]
     assert {path.name for path in (run / ".work" / "rank").iterdir()} - {leftover.name} == {folders.pop().name}

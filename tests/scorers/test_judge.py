@@ -73,7 +73,7 @@ INVALID = {
     "a missing criterion": (lambda r: json.dumps({"counts": {"reason": "", "verdict": "wrong"}}), "is missing"),
     "a criterion twice": (lambda r: f'{{"counts": 1, {format_verdicts(r)[1:]}', "'counts' occurs twice"),
     "a criterion of its own": (lambda r: f'{{"mood": 1, {format_verdicts(r)[1:]}', "'mood' is not allowed"),
-    "a reason that is no text": (
+    "a reason that is not text": (
         lambda r: format_verdicts(r).replace('"because of counts"', "3"),
         "counts.reason is not of type string",
     ),

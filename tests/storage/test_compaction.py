@@ -129,5 +129,5 @@ def test_verify_names_a_damaged_copy_and_the_command_that_mends_it(run: Path) ->
     data[60] ^= 16
     copy.write_bytes(data)
     (line,) = recap("verify", "--run", run, check=False).stdout.splitlines()
-    assert line.startswith("compact/verdict/00000-00003.parquet does not read")
+    assert line.startswith("compact/verdict/00000-00003.parquet cannot be read")
     assert line.endswith(f"rm -f {copy} && recap compact --run {run}")

@@ -111,7 +111,7 @@ def test_a_truncated_table_is_named(tmp_path: Path, cut: int) -> None:
 def test_a_table_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     tables.write_rows(path, Score, [score("1")], PROVENANCE)
-    with pytest.raises(BrokenTableError, match=r"a\.parquet does not read as a image table"):
+    with pytest.raises(BrokenTableError, match=r"a\.parquet cannot be read as a table of image rows"):
         list(tables.read_rows(path, Image))
 
 

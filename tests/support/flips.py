@@ -106,7 +106,7 @@ def _read_view(connection: database.Connection, view: str) -> str:
     try:
         return repr(sorted(map(repr, database.query_rows(connection, f"FROM {view}"))))
     except (MachineError, QueryError):
-        return "does not read"
+        return "cannot be read"
 
 
 def main() -> None:

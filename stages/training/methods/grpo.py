@@ -88,12 +88,12 @@ def check_config(config: TrainConfig) -> None:
     if len(config.captions) > 1:
         raise ValueError(f"captions are {list(config.captions)}: grpo uses the prompt of one pass")
     if config.batch_size % own.group_size:
-        raise ValueError(f"batch_size = {config.batch_size} is no multiple of group_size = {own.group_size}")
+        raise ValueError(f"batch_size = {config.batch_size} is not a multiple of group_size = {own.group_size}")
     if config.lora and config.optimizer == "masters":
         raise ValueError('lora needs optimizer = "adamw"')
 
 
-def open(run: Run, config: TrainConfig) -> Grpo:  # noqa: A001
+def open(run: Run, config: TrainConfig) -> Grpo:
     """
     Raises:
         ConfigError: a pass, the recipe or a rubric does not exist, or vLLM is not installed.

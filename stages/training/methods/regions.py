@@ -24,7 +24,7 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError('lora needs method = "sft" or "grpo"')
 
 
-def open(run: Run, _: TrainConfig) -> Regions:  # noqa: A001
+def open(run: Run, _: TrainConfig) -> Regions:
     return Regions(run)
 
 

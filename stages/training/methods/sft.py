@@ -39,7 +39,7 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError('lora needs optimizer = "adamw" and no regions')
 
 
-def open(run: Run, config: TrainConfig) -> Sft:  # noqa: A001
+def open(run: Run, config: TrainConfig) -> Sft:
     """
     Raises:
         ConfigError: a pass or the recipe does not exist.
