@@ -93,8 +93,8 @@ class ShardTally:
         """The failed rows, and all rows, that count towards the share.
 
         Images that their sample does not take do not: a mask or thumbnail beside each photograph does not mean a
-        wrong setting. Only those beyond MAX_BESIDE for each other row count, since then keys that end at the wrong dot make
-        one sample of a whole corpus.
+        wrong setting. Only those beyond MAX_BESIDE for each other row count, since then keys that end at the wrong
+        dot make one sample of a whole corpus.
         """
         num_others = self.num_rows - self.num_not_taken
         num_excess = max(0, self.num_not_taken - MAX_BESIDE * num_others)
