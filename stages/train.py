@@ -25,6 +25,7 @@ from stages.training.methods import Method
 from stages.training.model import load_model, save_model
 from stages.training.order import order_examples, read_digests, split_examples
 from stages.training.provenance import build_provenance, is_done, resolve_stale
+from stages.training.rounds import check_rounds, prepare_next_round
 from stages.training.settings import PLUGINS as PLUGINS
 from stages.training.settings import Config as Config
 from stages.training.settings import TrainConfig
@@ -92,6 +93,11 @@ def make(
     return output
 
 
+def next_run(run: Run, product: Path) -> Run | None:
+    """The run of the next round; None after the last."""
+    return prepare_next_round(run, product, reads(run))
+
+
 def open_method(run: Run) -> Method:
     """
     Raises:
@@ -104,6 +110,7 @@ def open_method(run: Run) -> Method:
             raise ConfigError(f"{run.file}: train", f"needs {package}: pip install 'recap-pipeline[train]'")
     trainer.check_devices(run.file)
     method: Method = config.options.module.open(run, config)
+    check_rounds(run, config, method.list_tables(), generates=method.generates)
     return method
 
 

@@ -22,7 +22,7 @@ VERSION = 2
 def build_provenance(run: Run, config: TrainConfig, method: Method) -> tables.Provenance:
     """All that decides the model: the settings, the prompts and rewards, the initial weights and the tables."""
     inputs = {folder: _digest_tables(run.folder / folder) for folder in method.list_tables()}
-    settings = {**stamp_config(config), **method.slice(), "weights": _digest_weights(str(config.model))}
+    settings = {**stamp_config(config), **method.slice(), "weights": digest_weights(str(config.model))}
     return tables.Provenance(stage="train", name="", version=VERSION, slice=settings, inputs=inputs)
 
 
@@ -31,7 +31,7 @@ def _digest_tables(folder: Path) -> str:
     return hashlib.sha256("".join(footer.digest for footer in footers if footer).encode()).hexdigest()
 
 
-def _digest_weights(model: str) -> str:
+def digest_weights(model: str) -> str:
     """The digest of a folder's weights. A model on the Hub is identified by its name, so its digest is empty."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):

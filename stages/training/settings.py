@@ -52,6 +52,13 @@ class Config:
     compile: bool = key(
         False, "compile the layers (masters on a CPU only): starts more slowly, then a third faster", stamp=False
     )
+    rounds: int = key(
+        1,
+        "how often the model captions, gets rubrics and is trained, each time from where it is; grpo only. Rounds after"
+        " the first have their tables and models in rounds/N",
+        stamp=False,
+        least=1,
+    )
     seed: int = key(0, "of the order of examples, of new weights and of generated answers", least=0)
     num_workers: int = key(1, "processes that prepare examples; grpo uses none", least=0, stamp=False)
 
