@@ -360,6 +360,38 @@ class Exported(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selected(Exported):
+    """A sample of a training set that is divided anew: before it has a file, with the place of its image."""
+
+    table: ClassVar[str] = "selected"
+
+    source: str
+    file: str  # as in the image's row
+    name: str  # of that file in the plan, or as `file` if the run has it
+    offset: int
+    part: int  # of the training set: its samples are in files of their own
+    split: str  # of the part
+    bucket: float  # of the part: an aspect; 0 without buckets
+    num_estimated: int  # bytes that the sample takes in a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Exported):
+    """A sample of a training set that was divided anew, and its file."""
+
+    version: ClassVar[int] = 3
+
+    split: str = added(3, "")
+    bucket: float = added(3, 0.0)  # the aspect, width by height, of the images in its file; 0 without buckets
+    number: int = added(3, 0)  # of the file, within the split
+    position: int = added(3, 0)  # in the file
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.split, self.number, self.position)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step(Record):
     """One point of a training curve."""
 

@@ -1,151 +1,47 @@
 """Export stage: the training set, with one sample for each image that has a chosen caption.
 
-The summary of the whole run (stats.json, the dataset card) is computed from the index table that this stage writes.
+Which texts are exported, and which file a sample belongs to, is decided by helpers in stages/exporters/.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
-from pathlib import Path
 from statistics import fmean
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
-from pipeline import plugins
 from pipeline.decoding.probe_pool import map_ahead
 from pipeline.decoding.upright import copy_upright
 from pipeline.engines import Engine
-from pipeline.errors import ConfigError, MachineError, UndecodableError, UnknownNameError, UserError
-from pipeline.execution.passes import Pass, Shard
-from pipeline.progress import say
-from pipeline.records import Exported, ExportedText, Image, column_names
-from pipeline.sections import Run, key, stamped
-from pipeline.storage import database, tables
+from pipeline.errors import ConfigError, MachineError, UndecodableError, UserError
+from pipeline.execution.passes import NUM_READERS, Pass, Shard, no_payload
+from pipeline.records import Exported, ExportedText, Image, Placed, Selected, column_names
+from pipeline.sections import Run, stamped
 from pipeline.storage.database import list_score_folders
-from pipeline.storage.payloads import write_sums
-from stages.exporters import ExportPayload, ExportSample, FormFile, Origin, put_text
-from stages.exporters._card import build_card
+from stages.exporters import ExportPayload, ExportSample, Origin
+from stages.exporters._division import OutputFile, divide, list_own_files, read_file
 from stages.exporters._kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
+from stages.exporters._settings import Config, list_columns, list_indexes, needs_images
 from stages.exporters._splits import draw_split
+from stages.exporters._whole import WHOLE_FILES, finish
 from stages.sql import find_scores
 from stages.text.prompts import derive_seed
 from stages.text.selection import (
     Count,
-    TextConfig,
     choose_text,
     cut_text,
-    describe_texts,
     excerpt_text,
     load_counter,
 )
 
 VERSION = 1
-WHOLE_FILES = ("export/stats.json", "export/README.md")  # of the whole run
-RESERVED = {"captions", "data", "images", "index", "webshart"}  # folders of forms
+SELECTED = "selected"  # folder of the samples of a training set that is divided anew
+FILE_KEYS = {"formats", "image_extension", "instructions", "images", "shard_bytes", "shuffle"}  # decide files alone
+BYTES_OF_ROW = 500  # of a sample's other columns, about
 GROUPS = 'SELECT key, "group" FROM curation WHERE "group" IS NOT NULL'
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormConfig:
-    """The keys of `[export]` that decide its files."""
-
-    formats: tuple[str, ...] = key(
-        ("webdataset", "parquet"),
-        "forms to write: files of stages/exporters/, or modules of your own with a dot. `recap init` names one",
-    )
-    image_extension: Literal["jpg", "original"] = key(
-        "jpg",
-        "of all images, whose bytes are the original's either way. Loaders that infer columns from the first samples "
-        "need the same extension for all",
-    )
-    upright: bool = key(
-        False,
-        "re-encode the images that an EXIF orientation turns, with their pixels upright, for readers that ignore it: "
-        "JPEG at quality 95, other formats as PNG",
-        stamp_default=False,
-    )
-    resize: Mapping[str, int] | None = key(
-        None,
-        "scale larger images down, upright: { short = 512 } pixels of the shorter side, or { long = 1024 } of the "
-        "longer; the others stay as they are",
-        stamp_default=False,
-    )
-    quality: int = key(95, "of the JPEG files that upright and resize write", least=1, most=100, stamp_default=False)
-    split: Mapping[str, float] | None = key(
-        None,
-        "NAME = share: parts of the training set, such as train and val, each in a folder of its own. Copies of a "
-        "picture are in one part: the near copies that curate grouped, or else equal files",
-        stamp_default=False,
-    )
-    images: Literal["copy", "reference"] = key(
-        "copy",
-        "copy the image files into the forms messages, llava and sidecar, or have them name the corpus's own files",
-        stamp_default=False,
-    )
-    instructions: tuple[str, ...] = key(
-        ("Describe this image in detail.",),
-        "the user's turn in the forms messages and llava; each image draws one, seeded by its key",
-        stamp_default=False,
-    )
-    license: str = key("", "of the corpus, for the dataset card, such as cc-by-4.0", stamp=False)
-    url: str = key(
-        "",
-        "where `recap run export` and `recap push` upload the finished export to, such as s3://bucket/name; also a"
-        " repository of the Hub, hf://datasets/USER/NAME",
-        stamp=False,
-        locate="path",
-    )
-
-    def __post_init__(self) -> None:
-        if not self.formats or len(set(self.formats)) < len(self.formats):
-            choices = ", ".join(plugins.list_names("stages.exporters"))
-            raise ValueError(f"formats is {list(self.formats)}; it must name at least one of {choices}, each once")
-        if len({name.rpartition(".")[2] for name in self.formats}) < len(self.formats):
-            raise ValueError(f"formats is {list(self.formats)}; two of them would write to one folder of export/")
-        resize = self.resize or {"long": 1}
-        if not (len(resize) == 1 and resize.keys() <= {"short", "long"} and min(resize.values()) > 0):
-            raise ValueError(f"resize is {dict(resize)}; it must have either short or long, in pixels")
-        if self.reencodes and self.images == "reference":
-            problem = 'upright and resize re-encode images, and images = "reference" leaves them as they are'
-            raise ValueError(f"{problem}; choose one")
-        if self.split is not None:
-            self._check_split(self.split)
-        if not self.instructions:
-            raise ValueError("instructions is empty; it must have at least one text")
-        try:
-            for name in self.formats:
-                plugins.load("stages.exporters", name)
-        except UnknownNameError as error:
-            raise ValueError(f"formats names a form that does not exist: {error}") from error
-        if not re.fullmatch(r"[\w.-]*", self.license):
-            raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
-
-    @property
-    def reencodes(self) -> bool:
-        """True if image files may differ from the corpus's."""
-        return self.upright or bool(self.resize)
-
-    def _check_split(self, split: Mapping[str, float]) -> None:
-        wrong = [name for name in split if not re.fullmatch(r"[a-z]\w*", name) or name in RESERVED]
-        if wrong or not split or min(split.values()) <= 0:
-            raise ValueError(f"split is {dict(split)}; it must have names in small letters, with shares above 0")
-        if whole := [name for name in self.formats if "split" not in signature(_load_form(name).open).parameters]:
-            raise ValueError(f"split is set, but the form {whole[0]} does not write splits; see docs/extending.md")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TextConfig, FormConfig):  # the last one's keys come first
-    def __post_init__(self) -> None:
-        FormConfig.__post_init__(self)
-        TextConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +59,20 @@ class ExportInput:
         return (self.image.key,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedInput:
+    """A selected sample with its file, and the shard that writes it."""
+
+    selected: Selected
+    file: OutputFile
+    position: int
+    shard: Shard
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.file.split, self.file.number, self.position)
+
+
 def passes(run: Run) -> Iterable[Pass]:
     settings: Config = run.sections["export"][""]
     captions = list(run.sections["caption"])
@@ -172,7 +82,7 @@ def passes(run: Run) -> Iterable[Pass]:
     scores = [score for rule, sql in rules.items() for score in find_scores(run, f"filter.rules.{rule}", sql)]
     query, scores = build_query(run, settings, scores)
     groups, folders = ["curation"] if _has_groups(run, settings) else [], list_score_folders(run, scores)
-    yield Pass(
+    own = Pass(
         stage="export",
         folder="export/index",
         reads=("image", *groups, *(f"caption/{name}" for name in captions), *folders, "verdict"),
@@ -182,17 +92,53 @@ def passes(run: Run) -> Iterable[Pass]:
         slice=build_slice(run, settings),
         record=Exported,
         max_error_share=1.0,
+        overlaps=True,
         inputs=partial(inputs, settings=settings, query=query, scores=scores),
         work=partial(work, settings=settings, num_threads=run.num_cores),
-        payload=lambda shard: ExportPayload(
-            run.folder,
-            shard.number,
-            formats=settings.formats,
-            image_extension=settings.image_extension,
-            splits=settings.split or (),
-        ),
+        payload=partial(_open_payload, settings=settings),
         finish=finish,
-        whole_files=(*WHOLE_FILES, *_list_indexes(settings)),
+        whole_files=(*WHOLE_FILES, *list_indexes(settings)),
+    )
+    if not settings.is_divided:
+        yield own
+        return
+    yield replace(
+        own,
+        name="select",
+        folder=SELECTED,
+        slice={name: value for name, value in own.slice.items() if name not in FILE_KEYS}
+        | {"has_images": needs_images(settings)},
+        record=Selected,
+        work=partial(select, settings=settings),
+        payload=no_payload,
+        finish=None,
+        whole_files=(),
+    )
+    yield replace(
+        own,
+        reads=(SELECTED,),
+        reads_all=(SELECTED,),
+        prepare=partial(
+            divide,
+            source=SELECTED,
+            seed=settings.shuffle,
+            file_bytes=settings.shard_bytes,
+            splits=tuple(settings.split or ("",)),
+        ),
+        record=Placed,
+        inputs=place_inputs,
+        work=partial(write_placed, settings=settings, num_threads=run.num_cores),
+        payload=partial(_open_payload, settings=settings),
+    )
+
+
+def _open_payload(shard: Shard, settings: Config) -> ExportPayload:
+    return ExportPayload(
+        shard.run.folder,
+        shard.number,
+        formats=settings.formats,
+        image_extension=settings.image_extension,
+        splits=None if settings.is_divided else settings.split or ("",),
     )
 
 
@@ -202,11 +148,11 @@ def build_slice(run: Run, settings: Config) -> dict[str, Any]:
     if settings.is_drawn or settings.split or len(settings.instructions) > 1:
         values["seed"] = run.seed
     if isinstance(settings.texts, Mapping):
-        values["texts"] = list(settings.texts.items())  # their order decides too
+        values["texts"] = [[*item] for item in settings.texts.items()]  # their order decides too
     if settings.texts:
         values["choose"] = run.sections["filter"][""].choose
     if settings.split:
-        values["split"] = list(settings.split.items())
+        values["split"] = [[*item] for item in settings.split.items()]
     return values
 
 
@@ -224,9 +170,9 @@ def inputs(shard: Shard, *, settings: Config, query: str, scores: Sequence[str])
 def work(
     inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
 ) -> Iterator[ExportSample]:
-    columns = list_columns(settings)
-    samples = (_build_sample(item, settings, columns) for item in inputs)
-    if not settings.reencodes or not _needs_images(settings):
+    columns, has_images = list_columns(settings), needs_images(settings)
+    samples = (_build_sample(item, settings, columns, has_images) for item in inputs)
+    if not settings.reencodes or not has_images:
         yield from samples
         return
     reencode = partial(_reencode, settings=settings)
@@ -275,55 +221,142 @@ def find_size(width: int, height: int, resize: Mapping[str, int]) -> tuple[int, 
     return max(1, round(width * most / side)), max(1, round(height * most / side))
 
 
-def list_columns(settings: Config) -> tuple[str, ...]:
-    """The columns of a training set: those of `Exported` without the ones that only other settings fill."""
-    used = {
-        **dict.fromkeys(("reencoded", "written_sha256"), settings.reencodes),
-        **dict.fromkeys(("num_tokens", "cut"), bool(settings.tokenizer)),
-        "texts": settings.texts == "all",
-        "weight": bool(settings.weight),
-    }
-    return tuple(name for name in column_names(Exported) if used.get(name, True))
+def select(inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config) -> Iterator[Selected]:
+    """The rows of the samples, with their part of the training set and the place of their image, but no image."""
+    splits, has_images = list(settings.split or ("",)), needs_images(settings)
+    for item in inputs:
+        image, row, split = item.image, _build_row(item), _draw_split(item, settings)
+        bucket = _find_bucket(row.width / row.height, settings.buckets)
+        assert image.file is not None and image.offset is not None
+        _check_reference(item, settings)
+        yield Selected(
+            **vars(row),
+            source=image.source,
+            file=image.file,
+            name=item.shard.find_name(image),
+            offset=image.offset,
+            part=splits.index(split) * (len(settings.buckets) or 1) + bucket,
+            split=split,
+            bucket=settings.buckets[bucket] if settings.buckets else 0.0,
+            num_estimated=_estimate_bytes(row, settings, has_image=has_images),
+        )
 
 
-def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...]) -> ExportSample:
+def _find_bucket(aspect: float, buckets: Sequence[float]) -> int:
+    """The index of the bucket whose ratio to the aspect is the smallest; 0 without buckets."""
+    return min(range(len(buckets)), key=lambda i: abs(math.log(buckets[i] / aspect)), default=0)
+
+
+def _estimate_bytes(row: Exported, settings: Config, *, has_image: bool) -> int:
+    """The bytes of a sample's image, scaled down with its pixels, and of its texts."""
+    texts = (row.caption, row.alt_text, row.fields, row.metadata, row.source_key, *(one.text for one in row.texts))
+    size, image = find_size(row.width, row.height, settings.resize or {}), row.num_bytes if has_image else 0
+    if size is not None:
+        image = image * size[0] * size[1] // (row.width * row.height)
+    return image + sum(len(text.encode(errors="replace")) for text in texts) + BYTES_OF_ROW
+
+
+def place_inputs(shard: Shard) -> Iterator[PlacedInput]:
+    """The samples of the files that this shard writes, in their order."""
+    assert shard.ensure_shared is not None
+    folder = shard.ensure_shared()
+    for file in list_own_files(folder, shard.number):
+        for position, selected in enumerate(read_file(folder, file)):
+            yield PlacedInput(selected=selected, file=file, position=position, shard=shard)
+
+
+def write_placed(
+    inputs: Iterator[PlacedInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
+) -> Iterator[ExportSample]:
+    """The samples with their images, which are read ahead: they are all over the corpus."""
+    columns, has_images = list_columns(settings), needs_images(settings)
+    read = partial(_place_sample, settings=settings, columns=columns, has_images=has_images)
+    for sample in map_ahead(inputs, read, num_threads=max(NUM_READERS, num_threads), depth=2 * NUM_READERS):
+        if isinstance(sample, Exception):
+            raise sample
+        yield sample
+
+
+def _place_sample(item: PlacedInput, *, settings: Config, columns: tuple[str, ...], has_images: bool) -> ExportSample:
+    selected, shard = item.selected, item.shard
+    values, path = vars(selected), shard.place(selected.file, selected.name)
+    own = {name: values[name] for name in column_names(Exported)}
+    image = Image(
+        **{name: values[name] for name in column_names(Image) if name in values},
+        shard=int(selected.key[:6]),
+        index=int(selected.key[6:]),
+        status="ok",
+        error=None,
+        num_frames=None,
+    )
+    sample = _make_sample(
+        Placed(**own, split=selected.split, bucket=selected.bucket, number=item.file.number, position=item.position),
+        Origin(image=image, file=str(path), name=selected.name),
+        settings=settings,
+        seed=shard.run.seed,
+        data=shard.read_image(image, path=path) if has_images else b"",
+        columns=columns,
+        split=selected.split,
+    )
+    return _reencode(sample, settings) if settings.reencodes and has_images else sample
+
+
+def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...], has_images: bool) -> ExportSample:
+    image, shard = item.image, item.shard
+    _check_reference(item, settings)
+    return _make_sample(
+        _build_row(item),
+        Origin(image=image, file=str(shard.locate(image)), name=shard.find_name(image)),
+        settings=settings,
+        seed=shard.run.seed,
+        data=shard.read_image(image) if has_images else b"",
+        columns=columns,
+        split=_draw_split(item, settings),
+    )
+
+
+def _make_sample(
+    row: Exported,
+    origin: Origin,
+    *,
+    settings: Config,
+    seed: int,
+    data: bytes,
+    columns: tuple[str, ...],
+    split: str,
+) -> ExportSample:
+    draw = derive_seed(seed, "instruction", row.key)
+    return ExportSample(
+        row=row,
+        origin=origin,
+        data=data,
+        columns=columns,
+        reference=origin.file if settings.images == "reference" else "",
+        instruction=settings.instructions[draw % len(settings.instructions)],
+        split=split,
+    )
+
+
+def _draw_split(item: ExportInput, settings: Config) -> str:
+    return draw_split(settings.split, seed=item.shard.run.seed, group=item.group) if settings.split else ""
+
+
+def _check_reference(item: ExportInput, settings: Config) -> None:
     """
     Raises:
-        UserError: its image is to be referenced, but is part of a larger file.
+        UserError: the image is to be referenced, but is part of a larger file.
     """
-    image, shard = item.image, item.shard
-    assert image.file
-    file = str(shard.locate(image))
+    image = item.image
     if settings.images == "reference" and image.offset:
         raise UserError(
-            f'{shard.run.file}: export.images is "reference", which needs images that are files of their own, but '
+            f'{item.shard.run.file}: export.images is "reference", which needs images that are files of their own, but '
             f'{image.source_key} is part of {image.file}; use "copy"'
         )
-    draw = derive_seed(shard.run.seed, "instruction", image.key)
-    return ExportSample(
-        row=_build_row(item),
-        origin=Origin(image=image, file=file, name=shard.find_name(image)),
-        data=shard.read_image(image) if _needs_images(settings) else b"",
-        columns=columns,
-        reference=file if settings.images == "reference" else "",
-        instruction=settings.instructions[draw % len(settings.instructions)],
-        split=draw_split(settings.split, seed=shard.run.seed, group=item.group) if settings.split else "",
-    )
 
 
 def _has_groups(run: Run, settings: Config) -> bool:
     """True if copies are known by the groups of curate, rather than by their bytes alone."""
     return bool(settings.split) and bool(run.sections["curate"])
-
-
-def _needs_images(settings: Config) -> bool:
-    """True if a form has the bytes of images. Without a copy, there are none in those that can reference them."""
-    forms = (_load_form(name) for name in settings.formats)
-    may_reference = settings.images == "reference"
-    return any(
-        getattr(form, "NEEDS_IMAGES", True) and not (may_reference and getattr(form, "REFERENCES_IMAGES", False))
-        for form in forms
-    )
 
 
 def _build_row(item: ExportInput) -> Exported:
@@ -383,101 +416,3 @@ def _load_counter(run: Run, name: str) -> Count:
         return load_counter(name)
     except OSError as error:
         raise ConfigError(f"{run.file}: export.tokenizer", str(error)) from error
-
-
-SUMMARY = """
-    SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
-        count(DISTINCT sha256) AS num_distinct_images,
-        coalesce(avg(len(regexp_extract_all(caption, '\\S+'))), 0) AS mean_words,
-        coalesce(avg(len(regexp_extract_all(alt_text, '\\S+'))), 0) AS mean_alt_text_words
-    FROM export"""
-NO_PROVENANCE = tables.Provenance(stage="export", name="", version=VERSION, slice={}, inputs={})  # they fill memory
-OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported
-
-
-DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason ORDER BY reason'
-
-
-def finish(run: Run, is_new: bool) -> None:
-    """Writes export/stats.json, the dataset card, the forms' indexes and all digests, unless no shard is new."""
-    settings = run.sections["export"][""]
-    if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
-        return
-    with database.connect(run.folder) as connection:
-        result = database.run_query(connection, SUMMARY)
-        stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
-        passes = database.run_query(
-            connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
-        ).fetchall()
-        num_older: int = database.run_query(connection, OLDER).fetchall()[0][0]
-        dropped = dict(database.query_rows(connection, DROPPED)) if run.sections["curate"] else {}
-    stats |= {"dropped": dropped} if dropped else {}
-    stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
-    card = build_card(
-        stats,
-        title=run.folder.name,
-        source=run.source.kind,
-        license=settings.license,
-        formats=settings.formats,
-        splits=settings.split or (),
-        rules=run.sections["filter"][""].rules,
-        notes=(*_describe_dropped(dropped), *describe_texts(settings)),
-        columns=list_columns(settings),
-    )
-    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
-        put_text(run.folder / name, text)
-    paths = sorted((run.folder / "export/index").glob("*.parquet"))
-    found = (footer for footer in map(tables.read_whole_footer, paths) if footer)
-    footers = [replace(footer, provenance=NO_PROVENANCE) for footer in found]
-    _write_indexes(run.folder, settings, footers)
-    names = (name for name in (*WHOLE_FILES, *_list_indexes(settings)) if (run.folder / name).exists())
-    write_sums(run.folder, "export/index", footers, names)
-    _warn(run, stats["num_samples"], num_older)
-
-
-def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
-    if dropped:
-        reasons = ", ".join(f"{num:,} `{reason}`" for reason, num in dropped.items())
-        yield f"Before captioning, curation dropped {sum(dropped.values()):,} images of the corpus: {reasons}."
-
-
-def _warn(run: Run, num_samples: int, num_older: int) -> None:
-    if not num_samples:
-        say("recap: WARNING: no caption was kept, so the training set is empty; `recap query refusals` counts why")
-    if 0 < num_older < num_samples:
-        say(
-            f"recap: WARNING: an earlier version exported {num_older} of {num_samples} samples without some columns; "
-            "loaders refuse such a mixture. To export all again: "
-            f"rm -r {shlex.quote(str(run.folder / 'export'))} && recap run export --run {shlex.quote(str(run.folder))}"
-        )
-
-
-def _load_form(name: str) -> ModuleType:
-    return plugins.load("stages.exporters", name)
-
-
-def _list_indexes(settings: Config) -> Iterator[str]:
-    """The files that the forms' `write_index` may write, relative to the run."""
-    for form, folder in _list_folders(settings):
-        for name in getattr(form, "INDEXES", ()):
-            yield f"{folder}{name}"
-
-
-def _list_folders(settings: Config) -> Iterator[tuple[ModuleType, str]]:
-    """The forms, each with its folders relative to the run: one, or one for each split."""
-    for name in settings.formats:
-        for split in settings.split or ("",):
-            yield _load_form(name), f"export/{name.rpartition('.')[2]}/{split and f'{split}/'}"
-
-
-def _write_indexes(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
-    """Writes each form's files of the whole run, from the footers of all index tables."""
-    for module, folder in _list_folders(settings):
-        files = [
-            FormFile(name=name.removeprefix(folder), num_bytes=num_bytes)
-            for footer in footers
-            for name, num_bytes in footer.payload.items()
-            if name.startswith(folder)
-        ]
-        if hasattr(module, "write_index"):
-            module.write_index(run / folder, files)

@@ -23,6 +23,7 @@ from pipeline.progress import format_bytes, format_quantity, say
 from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
 from pipeline.sources import _common, _survey
 from pipeline.storage import tables
+from pipeline.storage.disk import make_folder
 from pipeline.storage.layout import PACKED
 from pipeline.storage.plan import Plan, find_lost_files, write_plan
 from pipeline.validation import describe_type
@@ -65,7 +66,7 @@ def create_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> tuple
     if source.is_dir() and folder.absolute().is_relative_to(source.absolute()):
         raise RefusedError(f"{folder} is inside the corpus {source}: the run's own files would be read as images")
     created = [directory for directory in (folder, *folder.parents) if not directory.exists()]
-    tables.make_folder(folder)
+    make_folder(folder)
     with tables.open_atomic(file) as out:
         out.write(render_manifest(sections).encode())
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import merge
 from itertools import chain
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from pipeline.engines import Engine
@@ -24,7 +25,7 @@ from pipeline.records import Record, column_names, make_storable, status_of
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path, work_folder
 from pipeline.storage.parts import Parts
-from pipeline.storage.payloads import hash_file, read_intact_footer
+from pipeline.storage.payloads import digest_payload, read_intact_footer
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,7 @@ class Attempt:
             self.retry = frozenset()
         self.path = table_path(self.run, self.p.folder, self.shard.number)
         self.before = read_intact_footer(self.run, self.path)
+        self.before_time = self.path.stat().st_mtime if self.before else 0.0  # when it was put in place, or before
         retry_of = (self.before.digest, *sorted(self.retry)) if self.retry and self.before else ()
         work = work_folder(self.run, self.p.folder, self.shard.number)
         self.parts = Parts(work, self.p.record, self.provenance, retry_of=retry_of)
@@ -96,12 +98,19 @@ class Attempt:
             expected = self.tally.num_new + len(done)
             assert writer.num_rows == expected, f"{self.p.title}: {writer.num_rows} rows of {expected} were written"
             if payload:
-                writer.payload = payload.commit()
-                writer.payload_sha256 = {name: hash_file(self.run / name) for name in writer.payload}
+                sizes = payload.commit()
+                writer.payload = {name: int(size) for name, size in sizes.items()}
+                writer.payload_sha256 = digest_payload(self.run, sizes)
             self.before_commit()
         for name in self.before.payload.keys() - writer.payload.keys() if self.before else ():
-            (self.run / name).unlink(missing_ok=True)  # the earlier table's, which the new one does not have
+            self._remove_earlier(self.run / name)
         self.parts.discard()
+
+    def _remove_earlier(self, file: Path) -> None:
+        """Removes a payload file of the earlier table, unless another shard has written it since."""
+        with suppress(FileNotFoundError):
+            if file.stat().st_mtime <= self.before_time:
+                file.unlink()
 
     def _restore_rows(self) -> Iterator[Record]:
         """Rows that need not be made again: those of the table that is retried, and of earlier attempts."""

@@ -107,24 +107,29 @@ class Shard:
             return islice(_read_ahead(source, self.pieces), self.limit)
         return islice((raw for piece in self.pieces for raw in source.module.read(piece, source.config)), self.limit)
 
-    def read_image(self, image: Image) -> bytes:
+    def read_image(self, image: Image, *, path: Path | None = None) -> bytes:
         """The image file's bytes.
+
+        Args:
+            image: of this shard, or of another one with `path`.
+            path: of the file that has the bytes; by default as this shard's plan names it.
 
         Raises:
             OSError: the file is missing or has changed since ingest.
             BrokenTableError: as OSError, for a tar that ingest wrote and can write again.
         """
         assert image.file is not None and image.offset is not None and image.num_bytes is not None
-        path = self.locate(image)
-        if image.offset == 0:  # a file of its own, since a tar begins with a header
-            with path.open("rb") as file:
+        if path is not None or image.offset == 0:  # a file of its own, since a tar begins with a header
+            with (path or self.locate(image)).open("rb") as file:
+                file.seek(image.offset)
                 data = file.read(image.num_bytes)
         else:
-            data = os.pread(self._open_file(path), image.num_bytes, image.offset)
+            data = os.pread(self._open_file(self.locate(image)), image.num_bytes, image.offset)
         if hashlib.sha256(data).hexdigest() != image.sha256:
             end = image.offset + image.num_bytes
-            why = f"{path} changed since ingest: {image.source_key} is not at bytes {image.offset} to {end}"
-            table = table_path(self.run.folder, "image", self.number)
+            where = path or self.locate(image)
+            why = f"{where} changed since ingest: {image.source_key} is not at bytes {image.offset} to {end}"
+            table = table_path(self.run.folder, "image", image.shard)
             if Path(image.file).parts[0] == PACKED:
                 raise BrokenTableError(table, f"has lost images: {why}")
             raise OSError(f"{why}; restore it, or remove {table}: ingest then reads it as it is now")
@@ -143,8 +148,11 @@ class Shard:
 
     def locate(self, image: Image) -> Path:
         """The current path of an image's file. A corpus may have moved since ingest; the plan has relative names."""
-        name = self.find_name(image)
-        return Path(self.run.source.place(name)) if Path(image.file or "").is_absolute() else self.run.folder / name
+        return self.place(image.file or "", self.find_name(image))
+
+    def place(self, file: str, name: str) -> Path:
+        """The current path of a file: `file` as an image's row has it, `name` as the plan has it."""
+        return Path(self.run.source.place(name)) if Path(file).is_absolute() else self.run.folder / name
 
     def find_name(self, image: Image) -> str:
         """The plan's name for an image's file, or the file itself where the plan does not have it."""
@@ -238,6 +246,7 @@ class Pass:
     reads_all: tuple[str, ...] = ()  # folders of the tables that it reads of all shards; such a pass has `reads` too
     prepare: Callable[[AllShards, Path], None] | None = field(default=None, repr=False)  # fills a folder for all shards
     engines: tuple[str, ...] = ()  # names in [engines] that it uses
+    overlaps: bool = False  # two shards are made at a time though it uses no engine, since each waits for the disk
     shows_images: bool = False  # whether its requests hold images, which its engines must then take
     version: int  # of the stage; raised when equal inputs give different rows
     slice: Mapping[str, Any]  # JSON values: the part of the configuration that decides rows

@@ -40,7 +40,7 @@ from pipeline.storage import tables
 from pipeline.storage.layout import sweep_unfinished, table_path, work_folder
 from pipeline.storage.parts import write_failure
 
-OVERLAP = 2  # shards of one engine at a time, so that it does not drain between them
+OVERLAP = 2  # shards at a time, so that neither an engine nor a disk drains between them
 MAX_FAILED = 3  # shards in a row, with none made, after which the rest would fail too
 POLL = 0.5  # seconds between checks whether workers must be stopped
 
@@ -221,7 +221,7 @@ class Runner:
         self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter
     ) -> Iterator[tuple[int, ShardResult | BaseException]]:
         """Makes shards, a few at a time, and yields results and exceptions as they come."""
-        num_threads = OVERLAP if p.engines else 1
+        num_threads = OVERLAP if p.engines or p.overlaps else 1
         pool = self._pool if len(shards) > 1 else None
         limit = num_threads * self.workers if pool else num_threads
         waiting, running = deque(shards), dict[Future[ShardResult], int]()

@@ -15,6 +15,7 @@ from pipeline.errors import RefusedError, StoppedError
 from pipeline.execution.passes import AllShards, Pass, whole_input
 from pipeline.progress import say
 from pipeline.storage import tables
+from pipeline.storage.disk import sync_path
 from pipeline.storage.layout import is_old, sweep_unfinished, unfinished_path
 from pipeline.storage.lock import hold_lock, keep_fresh
 
@@ -66,14 +67,14 @@ def _fill(p: Pass, shards: AllShards, folder: Path) -> None:
         undo.callback(shutil.rmtree, unfinished, ignore_errors=True)
         p.prepare(shards, unfinished)
         for file in unfinished.iterdir():
-            tables.sync_path(file)
+            sync_path(file)
         try:
             unfinished.rename(folder)
             undo.pop_all()
         except OSError:
             if not folder.is_dir():  # otherwise another process, to which this one seemed gone, was faster
                 raise
-        tables.sync_path(folder.parent)
+        sync_path(folder.parent)
     for other in folder.parent.glob("shared-*"):  # of earlier configurations or corpora
         if other != folder and other.is_dir() and is_old(other):
             shutil.rmtree(other, ignore_errors=True)

@@ -117,7 +117,7 @@ class Verification:
         """
         names = [name for name, reason in reasons.items() if not reason]
         rows = self._shard(shard).read_table(p.folder, p.record)
-        if p.record is Exported:
+        if issubclass(p.record, Exported):
             digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
             damaged = {Path(name).parts[1] for name in reasons.keys() - names}
             own = self.run.sections["export"][""].formats

@@ -6,7 +6,7 @@ How a job is written, submitted or watched is known elsewhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -26,8 +26,11 @@ class Job:
 
 
 def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
-    """The jobs of these passes in order: one for a stage, or one for each pass of a stage that others interrupt."""
-    groups = [list(group) for _, group in groupby(passes, key=lambda p: p.stage)]
+    """The jobs of these passes in order: one for a stage, or one for each pass of a stage that others interrupt.
+
+    A pass that reads all shards of another pass of its stage interrupts it too.
+    """
+    groups = [part for _, group in groupby(passes, key=lambda p: p.stage) for part in _divide(list(group))]
     stages = [group[0].stage for group in groups]
     parts: dict[str, list[Pass]] = {}  # by title
     for group in groups:
@@ -48,6 +51,17 @@ def plan_jobs(passes: Sequence[Pass]) -> list[Job]:
         )
         for title, part in parts.items()
     ]
+
+
+def _divide(group: Sequence[Pass]) -> Iterator[list[Pass]]:
+    """Divides a stage's passes before each that reads all shards of one before it."""
+    part: list[Pass] = []
+    for p in group:
+        if part and {*p.reads_all} & {earlier.folder for earlier in part}:
+            yield part
+            part = []
+        part.append(p)
+    yield part
 
 
 def find_block(shard: int, num_blocks: int, num_shards: int) -> int:

@@ -14,12 +14,19 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.records import Image
+from pipeline.storage.disk import make_folder, start_writing, sync_path
 from pipeline.storage.layout import PACKED, unfinished_path, work_folder
-from pipeline.storage.tables import TableFooter, make_folder, open_atomic, read_whole_footer, sync_path
+from pipeline.storage.tables import TableFooter, open_atomic, read_whole_footer
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BLOCK = 512  # bytes of a tar header
+BUFFER = 1 << 16  # bytes
+CHUNK = 1 << 24  # bytes that are written before the disk begins to
 SUMS = "SHA256SUMS"  # file beside an export's tables with the digests of all exported files
 
 
@@ -35,33 +42,72 @@ class PackedImage:
         return self.row.id
 
 
+class Written(int):
+    """The size of a finished file in bytes, with the digest of what was written."""
+
+    sha256: str  # hex
+
+    def __new__(cls, num_bytes: int, sha256: str) -> Written:
+        self = super().__new__(cls, num_bytes)
+        self.sha256 = sha256
+        return self
+
+
+class HashedFile(io.FileIO):
+    """A new file whose digest is computed as it is written, from its beginning to its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self._digest = hashlib.sha256()
+        self._num_bytes = self._num_started = 0
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        view = memoryview(data)
+        num = super().write(view)
+        self._digest.update(view[:num])
+        self._num_bytes += num
+        if self._num_bytes - self._num_started >= CHUNK:
+            start_writing(self.fileno(), self._num_started, self._num_bytes - self._num_started)
+            self._num_started = self._num_bytes
+        return num
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def written(self) -> Written:
+        return Written(self._num_bytes, self._digest.hexdigest())
+
+
 class UnfinishedFile:
     """A file that is written outside its final folder; it is created when it is first opened."""
 
     def __init__(self, path: Path, *, work: Path) -> None:
         self.path = path
         self._temporary = unfinished_path(path, work=work)
+        self._raw: HashedFile | None = None
         self._file: io.BufferedWriter | None = None
 
     def open(self) -> io.BufferedWriter:
         if self._file is None:
             for folder in (self.path.parent, self._temporary.parent):
                 make_folder(folder)
-            self._file = open(self._temporary, "xb")
+            self._raw = HashedFile(self._temporary)
+            self._file = io.BufferedWriter(self._raw, BUFFER)
         return self._file
 
-    def commit(self) -> int:
-        """Puts the file in place and returns its size in bytes. If it was never opened, removes an earlier file."""
-        if self._file is None:
+    def commit(self) -> Written | None:
+        """Puts the file in place and returns its size. If it was never opened, removes an earlier file."""
+        if self._file is None or self._raw is None:
             self.path.unlink(missing_ok=True)
-            return 0
+            return None
         self._file.flush()
-        os.fsync(self._file.fileno())
-        num_bytes = os.fstat(self._file.fileno()).st_size
+        os.fsync(self._raw.fileno())
+        written = self._raw.written
         self._file.close()
         os.replace(self._temporary, self.path)
         sync_path(self.path.parent)
-        return num_bytes
+        return written
 
     def abandon(self) -> None:
         if self._file is not None:
@@ -74,27 +120,23 @@ class TarWriter:
 
     def __init__(self, file: UnfinishedFile) -> None:
         self.file, self.path = file, file.path
-        self._tar: tarfile.TarFile | None = None
+        self.end = 0  # the byte at which the next header begins
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a member; returns the offset of its data."""
-        if self._tar is None:
-            self._tar = tarfile.open(fileobj=self.file.open(), mode="w", format=tarfile.USTAR_FORMAT)
         info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        offset = self._tar.offset + BLOCK
-        self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # otherwise every member's header stays in memory
+        info.size, info.mode = len(data), 0o644
+        header, padding = info.tobuf(tarfile.USTAR_FORMAT), bytes(-len(data) % BLOCK)
+        file, offset = self.file.open(), self.end + len(header)
+        for part in (header, data, padding):  # not joined: that would copy the image
+            file.write(part)
+        self.end = offset + len(data) + len(padding)
         return offset
 
-    @property
-    def end(self) -> int:
-        """The byte at which the next header begins."""
-        return 0 if self._tar is None else int(self._tar.offset)
-
-    def commit(self) -> int:
-        if self._tar is not None:
-            self._tar.close()
+    def commit(self) -> Written | None:
+        if self.end:
+            size = self.end + 2 * BLOCK
+            self.file.open().write(bytes(2 * BLOCK + -size % tarfile.RECORDSIZE))
         return self.file.commit()
 
 
@@ -146,7 +188,7 @@ class ImagePacker:
 def commit_files(run: Path, *files: TarWriter | UnfinishedFile) -> Mapping[str, int]:
     """Renames finished files into place; returns path relative to the run -> bytes, without empty files."""
     sizes = {str(file.path.relative_to(run)): file.commit() for file in files}
-    return {name: num_bytes for name, num_bytes in sizes.items() if num_bytes}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def find_damage(run: Path, footer: TableFooter) -> str:
@@ -165,6 +207,11 @@ def read_intact_footer(run: Path, table: Path) -> TableFooter | None:
     """The footer of a whole table with all its payload files; None otherwise."""
     footer = read_whole_footer(table)
     return footer if footer is not None and not find_damage(run, footer) else None
+
+
+def digest_payload(run: Path, payload: Mapping[str, int]) -> dict[str, str]:
+    """The SHA-256 of each file that a payload put in place; what was not hashed as it was written is read."""
+    return {name: size.sha256 if isinstance(size, Written) else hash_file(run / name) for name, size in payload.items()}
 
 
 def hash_file(path: Path) -> str:

@@ -26,6 +26,7 @@ from pipeline import machine
 from pipeline.errors import BrokenTableError, MachineError, RefusedError, SpecError, UserError
 from pipeline.records import Piece, Planned, arrow_schema
 from pipeline.storage import tables
+from pipeline.storage.disk import make_folder
 from pipeline.storage.lock import hold_lock
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def write_plan(
         RefusedError: another process does not release the plan, or there is nothing new for a changed `shard_size`.
     """
     corpus = list(pieces)  # before the lock is taken: listing may take hours
-    tables.make_folder(path.parent)
+    make_folder(path.parent)
     with hold_lock(path.with_name(f".{path.name}.lock")) as is_held:
         planned = _read_planned(path)
         before = planned[-1].shard + 1 if planned else 0

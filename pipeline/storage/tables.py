@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, 
 from pipeline import machine
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, arrow_schema, column_names
+from pipeline.storage.disk import make_folder, sync_path
 from pipeline.storage.layout import unfinished_path
 
 if TYPE_CHECKING:
@@ -357,24 +358,6 @@ def place_atomic(path: Path, *, work: Path | None = None, durable: bool = True) 
         undo.pop_all()
     if durable:
         sync_path(path.parent)
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a folder with its parents, if it is missing; what is created survives a power failure."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_path(folder.parent)
-
-
-def sync_path(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def split_batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -15,20 +15,21 @@ a list of its files,
   folder, or into that of a split, from the `FormFile`s of the whole run, in order.
 
 A form that copies no images has `NEEDS_IMAGES = False`; one that can name the corpus's files in their place, as
-`ExportSample.reference` says, `REFERENCES_IMAGES = True`.
+`ExportSample.reference` says, `REFERENCES_IMAGES = True`; one whose files follow those of the corpus, so that they
+cannot be divided anew, `DIVIDES = False`.
 
 Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline import plugins
-from pipeline.records import Exported, Image, column_names
+from pipeline.records import Exported, Image, Placed, column_names
 from pipeline.storage import tables
 from pipeline.storage.layout import work_folder
 from pipeline.storage.payloads import file_extension
@@ -62,13 +63,17 @@ class ExportSample:
     @property
     def values(self) -> dict[str, Any]:
         """The training set's columns of the row, as JSON values."""
-        values = asdict(self.row)
-        return {name: values[name] for name in self.columns}
+        values = vars(self.row)
+        return {name: _plain(values[name]) for name in self.columns}
 
     @property
     def line(self) -> str:
         """The caption for text files, of which loaders read the first line, or each line as a caption of its own."""
         return join_lines(self.row.caption)
+
+
+def _plain(value: Any) -> Any:
+    return [vars(one) for one in value] if isinstance(value, tuple) else value
 
 
 def join_lines(text: str) -> str:
@@ -119,31 +124,57 @@ def put_text(path: Path, text: str) -> None:
 
 
 class ExportPayload:
-    """The files of an export shard: its samples in each of the forms."""
+    """The files that a shard writes: its samples in each of the forms.
+
+    These are one file or folder of each form and split. Of a training set that is divided anew, samples say which file
+    they belong to; they come file by file, and each is put in place when the next begins.
+
+    Args:
+        splits: of the training set; None: it is divided anew.
+    """
 
     def __init__(
-        self, run: Path, shard: int, *, formats: Sequence[str], image_extension: str, splits: Iterable[str] = ()
+        self,
+        run: Path,
+        shard: int,
+        *,
+        formats: Sequence[str],
+        image_extension: str,
+        splits: Iterable[str] | None = ("",),
     ) -> None:
-        work, forms = work_folder(run, "export/index", shard), [plugins.load("stages.exporters", f) for f in formats]
-        self._extension = image_extension
-        self._writers: dict[str, list[FormWriter]] = {
-            split: [form.open(run, shard, work, *([split] if split else [])) for form in forms]
-            for split in splits or ("",)
-        }
+        self._run, self._extension, self._shard = run, image_extension, shard
+        self._forms = [plugins.load("stages.exporters", name) for name in formats]
+        self._sizes: dict[str, int] = {}
+        self._is_divided = splits is None
+        files = [(split, shard) for split in splits or ()]
+        self._writers: dict[tuple[str, int], list[FormWriter]] = {file: self._open(*file) for file in files}
 
     def take(self, output: ExportSample) -> Exported:
         suffix = file_extension(output.row.format) if self._extension == "original" else self._extension
-        for writer in self._writers[output.split]:
+        for writer in self._find_writers(output):
             writer.add(output, suffix)
         return output.row
 
+    def _find_writers(self, output: ExportSample) -> list[FormWriter]:
+        number = output.row.number if isinstance(output.row, Placed) else self._shard
+        file = output.split, number
+        if self._is_divided and file not in self._writers:
+            self.commit()
+            self._writers[file] = self._open(*file)
+        return self._writers[file]
+
+    def _open(self, split: str, number: int) -> list[FormWriter]:
+        work = work_folder(self._run, "export/index", self._shard)
+        return [form.open(self._run, number, work, *([split] if split else [])) for form in self._forms]
+
     def commit(self) -> Mapping[str, int]:
-        return {name: size for writer in self._list_writers() for name, size in writer.commit().items()}
+        for writers in self._writers.values():
+            for writer in writers:
+                self._sizes |= writer.commit()
+        self._writers.clear()
+        return self._sizes
 
     def abandon(self) -> None:
-        for writer in self._list_writers():
-            writer.abandon()
-
-    def _list_writers(self) -> Iterator[FormWriter]:
         for writers in self._writers.values():
-            yield from writers
+            for writer in writers:
+                writer.abandon()

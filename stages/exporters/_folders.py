@@ -9,8 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from pipeline.storage.disk import make_folder, start_writing, sync_path, sync_tree
 from pipeline.storage.layout import unfinished_path
-from pipeline.storage.tables import make_folder, sync_path
 
 
 class UnfinishedFolder:
@@ -34,12 +34,12 @@ class UnfinishedFolder:
         folder, _, file = name.rpartition("/")
         with open(self.open(folder) / file, "xb") as out:
             out.write(data)
+            out.flush()
+            start_writing(out.fileno())
 
     def commit(self) -> None:
         """Replaces an earlier folder by this one; if it was never opened, only removes the earlier one."""
-        for folder, _, files in os.walk(self._temporary):
-            for name in (*files, "."):
-                sync_path(Path(folder, name))
+        sync_tree(self._temporary)
         old = self._temporary.with_name(f"{self._temporary.name}.old")
         if self.path.exists():
             make_folder(old.parent)

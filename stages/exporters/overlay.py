@@ -24,6 +24,7 @@ from stages.exporters._rows import ParquetRows, build_row_schema
 
 CARD = CardEntry(image="member", caption="caption", data_files="overlay/index/*.parquet")
 NEEDS_IMAGES = False
+DIVIDES = False
 INDEXES = (
     *(f"captions/{name}" for name in _energon.INDEXES),
     *(f"images/{name}" for name in _energon.INDEXES),

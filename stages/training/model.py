@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sections import Run
-from pipeline.storage import tables
+from pipeline.storage.disk import sync_path
 from stages.training import trainer
 from stages.training.curve import CARD
 from stages.training.settings import TrainConfig
@@ -77,7 +77,7 @@ def save_model(task: TrainingTask, model: Any, *, output: Path, card: str) -> No
     for file in partial.glob("*.safetensors"):
         shutil.copymode(partial / CARD, file)  # safetensors makes files that only their owner can read
     for path in (*partial.iterdir(), partial):
-        tables.sync_path(path)
+        sync_path(path)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
-    tables.sync_path(output.parent)
+    sync_path(output.parent)

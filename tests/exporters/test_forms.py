@@ -250,6 +250,7 @@ def test_splits_share_no_copies_and_replace_the_whole(tmp_path: Path) -> None:
     info = json.loads((run / "export/webdataset/val/.nv-meta/.info.json").read_text())
     assert sum(info["shard_counts"].values()) == len(keys["val"])
     assert "- split: val\n    path: parquet/val/*.parquet" in (run / "export/README.md").read_text()
+    assert "0 shard tables made" in recap("run", "export", "--run", run).stderr
     before = list_files(run)
     shutil.rmtree(run / "export")
     recap("run", "export", "--run", run)

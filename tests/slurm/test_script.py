@@ -84,6 +84,18 @@ def test_stages_wait_for_the_same_block_and_the_dataset_card_for_all(tmp_path: P
     ]
 
 
+def test_a_training_set_that_is_divided_anew_waits_for_the_samples_of_all_shards(tmp_path: Path) -> None:
+    due: dict[str, Any] = dict.fromkeys(("ingest", "caption", "score", "filter"), ())
+    slurm = slurm_run(tmp_path, 12, {"gpus": 0}, export={"shard_bytes": 10**9})
+    _, submitted = submit_missing(slurm, due=due)
+    assert submitted == [
+        ("export:select", ""),
+        ("export", "afterok:101"),
+        ("export", "afterok:102"),
+        ("export-whole", "afterok:102:103"),
+    ]
+
+
 def test_a_stage_that_reads_all_shards_waits_for_whole_arrays_and_then_for_its_first_task(tmp_path: Path) -> None:
     later: dict[str, Any] = {"score": (), "filter": (), "export": ()}
     _, submitted = submit_missing(slurm_run(tmp_path, 12, {"gpus": 0}, curate={}), window=8, due=later)

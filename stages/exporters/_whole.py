@@ -1,0 +1,134 @@
+"""What is written of a whole training set when its last shard is done: summary, dataset card, indexes and digests.
+
+All of it is computed from the index tables; files that the training set no longer has are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.progress import say
+from pipeline.sections import Run
+from pipeline.storage import database, tables
+from pipeline.storage.payloads import write_sums
+from stages.exporters import FormFile, put_text
+from stages.exporters._card import build_card
+from stages.exporters._settings import Config, list_columns, list_folders, list_indexes
+from stages.text.selection import describe_texts
+
+WHOLE_FILES = ("export/stats.json", "export/README.md")
+NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of forms
+SUMMARY = """
+    SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
+        count(DISTINCT sha256) AS num_distinct_images,
+        coalesce(avg(len(regexp_extract_all(caption, '\\S+'))), 0) AS mean_words,
+        coalesce(avg(len(regexp_extract_all(alt_text, '\\S+'))), 0) AS mean_alt_text_words
+    FROM export"""
+NO_PROVENANCE = tables.Provenance(stage="export", name="", version=1, slice={}, inputs={})  # they fill memory
+OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported
+
+
+DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason ORDER BY reason'
+
+
+def finish(run: Run, is_new: bool) -> None:
+    """Writes export/stats.json, the dataset card, the forms' indexes and all digests, unless no shard is new."""
+    settings: Config = run.sections["export"][""]
+    if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
+        return
+    with database.connect(run.folder) as connection:
+        result = database.run_query(connection, SUMMARY)
+        stats = dict(zip([column[0] for column in result.description or ()], result.fetchone() or (), strict=True))
+        passes = database.run_query(
+            connection, "SELECT caption_pass, model, count(*) FROM export GROUP BY ALL ORDER BY ALL"
+        ).fetchall()
+        num_older: int = database.run_query(connection, OLDER).fetchall()[0][0]
+        dropped = dict(database.query_rows(connection, DROPPED)) if run.sections["curate"] else {}
+    stats |= {"dropped": dropped} if dropped else {}
+    stats["captions"] = [{"pass": name, "model": model, "num_samples": num} for name, model, num in passes]
+    card = build_card(
+        stats,
+        title=run.folder.name,
+        source=run.source.kind,
+        license=settings.license,
+        formats=settings.formats,
+        splits=settings.split or (),
+        rules=run.sections["filter"][""].rules,
+        notes=(*_describe_dropped(dropped), *describe_texts(settings)),
+        columns=list_columns(settings),
+    )
+    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
+        put_text(run.folder / name, text)
+    paths = sorted((run.folder / "export/index").glob("*.parquet"))
+    found = (footer for footer in map(tables.read_whole_footer, paths) if footer)
+    footers = [replace(footer, provenance=NO_PROVENANCE) for footer in found]
+    _remove_leftovers(run.folder, settings, footers)
+    _write_indexes(run.folder, settings, footers)
+    names = (name for name in (*WHOLE_FILES, *list_indexes(settings)) if (run.folder / name).exists())
+    write_sums(run.folder, "export/index", footers, names)
+    _warn(run, stats["num_samples"], num_older)
+
+
+def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
+    if dropped:
+        reasons = ", ".join(f"{num:,} `{reason}`" for reason, num in dropped.items())
+        yield f"Before captioning, curation dropped {sum(dropped.values()):,} images of the corpus: {reasons}."
+
+
+def _warn(run: Run, num_samples: int, num_older: int) -> None:
+    if not num_samples:
+        say("recap: WARNING: no caption was kept, so the training set is empty; `recap query refusals` counts why")
+    if 0 < num_older < num_samples:
+        say(
+            f"recap: WARNING: an earlier version exported {num_older} of {num_samples} samples without some columns; "
+            "loaders refuse such a mixture. To export all again: "
+            f"rm -r {shlex.quote(str(run.folder / 'export'))} && recap run export --run {shlex.quote(str(run.folder))}"
+        )
+
+
+def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
+    """Removes numbered files and folders of files that the training set no longer has, in the forms' folders."""
+    listed = {name for footer in footers for name in footer.payload}
+    for _, folder in list_folders(settings):
+        numbers = {number for name in listed if name.startswith(folder) for number in find_numbers(name)}
+        for path in list_numbered(run / folder):
+            name = str(path.relative_to(run))
+            if name not in listed and not numbers.issuperset(find_numbers(name)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def find_numbers(name: str) -> list[str]:
+    """The numbers of files in a path: 00012.tar, 00012.tar.idx, 00012/index.json.
+
+    >>> find_numbers("export/messages/images/00012/000007000042.jpg")
+    ['00012']
+    """
+    return [match[1] for match in map(NUMBERED.fullmatch, name.split("/")) if match][:1]
+
+
+def list_numbered(folder: Path) -> Iterator[Path]:
+    """The numbered files and folders below a folder, without what is in numbered folders."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if find_numbers(entry.name):
+            yield entry
+        elif entry.is_dir() and not entry.name.startswith("."):
+            yield from list_numbered(entry)
+
+
+def _write_indexes(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
+    """Writes each form's files of the whole run, from the footers of all index tables."""
+    for module, folder in list_folders(settings):
+        files = [
+            FormFile(name=name.removeprefix(folder), num_bytes=num_bytes)
+            for footer in footers
+            for name, num_bytes in footer.payload.items()
+            if name.startswith(folder)
+        ]
+        if hasattr(module, "write_index"):
+            module.write_index(run / folder, files)
