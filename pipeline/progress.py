@@ -154,9 +154,9 @@ class ProgressMeter:
         elif kind is None:
             self._print_line()
 
-    def count(self, row: Record) -> None:
-        tokens = (getattr(row, name, None) or 0 for name in ("num_prompt_tokens", "num_output_tokens"))
-        self.add(1, int(status_of(row) in row.failed), tokens=sum(tokens))
+    def count(self, row: Record, *, counts_tokens: bool = True) -> None:
+        tokens = sum(getattr(row, name, None) or 0 for name in ("num_prompt_tokens", "num_output_tokens"))
+        self.add(1, int(status_of(row) in row.failed), tokens=tokens if counts_tokens else 0)
 
     def add(self, rows: int, failed: int, restored: int = 0, tokens: int = 0) -> None:
         """

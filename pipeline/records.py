@@ -266,6 +266,24 @@ class Score(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedCaption(Caption):
+    """A caption row of a run whose copies share captions."""
+
+    version: ClassVar[int] = 2
+
+    shared_from: str | None = added(2, None)  # the key of the image that was captioned; null: this one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedScore(Score):
+    """A score row of a run whose copies share captions."""
+
+    version: ClassVar[int] = 2
+
+    shared_from: str | None = added(2, None)  # the key of the image whose caption was scored; null: this one
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
     """The filter's decision on a caption, and the first reason for a refusal."""
 

@@ -13,6 +13,7 @@ from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request, find_no_loop
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.sharing import is_copy, share_rows, shares_rows
 from pipeline.records import Caption, Curation, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
@@ -128,7 +129,9 @@ def passes(run: Run) -> Iterable[Pass]:
     Raises:
         ConfigError: a section names something that does not exist, or its `where` is not a valid condition.
     """
-    return [_build_pass(run, name, config) for name, config in run.sections["caption"].items()]
+    for name, config in run.sections["caption"].items():
+        p = _build_pass(run, name, config)
+        yield from share_rows(p) if shares_rows(run) else (p,)
 
 
 def _build_pass(run: Run, name: str, config: Config) -> Pass:
@@ -185,7 +188,7 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None, curated: boo
         images = (next(row for row in rows if row.key == image_key) for (image_key,) in shard.query(query))
     curation = shard.lookup("curation", Curation) if curated else None
     for image in images:
-        if curation and any(row.drop for row in curation(image.key)):
+        if curation and any(row.drop or is_copy(row) for row in curation(image.key)):
             continue
         for candidate in range(num_candidates):
             yield CaptionInput(

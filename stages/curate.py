@@ -54,6 +54,12 @@ class Config:
         "drop a picture that has at least so many keys, the first one too; 0: keep the first of any number",
         least=0,
     )
+    share: bool = key(
+        False,
+        "keep the exact duplicates of what is captioned: the first alone is asked about, and each has rows of its own "
+        "with the captions and scores of the first",
+        stamp_default=False,
+    )
     exclude: tuple[str, ...] = key(
         (),
         "drop copies and near duplicates of these pictures: directories of images, or text files whose lines begin "
@@ -166,6 +172,8 @@ def prepare(shards: AllShards, folder: Path, *, config: Config, columns: frozens
     rows = group_images(images, excluded, config, num_threads=shards.run.num_cores, check_stop=shards.check_stop)
     if needs_groups and config.where is not None:
         _select_groups(rows, images.starts, shards, config.where, columns)
+    if config.share:
+        _keep_copies(rows, images)
     np.save(folder / "rows.npy", rows)
     np.save(folder / "starts.npy", images.starts)
     counts = {reason: int((rows["reason"] == index).sum()) for index, reason in enumerate(REASONS)}
@@ -338,6 +346,16 @@ def _select_groups(rows: Array, starts: Array, shards: AllShards, where: str, co
             own = rows[starts[shard] : starts[shard + 1]]
             selected = meets(_add_columns(batches, names, own))
             own["reason"][(own["reason"] == 0) & ~selected] = REASONS.index("where")
+
+
+def _keep_copies(rows: Array, images: Images) -> None:
+    """Keeps the exact duplicates of images that are kept."""
+    import numpy as np
+
+    copies = np.flatnonzero(rows["reason"] == REASONS.index(DUPLICATE))
+    shards, indexes = np.divmod(rows["copy_of"][copies], KEYS_PER_SHARD)
+    is_kept = rows["reason"][images.starts[shards] + indexes] == REASONS.index(KEPT)
+    rows["reason"][copies[is_kept]] = REASONS.index(KEPT)
 
 
 def _add_columns(batches: Iterable[pa.RecordBatch], names: Iterable[str], rows: Array) -> pa.Table:

@@ -14,6 +14,7 @@ from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.sharing import asked_folder, share_rows, shares_rows
 from pipeline.records import Caption, Image, ImageRubric, Score, column_names
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
@@ -62,14 +63,15 @@ def passes(run: Run) -> Iterable[Pass]:
         if scorer.rubric and scorer.rubric not in (known := sorted(run.sections["rubric"])):
             raise ConfigError(f"{run.file}: score.{name}.rubric", plugins.explain_unknown(scorer.rubric, known))
         for caption in _list_captions(run, name, config):
-            yield _build_pass(run, name, caption, config, scorer)
+            p = _build_pass(run, name, caption, config, scorer)
+            yield from share_rows(p) if shares_rows(run) else (p,)
 
 
 def inputs(shard: Shard, *, name: str, caption: str, rubric: str, seed: int) -> Iterator[Sample]:
-    """The captions of pass `caption` that are ok, in order."""
+    """The captions of pass `caption` that are ok, in order; of those that images share, one."""
     images = shard.read_table("image", Image)
     rubrics = shard.lookup(f"rubric/{rubric}", ImageRubric) if rubric else None
-    usable = (row for row in shard.read_table(f"caption/{caption}", Caption) if row.status == "ok")
+    usable = (row for row in shard.read_table(find_captions(shard.run, caption), Caption) if row.status == "ok")
     for image_key, candidates in groupby(usable, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
         rows = rubrics(image_key) if rubrics else ()
@@ -95,6 +97,12 @@ def work(
         yield Score(key=sample.key, caption=caption, candidate=sample.candidate, name=name, **vars(result))
 
 
+def find_captions(run: Run, caption: str) -> str:
+    """The folder of the captions to score: those that an engine was asked for."""
+    folder = f"caption/{caption}"
+    return asked_folder(folder) if shares_rows(run) else folder
+
+
 def _list_captions(run: Run, name: str, config: ScoreSection) -> tuple[str, ...]:
     known = tuple(run.sections["caption"])
     for caption in config.captions or ():
@@ -109,7 +117,7 @@ def _build_pass(run: Run, name: str, caption: str, config: ScoreSection, scorer:
         name=name,
         caption=caption,
         folder=f"score/{name}/{caption}",
-        reads=("image", *([f"rubric/{scorer.rubric}"] if scorer.rubric else []), f"caption/{caption}"),
+        reads=("image", *([f"rubric/{scorer.rubric}"] if scorer.rubric else []), find_captions(run, caption)),
         engines=scorer.engines,
         shows_images=scorer.shows_images,
         version=VERSION,

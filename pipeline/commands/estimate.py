@@ -22,6 +22,7 @@ from pipeline.engines import openai
 from pipeline.errors import RefusedError
 from pipeline.execution import sample
 from pipeline.execution.pass_graph import select_passes
+from pipeline.execution.passes import COPIES
 from pipeline.execution.run_state import RunState
 from pipeline.execution.sample import Timing
 from pipeline.progress import format_bytes, format_count, format_duration
@@ -196,6 +197,8 @@ def _estimate_pass(run: Run, folder: Path, timing: Timing, images: Sequence[Imag
     for row in tables.read_rows(table_path(folder, timing.p.folder, 1), timing.p.record):
         counts = by_key[str(row.id[0])]
         counts[0] += 1
+        if timing.p.part == COPIES:
+            continue
         counts[1] += getattr(row, "num_prompt_tokens", None) or 0
         counts[2] += getattr(row, "num_output_tokens", None) or 0
     rows, prompts, outputs = zip(*(by_key[image.key] for image in images), strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.execution import sample
 from pipeline.execution.pass_graph import add_inputs, list_passes, select_passes
-from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.passes import COPIES, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.sample import Timing
 from pipeline.progress import escape_controls, format_count, format_duration, format_quantity, format_rate
@@ -34,13 +34,13 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
         UserError: there is no such pass, or it writes neither captions nor rubrics nor scores.
         MachineError: a shard failed.
     """
-    for p in select_passes(list_passes(run), name):
+    for p in _select_shown(list_passes(run), name):
         if p.record not in (Caption, ImageRubric, Score):
             raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
     with sample.open_folder(run) as copy:
         shards, keys = _draw_images(copy, name, sample.read_pieces(run), num_images)
         state = sample.plan_sample(copy, shards)
-        passes = select_passes(state.passes, name)
+        passes = _select_shown(state.passes, name)
         limited = [dataclasses.replace(p, inputs=partial(_limit_inputs, p.inputs, keys)) for p in passes]
         timings = list(sample.make_passes(state, limited)) if keys else []
         for shard in map(partial(_open_shard, state), state.selected) if keys else ():
@@ -49,6 +49,11 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
         num_drawn = sum(footer.num_rows for footer in footers if footer)
         yield f"{name} asks for {format_count(len(keys))} of {format_quantity(num_drawn, 'random image')}"
         yield from map(_format_timing, timings)
+
+
+def _select_shown(passes: Sequence[Pass], name: str) -> list[Pass]:
+    """The passes of this name, without what only gives rows to copies."""
+    return [p for p in select_passes([*passes], name) if p.part != COPIES]
 
 
 def _draw_images(
@@ -78,7 +83,7 @@ def _draw_images(
 def _find_asked(copy: Run, name: str, shards: Sequence[Sequence[Piece]]) -> list[str]:
     """The keys of the last shard's images for which the passes have inputs, which are made."""
     state = sample.plan_sample(copy, shards, selected=str(len(shards) - 1))
-    passes = select_passes(state.passes, name)
+    passes = _select_shown(state.passes, name)
     folders = {p.folder for p in passes}
     for _ in sample.make_passes(state, [p for p in add_inputs(state.passes, passes) if p.folder not in folders]):
         pass

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.engines import Engine
 from pipeline.errors import OvertakenError, StoppedError
-from pipeline.execution.passes import Pass, Payload, Shard
+from pipeline.execution.passes import COPIES, Pass, Payload, Shard
 from pipeline.execution.tally import ShardTally
 from pipeline.progress import ProgressMeter
 from pipeline.records import Record, column_names, make_storable, status_of
@@ -51,7 +51,7 @@ class Attempt:
         retry_of = (self.before.digest, *sorted(self.retry)) if self.retry and self.before else ()
         work = work_folder(self.run, self.p.folder, self.shard.number)
         self.parts = Parts(work, self.p.record, self.provenance, retry_of=retry_of)
-        self.tally = ShardTally(self.meter, max_error_share=self.p.max_error_share)
+        self.tally = ShardTally(self.meter, max_error_share=self.p.max_error_share, counts_tokens=self.p.part != COPIES)
         if self.retry and self.before:
             self.shard.retry_of = (self.before.digest,)
 

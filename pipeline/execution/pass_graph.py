@@ -46,7 +46,7 @@ def select_passes(passes: list[Pass], name: str) -> list[Pass]:
     if name == "all":
         return add_inputs(passes, [p for p in passes if p.stage in ALL])
     parts = name.split(":")
-    selected = [p for p in passes if [p.stage, p.name, p.caption][: len(parts)] == parts]
+    selected = [p for p in passes if p.title.split(":")[: len(parts)] == parts]
     if not selected:
         titles = sorted({p.stage for p in passes} | {f"{p.stage}:{p.name}" for p in passes if p.name})
         raise UnknownNameError(f"STAGE: {plugins.explain_unknown(name, ['all', *titles])}")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+COPIES = "copies"  # the part of a pass that gives rows to the images that share those of others
 NUM_READERS = 16  # requests at once for the files of a remote folder
 
 
@@ -241,6 +242,7 @@ class Pass:
     stage: str
     name: str = ""  # NAME in run.toml; "" where the stage has a single pass
     caption: str = ""  # for scores: the caption pass that is scored
+    part: str = ""  # of the pass, where one of these names makes several tables of a shard
     folder: str  # of its tables, relative to the run
     reads: tuple[str, ...] = ()  # folders of the tables it reads, of its own shard; ingest reads the plan
     reads_all: tuple[str, ...] = ()  # folders of the tables that it reads of all shards; such a pass has `reads` too
@@ -267,5 +269,5 @@ class Pass:
 
     @property
     def title(self) -> str:
-        """As users write it: STAGE, STAGE:NAME, or STAGE:NAME:CAPTION."""
-        return ":".join(part for part in (self.stage, self.name, self.caption) if part)
+        """As users write it: STAGE, STAGE:NAME, or STAGE:NAME:CAPTION, and the part, if any."""
+        return ":".join(part for part in (self.stage, self.name, self.caption, self.part) if part)

@@ -8,7 +8,7 @@ from functools import partial
 
 from pipeline.execution.attempt import Attempt
 from pipeline.execution.engine_pool import EnginePool
-from pipeline.execution.passes import AllShards, Pass, Shard
+from pipeline.execution.passes import COPIES, AllShards, Pass, Shard
 from pipeline.execution.shared_work import ensure_shared
 from pipeline.execution.states import ShardStates
 from pipeline.execution.tally import SharedStopwatch
@@ -49,7 +49,7 @@ class ShardMaker:
             seconds = self._stopwatch.stop(started)
             stats.append(
                 attempt.tally.make_stat(
-                    stage=p.stage,
+                    stage=p.part if p.part == COPIES else p.stage,
                     name=p.name,
                     caption=p.caption,
                     shard=number,

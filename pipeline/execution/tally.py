@@ -46,8 +46,9 @@ class SharedStopwatch:
 class ShardTally:
     """Counts one shard's rows, and fails the shard when too many of them have failed."""
 
-    def __init__(self, meter: ProgressMeter, *, max_error_share: float) -> None:
-        self.meter, self.max_error_share = meter, max_error_share
+    def __init__(self, meter: ProgressMeter, *, max_error_share: float, counts_tokens: bool = True) -> None:
+        """`counts_tokens` is False where rows have the tokens of others."""
+        self.meter, self.max_error_share, self._counts_tokens = meter, max_error_share, counts_tokens
         self.started_at = time.time()
         self.num_rows = self.num_new = self.num_errors = self.num_not_taken = 0
         self.num_retries = self.num_prompt_tokens = self.num_output_tokens = 0
@@ -67,10 +68,11 @@ class ShardTally:
         """
         self._count_status(row)
         self.num_new += 1
-        self.num_retries += max(0, getattr(row, "attempt", 1) - 1)
-        self.num_prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
-        self.num_output_tokens += getattr(row, "num_output_tokens", None) or 0
-        self.meter.count(row)
+        if self._counts_tokens:
+            self.num_retries += max(0, getattr(row, "attempt", 1) - 1)
+            self.num_prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
+            self.num_output_tokens += getattr(row, "num_output_tokens", None) or 0
+        self.meter.count(row, counts_tokens=self._counts_tokens)
         if status_of(row) in row.failed:
             # Messages begin with what they have in common: "the answer is no JSON: Expecting value at 7".
             error = getattr(row, "error", None) or "no message"
