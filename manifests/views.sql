@@ -1,6 +1,19 @@
 -- The tables of a run as views. In the run's directory: duckdb -init PATH/TO/views.sql
 -- Creating a view fails while its table does not exist; the other views work.
 
+-- The number of words of a text. Blanks separate words, and so does punctuation of Chinese and Japanese. Of scripts without
+-- blanks, each character of Chinese and of hiragana is a word, each run of katakana, and up to four characters of Thai, Lao,
+-- Khmer or Burmese.
+CREATE MACRO count_words(text) AS len(regexp_extract_all(text,
+    '[\x{3041}-\x{309f}\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{fad9}\x{20000}-\x{323af}]' ||
+    '|[\x{30a1}-\x{30fa}\x{30fc}-\x{30ff}\x{31f0}-\x{31ff}\x{ff66}-\x{ff9f}]+' ||
+    '|[\x{e01}-\x{e4e}\x{e81}-\x{ecd}\x{1000}-\x{109f}\x{1780}-\x{17d3}]{1,4}' ||
+    '|[^\t\n\v\f\r\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}' ||
+    '\x{3000}-\x{303f}\x{30fb}\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff20}\x{ff3b}-\x{ff40}\x{ff5b}-\x{ff65}' ||
+    '\x{3041}-\x{309f}\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{fad9}\x{20000}-\x{323af}' ||
+    '\x{30a1}-\x{30fa}\x{30fc}-\x{30ff}\x{31f0}-\x{31ff}\x{ff66}-\x{ff9f}' ||
+    '\x{e01}-\x{e4e}\x{e81}-\x{ecd}\x{1000}-\x{109f}\x{1780}-\x{17d3}]+'));
+
 -- The inputs of each shard; a growing corpus only appends rows.
 CREATE VIEW plan AS SELECT * FROM read_parquet('plan.parquet', hive_partitioning = false);
 

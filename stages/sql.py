@@ -14,7 +14,6 @@ from pipeline.sections import Run
 from pipeline.storage import database
 
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
-NUM_WORDS = "len(regexp_extract_all({}, '\\S+'))"
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
@@ -69,7 +68,7 @@ def build_rows(scores: Sequence[str], captions: Sequence[str]) -> str:
     )
     image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
     return f"""
-        SELECT c.*, {NUM_WORDS.format("c.text")} AS num_words, {image}{values}
+        SELECT c.*, count_words(c.text) AS num_words, {image}{values}
         FROM caption AS c JOIN image AS i ON i.key = c.key
         {joins}
         WHERE c.name IN ({", ".join(map(database.quote_literal, captions))})"""

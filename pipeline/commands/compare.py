@@ -44,8 +44,7 @@ BEST = """
         FROM ranked GROUP BY sha256
     )"""
 CAPTIONS = """
-    SELECT sha256, c.source_key, kept, num_captions, c.text,
-        len(regexp_extract_all(c.text, '\\S+')) AS num_words FROM best"""
+    SELECT sha256, c.source_key, kept, num_captions, c.text, count_words(c.text) AS num_words FROM best"""
 SCORES = """
     SELECT sha256, s.name, s.value FROM best
     JOIN score AS s ON s.key = c.key AND s.caption = c.name AND s.candidate = c.candidate WHERE s.value IS NOT NULL"""

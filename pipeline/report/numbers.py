@@ -220,7 +220,7 @@ LENGTHS = f"""
         SELECT '' AS name, alt_text AS text FROM image WHERE status = 'ok' AND alt_text <> ''
         UNION ALL SELECT name, text FROM caption WHERE status = 'ok'
     )
-    SELECT name, least(len(regexp_extract_all(text, '\\S+')), {MAX_WORDS}) AS words, count(*)
+    SELECT name, least(count_words(text), {MAX_WORDS}) AS words, count(*)
     FROM texts GROUP BY name, words ORDER BY name, words"""
 SCORES = f"""
     SELECT name, caption,

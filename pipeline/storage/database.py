@@ -32,6 +32,7 @@ from pipeline.records import (
 from pipeline.sections import Run
 from pipeline.storage import expressions
 from pipeline.storage.compaction import list_current_files
+from pipeline.storage.words import MACRO, read_macro
 
 if TYPE_CHECKING:
     import duckdb
@@ -142,6 +143,7 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     duck.execute(f"SET allowed_directories = [{allowed}]")
     duck.execute("SET enable_external_access = false")
     duck.execute("SET lock_configuration = true")
+    duck.execute(read_macro())
     return Connection(duck, _read_views(root, files, where or {}), handle=handle)
 
 
@@ -175,7 +177,7 @@ def _list_named_folders(run: Run) -> Iterator[str]:
 def _read_views(folder: str, files: str, where: Mapping[str, str]) -> Iterator[str]:
     """The statements of manifests/views.sql with paths below `folder`, which means nothing to DuckDB."""
     text = (resources.files("manifests") / "views.sql").read_text(encoding="utf-8")
-    for statement in filter(None, map(str.strip, re.sub(r"--[^\n]*", "", text).split(";"))):
+    for statement in filter(None, map(str.strip, re.sub(r"--[^\n]*", "", MACRO.sub("", text)).split(";"))):
         condition = where.get(_view_name(statement))
         absolute = statement.replace("*.parquet", files).replace("read_parquet('", f"read_parquet('{folder}/")
         yield f"{absolute} WHERE {condition}" if condition else absolute

@@ -18,7 +18,7 @@ from pipeline.execution.passes import AllShards, Shard
 from pipeline.records import NamedScore
 from pipeline.sections import Run
 from pipeline.storage import database
-from stages.sql import IMAGE_COLUMNS, NUM_WORDS, ORDER_BY, build_rows, check_query, find_scores
+from stages.sql import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores
 from stages.text.selection import RAW, ExportText, TextConfig
 
 # Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.
@@ -34,7 +34,7 @@ TEXTS = """
     FROM kept ORDER BY key, caption, rank"""
 ALT_TEXTS = f"""
     UNION ALL BY NAME SELECT i.key, {", ".join(f"i.{name}" for name in IMAGE_COLUMNS)}, '{RAW}' AS caption,
-        alt_text AS text, {NUM_WORDS.format("alt_text")} AS num_words
+        alt_text AS text, count_words(alt_text) AS num_words
     FROM image AS i WHERE status = 'ok' AND trim(alt_text) <> ''"""
 # The lowest score of the top share of raw texts, within 1/65536 of the scores' range, in bounded memory.
 THRESHOLD = """

@@ -27,8 +27,8 @@ NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of for
 SUMMARY = """
     SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
         count(DISTINCT sha256) AS num_distinct_images,
-        coalesce(avg(len(regexp_extract_all(caption, '\\S+'))), 0) AS mean_words,
-        coalesce(avg(len(regexp_extract_all(alt_text, '\\S+'))), 0) AS mean_alt_text_words
+        coalesce(avg(count_words(caption)), 0) AS mean_words,
+        coalesce(avg(count_words(alt_text)), 0) AS mean_alt_text_words
     FROM export"""
 NO_PROVENANCE = tables.Provenance(stage="export", name="", version=1, slice={}, inputs={})  # they fill memory
 OLDER = "SELECT count(*) FROM export WHERE orientation IS NULL"  # samples that an earlier version exported

@@ -16,6 +16,7 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from pipeline.sections import key
+from pipeline.storage.words import count_words
 from stages import flags
 from stages.scorers import Sample, ScoreResult, combine_criteria
 from stages.text.repetition import find_loop, split_words
@@ -110,7 +111,7 @@ def _build_criterion(name: str, result: CheckResult, settings: Settings) -> Crit
 
 
 def _check_length(sample: Sample, bounds: Config) -> CheckResult:
-    num_words = len(sample.text.split())
+    num_words = count_words(sample.text)
     return bounds.min_words <= num_words <= bounds.max_words, f"{num_words} words"
 
 
