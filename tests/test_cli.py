@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -217,6 +218,40 @@ def test_plan_refuses_a_shard_size_without_effect_and_names_lost_files(tmp_path:
     assert "4 shards, 2 of them new" in recap("plan", "--run", run).stderr
     (photos / "00003.jpg").unlink()
     assert "1 planned file missing from the corpus: '00003.jpg'" in recap("plan", "--run", run).stderr
+
+
+@pytest.mark.slow
+def test_plan_names_what_was_edited_after_it_was_ingested(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 6)
+    for folder in ("sub", "described"):
+        corpus(photos / folder, ["png"] * 4)
+    metadata = photos / "described/metadata.csv"
+    metadata.write_text("file_name,note\n00001.png,one\n00002.png,two\n")
+    run = begin(tmp_path / "run", sections(photos, source={"shard_size": 5}))
+    assert make(run, "ingest").exit_code == 0
+    for table in (run / "image").iterdir():
+        os.utime(table, (time.time() - 10,) * 2)
+
+    def edit(path: Path, text: bytes) -> str:
+        path.write_bytes(text)
+        return recap("plan", "--run", run).stderr
+
+    (photos / "00000.txt").touch()
+    assert "they were ingested" not in recap("plan", "--run", run).stderr
+    assert "1 image changed, or what describes them, after they were ingested: '00000.jpg'" in edit(
+        photos / "00000.txt", b"another text"
+    )
+    assert "2 images changed" in edit(photos / "sub/00001.json", b'{"caption": "new"}')
+    stderr = edit(metadata, b"file_name,note\n00001.png,one\n00002.png,three\n")
+    assert "3 images changed" in stderr
+    assert "'described/00002.png'" in stderr
+    stderr = edit(photos / "sub/00003.png", (photos / "sub/00002.png").read_bytes())
+    assert "4 images changed" in stderr
+    (remedy,) = re.findall(r"again: rm (.*?), then `recap (.*?)`", stderr)
+    for path in remedy[0].split():
+        Path(path).unlink()
+    assert recap(*remedy[1].split()).returncode == 0
+    assert "they were ingested" not in recap("plan", "--run", run).stderr
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import textwrap
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline import plugins
+from pipeline.commands.changes import find_edited
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
 from pipeline.progress import format_bytes, format_quantity, say
@@ -24,8 +26,8 @@ from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSet
 from pipeline.sources import _common, _survey
 from pipeline.storage import tables
 from pipeline.storage.disk import make_folder
-from pipeline.storage.layout import PACKED
-from pipeline.storage.plan import Plan, find_lost_files, write_plan
+from pipeline.storage.layout import PACKED, table_path
+from pipeline.storage.plan import Plan, find_lost_files, format_spec, write_plan
 from pipeline.validation import describe_type
 
 WIDTH = 110
@@ -100,6 +102,8 @@ def extend_plan(run: Run) -> tuple[int, int]:
                 f"recap: {format_quantity(len(lost), 'planned file')} missing from the corpus: {few}; their shards"
                 " cannot be ingested until they are back"
             )
+        if before:
+            _report_edited(run)
     except ConfigError as error:  # its message names the field
         raise UserError(f"{run.file}: {error}") from error
     except UserError:
@@ -107,6 +111,22 @@ def extend_plan(run: Run) -> tuple[int, int]:
     except ValueError as error:
         raise UserError(f"{run.file}: source: {error}") from error
     return before, after
+
+
+def _report_edited(run: Run) -> None:
+    """Names the planned files that were edited after they were ingested, and how to ingest them again."""
+    edited = list(find_edited(run))
+    if not edited:
+        return
+    few = ", ".join(repr(file) for _, file in edited[:NUM_EXAMPLES]) + (", ..." if edited[NUM_EXAMPLES:] else "")
+    shards = sorted({shard for shard, _ in edited})
+    paths = [shlex.quote(str(table_path(run.folder, "image", shard))) for shard in shards[:NUM_EXAMPLES]]
+    more = f" (and of {format_quantity(len(shards) - NUM_EXAMPLES, 'more shard')})" if shards[NUM_EXAMPLES:] else ""
+    say(
+        f"recap: {format_quantity(len(edited), 'image')} changed, or what describes them, after they were ingested:"
+        f" {few}; to ingest shards {format_spec(shards)} again: rm {' '.join(paths)}{more}, then"
+        f" `recap run all --stale redo --run {shlex.quote(str(run.folder))}`"
+    )
 
 
 def describe_disk_use(run: Run, *, first: int = 0) -> str:

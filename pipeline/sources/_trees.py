@@ -46,6 +46,9 @@ class Tree(Protocol):
     def list_files(self, folder: str) -> list[str]:
         """The names of all files in a directory, relative to it; none when it is gone."""
 
+    def list_times(self, folder: str) -> Mapping[str, float]:
+        """When each file of a directory last changed, in seconds since 1970; none in a store."""
+
     def find_version(self, name: str) -> Version: ...
 
     def open(self, name: str) -> BinaryIO: ...
@@ -118,6 +121,10 @@ class _LocalTree:
                 raise
             return []
 
+    def list_times(self, folder: str) -> Mapping[str, float]:
+        with os.scandir(f"{self.root}/{folder}") as entries:
+            return {entry.name: time for entry in entries if (time := _find_time(entry)) is not None}
+
     def find_version(self, name: str) -> Version:
         try:
             status = Path(self.root, name).stat()
@@ -151,6 +158,13 @@ def _find_size(entry: os.DirEntry[str]) -> int | None:
         return None
 
 
+def _find_time(entry: os.DirEntry[str]) -> float | None:
+    try:
+        return entry.stat().st_mtime
+    except OSError:  # a link to nowhere
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _RemoteTree:
     """Listings are kept until the next walk, since every request takes long."""
@@ -176,6 +190,9 @@ class _RemoteTree:
 
     def list_files(self, folder: str) -> list[str]:
         return [name for name in _list_remote(f"{self.url}/{folder}") if name[-1] != "/"]
+
+    def list_times(self, folder: str) -> Mapping[str, float]:  # noqa: ARG002
+        return {}
 
     def find_version(self, name: str) -> Version:
         folder, slash, file = name.rpartition("/")

@@ -107,6 +107,26 @@ def is_in_place(piece: Piece, config: Config) -> bool:
     return is_named and not _files.is_url(config.path)
 
 
+def find_times(config: Config) -> Iterator[tuple[str, float]]:
+    """Each planned file of a local directory, and when it, a sidecar or a metadata file above it last changed."""
+    tree, described = _open_tree(config), {"": 0.0}  # directory -> the time of its metadata files and of those above it
+    for folder, sizes in tree.walk([]):
+        times = tree.list_times(folder)
+        parent = folder.rstrip("/").rpartition("/")[0]
+        above = described.get(f"{parent}/" if parent else "", 0.0)
+        described[folder] = max([above, *(times[name] for name in METADATA if name in times)])
+        stems: dict[str, float] = defaultdict(float)
+        for name, time in times.items():
+            if _common.parse_extension(name) in SIDECARS:
+                stem = name.rpartition(".")[0]
+                stems[stem] = max(stems[stem], time)
+        odd = _pair_odd_sidecars([*sizes])
+        for name in _list_inputs([*sizes]):
+            own = [times.get(one, 0.0) for one in (name, *odd.get(name, ()))]
+            own += [stems[stem] for stem in (name, name.rpartition(".")[0]) if stem in stems]
+            yield _escape_name(folder + name), max([described[folder], *own])
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The one file of the piece, described by its sidecars and the nearest metadata file."""
     if piece.start > 0 or piece.stop == 0:
