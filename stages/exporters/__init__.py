@@ -101,6 +101,7 @@ class CardEntry:
     image: str  # the name of the image in a sample: a column, or the extension of a member
     caption: str  # the same of the caption
     data_files: str = ""  # glob below export/ that the Hub's viewer loads; "": none
+    files: str = ""  # the same for other files
 
 
 class FormWriter(Protocol):

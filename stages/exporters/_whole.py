@@ -19,10 +19,11 @@ from pipeline.storage import database, tables
 from pipeline.storage.payloads import write_sums
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
+from stages.exporters._croissant import build_croissant
 from stages.exporters._settings import Config, list_columns, list_folders, list_indexes
 from stages.text.selection import describe_texts
 
-WHOLE_FILES = ("export/stats.json", "export/README.md")
+WHOLE_FILES = ("export/stats.json", "export/README.md", "export/croissant.json")
 NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of forms
 SUMMARY = """
     SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
@@ -38,7 +39,7 @@ DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason OR
 
 
 def finish(run: Run, is_new: bool) -> None:
-    """Writes export/stats.json, the dataset card, the forms' indexes and all digests, unless no shard is new."""
+    """Writes summary, dataset card, Croissant metadata, the forms' indexes and all digests, unless no shard is new."""
     settings: Config = run.sections["export"][""]
     if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
         return
@@ -63,7 +64,17 @@ def finish(run: Run, is_new: bool) -> None:
         notes=(*_describe_dropped(dropped), *describe_texts(settings)),
         columns=list_columns(settings),
     )
-    for name, text in zip(WHOLE_FILES, (json.dumps(stats, indent=2) + "\n", card), strict=True):
+    croissant = build_croissant(
+        title=run.folder.name,
+        description=f"{stats['num_samples']:,} images of a {run.source.kind} source with captions, made by recap.",
+        license=settings.license,
+        url=settings.url if "://" in settings.url else "",
+        formats=settings.formats,
+        splits=tuple(settings.split or ()),
+        columns=list_columns(settings),
+    )
+    texts = (json.dumps(stats, indent=2) + "\n", card, json.dumps(croissant, indent=2) + "\n")
+    for name, text in zip(WHOLE_FILES, texts, strict=True):
         put_text(run.folder / name, text)
     paths = sorted((run.folder / "export/index").glob("*.parquet"))
     found = (footer for footer in map(tables.read_whole_footer, paths) if footer)

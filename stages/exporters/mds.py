@@ -16,7 +16,7 @@ from stages.exporters import CardEntry, ExportSample, FormFile, put_text
 from stages.exporters._folders import UnfinishedFolder
 
 INDEX = "index.json"
-CARD = CardEntry(image="image", caption="caption")
+CARD = CardEntry(image="image", caption="caption", files="mds/*/*.mds")
 INDEXES = (INDEX,)
 ENCODINGS = {"string": "str", "int64": "int", "double": "float64", "bool": "uint8"}  # Arrow's type -> MDS; else JSON
 ADVICE = (

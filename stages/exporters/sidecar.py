@@ -17,7 +17,7 @@ from pipeline.storage.payloads import UnfinishedFile, commit_files
 from stages.exporters import CardEntry, ExportSample
 from stages.exporters._folders import UnfinishedFolder
 
-CARD = CardEntry(image="image", caption="caption")
+CARD = CardEntry(image="image", caption="caption", files="sidecar/*/metadata.jsonl")
 REFERENCES_IMAGES = True
 TURNED = range(5, 9)  # EXIF orientations that exchange width and height
 MAX_NAME = 240  # bytes of one part of a path
