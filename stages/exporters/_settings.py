@@ -98,10 +98,6 @@ class FormConfig:
             raise ValueError(f"{problem}; choose one")
         if self.split is not None:
             self._check_split(self.split)
-        whole = [name for name in self.formats if not getattr(load_form(name), "DIVIDES", True)]
-        if self.is_divided and whole:
-            problem = f"shard_bytes, shuffle and buckets divide a training set anew, but the files of {whole[0]} follow"
-            raise ValueError(f"{problem} those of the corpus; leave out one or the other")
         if len(set(self.buckets)) < len(self.buckets) or min(self.buckets, default=1) <= 0:
             raise ValueError(f"buckets is {list(self.buckets)}; it must have different aspects above 0, such as 1.5")
         if not self.instructions:
@@ -111,6 +107,10 @@ class FormConfig:
                 plugins.load("stages.exporters", name)
         except UnknownNameError as error:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
+        whole = [name for name in self.formats if not getattr(load_form(name), "DIVIDES", True)]
+        if self.is_divided and whole:
+            problem = f"shard_bytes, shuffle and buckets divide a training set anew, but the files of {whole[0]} follow"
+            raise ValueError(f"{problem} those of the corpus; leave out one or the other")
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")
 

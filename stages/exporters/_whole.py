@@ -23,7 +23,8 @@ from stages.exporters._croissant import build_croissant
 from stages.exporters._settings import Config, list_columns, list_folders, list_indexes
 from stages.text.selection import describe_texts
 
-WHOLE_FILES = ("export/stats.json", "export/README.md", "export/croissant.json")
+NEEDED_FILES = ("export/stats.json", "export/README.md")  # without them an export is not finished
+WHOLE_FILES = (*NEEDED_FILES, "export/croissant.json")
 NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of forms
 SUMMARY = """
     SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
@@ -41,7 +42,7 @@ DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason OR
 def finish(run: Run, is_new: bool) -> None:
     """Writes summary, dataset card, Croissant metadata, the forms' indexes and all digests, unless no shard is new."""
     settings: Config = run.sections["export"][""]
-    if not is_new and all((run.folder / name).exists() for name in WHOLE_FILES):
+    if not is_new and all((run.folder / name).exists() for name in NEEDED_FILES):
         return
     with database.connect(run.folder) as connection:
         result = database.run_query(connection, SUMMARY)

@@ -53,7 +53,7 @@ def test_running_an_earlier_run_again_makes_nothing(run: Path) -> None:
 
 @pytest.mark.slow
 def test_an_earlier_training_set_is_written_again_with_the_same_bytes(run: Path) -> None:
-    """But for what was added since: columns, lines of the card, and the indexes of the tars."""
+    """But for what was added since: columns, lines of the card, Croissant metadata, and the indexes of the tars."""
 
     def exported() -> dict[str, bytes]:
         index = run / "export" / "index"  # its footers record the code version and the time
@@ -66,7 +66,10 @@ def test_an_earlier_training_set_is_written_again_with_the_same_bytes(run: Path)
     assert recap("run", "export", "--run", str(run)).returncode == 0
     after = exported()
     added = {name.removeprefix("export/webdataset/") for name in after.keys() - before.keys()}
-    assert {name for name in added if not re.fullmatch(r"\d{5}\.tar\.idx", name)} == set(webdataset.INDEXES)
+    assert {name for name in added if not re.fullmatch(r"\d{5}\.tar\.idx", name)} == {
+        *webdataset.INDEXES,
+        "export/croissant.json",
+    }
     for name, data in before.items():
         assert drop_added(name, after[name], data) == drop_added(name, data, data), name
 
