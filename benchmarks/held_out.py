@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 
@@ -32,25 +32,25 @@ class CaptionQuality:
     words: float
 
 
-def list_scenes(num_scenes: int) -> list[Scene]:
-    return [draw_scene(SEED, index) for index in range(num_scenes)]
+def list_scenes(num_scenes: int, *, world: int = SEED) -> list[Scene]:
+    return [draw_scene(world, index) for index in range(num_scenes)]
 
 
-def render_image(index: int) -> bytes:
-    data = scenes.draw_sample(index, CORPUS).data
+def render_image(index: int, *, world: int = SEED) -> bytes:
+    data = scenes.draw_sample(index, replace(CORPUS, seed=world)).data
     assert data is not None
     return data
 
 
-def read_alt_text(index: int) -> str:
-    return scenes.draw_sample(index, CORPUS).alt_text or ""
+def read_alt_text(index: int, *, world: int = SEED) -> str:
+    return scenes.draw_sample(index, replace(CORPUS, seed=world)).alt_text or ""
 
 
 def open_engine(model: str) -> Engine:
     return transformers.open(transformers.Config(model=model, batch_size=32))
 
 
-def generate_captions(model: str, num_scenes: int) -> list[str]:
+def generate_captions(model: str, num_scenes: int, *, world: int = SEED) -> list[str]:
     """A captioner's captions of the held-out images, prompted by its own recipe."""
     recipe = recipes.load("scenes", run=None)
     rungs = recipe.spec.sampling.rungs[:1]
@@ -60,7 +60,7 @@ def generate_captions(model: str, num_scenes: int) -> list[str]:
             yield Request(
                 id=str(index),
                 prompt=recipe.build_prompt(None).prompt,
-                images=(render_image(index),),
+                images=(render_image(index, world=world),),
                 ladder=rungs,
                 seed=index,
             )
@@ -72,17 +72,18 @@ def generate_captions(model: str, num_scenes: int) -> list[str]:
         engine.close()
 
 
-def measure_captions(captions: Sequence[str], measure: str = ONE_TO_ONE) -> CaptionQuality:
+def measure_captions(captions: Sequence[str], measure: str = ONE_TO_ONE, *, world: int = SEED) -> CaptionQuality:
     """The quality of one caption for each of the scenes 0, 1, ... of the held-out world.
 
     Args:
         measure: ONE_TO_ONE, or AS_SET, by which the first outcomes were recorded: it charges nothing for repetition.
+        world: its seed.
     """
     from stages.scenes.claims import count_claims
     from stages.scenes.measure import measure_caption
 
     count = count_claims if measure == AS_SET else lambda text, scene: measure_caption(text, scene).total
-    results = [count(text, draw_scene(SEED, index)) for index, text in enumerate(captions)]
+    results = [count(text, draw_scene(world, index)) for index, text in enumerate(captions)]
     return CaptionQuality(
         precision=mean(r.precision for r in results),
         recall=mean(r.recall for r in results),

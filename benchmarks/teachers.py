@@ -8,15 +8,25 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks.held_out import ONE_TO_ONE, CaptionQuality, list_scenes, measure_captions, print_table, round_figures
+from benchmarks.held_out import (
+    ONE_TO_ONE,
+    SEED,
+    CaptionQuality,
+    list_scenes,
+    measure_captions,
+    print_table,
+    round_figures,
+)
 from stages.scenes.teachers import TEACHERS, caption_scene, merge_captions
 
 
-def measure_teachers(num_scenes: int, *, shared: bool = False, measure: str = ONE_TO_ONE) -> dict[str, CaptionQuality]:
-    scenes = list_scenes(num_scenes)
+def measure_teachers(
+    num_scenes: int, *, shared: bool = False, measure: str = ONE_TO_ONE, world: int = SEED
+) -> dict[str, CaptionQuality]:
+    scenes = list_scenes(num_scenes, world=world)
     captions = {name: [caption_scene(name, scene, 0, shared=shared) for scene in scenes] for name in TEACHERS}
     captions["consensus"] = [merge_captions(group) for group in zip(*captions.values(), strict=True)]
-    return {name: measure_captions(some, measure) for name, some in captions.items()}
+    return {name: measure_captions(some, measure, world=world) for name, some in captions.items()}
 
 
 def main() -> None:

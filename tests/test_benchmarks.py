@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 
-from benchmarks import adversary, miniature
+from benchmarks import adversary, details, miniature
 from benchmarks.held_out import list_scenes
+from benchmarks.worlds import CHOICE
 from pipeline import config
+from stages.scenes.claims import list_facts, write_caption
 from stages.training.settings import TrainConfig
 from tests.support.runs import ROOT
 
@@ -45,3 +49,17 @@ def test_no_caption_is_found_whose_reward_rises_while_it_gets_worse() -> None:
 def test_the_adversary_finds_how_sets_of_claims_are_gamed() -> None:
     _, found = adversary.search(list_scenes(3), writer="claims", candidates=120)
     assert [one for one in found if one.lost_f1 > adversary.MOST_LOST and not one.is_misled]
+
+
+def test_details_have_every_scene_once_with_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    captions = [write_caption(list_facts(scene), Random(0)) for scene in list_scenes(60)]
+    captions[0] += " " + captions[0].split(". ")[0] + "."
+    details.print_details("truth", captions, world=CHOICE)
+    header, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert header == f"truth, world {CHOICE}"
+    counts = [int(row[14:21]) for row in rows[:5]]
+    assert counts[0] == 60 == sum(counts[1:])
+    assert "0.017 (0.000-0.050)" in rows[0] and "1.000 (1.000-1.000)" in rows[0]
+    assert rows[-1].split() == ["recall", *["1.000"] * 6]
+    low, high = details.bootstrap_ratio(np.array([0.0, 1.0] * 200), np.ones(400))
+    assert 0.43 < low < 0.47 and 0.53 < high < 0.57
