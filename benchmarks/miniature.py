@@ -1,17 +1,18 @@
 """Trains the arms of RubiCap's comparison in miniature and measures each by the truth. The last line is JSON.
 
 All arms begin with one supervised student. Three continue supervised, with as many samples as GRPO generates: on its
-own teacher, on all teachers, on their consensus. Two use GRPO: one with a single score by a judge, one with rubrics.
-The single score is the share of a caption's sentences that the judge confirms; because it calls a model, that arm has a
-quarter of the samples. Each arm has several training seeds; recorded ones are skipped, so that the table can grow over
-days. No arm uses the truth of a scene (the student's vision tower has learnt from labelled scenes), and no training
-uses the held-out world.
+own teacher, on all teachers, on their consensus. Four use GRPO: with a single score by a judge, with rubrics, with
+both, and with rubrics in two rounds of half the steps. The single score is the share of a caption's sentences that the
+judge confirms; because it calls a model, that arm has a quarter of the samples. Each arm has several training seeds;
+recorded ones are skipped, so that the table can grow over days. No arm uses the truth of a scene (the student's vision
+tower has learnt from labelled scenes), and no training uses the held-out world.
 
     python -m benchmarks.miniature                       # prints the recorded outcomes
     python -m benchmarks.miniature FOLDER [--student MODEL] [--judge MODEL] [--seeds 3] [--arms NAME ...] [--shared]
+        [--manifest scenes-grpo-statements]
 
-FOLDER becomes a run of manifests/scenes-grpo with more caption passes, and keeps the trained models. With --shared,
-most of the committee has the same blind spot, and so has its consensus.
+FOLDER becomes a run of the manifest, scenes-grpo unless another is named, with more caption passes, and keeps the
+trained models. With --shared, most of the committee has the same blind spot, and so has its consensus.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from benchmarks.held_out import (
 from benchmarks.teachers import measure_teachers
 from pipeline import config, plugins
 from pipeline.commands import init
-from pipeline.execution.engine_pool import EnginePool
+from pipeline.execution import whole_run
 from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
@@ -56,10 +57,12 @@ from stages.scenes.teachers import TEACHERS, caption_scene
 from stages.scorers import Sample, rubric
 from stages.training import provenance
 from stages.training.methods import grpo, sft
+from stages.training.rounds import share_tables
 from stages.training.settings import TrainConfig, read_section, stamp_config
 
 RESULTS = Path(__file__).parent / "results" / "miniature.jsonl"
-TABLES = ("plan.parquet", "shards", "image", "caption", "rubric")
+TABLES = ("plan.parquet", "image", "caption", "rubric")
+MANIFEST = "scenes-grpo"
 SFT_BATCH = 32
 BEFORE = "student"  # the arm that is not trained on
 MORE_SECTIONS = """
@@ -112,7 +115,10 @@ def make_sft_config(base: TrainConfig, *captions: str) -> TrainConfig:
 def make_arms(base: TrainConfig) -> Mapping[str, TrainConfig | None]:
     """The training of each arm; None for the student, which is not trained on."""
     every = tuple(f"more-{name}" for name in TEACHERS)
-    one_mark = replace(base.options, config=replace(base.options.config, rewards={"mark": 1.0}))
+    one_mark, both = (
+        replace(base.options, config=replace(base.options.config, rewards=rewards))
+        for rewards in ({"mark": 1.0}, {**base.options.config.rewards, "mark": 1.0})
+    )
     return {
         BEFORE: None,
         "rubrics": base,
@@ -120,7 +126,13 @@ def make_arms(base: TrainConfig) -> Mapping[str, TrainConfig | None]:
         "all teachers": make_sft_config(base, *every),
         "on consensus": make_sft_config(base, "more-consensus"),
         "one mark": replace(base, options=one_mark, batch_size=base.batch_size // 4),
+        "rubrics, mark": replace(base, options=both),
+        "two rounds": replace(base, steps=base.steps // 2, rounds=2),
     }
+
+
+def count_samples(settings: TrainConfig) -> int:
+    return settings.rounds * settings.steps * settings.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +150,12 @@ class Outcome:
     figures: CaptionQuality
     rubric: float  # the mean rubric score of its captions
     measure: str = AS_SET  # the first outcomes do not name it
+    manifest: str = MANIFEST  # nor this
 
 
-def create_run(folder: Path, *, student: Path, judge: str, shared: bool) -> config.Run:
+def create_run(folder: Path, *, student: Path, judge: str, shared: bool, manifest: str) -> config.Run:
     """The run whose tables all arms learn from."""
-    text = render_manifest(student)
+    text = render_manifest(student, manifest)
     text += MORE_SECTIONS.format(judge=Path(judge).absolute())
     text += "".join(
         TEACHER_SECTION.format(name=name, num=8 if name == "hasty" else 4) for name in [*TEACHERS, "consensus"]
@@ -163,12 +176,16 @@ def create_run(folder: Path, *, student: Path, judge: str, shared: bool) -> conf
     return run
 
 
-def digest_arm(student: str, judge: str, settings: TrainConfig | None, *, shared: bool) -> str:
+def digest_arm(
+    student: str, judge: str, settings: TrainConfig | None, *, shared: bool, manifest: str = MANIFEST
+) -> str:
     """The digest of all that decides an arm and its figures except its seed and the place of its files."""
-    versions = [module.VERSION for module in (load_writer(), rubric, stages.rubric, provenance)]
-    texts = [tomllib.loads(read_manifest()), MORE_SECTIONS, TEACHER_SECTION, shared, versions]
+    versions = [module.VERSION for module in (load_writer(manifest), rubric, stages.rubric, provenance)]
+    texts = [tomllib.loads(read_manifest(manifest)), MORE_SECTIONS, TEACHER_SECTION, shared, versions]
     uses_judge = settings is not None and "mark" in getattr(settings.options.config, "rewards", ())
-    parts = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
+    parts: list[Any] = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
+    if settings is not None and settings.rounds > 1:
+        parts.append(settings.rounds)
     # Recorded outcomes name the module of the teachers as it was called when they were made.
     text = json.dumps(parts).replace("stages.scenes.teachers", "stages.teachers")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -187,32 +204,28 @@ def digest_weights(model: Path) -> str:
     return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def render_manifest(student: Path) -> str:
+def render_manifest(student: Path, manifest: str = MANIFEST) -> str:
     """The run.toml that begins with this model."""
-    return read_manifest().replace('"scenes-student"', f'"{student.absolute()}"')
+    text = read_manifest(manifest)
+    return text.replace(f'"{tomllib.loads(text)["train"]["model"]}"', f'"{student.absolute()}"')
 
 
-def load_writer() -> Any:
+def load_writer(manifest: str) -> Any:
     """The writer of the manifest's rubrics."""
-    return plugins.load("stages.rubric_writers", tomllib.loads(read_manifest())["rubric"]["committee"]["writer"])
+    name = tomllib.loads(read_manifest(manifest))["rubric"]["committee"]["writer"]
+    return plugins.load("stages.rubric_writers", name)
 
 
-def read_manifest() -> str:
-    return (resources.files("manifests") / "scenes-grpo" / "run.toml").read_text()
+def read_manifest(name: str) -> str:
+    return (resources.files("manifests") / name / "run.toml").read_text()
 
 
 def train_arm(run: config.Run, arm: str, settings: TrainConfig, seed: int) -> Path:
     """Trains the model of an arm, in a folder of its own that shares the run's tables; returns the model's folder."""
     folder = run.folder / "arms" / f"{arm.replace(' ', '-')}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in TABLES:
-        if not (folder / table).exists():
-            (folder / table).symlink_to((run.folder / table).absolute())
-    engines, sections = EnginePool(run.engines), {**run.sections, "train": {"": replace(settings, seed=seed)}}
-    try:
-        return train.make(replace(run, folder=folder, sections=sections), engines)
-    finally:
-        engines.close_all_but(())
+    share_tables(folder, run.folder, TABLES)
+    sections = {**run.sections, "train": {"": replace(settings, seed=seed)}}
+    return whole_run.make_product(train, RunState(replace(run, folder=folder, sections=sections)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +235,7 @@ class HeldOutRubrics:
     criteria: Sequence[Any]  # by scene
 
     @classmethod
-    def write(cls, student: Sequence[str], *, shared: bool) -> HeldOutRubrics:
+    def write(cls, student: Sequence[str], *, shared: bool, manifest: str) -> HeldOutRubrics:
         evidence = [
             Evidence(
                 key=str(index),
@@ -233,7 +246,7 @@ class HeldOutRubrics:
             )
             for index, (scene, text) in enumerate(zip(list_scenes(len(student)), student, strict=True))
         ]
-        return cls(criteria=[written.criteria for written in load_writer().write(evidence)])
+        return cls(criteria=[written.criteria for written in load_writer(manifest).write(evidence)])
 
     def score(self, captions: Sequence[str]) -> float:
         samples = (
@@ -264,8 +277,12 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
 
 def print_comparisons(outcomes: Sequence[Outcome]) -> None:
     """A table for each comparison: one student, one world."""
-    for key in dict.fromkeys((one.student, one.shared, one.num_scenes, one.measure) for one in outcomes):
-        print_comparison([one for one in outcomes if (one.student, one.shared, one.num_scenes, one.measure) == key])
+    groups: dict[tuple[object, ...], list[Outcome]] = {}
+    for one in outcomes:
+        key = (one.student, one.shared, one.num_scenes, one.measure, one.manifest)
+        groups.setdefault(key, []).append(one)
+    for group in groups.values():
+        print_comparison(group)
 
 
 def print_comparison(outcomes: Sequence[Outcome]) -> None:
@@ -307,6 +324,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--arms", nargs="*", help="by default all")
+    parser.add_argument("--manifest", default=MANIFEST, help="of the arms with rubrics")
     parser.add_argument("--shared", action="store_true", help="most of the committee has the same blind spot")
     args = parser.parse_args()
     if args.folder is not None:
@@ -317,14 +335,15 @@ def main() -> None:
 
 def train_missing_arms(args: argparse.Namespace) -> None:
     """Trains, measures and records the arms that are not recorded yet."""
-    run = create_run(args.folder, student=args.student, judge=args.judge, shared=args.shared)
+    manifest: str = args.manifest
+    run = create_run(args.folder, student=args.student, judge=args.judge, shared=args.shared, manifest=manifest)
     student, judge = digest_weights(args.student), digest_weights(Path(args.judge))
     before = generate_captions(str(args.student), args.scenes)
-    rubrics = HeldOutRubrics.write(before, shared=args.shared)
+    rubrics = HeldOutRubrics.write(before, shared=args.shared, manifest=manifest)
     done = {(one.made_from, one.seed, one.num_scenes) for one in read_outcomes() if one.measure == ONE_TO_ONE}
     for seed in range(args.seeds):
         for arm, settings in make_arms(run.sections["train"][""]).items():
-            made_from = digest_arm(student, judge, settings, shared=args.shared)
+            made_from = digest_arm(student, judge, settings, shared=args.shared, manifest=manifest)
             chosen = arm == BEFORE or args.arms is None or arm in args.arms
             if (made_from, seed, args.scenes) in done or not chosen or (settings is None and seed > 0):
                 continue
@@ -339,11 +358,12 @@ def train_missing_arms(args: argparse.Namespace) -> None:
                 seed=seed,
                 made_from=made_from,
                 num_scenes=args.scenes,
-                samples=settings.steps * settings.batch_size if settings else 0,
+                samples=count_samples(settings) if settings else 0,
                 minutes=round((time.monotonic() - start) / 60, 1),
                 figures=measure_captions(texts),
                 rubric=round(rubrics.score(texts), 4),
                 measure=ONE_TO_ONE,
+                manifest=manifest,
             )
             write_outcome(outcome)
 

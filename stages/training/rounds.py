@@ -57,14 +57,7 @@ def prepare_next_round(run: Run, model: Path, reads: Sequence[str]) -> Run | Non
     folder = base / FOLDER / str(number + 1)
     affected = {p.folder for p in _find_affected(run, config, reads)}
     shared = [p.folder for p in _list_needed(run, reads) if p.folder not in affected]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (
-        run.folder / "plan.parquet",
-        *(file for name in shared for file in (run.folder / name).glob("*.parquet")),
-    ):
-        _share_file(folder / path.relative_to(run.folder), path)
-    if not (folder / PACKED).is_symlink() and (run.folder / PACKED).is_dir():
-        (folder / PACKED).symlink_to(os.path.relpath(run.folder / PACKED, folder))
+    share_tables(folder, run.folder, ["plan.parquet", *shared])
     made = ResolvedPath(str(model), given=f"round {number}: {digest_weights(str(model))[:12]}")
     trained = replace(config, model=made, seed=config.seed + 1, rounds=config.rounds - 1)
     engines = {
@@ -99,6 +92,22 @@ def _list_needed(run: Run, reads: Sequence[str]) -> list[Pass]:
 
 def _uses(engine: Plugin, config: TrainConfig) -> bool:
     return getattr(engine.config, "model", None) == config.model
+
+
+def share_tables(folder: Path, source: Path, names: Sequence[str]) -> None:
+    """Gives a run the tables, plan and packed images of another.
+
+    Args:
+        folder: of the run that gets them.
+        source: the other run's folder.
+        names: files, and folders of tables at any depth, below it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (source / name for name in names):
+        for file in [path] if path.is_file() else path.rglob("*.parquet"):
+            _share_file(folder / file.relative_to(source), file)
+    if not (folder / PACKED).is_symlink() and (source / PACKED).is_dir():
+        (folder / PACKED).symlink_to(os.path.relpath(source / PACKED, folder))
 
 
 def _share_file(path: Path, source: Path) -> None:

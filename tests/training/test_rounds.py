@@ -71,6 +71,9 @@ def test_a_second_round_begins_with_the_model_of_the_first_and_keeps_its_own_tab
     assert recap("run", "train", "--run", folder).stdout == done.stdout
     assert {path: path.stat().st_mtime_ns for path in second.rglob("*") if path.is_file()} == files
 
+    assert recap("verify", "--run", folder).returncode == 0
+    assert "rounds" not in recap("status", "--run", folder).stderr
+
     begin(folder, make_sections(rounds=1))
     assert recap("run", "train", "--run", folder).stdout.strip() == str(folder / "model")
 
