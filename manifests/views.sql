@@ -32,6 +32,9 @@ CREATE VIEW rubric AS SELECT * FROM read_parquet('rubric/*/*.parquet', union_by_
 -- One row per score pass and usable caption.
 CREATE VIEW score AS SELECT * FROM read_parquet('score/*/*/*.parquet', union_by_name = true, hive_partitioning = false);
 
+-- One row per score pass and spoiled copy of a caption, for runs with [canary].
+CREATE VIEW canary AS SELECT * FROM read_parquet('canary/*/*/*.parquet', union_by_name = true, hive_partitioning = false);
+
 -- One row per caption: kept, or the first reason for refusal.
 CREATE VIEW verdict AS SELECT * FROM read_parquet('verdict/*.parquet', union_by_name = true, hive_partitioning = false);
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-STAGES = ("ingest", "curate", "caption", "rubric", "score", "filter", "export", "train")
+STAGES = ("ingest", "curate", "caption", "rubric", "score", "canary", "filter", "export", "train")
 MAX_TASKS = 1000  # of a Slurm array, unless num_tasks says otherwise
 
 

@@ -19,8 +19,8 @@ from pipeline.sections import Run, key
 from pipeline.storage import database
 from stages import recipes
 from stages.recipes import Recipe
-from stages.sql import check_query, find_scores
 from stages.text.answers import read_answer
+from stages.text.conditions import check_query, find_scores
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
 from stages.text.repetition import find_lasting_loop
 

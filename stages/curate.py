@@ -20,7 +20,7 @@ from pipeline.progress import format_count, format_quantity, say
 from pipeline.records import Curation, ImageStatus, MeasuredImage, arrow_schema, column_names, make_key
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import database
-from stages.sql import CONDITION
+from stages.text.conditions import CONDITION
 
 if TYPE_CHECKING:
     import numpy.typing as npt

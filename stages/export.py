@@ -27,7 +27,7 @@ from stages.exporters._kept_texts import KeptText, build_query, list_raw_folders
 from stages.exporters._settings import Config, list_columns, list_indexes, needs_images
 from stages.exporters._splits import draw_split
 from stages.exporters._whole import WHOLE_FILES, finish
-from stages.sql import find_scores
+from stages.text.conditions import find_scores
 from stages.text.prompts import derive_seed
 from stages.text.selection import (
     Count,

@@ -18,7 +18,7 @@ from pipeline.records import CaptionStatus, Record, Verdict
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.database import list_score_folders
-from stages.sql import ORDER_BY, build_rows, check_query, find_scores
+from stages.text.conditions import ORDER_BY, build_rows, check_query, find_scores
 
 VERSION = 1
 

@@ -45,7 +45,6 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "stages.scenes",
     "stages.scorers",
     "stages.rubric_writers",
-    "stages.sql",
     "stages.exporters",
     "stages.training",
     "stages.audit",

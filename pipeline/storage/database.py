@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import machine
 from pipeline.errors import MachineError, QueryError
 from pipeline.records import (
+    Canary,
     Caption,
     Curation,
     Exported,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (
-    *(Planned, MeasuredImage, Curation, Caption, ImageRubric, Score, Verdict, Label, Step, Stat, Exported),
+    *(Planned, MeasuredImage, Curation, Caption, ImageRubric, Score, Canary, Verdict, Label, Step, Stat, Exported),
 )
 ADDED_COLUMNS = {"caption": ", name AS caption"}  # of the views, to those of the files
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
@@ -151,14 +152,16 @@ def connect_run(run: Run, *, files: str = "*.parquet") -> Connection:
     """As `connect`, without the tables of passes that run.toml no longer has."""
     known = f"IN ({', '.join(map(quote_literal, _list_named_folders(run))) or 'NULL'})"
     where = {name: f"'{name}/' || name {known}" for name in ("caption", "rubric")}
-    where["score"] = f"'score/' || name || '/' || caption {known}"
+    where |= {name: f"'{name}/' || name || '/' || caption {known}" for name in ("score", "canary")}
     where["stats"] = f"name = '' OR concat_ws('/', stage, name, nullif(caption, '')) {known}"
     return connect(run.folder, files=files, where=where)
 
 
 def find_leftovers(run: Run) -> list[str]:
     """The folders of tables whose pass was removed from run.toml or renamed."""
-    paths = {path for pattern in ("caption/*", "rubric/*", "score/*/*") for path in run.folder.glob(pattern)}
+    paths = {
+        path for pattern in ("caption/*", "rubric/*", "score/*/*", "canary/*/*") for path in run.folder.glob(pattern)
+    }
     return sorted({str(path.relative_to(run.folder)) for path in paths if path.is_dir()} - {*_list_named_folders(run)})
 
 
@@ -171,7 +174,10 @@ def list_score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:
 
 def _list_named_folders(run: Run) -> Iterator[str]:
     yield from (f"{stage}/{name}" for stage in ("caption", "rubric") for name in run.sections[stage])
-    yield from list_score_folders(run, run.sections["score"])
+    scored = list(list_score_folders(run, run.sections["score"]))
+    yield from scored
+    if run.sections["canary"]:
+        yield from (f"canary/{folder.removeprefix('score/')}" for folder in scored)
 
 
 def _read_views(folder: str, files: str, where: Mapping[str, str]) -> Iterator[str]:

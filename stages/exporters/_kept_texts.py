@@ -18,7 +18,7 @@ from pipeline.execution.passes import AllShards, Shard
 from pipeline.records import NamedScore
 from pipeline.sections import Run
 from pipeline.storage import database
-from stages.sql import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores
+from stages.text.conditions import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores
 from stages.text.selection import RAW, ExportText, TextConfig
 
 # Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.

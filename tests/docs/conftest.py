@@ -58,6 +58,7 @@ def documented_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rubric = {"committee": {"teachers": ["one", "two", "three"], "student": "dense", "writer": "claims"}}
     changes = {
         "curate": {},
+        "canary": {},
         "source": {**BASE["source"], "path": str(photos)},
         "caption": {"headline": {"recipe": "headline", "engine": "captioner"}},
         "rubric": rubric,

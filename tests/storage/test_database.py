@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline import config
 from pipeline.errors import ConfigError, QueryError
 from pipeline.storage import database, expressions
-from stages.sql import find_scores
+from stages.text.conditions import find_scores
 from tests.support.runs import ROOT, begin, corpus, files, make, sections
 
 VIEWS = ("plan", "image", "caption", "score", "verdict", "export")

@@ -20,7 +20,7 @@ from pipeline import plugins, records, sections
 from pipeline.commands.init import format_toml
 from pipeline.storage.database import RECORDS
 from pipeline.validation import describe_type
-from stages import caption, curate, export, recipes, rubric, rubrics, score
+from stages import canary, caption, curate, export, recipes, rubric, rubrics, score
 from stages import filter as filter_stage
 from stages.rubric_writers import llm
 from stages.text.prompts import SamplingConfig
@@ -101,6 +101,11 @@ def configuration_parts() -> Iterator[Part]:
     yield Part(title="`[rubric.NAME]`", classes=(rubric.Config,))
     yield Part(title="`[score.NAME]`", classes=(score.Config,), text=f"Every scorer has {COMMON}")
     yield from _plugin_parts("stages.scorers", "kind = {kind}")
+    yield Part(
+        title="`[canary]`",
+        classes=(canary.Config,),
+        text="Without this section no spoiled copies are scored. See [Quality](quality.md#what-the-judge-notices).",
+    )
     yield Part(title="`[filter]`", classes=(filter_stage.Config,))
     yield Part(title="`[export]`", classes=(export.Config,))
     train = plugins.load("stages", "train").Config

@@ -1,0 +1,81 @@
+"""The captions that a score pass rates, for the stages that score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+from pipeline import plugins
+from pipeline.errors import ConfigError
+from pipeline.execution.passes import Shard
+from pipeline.execution.sharing import asked_folder, shares_rows
+from pipeline.records import Caption, Image, ImageRubric
+from pipeline.sections import Run
+from stages import scorers
+from stages.scorers import Sample, Scorer
+from stages.text.prompts import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePass:
+    """A score of run.toml on one caption pass."""
+
+    name: str
+    caption: str
+    scorer: Scorer
+    captions: str  # the folder of the captions: of those that an engine was asked for
+    max_error_share: float | None  # None: the run's
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Folders of the tables that its samples come from."""
+        return ("image", *([f"rubric/{self.scorer.rubric}"] if self.scorer.rubric else []), self.captions)
+
+
+def list_score_passes(run: Run) -> Iterator[ScorePass]:
+    """One for each `[score.NAME]` and caption pass.
+
+    Raises:
+        ConfigError: a section names something that does not exist.
+    """
+    known = tuple(run.sections["caption"])
+    for name, config in run.sections["score"].items():
+        field = f"{run.file}: score.{name}"
+        scorer = scorers.load_scorer(config.scorer, run=run.file.parent, field=field)
+        if scorer.rubric and scorer.rubric not in (rubrics := sorted(run.sections["rubric"])):
+            raise ConfigError(f"{field}.rubric", plugins.explain_unknown(scorer.rubric, rubrics))
+        for caption in config.captions or known:
+            if caption not in known:
+                raise ConfigError(f"{field}.captions", plugins.explain_unknown(caption, sorted(known)))
+            folder = f"caption/{caption}"
+            yield ScorePass(
+                name=name,
+                caption=caption,
+                scorer=scorer,
+                captions=asked_folder(folder) if shares_rows(run) else folder,
+                max_error_share=config.max_error_share,
+            )
+
+
+def read_samples(shard: Shard, p: ScorePass, *, seed: int) -> Iterator[Sample]:
+    """The usable captions of a shard, in order; of those that images share, one."""
+    images = shard.read_table("image", Image)
+    rubrics = shard.lookup(f"rubric/{p.scorer.rubric}", ImageRubric) if p.scorer.rubric else None
+    usable = (row for row in shard.read_table(p.captions, Caption) if row.status == "ok")
+    for image_key, candidates in groupby(usable, lambda row: row.key):
+        image = next(image for image in images if image.key == image_key)
+        rows = rubrics(image_key) if rubrics else ()
+        criteria = next((row.criteria for row in rows if row.status != "error"), None)
+        for row in candidates:
+            yield Sample(
+                key=row.key,
+                candidate=row.candidate,
+                text=row.text,
+                alt_text=image.alt_text,
+                source_key=image.source_key,
+                data=partial(shard.read_image, image),
+                seed=derive_seed(seed, row.key, p.name, p.caption, row.candidate, *shard.retry_of),
+                rubric_criteria=criteria,
+            )
