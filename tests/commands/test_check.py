@@ -190,7 +190,7 @@ def ask_for_too_long(world: World) -> None:
 
 
 MISTAKES: dict[Callable[[World], None], str] = {
-    omit_model: r"engines\.captioner: model 'models/m/missing': is not a directory",
+    omit_model: r"engines\.captioner: model 'models/m/missing': is neither a directory",
     omit_weights: r"engines\.captioner: model '.*m': has no weights",
     name_text_model: r"engines\.captioner: m is there .* takes no images, and caption:dense shows it some",
     shorten_context: r"engines\.captioner: its context of 128 tokens .* caption:dense .*max_tokens",

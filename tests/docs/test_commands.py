@@ -74,7 +74,7 @@ def test_command_runs(words: list[str], home: Path, monkeypatch: pytest.MonkeyPa
         (home / "runs" / "photos").rename(home / "runs" / "mine")
     for other in {"runs/old", "runs/new"} & set(words):
         shutil.copytree(home / "runs" / "photos", home / other)
-    if words[0] not in ("init", "demo", "query", "schema", "sql") and "--run" not in words:
+    if words[0] not in ("compare", "init", "demo", "query", "schema", "sql") and "--run" not in words:
         monkeypatch.chdir(home / "runs" / "photos")
     arguments = [word.replace("~", str(home)) for word in words]
     done = recap(*arguments)
