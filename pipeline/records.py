@@ -205,7 +205,7 @@ class RubricCriterion:
     id: str  # letters, digits and _; unique in its rubric
     text: str  # can be decided without the image
     severity: Severity
-    weight: float  # 3, 2 or 1
+    weight: float  # 3, 2 or 1; of the criterion against what is said beyond, that of all others
     agreed: int  # teachers whose captions meet it
     missed: float  # [0, 1]: share of the student's captions that fail it
     claim: str | None  # JSON: the check of claims; None: only a judge can decide it

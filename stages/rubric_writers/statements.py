@@ -2,8 +2,9 @@
 
 Every claim that the teachers agree on is a criterion, also one that the student makes today, so that nothing right is
 worth giving up. Where they agree on several things of one kind, a criterion asks for all of them. The last criterion
-is that a caption says of no thing more than there are and nothing that the teachers do not support; what it says
-beyond is taken off the criteria that it meets (stages/scenes/claim_checks.py).
+is that a caption says of no thing more than there are and nothing that the teachers do not support. It weighs as much
+as all others together, and each claim beyond takes off as much as one of its kind may bring
+(stages/scenes/claim_checks.py).
 
 Teachers that leave out different things relate different neighbours, so a teacher's relations count with those that
 follow from them, and two things are agreed to be so related when most of the teachers that relate them say so, and more
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from stages.rubric_writers import Evidence, WrittenRubric
 from stages.rubric_writers.claims import (
@@ -30,7 +32,7 @@ from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
 from stages.scenes.claims import Claim
 
 __all__ = ["Settings", "engines", "prepare", "write"]
-VERSION = 1
+VERSION = 2
 
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
@@ -38,9 +40,10 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
         teachers = [collect_claims(text) for text in evidence.teachers]
         student = [collect_claims(text) for text in evidence.student]
         checks = enumerate(_choose_checks(teachers, evidence.num_agree), start=1)
-        criteria = tuple(build_criterion(number, check, teachers, student) for number, check in checks)
+        criteria = [build_criterion(number, check, teachers, student) for number, check in checks]
         if criteria:
-            yield WrittenRubric(criteria=criteria)
+            *others, beyond = criteria
+            yield WrittenRubric(criteria=(*others, replace(beyond, weight=sum(c.weight for c in others))))
         else:
             yield WrittenRubric(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
 

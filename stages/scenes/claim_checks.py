@@ -29,8 +29,8 @@ SEVERITY: Mapping[Kind, Severity] = {
     "texture": "important",
     "background": "minor",
 }
-COST = 1.5  # what a claim beyond the supported ones costs, in what a claim of its kind brings
-STRAY_COST = COST * SEVERITY_WEIGHTS["critical"]  # of a sentence outside the grammar
+COST = 1.0  # what a claim beyond the supported ones costs, in what a claim of its kind brings; at least 1
+STRAY_WEIGHT = SEVERITY_WEIGHTS["critical"]  # of a sentence outside the grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,9 @@ class Check:
         return caption.is_plain
 
     def cost(self, caption: CaptionClaims) -> float:
-        """What a caption says beyond the claims: for each claim `COST` times what one of its kind brings."""
+        """What a caption says beyond the claims: each of them costs `COST` times what one of its kind may bring."""
         unsupported = chain(caption.first - self.claims, caption.stray - self.claims, caption.again)
-        return COST * sum(map(weigh_claim, unsupported)) + STRAY_COST * caption.num_stray
+        return COST * (sum(map(weigh_with_number, unsupported)) + STRAY_WEIGHT * caption.num_stray)
 
     @property
     def text(self) -> str:
@@ -176,14 +176,28 @@ def weigh_claim(claim: Claim) -> float:
     return SEVERITY_WEIGHTS[SEVERITY[claim.kind]]
 
 
-def discount(met: float, cost: float) -> float:
-    """The share of its met criteria that a caption keeps when it says more than is supported.
+def weigh_with_number(claim: Claim) -> float:
+    """As `weigh_claim`; a thing more is also one more of its kind, whose number is a minor criterion."""
+    return weigh_claim(claim) + (SEVERITY_WEIGHTS["minor"] if claim.kind == "object" else 0.0)
+
+
+def discount(met: float, cost: float, allowance: float) -> tuple[float, float]:
+    """The shares that a caption keeps of the allowance and of its met criteria when it says more than is supported.
+
+    What is said beyond is taken off the allowance first, so that captions with many errors are still told apart. A
+    caption that meets nothing keeps nothing.
 
     Args:
         met: the weights of the criteria that it meets.
         cost: of what it says beyond.
+        allowance: the weight of the criterion that it says nothing beyond.
+
+    >>> discount(8.0, 4.0, 16.0), discount(8.0, 20.0, 16.0), discount(0.0, 0.0, 16.0)
+    ((0.75, 1.0), (0.0, 0.5), (0.0, 0.0))
     """
-    return max(0.0, 1.0 - cost / met) if met else 0.0
+    if not met:
+        return 0.0, 0.0
+    return max(0.0, 1.0 - cost / allowance), min(1.0, max(0.0, 1.0 - (cost - allowance) / met))
 
 
 def format_claim(claim: Claim) -> str:

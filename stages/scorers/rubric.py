@@ -8,7 +8,7 @@ or when the judge fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,10 +100,19 @@ def _check_samples(samples: Iterable[Sample]) -> Iterator[ScoreResult]:
     for sample in samples:
         claims = claim_checks.collect_rewarded_claims(sample.text)
         criteria = [_check_criterion(criterion, claims) for criterion in sample.rubric_criteria or ()]
-        kept = _find_kept_share(sample.rubric_criteria or (), criteria, claims)
-        if kept < 1.0:
-            criteria = [replace(c, value=c.value and c.value * kept) for c in criteria]
+        for number, criterion in enumerate(sample.rubric_criteria or ()):
+            check = None if criterion.claim is None else claim_checks.parse_check(criterion.claim)
+            if check is not None and check.how == "beyond":
+                criteria = _charge(criteria, number, check.cost(claims))
         yield combine_criteria(criteria, undecided="only a judge can decide these criteria")
+
+
+def _charge(criteria: Sequence[Criterion], number: int, cost: float) -> list[Criterion]:
+    """The criteria after a caption has paid for what it says beyond, which the criterion of this number forbids."""
+    beyond = criteria[number]
+    met = math.fsum(c.weight * (c.value or 0.0) for c in criteria if c is not beyond)
+    of_allowance, of_met = claim_checks.discount(met, cost, beyond.weight)
+    return [replace(c, value=of_allowance if c is beyond else c.value and c.value * of_met) for c in criteria]
 
 
 def _check_criterion(criterion: RubricCriterion, claims: CaptionClaims) -> Criterion:
@@ -115,11 +124,3 @@ def _check_criterion(criterion: RubricCriterion, claims: CaptionClaims) -> Crite
         weight=criterion.weight,
         reason=criterion.text,
     )
-
-
-def _find_kept_share(criteria: Iterable[RubricCriterion], decided: Iterable[Criterion], claims: CaptionClaims) -> float:
-    """The share of its met criteria that a caption keeps after paying for what it says beyond the supported claims."""
-    checks = (claim_checks.parse_check(criterion.claim) for criterion in criteria if criterion.claim is not None)
-    cost = sum(check.cost(claims) for check in checks if check.how == "beyond")
-    met = math.fsum(c.weight * (c.value or 0.0) for c in decided)
-    return claim_checks.discount(met, cost) if cost else 1.0

@@ -13,7 +13,7 @@ from pipeline.records import RubricCriterion
 from pipeline.sources.scenes import COLOURS, SHAPES, Scene
 from stages.rubric_writers import statements
 from stages.scenes import claim_checks
-from stages.scenes.claim_checks import COST, collect_rewarded_claims, parse_check, weigh_claim
+from stages.scenes.claim_checks import COST, collect_rewarded_claims, parse_check, weigh_with_number
 from stages.scenes.claims import Claim, group_claims, list_facts, parse_caption, write_caption, write_sentence
 from stages.scenes.teachers import TEACHERS, caption_scene, list_swaps
 from tests.support.scoring import CAPTIONS, CHANGED, compute_digest, compute_reward, make_evidence, scenes, score_text
@@ -60,7 +60,7 @@ def test_criteria_are_what_teachers_agree_on_also_what_the_student_says() -> Non
             "beyond_7",
             "Says of no thing more than there are, and nothing besides: count(objects, 2); object(blue circle); "
             "object(red circle); relation(blue circle, left of, red circle); size(red circle, small)",
-            3.0,
+            14.0,
             1,
             1.0,
         ),
@@ -155,14 +155,15 @@ def test_weights_are_those_of_the_documented_example() -> None:
     """docs/training.md works this example out."""
     teachers = [f"Two objects. A small {RING}. A {STAR}. The {RING} is left of the {STAR}."] * 5
     criteria = write_criteria(teachers, f"A {RING}.")
-    assert sum(c.weight for c in criteria) == 3 + 3 + 3 + 2 + 2 + 3
+    assert [c.weight for c in criteria] == [3, 3, 3, 2, 2, 13]
     for text, value in (
-        (f"Two objects. A small {RING}. A {STAR}. The {RING} is left of the {STAR}.", 16 / 16),
-        (f"Two objects. A small {RING}.", 11 / 16),
-        (f"Two objects. A small {RING}. A {STAR}.", 14 / 16),
-        (f"Two objects. A small {RING}. A {CROSS}.", (8 - 4.5) / 16),
-        (f"Two objects. A small {RING}. A small {RING}.", (8 - 7.5) / 16),
-        (f"Two objects. A small {RING}. A fine picture.", (8 - 4.5) / 16),
+        (f"Two objects. A small {RING}. A {STAR}. The {RING} is left of the {STAR}.", 26 / 26),
+        (f"Two objects. A small {RING}.", (8 + 13) / 26),
+        (f"Two objects. A small {RING}. A {STAR}.", (11 + 13) / 26),
+        (f"Two objects. A small {RING}. A {CROSS}.", (8 + 9) / 26),
+        (f"Two objects. A small {RING}. A small {RING}.", (8 + 7) / 26),
+        (f"Two objects. A small {RING}. A fine picture.", (8 + 10) / 26),
+        ("", 0.0),
     ):
         assert compute_reward(text, criteria) == pytest.approx(value), text
 
@@ -201,7 +202,7 @@ def test_a_true_caption_keeps_a_reward_when_teachers_miss_things(scene: Scene) -
     text = write_caption(list_facts(scene), Random(0))
     beyond = parse_check(write_for_scene(scene)[-1].claim or "")
     assert beyond.cost(collect_rewarded_claims(text)) == COST * sum(
-        map(weigh_claim, set(list_facts(scene)) - beyond.claims)
+        map(weigh_with_number, set(list_facts(scene)) - beyond.claims)
     )
 
 
@@ -211,4 +212,4 @@ def test_version_changes_with_the_rubrics_and_their_scores() -> None:
         for *teachers, student in CAPTIONS
         for num_agree in range(1, len(teachers))
     ]
-    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (1, 1.5, "e9ec2b3b640fec20"), CHANGED
+    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (2, 1.0, "c5da7236765df740"), CHANGED
