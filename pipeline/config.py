@@ -44,11 +44,13 @@ def load(folder: Path) -> Run:
     """
     file = folder / "run.toml"
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(str(file), "there is no run here; `recap init DIR --source SRC` makes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(file), f"is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(str(file), "is not TOML that can be read: its values are nested too deeply") from error
     return parse(values, file=file.absolute())
 
 

@@ -33,6 +33,8 @@ def load(package: str, name: str) -> ModuleType:
         UnknownNameError: no such module exists; the message lists those that do.
     """
     if "." in name:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UnknownNameError(f"{name!r} is not the name of a module; write it as in `import my_project.module`")
         name = MOVED.get(name, name)
         return _import_plugin(name, f"no module {name!r} can be imported (is its folder on PYTHONPATH?)")
     if name not in list_names(package):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
+from pipeline import config, plugins
 from pipeline.commands import init
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnknownNameError
 from tests.support.runs import recap, sections, write
 
 
@@ -68,6 +68,21 @@ def test_a_missing_run_and_broken_toml_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("source = [")
     with pytest.raises(ConfigError, match=r"run\.toml: is not TOML"):
         config.load(tmp_path)
+    (tmp_path / "run.toml").write_text(f"a = {'[' * 5000}{']' * 5000}")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        config.load(tmp_path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    meant = init.default_sections({"kind": "folder", "path": str(tmp_path)}, engine="echo", model=None)
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + init.render_manifest(meant).encode())
+    assert config.load(tmp_path).sections["caption"]["dense"].recipe == "dense"
+
+
+@pytest.mark.parametrize("name", ["../echo", ".echo", "echo.", "a-b.c", "a b.c"])
+def test_a_plugin_name_that_is_no_module_is_named(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="is not the name of a module"):
+        plugins.load("pipeline.engines", name)
 
 
 def test_the_run_toml_of_init_reads_as_it_was_meant(tmp_path: Path) -> None:

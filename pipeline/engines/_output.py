@@ -18,9 +18,10 @@ from pipeline.records import replace_surrogates
 MAX_CHARACTERS = 2**18  # of an answer: a row group of such texts is still below Arrow's 2 GiB
 MAX_TOKENS = 2**31  # larger counts are nonsense, and sums of them leave 64 bits
 MAX_REASON = 40  # characters of an unknown reason to stop
-ENDS = frozenset(
-    {"stop", "eos", "eos_token", "end", "end_turn", "end_of_text", "stop_sequence", "complete", "completed"}
-)
+ENDS = frozenset({"stop", "stop_sequence", "end", "end_turn", "end_of_text", "complete", "completed"}) | {
+    *("eos", "eos_token", "eos_token_id", "eot", "eot_id")
+}
+NO_REASONS = frozenset({"", "null", "none"})  # written out by servers that have none
 CUTS = frozenset({"length", "max_tokens", "max_output_tokens", "max_length", "model_length"})
 FILTERS = frozenset({"content_filter", "content_filtered", "safety", "prohibited_content", "recitation", "sensitive"})
 TOOLS = frozenset({"tool_calls", "function_call", "tool_use"})
@@ -71,7 +72,7 @@ def parse_completion(body: bytes) -> Output:
     completion = json.loads(body)
     choice = completion["choices"][0]
     message, reason = choice["message"], choice.get("finish_reason")
-    if isinstance(reason, str) and reason.lower() in ABORTS:
+    if isinstance(reason, str) and reason.lower().rpartition(".")[2] in ABORTS:
         raise ValueError(f"finish_reason is {reason}")
     content = message.get("content")
     usage = completion.get("usage")
@@ -167,11 +168,11 @@ def _read_part(part: Any) -> str:
 
 def _read_reason(reason: Any, *, has_text: bool) -> tuple[str | None, str | None, str]:
     """The reason to stop as "stop", "length", "repetition" or what it is; an error or a fault if it is not an end."""
-    if reason is None:
+    if reason is None or (isinstance(reason, str) and reason.strip().lower() in NO_REASONS):
         return ("stop" if has_text else None), None, ""
     if not isinstance(reason, str):
         return None, f"finish_reason is of type {type(reason).__name__}, not a text", ""
-    name = reason.lower()
+    name = reason.strip().lower().rpartition(".")[2]  # of FinishReason.STOP, as enumerations are written
     if name in ENDS:
         return "stop", None, ""
     if name in CUTS:

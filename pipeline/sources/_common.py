@@ -94,9 +94,12 @@ def _read_caption(value: Any) -> str:
 
 
 def find_encoding(data: bytes) -> str:
-    """The codec of a text: that of its byte order mark, UTF-8 if it is valid, otherwise `GUESSED_ENCODING`."""
+    """The codec of a text: that of its byte order mark, UTF-16 if it has NULs, UTF-8 if it is valid, otherwise
+    `GUESSED_ENCODING`."""
     if codec := find_mark(data):
         return codec
+    if b"\0" in data and len(data) % 2 == 0:  # no text has NUL: UTF-16 without a mark has one beside each ASCII letter
+        return "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
     try:
         data.decode()
     except UnicodeDecodeError:

@@ -164,17 +164,17 @@ def _list_stems(names: Iterable[str]) -> set[str]:
 
 
 def _pair_odd_sidecars(names: Collection[str]) -> dict[str, list[str]]:
-    """The sidecars of images that differ from the image's name in case, or have an extension in upper case."""
+    """The sidecars of images whose name differs in case or in how accents are composed, or that end in upper case."""
     stems = _list_stems(names)
-    odd: dict[str, list[str]] = defaultdict(list)  # by their stem in lower case
+    odd: dict[str, list[str]] = defaultdict(list)  # by their loosened stem
     for name in names:
         stem, _, ending = name.rpartition(".")
         if ending.lower() in SIDECARS and not (stem in stems and ending in SIDECARS):
-            odd[stem.casefold()].append(name)
+            odd[_common.loosen_name(stem)].append(name)
     pairs: dict[str, list[str]] = defaultdict(list)
     for image in filter(_common.is_image, names if odd else ()):
         for stem in (image.rpartition(".")[0], image):
-            for name in odd.get(stem.casefold(), ()):
+            for name in odd.get(_common.loosen_name(stem), ()):
                 if (own := name.rpartition(".")[0]) == stem or own not in stems:
                     pairs[image].append(name)
     return pairs

@@ -31,6 +31,7 @@ FORBIDDEN = {
     "STAR": "*",
     "PARAMETER": "a parameter",
 }
+ZONED = {"TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE", "TIMETZ", "TIME WITH TIME ZONE"}
 FUNCTIONS = set(
     """
     + - * / // % ** ^ & | ~ << >> || @ ~~ !~~ ~~* !~~* ~~~ ^@ -> ->> @> <@ && = != < <= > >=
@@ -82,6 +83,8 @@ def find_problem(nodes: Iterator[dict[str, Any]]) -> str:
         kind = node.get("class")
         if isinstance(kind, str) and kind not in CLASSES:
             return f"it has {FORBIDDEN.get(kind, kind)}"
+        if kind == "TYPE" and str(node.get("type_name")).upper() in ZONED:
+            return f"{node['type_name']} depends on the machine's time zone; use TIMESTAMP"
         name = node.get("function_name")
         if isinstance(name, str) and (problem := _find_function_problem(name, node)):
             return problem

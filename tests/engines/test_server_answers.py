@@ -67,6 +67,25 @@ def test_other_spellings_of_a_key_are_masked_and_quotes_are_printable() -> None:
     redactor = Redactor('a"b/c d€')
     assert redactor.quote('1 a\\"b/c d\\u20ac 2 a%22b%2Fc%20d%E2%82%AC 3\n\x1b[31m\ud83d') == "1 *** 2 *** 3 [31m"
     assert Redactor("").quote("plain") == "plain"
+
+
+@pytest.mark.parametrize("between", ["\n", " ", "\x00", "\u200b", "\ufffd", "\ud83d", "\\n", "\\u0000", "\r\n\t"])
+def test_a_key_with_something_unseen_in_it_is_masked(between: str) -> None:
+    for at in (1, 8, 15):
+        assert Redactor(KEY).quote(f"no {KEY[:at]}{between}{KEY[at:]} here") == "no *** here"
+    spaced = between.join(KEY)
+    assert Redactor(KEY).quote(f"no {spaced} here") == "no *** here"
+
+
+def test_a_key_that_is_cut_off_is_masked() -> None:
+    for end in range(len(KEY) // 2, len(KEY)):
+        shown = Redactor(KEY).quote(f"wrong key {KEY[:end]}... given")
+        assert KEY[: len(KEY) // 2] not in shown and "given" in shown
+
+
+def test_masking_a_body_keeps_it_parsable() -> None:
+    body = json.dumps({"content": f"{KEY[: len(KEY) // 2]}", "other": [KEY, f"{KEY[:3]}\n{KEY[3:]}"]}).encode()
+    assert json.loads(Redactor(KEY).mask_body(body))["other"] == ["***", "***"]
     assert ask(lambda *_: complete(SOUND)).text == SOUND
 
 
@@ -119,8 +138,14 @@ def test_a_body_that_is_no_completion_is_an_error(body: bytes) -> None:
         ("end", "stop"),
         ("end_turn", "stop"),
         ("END_TURN", "stop"),
+        ("eot_id", "stop"),
+        ("FinishReason.STOP", "stop"),
         (None, "stop"),
+        ("", "stop"),
+        ("null", "stop"),
+        ("None", "stop"),
         ("length", "length"),
+        ("FinishReason.MAX_TOKENS", "length"),
         ("MAX_TOKENS", "length"),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -419,6 +420,17 @@ class TestFolder:
             "d5.JPG": "small",
             "notes.TXT": None,
         }
+
+    @pytest.mark.parametrize(("image", "text"), [("NFD", "NFC"), ("NFC", "NFD")])
+    def test_sidecars_may_compose_accents_in_another_way(self, tmp_path: Path, image: str, text: str) -> None:
+        name, other = (unicodedata.normalize(cast(Any, form), "café") for form in (image, text))
+        write(tmp_path, {f"{name}.jpg": "", f"{other}.txt": "words"})
+        assert {raw.alt_text for raw in self.read(tmp_path).values()} == {"words"}
+
+    @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+    def test_utf16_without_a_mark_is_recognised(self, tmp_path: Path, codec: str) -> None:
+        write(tmp_path, {"a.jpg": "", "a.txt": "A dog’s bowl".encode(codec)})
+        assert self.read(tmp_path)["a.jpg"].alt_text == "A dog’s bowl"
 
     @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "cp1252"])
     def test_texts_are_decoded_by_mark_then_as_utf8_then_as_cp1252(self, tmp_path: Path, codec: str) -> None:
