@@ -11,7 +11,15 @@ from collections.abc import AsyncIterable
 from pipeline.errors import BodyError
 
 ENCODINGS = "gzip, deflate"  # that `read_body` understands
-MAX_BYTES = 8 * 2**20  # of a body, before and after decompression; 32,000 tokens with logprobs fit
+MAX_BYTES = 8 * 2**20  # of any body, before and after decompression
+LEAST_BYTES = 2**19  # that a body may always have: of 128 answers at once, 64 MiB
+TOKEN_BYTES, CHOICE_BYTES = 64, 192  # of a token written as JSON escapes; of one in a list of likely tokens
+
+
+def bound_bytes(max_tokens: int, top_tokens: int) -> int:
+    """The most bytes that an answer of so many tokens needs, with so many likely tokens for each."""
+    needed = max_tokens * (TOKEN_BYTES + (CHOICE_BYTES * (1 + top_tokens) if top_tokens else 0))
+    return min(MAX_BYTES, LEAST_BYTES + needed)
 
 
 async def read_body(chunks: AsyncIterable[bytes], *, encoding: str = "", max_bytes: int = MAX_BYTES) -> bytes:

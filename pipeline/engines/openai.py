@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
 from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, _output, find_no_loop
-from pipeline.engines._http import ENCODINGS, read_body
+from pipeline.engines._http import ENCODINGS, MAX_BYTES, bound_bytes, read_body
 from pipeline.engines._inspection import check_installed, inspect_server, read_endpoint
 from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
 from pipeline.engines._redaction import Redactor
@@ -170,17 +170,18 @@ class OpenAI(ScheduledEngine):
 
     async def _ask(self, prepared: str, request: Request, sampling: Sampling, seed: int) -> Reply:
         fields = _build_attempt_fields(sampling, seed, request, vllm=self._config.vllm)
+        max_bytes = MAX_BYTES if self._config.extra else bound_bytes(sampling.max_tokens, request.top_tokens)
         if self._stops_loops and request.find_loop is not find_no_loop:
             try:
-                return await self._send(prepared, {**fields, DETECTION: LOOP_DETECTION})
+                return await self._send(prepared, {**fields, DETECTION: LOOP_DETECTION}, max_bytes=max_bytes)
             except BadRequestError as error:
                 if DETECTION not in str(error):
                     raise
                 self._stops_loops = False  # this server rejects fields that it does not know
-        return await self._send(prepared, fields)
+        return await self._send(prepared, fields, max_bytes=max_bytes)
 
-    async def _send(self, prepared: str, fields: dict[str, Any]) -> Reply:
-        return await self._client.send_request(f"{prepared}, {json.dumps(fields)[1:]}".encode())
+    async def _send(self, prepared: str, fields: dict[str, Any], *, max_bytes: int) -> Reply:
+        return await self._client.send_request(f"{prepared}, {json.dumps(fields)[1:]}".encode(), max_bytes=max_bytes)
 
 
 def _build_messages(request: Request, urls: list[str]) -> list[dict[str, Any]]:
@@ -260,8 +261,8 @@ class _Client:
         if self._session is not None:
             await self._session.close()
 
-    async def send_request(self, body: bytes) -> Reply:
-        """Sends a request until it is answered.
+    async def send_request(self, body: bytes, *, max_bytes: int) -> Reply:
+        """Sends a request until it is answered, with at most `max_bytes` by each answer.
 
         Raises:
             BadRequestError: the servers reject it.
@@ -271,7 +272,7 @@ class _Client:
         while True:
             server = await self._pick_server()
             try:
-                reply = await self._send_once(server, body)
+                reply = await self._send_once(server, body, max_bytes=max_bytes)
             except ServerError as error:
                 self._start_health_check(server)
                 num_failures += 1
@@ -306,22 +307,22 @@ class _Client:
             known = {server.url: server for server in self._servers}
             self._servers = [known.get(url) or _Server(url) for url in urls]
 
-    async def _send_once(self, server: _Server, body: bytes) -> Reply:
+    async def _send_once(self, server: _Server, body: bytes, *, max_bytes: int) -> Reply:
         server.num_in_flight += 1
         server.num_sent += 1
         try:
-            reply = self._read_reply(await self._post(server, body), server.url)
+            reply = self._read_reply(await self._post(server, body, max_bytes=max_bytes), server.url)
         finally:
             server.num_in_flight -= 1
         server.is_down = False
         return reply
 
-    async def _post(self, server: _Server, body: bytes) -> bytes:
+    async def _post(self, server: _Server, body: bytes, *, max_bytes: int) -> bytes:
         import aiohttp
 
         url = f"{server.url}/chat/completions"
         try:
-            response, content = await self._exchange(url, body)
+            response, content = await self._exchange(url, body, max_bytes=max_bytes)
         except TimeoutError as error:
             raise ServerError(f"{url} gave no answer in {self._config.timeout:g} s") from error
         except BodyError as error:
@@ -342,7 +343,7 @@ class _Client:
             raise EngineDiedError(message)
         raise ServerError(message, wait=_parse_retry_after(response.headers))
 
-    async def _exchange(self, url: str, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _exchange(self, url: str, body: bytes, *, max_bytes: int) -> tuple[aiohttp.ClientResponse, bytes]:
         """Sends a request, and again where the same server redirects it to; returns the last response and its body."""
         num_redirects = 0
         while True:
@@ -350,7 +351,7 @@ class _Client:
                 url, data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
             ) as response:
                 encoding = response.headers.get("Content-Encoding", "")
-                content = await read_body(response.content.iter_any(), encoding=encoding)
+                content = await read_body(response.content.iter_any(), encoding=encoding, max_bytes=max_bytes)
             target = _find_redirect(response)
             if target is None or num_redirects == MAX_REDIRECTS:
                 return response, content
@@ -414,7 +415,7 @@ class _Client:
         """Tests the server with a trivial request, to tell a bad request from a bad server."""
         probe = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
-            await self._send_once(server, json.dumps(probe).encode())
+            await self._send_once(server, json.dumps(probe).encode(), max_bytes=MAX_BYTES)
         except (ServerError, BadRequestError):
             return False
         self._health.record_success()

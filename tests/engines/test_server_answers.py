@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 
 from pipeline.engines import Reply, Sampling, clean_reply, finish_attempt
+from pipeline.engines._http import MAX_BYTES, bound_bytes
 from pipeline.engines._output import build_choice
 from pipeline.engines._redaction import MAX_QUOTED, Redactor
 from pipeline.errors import EngineDiedError
@@ -272,7 +273,7 @@ async def send_endlessly(
 
 def test_an_endless_body_is_cut_off() -> None:
     reply = ask(lambda r, _: send_endlessly(r, headers={}, chunk=b" " * 2**20, pause=0.0))
-    assert "sent more than 8 MiB" in str(reply.error)
+    assert "sent more than 0.5" in str(reply.error)
 
 
 @cache
@@ -289,7 +290,31 @@ def test_a_gzip_bomb_is_cut_off(status: int) -> None:
     reply = ask(lambda *_: web.Response(body=bomb, status=status, headers={"Content-Encoding": "gzip"}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "sent more than 8 MiB" in str(reply.error) and peak < 64 * 2**20
+    assert "sent more than 0.5" in str(reply.error) and peak < 64 * 2**20
+
+
+@pytest.mark.slow
+def test_answers_that_are_held_back_take_little_memory() -> None:
+    async def hold(request: web.Request, _: object) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b" " * (2**19))
+        await asyncio.sleep(3)
+        return response
+
+    tracemalloc.start()
+    with Scripted(hold) as server, opened(server, timeout=2.0, num_tries=1) as engine:
+        replies = list(engine.generate([request(number) for number in range(128)]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(reply.error for reply in replies) and peak < 200 * 2**20
+
+
+@pytest.mark.parametrize(("tokens", "top"), [(1, 0), (512, 0), (512, 20), (32_000, 0), (10**6, 20)])
+def test_bounds_leave_room_for_any_answer(tokens: int, top: int) -> None:
+    choice = {"token": "\u00e9\u00e9", "logprob": -12.345678901234567, "bytes": [195, 169, 195, 169]}
+    longest = json.dumps({"content": "\ud83d\ude00" * 3} if not top else {**choice, "top_logprobs": [choice] * top})
+    assert bound_bytes(tokens, top) >= min(MAX_BYTES, tokens * len(longest))
 
 
 def test_a_body_that_trickles_is_cut_off_by_the_timeout() -> None:
