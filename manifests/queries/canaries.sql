@@ -9,10 +9,12 @@ WITH pairs AS (
     FROM pairs GROUP BY ALL
 )
 SELECT name, caption, kind, copies, judged, round(original, 3) AS original, round(spoiled, 3) AS spoiled,
-    round(detection, 3) AS detection, round(detection - 1.96 * error, 3) AS low, round(detection + 1.96 * error, 3) AS high,
+    round(detection, 3) AS detection, round(greatest(detection - 1.96 * error, -1), 3) AS low,
+    round(least(detection + 1.96 * error, 1), 3) AS high,
     CASE WHEN judged < 0.67 * copies THEN 'fails on many copies'
         WHEN judged < 20 THEN 'too few copies to say'
         WHEN detection + 1.645 * error < 0 THEN 'prefers spoiled captions'
         WHEN detection + 1.645 * error < 0.5 THEN 'does not notice this'
+        WHEN detection - 1.645 * error < 0.5 THEN 'notices some'
         ELSE 'notices this' END AS finding
 FROM measured ORDER BY name, caption, detection NULLS FIRST, kind

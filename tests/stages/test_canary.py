@@ -59,6 +59,7 @@ def test_the_query_says_what_a_score_notices(run: Path) -> None:
         "too few copies to say",
         "prefers spoiled captions",
         "does not notice this",
+        "notices some",
         "notices this",
     }
 
