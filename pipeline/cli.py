@@ -279,7 +279,7 @@ def run_stage(
 
         print(push.push_export(state.run, ""))
     if is_whole and stage == "all":
-        say("\n".join(summary.format_end(state.run)))
+        say("\n".join(summary.format_end(state.run, is_new=outcome.done > 0)))
     raise typer.Exit(outcome.exit_code)
 
 

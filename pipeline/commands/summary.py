@@ -18,6 +18,7 @@ STEPS = {
     "exported": "samples in the training set",
 }
 REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
+COUNT = ("recap query yield --run {run}", "the images that reached each step")
 NEXT = (
     ("recap report --run {run}", "the numbers and samples in one HTML file"),
     ("recap query worst --run {run}", "the captions with the lowest scores"),
@@ -40,13 +41,17 @@ def format_yield(run: Run) -> Iterator[str]:
         yield "  NO CAPTION WAS KEPT, and the training set is empty: is the first reason above the rule that you meant?"
 
 
-def format_end(run: Run) -> Iterator[str]:
-    """The yield, the directories of the export, and commands to go on with."""
-    yield from format_yield(run)
+def format_end(run: Run, *, is_new: bool) -> Iterator[str]:
+    """The yield, unless nothing was made, the directories of the export, and commands to go on with.
+
+    Counting takes much longer than finding that everything is done.
+    """
+    if is_new:
+        yield from format_yield(run)
     yield ""
     for form in sorted(path for path in (run.folder / "export").glob("*") if path.is_dir() and path.name != "index"):
         yield f"  {form}"
     yield ""
     yield "  next:"
-    for command, meaning in NEXT:
+    for command, meaning in NEXT if is_new else (COUNT, *NEXT):
         yield f"    {command.format(run=shlex.quote(str(run.folder))):58} # {meaning}"
