@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -333,7 +334,8 @@ class _Client:
         if response.status == 200:
             return content
         if 300 <= response.status < 400:
-            target = self._redactor.quote(response.headers.get("Location", "nowhere"))
+            given = response.headers.get("Location", "nowhere")
+            target = self._redactor.quote(re.sub(r"//[^/?#]*@", "//", given))  # without a user and password
             raise EngineDiedError(f"{url} redirects to {target}; pictures are not sent there unless base_url names it")
         message = f"{url} answered {response.status}: {self._redactor.quote(_extract_error(content))}"
         if response.status in BAD_REQUEST:

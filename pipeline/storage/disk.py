@@ -1,4 +1,4 @@
-"""What survives a power failure: files and folders are synced here, early and several at once.
+"""Durable files and folders: they are synced here, early and several at once, to survive a power failure.
 
 Knows nothing of what the files hold.
 """

@@ -1,4 +1,4 @@
-"""What is written of a whole training set when its last shard is done: summary, dataset card, indexes and digests.
+"""The files of a whole training set, written when its last shard is done: summary, dataset card, indexes, digests.
 
 All of it is computed from the index tables; files that the training set no longer has are removed.
 """

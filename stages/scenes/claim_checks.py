@@ -140,7 +140,7 @@ class Check:
         return caption.is_plain
 
     def cost(self, caption: CaptionClaims) -> float:
-        """What a caption says beyond the claims: each of them costs `COST` times what one of its kind may bring."""
+        """The excess of a caption beyond the claims: each costs `COST` times what one of its kind may bring."""
         unsupported = chain(caption.first - self.claims, caption.stray - self.claims, caption.again)
         return COST * (sum(map(weigh_with_number, unsupported)) + STRAY_WEIGHT * caption.num_stray)
 
@@ -168,7 +168,7 @@ class Check:
 
 
 def weigh_claim(claim: Claim) -> float:
-    """What a claim brings when the teachers agree on it.
+    """The reward of a claim on which the teachers agree.
 
     >>> weigh_claim(Claim("object", "red ring", ""))
     3.0

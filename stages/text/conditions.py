@@ -28,9 +28,11 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
     except QueryError as error:
         raise ConfigError(f"{run.file}: {field}", f"{error}{_suggest_quotes(run, sql)}") from error
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
+    folded = {name.casefold(): f"{name} is the name of a column" for name in taken}  # SQL ignores the case
     for score in run.sections["score"]:
-        if score in taken:
-            raise ConfigError(f"{run.file}: score.{score}", f"{score} is the name of a column already; choose another")
+        if problem := folded.get(score.casefold()):
+            raise ConfigError(f"{run.file}: score.{score}", f"{problem} already; choose another")
+        folded[score.casefold()] = f"{score} is the name of a score, which in SQL is the same name,"
     known = {*run.sections["score"], *taken}
     if unknown := sorted(names - known):
         message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"

@@ -335,6 +335,9 @@ def test_pictures_are_not_sent_to_another_server(status: int) -> None:
         with pytest.raises(EngineDiedError, match=f"redirects to {other.url}/chat/completions"):
             ask(lambda *_: web.Response(status=status, headers=headers))
         assert other.seen.total() == 0
+    headers = {"Location": "http://ada:secret@127.0.0.1:1/chat"}
+    with pytest.raises(EngineDiedError, match=r"redirects to http://127\.0\.0\.1:1/chat"):
+        ask(lambda *_: web.Response(status=status, headers=headers))
 
 
 def test_a_redirect_within_a_server_is_followed_but_not_for_ever() -> None:

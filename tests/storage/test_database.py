@@ -169,6 +169,15 @@ def test_names_that_read_the_clock_without_parentheses_are_refused(run: Path, na
         find_scores(config.load(run), "filter.rules.x", f"{name} IS NOT NULL")
 
 
+@pytest.mark.parametrize(
+    ("names", "problem"), [(["judge", "JUDGE"], "judge is the name of a score"), (["Width"], "width")]
+)
+def test_scores_are_named_apart_from_columns_and_each_other_in_any_case(names: list[str], problem: str) -> None:
+    run = SimpleNamespace(file="run.toml", sections={"score": dict.fromkeys(names)})
+    with pytest.raises(ConfigError, match=rf"score\.{names[-1]}: {problem}"):
+        find_scores(run, "filter.rules.x", "width > 9")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("clause", ["SELECT {}", "SELECT 1 ORDER BY {}"])
 @pytest.mark.parametrize(
     ("name", "sql", "quoted"),
