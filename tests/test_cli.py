@@ -196,7 +196,13 @@ def test_plan_grows_at_its_end(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg"] * 12)
     run = begin(tmp_path / "run", sections(photos))
     make(run)
-    names = ("README.md", "stats.json", "index/SHA256SUMS", *(f"webdataset/{name}" for name in webdataset.INDEXES))
+    names = (
+        "README.md",
+        "stats.json",
+        "croissant.json",
+        "index/SHA256SUMS",
+        *(f"webdataset/{name}" for name in webdataset.INDEXES),
+    )
     of_the_whole_run = ("plan.parquet", *(f"export/{name}" for name in names))
     before = {name: data for name, data in files(run).items() if name not in of_the_whole_run}
     corpus(photos, ["png"] * 5, first=3 * 10**4)

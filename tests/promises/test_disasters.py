@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,31 @@ def test_missing_and_truncated_payloads_are_made_again(
     assert_rerun_completes(run, reference)
 
 
+def join_calls(lines: Sequence[str]) -> list[str]:
+    """The lines of a trace with the calls whole that another thread interrupts: syncs where they end, others where they
+    begin."""
+    begun: dict[str, int] = {}  # process -> its unfinished line
+    whole: list[str] = []
+    for line in lines:
+        process, _, text = line.partition(" ")
+        if resumed := re.match(r"\s*<\.\.\. (\w+) resumed>", text):
+            at = begun.pop(process)
+            call = whole[at].removesuffix(" <unfinished ...>") + text[resumed.end() :]
+            is_sync = "sync" in resumed[1]
+            whole[at] = "" if is_sync else call
+            whole += [call] if is_sync else []
+            continue
+        if line.endswith("<unfinished ...>"):
+            begun[process] = len(whole)
+        whole.append(line)
+    return whole
+
+
+def test_calls_that_others_interrupt_are_whole() -> None:
+    trace = ["1 fsync(3</a> <unfinished ...>", '2 rename("/b", "/c" <unfinished ...>', "1 <... fsync resumed>) = 0"]
+    assert join_calls([*trace, "2 <... rename resumed>) = 0"])[1:] == ['2 rename("/b", "/c") = 0', "1 fsync(3</a>) = 0"]
+
+
 @pytest.mark.faults
 def test_files_and_new_folders_survive_a_power_failure(tmp_path: Path) -> None:
     """A file is synced before its rename, its folder after it, and the parent of each new folder too."""
@@ -207,7 +233,8 @@ def test_files_and_new_folders_survive_a_power_failure(tmp_path: Path) -> None:
     write(run, sections(photos, export={"formats": ["webdataset", "parquet", "captions", "sidecar"]}))
     subprocess.run([*trace, "run", "all", "--no-check", "--run", run], check=True, env=env)
     pattern = r'(mkdir|rename|fsync|fdatasync)(?:at)?\((?:\d+<(.*?)>|"(.*?)"(?:, "(.*?)")?).*= 0$'
-    calls = [match.groups(default="") for match in re.finditer(pattern, (tmp_path / "trace").read_text(), re.MULTILINE)]
+    lines = "\n".join(join_calls((tmp_path / "trace").read_text().splitlines()))
+    calls = [match.groups(default="") for match in re.finditer(pattern, lines, re.MULTILINE)]
     synced = [(number, call[1]) for number, call in enumerate(calls) if "sync" in call[0]]
     num_checked = 0
     for number, (call, _, path, target) in enumerate(calls):

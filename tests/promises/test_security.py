@@ -144,6 +144,7 @@ def test_names_in_the_data_decide_no_place(tmp_path: Path) -> None:
     assert {name for name in files(run) if not shard.fullmatch(name)} == {
         "export/README.md",
         "export/stats.json",
+        "export/croissant.json",
         "export/webdataset/00000.tar.idx",
         *(f"export/webdataset/{name}" for name in webdataset.INDEXES),
         "export/index/SHA256SUMS",
