@@ -94,6 +94,14 @@ def find_trouble(error: BaseException) -> MachineError | OSError | None:
     return error if isinstance(error, OSError) and error.errno is not None else None
 
 
+def is_misplaced(error: BaseException) -> bool:
+    """True if there is no such file, or one is where a directory should be, or the reverse: no trouble of the machine.
+
+    `find_trouble` cannot know that, since a folder of the corpus that is not mounted gives the same errors.
+    """
+    return isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+
+
 def rule_out(error: Exception, again: Callable[[], object], *, needed: int = SPARE_BYTES) -> None:
     """Rules out that the machine is to blame for `error`: returns if `again`, alone, fails too and memory is free.
 

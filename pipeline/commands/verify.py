@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from pipeline.errors import StoppedError
+from pipeline.errors import MachineError, StoppedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.signals import stop_on_signal
 from pipeline.execution.verification import Damage, Verification, check_plan
@@ -18,6 +18,7 @@ def verify_run(run: Run, *, shards: str) -> Iterator[str]:
 
     Raises:
         RefusedError, SpecError: there is no plan, or it lacks a shard.
+        MachineError: some files cannot be read, for another reason than damage; all others were.
         StoppedError: a signal came.
     """
     if damage := check_plan(run):
@@ -35,6 +36,8 @@ def verify_run(run: Run, *, shards: str) -> Iterator[str]:
             meter.shard_done()
             if stop.is_set():
                 raise StoppedError
+    if verification.num_unread:
+        raise MachineError("not all files could be read, for reasons that are no damage: see above; run it again")
     num_tables, shards = verification.num_tables, format_quantity(len(state.selected), "shard")
     say(f"{format_quantity(num_tables, 'table')} of {shards} read, {format_quantity(num_damaged, 'file')} damaged")
 

@@ -5,24 +5,23 @@ It only reads. What is missing or stale is not damage: `recap status` shows it, 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from tarfile import TarError
 from threading import Event
 
-from pipeline import machine, plugins
+from pipeline import machine
 from pipeline.errors import BrokenTableError, MachineError, OutOfMemoryError
+from pipeline.execution.exported_files import Difference, compare_files
 from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.shared_work import ensure_shared
-from pipeline.progress import ProgressMeter
+from pipeline.progress import ProgressMeter, say
 from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
 from pipeline.storage import integrity, tables
@@ -30,7 +29,7 @@ from pipeline.storage.compaction import check_copies
 from pipeline.storage.database import find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
 from pipeline.storage.layout import table_path
-from pipeline.storage.payloads import SUMS, hash_file, read_sums
+from pipeline.storage.payloads import MISSING, SUMS, hash_file, measure_file, read_sums
 
 LEFTOVERS: Mapping[str, type[Record]] = {"caption": Caption, "rubric": ImageRubric, "score": Score}  # first folder
 
@@ -52,7 +51,9 @@ def check_plan(run: Run) -> Damage | None:
     except FileNotFoundError:
         return None  # reading the run says so
     except BrokenTableError as error:
-        advice = f"restore it from a copy; if the corpus is unchanged: {_remove(path)} && {_recap('plan', run)}"
+        advice = (
+            f"restore it from a copy; if the corpus is unchanged: {_remove(run.folder, path)} && {_recap('plan', run)}"
+        )
         return Damage(path=path.name, reason=error.message, remedy=advice)
     return None
 
@@ -63,19 +64,31 @@ class Verification:
     def __init__(self, state: RunState, meter: ProgressMeter) -> None:
         self.state, self.run, self._meter = state, state.run, meter
         self.num_tables = 0
+        self.num_unread = 0  # checks that did not end
 
     def find_damage(self, shard: int) -> Iterator[Damage]:
         damaged = False  # a table of this shard, or a file beside one
         for p in self.state.passes:
-            for damage in self._check_pass(p, shard, damaged):
+            for damage in self._try(shard, self._check_pass(p, shard, damaged)):
                 damaged = True
                 yield damage
-            yield from self._check_file(table_path(self.run.folder / "stats", p.folder, shard), Stat, "")
+            path = table_path(self.run.folder / "stats", p.folder, shard)
+            yield from self._try(shard, self._check_file(path, Stat, ""))
         for folder in find_leftovers(self.run):
             path = table_path(self.run.folder, folder, shard)
-            yield from self._check_file(path, LEFTOVERS[folder.partition("/")[0]], "")
+            yield from self._try(shard, self._check_file(path, LEFTOVERS[folder.partition("/")[0]], ""))
         if shard == 0:
-            yield from self._check_whole_run()
+            yield from self._try(shard, self._check_whole_run())
+
+    def _try(self, shard: int, check: Iterator[Damage]) -> Iterator[Damage]:
+        """A check whose files may be unreadable for a reason that is no damage, such as a failing disk."""
+        try:
+            yield from check
+        except (OSError, MachineError) as error:
+            if isinstance(trouble := machine.find_trouble(error), OutOfMemoryError):
+                raise trouble from error
+            self.num_unread += 1
+            say(f"recap: shard {shard:05d} was not read to its end: {error}")
 
     def _check_pass(self, p: Pass, shard: int, damaged: bool) -> Iterator[Damage]:
         path, command = table_path(self.run.folder, p.folder, shard), _recap(f"run {p.title} --shard {shard}", self.run)
@@ -85,15 +98,14 @@ class Verification:
         if footer is None:
             return
         reasons = {name: check_payload_file(self.run.folder, name, footer) for name in footer.payload}
-        reasons |= dict(self._compare_images(p, shard, reasons))
-        for name, reason in reasons.items():
-            if reason:
-                remedy = f"{_remove(self.run.folder / name)} && {command}"
-                yield Damage(path=name, reason=reason, remedy=remedy)
+        damages = {name: (reason, name) for name, reason in reasons.items() if reason}
+        damages |= {name: (reason, cause) for name, reason, cause in self._compare_images(p, shard, reasons)}
+        for name, (reason, cause) in damages.items():
+            yield Damage(path=name, reason=reason, remedy=f"{self._remove(self.run.folder / cause)} && {command}")
         for name, reason in self._check_corpus(p, shard):
-            remedy = f"restore it; or, to caption it as it is now: {_remove(path)} && {command}"
+            remedy = f"restore it; or, to caption it as it is now: {self._remove(path)} && {command}"
             yield Damage(path=name, reason=reason, remedy=remedy)
-        sound = not damaged and not any(reasons.values())  # views of SQL read more tables than those of the pass
+        sound = not damaged and not damages  # views of SQL read more tables than those of the pass
         if sound and (reason := self._compare_rows(p, shard, footer)):
             yield self._describe(path, reason, command)
 
@@ -109,8 +121,8 @@ class Verification:
             self._meter.add(footer.num_rows, 0)
         self.num_tables += 1
 
-    def _compare_images(self, p: Pass, shard: int, reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Compares packed or exported images with the digests in their rows; yields payload files that differ.
+    def _compare_images(self, p: Pass, shard: int, reasons: Mapping[str, str]) -> Iterator[Difference]:
+        """Compares packed or exported images with the digests in their rows.
 
         Args:
             reasons: payload file -> damage that is known, whose files are not compared; "": none.
@@ -121,15 +133,14 @@ class Verification:
             digests = {row.key: row.written_sha256 or row.sha256 for row in rows if isinstance(row, Exported)}
             damaged = {Path(name).parts[1] for name in reasons.keys() - names}
             own = self.run.sections["export"][""].formats
-            forms = {form.rpartition(".")[2]: form for form in (*plugins.list_names("stages.exporters"), *own)}
-            yield from _compare_forms(self.run.folder, forms, names, digests, damaged)
+            yield from compare_files(self.run.folder, own, names, digests, damaged)
         elif issubclass(p.record, Image):
             with closing(self._shard(shard)) as images:
                 for row in (row for row in rows if isinstance(row, Image) and row.file in names):
                     try:
                         images.read_image(row)
                     except BrokenTableError as error:
-                        yield row.file or "", error.message
+                        yield row.file or "", error.message, row.file or ""
 
     def _check_corpus(self, p: Pass, shard: int) -> Iterator[tuple[str, str]]:
         """Reads the images that stay in the corpus; yields the files that have changed or are gone, each once."""
@@ -181,33 +192,42 @@ class Verification:
     def _check_sums(self, p: Pass) -> Iterator[Damage]:
         """Compares the list of an export's digests with the files that belong to no shard, and with the footers."""
         folder, sums = self.run.folder, self.run.folder / p.folder / SUMS
-        if not sums.exists():
+        whole = {name: measure_file(folder / name)[1] for name in p.whole_files}
+        whole = {name: problem for name, problem in whole.items() if problem != MISSING}
+        problem = measure_file(sums)[1]
+        if problem == MISSING:
             return
-        whole = [name for name in p.whole_files if (folder / name).exists()]
-        remedy = f"{_remove(*(folder / name for name in p.whole_files), sums)} && {_recap(f'run {p.title}', self.run)}"
+        paths = [*(folder / name for name in p.whole_files), sums]
+        remedy = f"{self._remove(*paths)} && {_recap(f'run {p.title}', self.run)}"
         footers = [tables.read_whole_footer(path) for path in sorted((folder / p.folder).glob("*.parquet"))]
         recorded = {name: digest for footer in footers if footer for name, digest in footer.payload_sha256.items()}
         try:
-            listed = read_sums(folder, p.folder)
+            listed = read_sums(folder, p.folder) if not problem else {}
             unlike = sorted(name for name, digest in recorded.items() if listed.get(name) != digest)
             unlike += sorted({*whole} - {*listed})
-            reason = f"does not have the digest of {unlike[0]}" if unlike else ""
+            reason = f"does not have the digest of {unlike[0]}" if unlike and not problem else problem
         except ValueError as error:
             listed, reason = {}, str(error)
         if reason:
             yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
             return
-        changed = [name for name in whole if listed[name] != hash_file(folder / name)]
-        for name in changed:
-            reason = f"has changed since it was written: its SHA-256 is not that in {p.folder}/{SUMS}"
-            yield Damage(path=name, reason=reason, remedy=remedy)
-        if len(changed) == 1:  # which of the two was damaged, nothing tells
-            reason = f"does not have the digest of {changed[0]}: one of the two has changed"
+        changed = {
+            name: why or f"has changed since it was written: its SHA-256 is not that in {p.folder}/{SUMS}"
+            for name, why in whole.items()
+            if why or listed[name] != hash_file(folder / name)
+        }
+        for name, why in changed.items():
+            yield Damage(path=name, reason=why, remedy=remedy)
+        if len(changed) == 1 and not any(whole.values()):  # which of the two was damaged, nothing tells
+            reason = f"does not have the digest of {next(iter(changed))}: one of the two has changed"
             yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
 
     def _describe(self, path: Path, reason: str, command: str) -> Damage:
-        remedy = f"{_remove(path)} && {command}" if command else _remove(path)
+        remedy = f"{self._remove(path)} && {command}" if command else self._remove(path)
         return Damage(path=str(path.relative_to(self.run.folder)), reason=reason, remedy=remedy)
+
+    def _remove(self, *paths: Path) -> str:
+        return _remove(self.run.folder, *paths)
 
     def _shard(self, number: int, p: Pass | None = None) -> Shard:
         shard = Shard(run=self.run, number=number, pieces=self.state.plan.pieces(number))
@@ -215,48 +235,6 @@ class Verification:
             shards = AllShards(run=self.run, num_shards=self.state.plan.num_shards, stop=Event())
             shard.ensure_shared = partial(ensure_shared, p, shards, self.state.states.provenance(p, number))
         return shard
-
-
-def _compare_forms(
-    run: Path, forms: Mapping[str, str], names: Iterable[str], digests: Mapping[str, str], damaged: Container[str]
-) -> Iterator[tuple[str, str]]:
-    """Compares the images of exported files, form by form, since a form may spread a shard over several files.
-
-    Args:
-        forms: folder below export/ -> the form that writes it.
-        damaged: forms with further files, whose images are unknown.
-    """
-    for form, files in groupby(sorted(names), key=lambda name: Path(name).parts[1]):
-        module = plugins.load("stages.exporters", forms[form]) if form in forms else None
-        if module and hasattr(module, "read_images"):
-            images = {name: partial(module.read_images, run / name) for name in files}
-            yield from _compare_form(images, digests, is_complete=form not in damaged)
-
-
-def _compare_form(
-    files: Mapping[str, Callable[[], Iterable[tuple[str, bytes]]]], digests: Mapping[str, str], *, is_complete: bool
-) -> Iterator[tuple[str, str]]:
-    missing, with_images = set(digests), ""
-    for name, read_images in files.items():
-        try:
-            found = _compute_digests(read_images)
-            unlike = sorted(key for key in found if found[key] != digests.get(key))
-            reason = (
-                f"has {len(unlike)} images that are not those of their rows, {unlike[0]} the first" if unlike else ""
-            )
-        except (OSError, ValueError, TarError) as error:  # Arrow's errors are among them
-            machine.rule_out(error, partial(_compute_digests, read_images))
-            found, reason = {}, f"cannot be read: {error}"
-        missing -= found.keys()
-        with_images = with_images or (name if found else "")
-        is_complete = is_complete and not reason
-        yield name, reason
-    if missing and is_complete:
-        yield with_images or next(iter(files)), f"has no image of {len(missing)} rows, {min(missing)} the first"
-
-
-def _compute_digests(read_images: Callable[[], Iterable[tuple[str, bytes]]]) -> dict[str, str]:
-    return {key: hashlib.sha256(data).hexdigest() for key, data in read_images()}
 
 
 def _compare_ids(rows: Iterable[tuple[str | int, ...]], expected: Iterable[tuple[str | int, ...]]) -> str:
@@ -268,8 +246,11 @@ def _compare_ids(rows: Iterable[tuple[str | int, ...]], expected: Iterable[tuple
     return ""
 
 
-def _remove(*paths: Path) -> str:
-    return " ".join(["rm -f", *map(_quote, paths)])
+def _remove(run: Path, *paths: Path) -> str:
+    """The command that removes files, or whatever has their place or that of their directory."""
+    found = [next((one for one in path.parents if one.is_file() and one.is_relative_to(run)), path) for path in paths]
+    command = "rm -rf" if any(path.is_dir() and not path.is_symlink() for path in found) else "rm -f"
+    return " ".join([command, *map(_quote, dict.fromkeys(found))])
 
 
 def _recap(command: str, run: Run) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import BrokenTableError
 from pipeline.storage.layout import table_path
 from pipeline.storage.listing import FILE_COLUMNS, list_files
+from pipeline.storage.payloads import measure_file
 from pipeline.storage.tables import open_atomic
 
 if TYPE_CHECKING:
@@ -141,6 +142,9 @@ def list_current_files(run: Path, pattern: str) -> list[str]:
 def check_copies(run: Path) -> Iterator[tuple[Path, str]]:
     """The copies that are damaged, and why. Outdated ones are not read."""
     for copy in sorted((run / COMPACT).rglob("*.parquet")):
+        if problem := measure_file(copy)[1]:
+            yield copy, problem
+            continue
         try:
             for _ in _read_raw(copy):
                 pass

@@ -14,7 +14,7 @@ from pipeline import machine
 from pipeline.errors import BrokenTableError
 from pipeline.records import Planned, Record, arrow_schema
 from pipeline.storage import tables
-from pipeline.storage.payloads import hash_file
+from pipeline.storage.payloads import hash_file, measure_file
 from pipeline.storage.plan import CHECKSUM_KEY, verify_plan_footer
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ class _Comparison(io.RawIOBase):
 def check_payload_file(run: Path, name: str, footer: tables.TableFooter) -> str:
     """Describes the damage of one payload file; "" if there is none."""
     path, num_bytes = run / name, footer.payload[name]
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return "is missing"
+    size, problem = measure_file(path)
+    if problem:
+        return problem
     if size != num_bytes:
         return f"has {size:,} bytes; it was written with {num_bytes:,}"
     digest = footer.payload_sha256.get(name)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ BLOCK = 512  # bytes of a tar header
 BUFFER = 1 << 16  # bytes
 CHUNK = 1 << 24  # bytes that are written before the disk begins to
 SUMS = "SHA256SUMS"  # file beside an export's tables with the digests of all exported files
+
+MISSING = "is missing"  # the damage of a file that is not there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,15 @@ def list_members(tar: Path) -> Iterator[TarMember]:
             at = member.end
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LooseFile:
+    """A file of a sample that no footer names: another file, which a footer does name, lists it."""
+
+    path: Path
+    key: str  # of the sample
+    text: str | None = None  # the file's; None: it has the sample's image
+
+
 class ImagePacker:
     """Packs the images of a shard into `shards/00000.tar`, for corpora that are not in tars."""
 
@@ -194,13 +206,23 @@ def commit_files(run: Path, *files: TarWriter | UnfinishedFile) -> Mapping[str, 
 def find_damage(run: Path, footer: TableFooter) -> str:
     """Describes the first payload file that is missing or has another size; "" if there is none."""
     for name, num_bytes in footer.payload.items():
-        try:
-            size = (run / name).stat().st_size
-        except FileNotFoundError:
-            return f"{name} is missing"
+        size, problem = measure_file(run / name)
+        if problem:
+            return f"{name} {problem}"
         if size != num_bytes:
             return f"{name} has {size} bytes and was written with {num_bytes}"
     return ""
+
+
+def measure_file(path: Path) -> tuple[int, str]:
+    """The size of a file in bytes, and why there is none; "" if there is one."""
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, MISSING
+    if not stat.S_ISREG(about.st_mode):
+        return 0, "is a directory" if stat.S_ISDIR(about.st_mode) else "is not a regular file"
+    return about.st_size, ""
 
 
 def read_intact_footer(run: Path, table: Path) -> TableFooter | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections import Counter, deque
@@ -116,7 +117,7 @@ def _find_footer_text(path: Path) -> bytes:
     A Parquet file ends with its footer, the footer's length and the magic bytes. The footer uses Thrift's compact
     protocol: key and value are strings, each preceded by its length, and come after everything that depends on data.
     """
-    with open(path, "rb", buffering=0) as file:
+    with _open_table(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL))
         tail = file.read(TAIL)
@@ -133,6 +134,13 @@ def _find_footer_text(path: Path) -> bytes:
         raise BrokenTableError(path, "has no recap footer: recap did not write it")
     num_bytes, start = _decode_varint(tail, at + len(ENCODED_KEY))
     return tail[start : start + num_bytes]
+
+
+def _open_table(path: Path) -> io.FileIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise BrokenTableError(path, f"cannot be opened: {error.strerror}") from error
 
 
 def _decode_varint(data: bytes, at: int) -> tuple[int, int]:

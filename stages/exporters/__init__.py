@@ -11,6 +11,7 @@ a list of its files,
 
 - `CARD`: a `CardEntry`;
 - `read_images(path) -> Iterator[tuple[str, bytes]]`: the key and image file of each sample of a finished file;
+- or `list_loose_files(path) -> Iterator[LooseFile]`, where a finished file lists files that `commit` does not return;
 - `INDEXES`, names of files below `<run>/export/FORM/`, and `write_index(folder, files)`, which writes them into that
   folder, or into that of a split, from the `FormFile`s of the whole run, in order.
 

@@ -74,6 +74,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def read_image(path: Path, name: str) -> bytes:
+def find_image(path: Path, name: str) -> Path:
     """The image file that a row of `path` names; a relative name is in the form's folder."""
-    return (path.parent.parent / name).read_bytes()
+    return path.parent.parent / name

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.payloads import LooseFile
 from stages.exporters import CardEntry, ExportSample
-from stages.exporters._conversations import Conversations, read_image, read_rows, remove_placeholders
+from stages.exporters._conversations import Conversations, find_image, read_rows, remove_placeholders
 
 CARD = CardEntry(image="image", caption="conversations", data_files="llava/data/*.jsonl")
 REFERENCES_IMAGES = True
@@ -28,6 +29,6 @@ def build_row(sample: ExportSample, question: str, path: str) -> dict[str, Any]:
     }
 
 
-def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+def list_loose_files(path: Path) -> Iterator[LooseFile]:
     for row in read_rows(path):
-        yield row["id"], read_image(path, row["image"])
+        yield LooseFile(path=find_image(path, row["image"]), key=row["id"])

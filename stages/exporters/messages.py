@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.payloads import LooseFile
 from stages.exporters import CardEntry, ExportSample, FormFile, put_text
-from stages.exporters._conversations import Conversations, read_image, read_rows, remove_placeholders
+from stages.exporters._conversations import Conversations, find_image, read_rows, remove_placeholders
 
 CARD = CardEntry(image="images", caption="messages", data_files="messages/data/*.jsonl")
 REFERENCES_IMAGES = True
@@ -43,6 +44,6 @@ def write_index(folder: Path, files: Sequence[FormFile]) -> None:
     put_text(folder / "dataset_info.json", json.dumps({"recap": DATASET}, indent=2) + "\n")
 
 
-def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+def list_loose_files(path: Path) -> Iterator[LooseFile]:
     for row in read_rows(path):
-        yield row["key"], read_image(path, row["images"][0])
+        yield LooseFile(path=find_image(path, row["images"][0]), key=row["key"])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.storage.payloads import UnfinishedFile, commit_files
+from pipeline.storage.payloads import LooseFile, UnfinishedFile, commit_files
 from stages.exporters import CardEntry, ExportSample
 from stages.exporters._folders import UnfinishedFolder
 
@@ -27,13 +27,11 @@ def open(run: Path, shard: int, work: Path, split: str = "") -> Sidecars:
     return Sidecars(run, run / "export" / "sidecar" / split / f"{shard:05d}", work)
 
 
-def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+def list_loose_files(path: Path) -> Iterator[LooseFile]:
     with path.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
-            text = (path.parent / row["caption_file"]).read_text(encoding="utf-8")
-            if text != f"{row['caption']}\n":
-                raise ValueError(f"{row['caption_file']} does not have the caption of {row['key']}")
-            yield row["key"], (path.parent / row["image_path"]).read_bytes()
+            yield LooseFile(path=path.parent / row["caption_file"], key=row["key"], text=f"{row['caption']}\n")
+            yield LooseFile(path=path.parent / row["image_path"], key=row["key"])
 
 
 class Sidecars:

@@ -1,0 +1,121 @@
+"""`recap verify` names each exported file that is lost, empty, replaced or unknown, and reads all others."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.execution import verification
+from pipeline.records import Record
+from pipeline.storage import tables
+from pipeline.storage.integrity import check_table
+from tests.commands.test_verify import mend, verify
+from tests.support.runs import begin, corpus, make, recap, sections
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    formats = ["sidecar", "llava", "messages", "webdataset", "parquet"]
+    parts = sections(
+        corpus(folder / "photos", ["jpg", "png"] * 2),
+        source={"shard_size": 2},
+        filter={"rules": {}},
+        export={"formats": formats},
+    )
+    run = begin(folder / "run", parts)
+    assert make(run).exit_code == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    copy = finished.parent / tmp_path.name  # beside the corpus
+    shutil.copytree(finished, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+def name_damaged(run: Path) -> list[str]:
+    return [line.partition(";")[0] for line in verify(run)]
+
+
+@pytest.mark.slow
+def test_every_lost_or_empty_loose_file_is_named_and_mended(run: Path) -> None:
+    export = run / "export"
+    (export / "sidecar/00000/000000000000.txt").unlink()
+    (export / "sidecar/00000/000000000001.jpg").write_bytes(b"")
+    (export / "sidecar/00001/000001000000.txt").write_text("another caption\n")
+    (export / "llava/images/00000/000000000000.jpg").unlink()
+    (export / "llava/images/00000/000000000000.jpg").mkdir()
+    shutil.rmtree(export / "messages/images/00001")
+    (export / "messages/images/00001").write_bytes(b"")
+    (export / "webdataset/00001.tar").write_bytes(b"")
+    lines = verify(run)
+    assert [line.partition(";")[0] for line in lines] == [
+        "export/llava/images/00000/000000000000.jpg is a directory",
+        "export/sidecar/00000/000000000000.txt is missing",
+        "export/sidecar/00000/000000000001.jpg is empty",
+        "export/webdataset/00001.tar has 0 bytes",
+        "export/messages/images/00001/000001000000.jpg is missing",
+        "export/messages/images/00001/000001000001.jpg is missing",
+        "export/sidecar/00001/000001000000.txt does not have the caption of 000001000000",
+    ]
+    for line in lines:
+        mend(line)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image/00000.parquet", "verdict/00001.parquet", "stats/verdict/00001.parquet"])
+def test_a_directory_in_the_place_of_a_table_is_named_with_all_other_damage(run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    (run / "export/webdataset/00001.tar").unlink()
+    lines = verify(run)
+    assert [line.partition(";")[0] for line in lines] == [
+        f"{name} cannot be opened: Is a directory",
+        "export/webdataset/00001.tar is missing",
+    ]
+    for line in lines:
+        mend(line)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+def test_a_file_in_the_place_of_a_directory_is_named_for_every_shard(run: Path) -> None:
+    shutil.rmtree(run / "verdict")
+    (run / "verdict").write_text("")
+    (run / "export/README.md").unlink()
+    (run / "export/README.md").mkdir()
+    lines = verify(run)
+    assert [line.partition(";")[0] for line in lines] == [
+        "verdict/00000.parquet cannot be opened: Not a directory",
+        "export/README.md is a directory",
+        "verdict/00001.parquet cannot be opened: Not a directory",
+    ]
+    mend(lines[0])
+    assert make(run).exit_code == 0  # the other shard
+    (line,) = verify(run)
+    mend(line)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_read_ends_no_other_check(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, record: type[Record]) -> tables.TableFooter:
+        if path == run / "verdict/00000.parquet":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return check_table(path, record)
+
+    monkeypatch.setattr(verification, "check_table", fail)
+    (run / "export/webdataset/00001.tar").unlink()
+    done = recap("verify", "--run", run, check=False)
+    assert done.returncode == 1
+    assert [line.partition(";")[0] for line in done.stdout.splitlines()] == ["export/webdataset/00001.tar is missing"]
+    assert "shard 00000 was not read to its end: [Errno 5] Input/output error" in done.stderr
+    assert "not all files could be read" in done.stderr
