@@ -6,22 +6,24 @@ A form of export knows how its files are read; which files a run should have is 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from tarfile import TarError
 from types import ModuleType
 from typing import TypeVar
 
 from pipeline import machine, plugins
+from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import LooseFile, measure_file
 
 T = TypeVar("T")
-Difference = tuple[
-    str, str, str
-]  # a file, its damage, and the file of the footer without which its shard is made again
+STRAY = "belongs to no shard of plan.parquet"
+# A file, its damage, and the file of the footer without which its shard is made again; "": it belongs to no shard.
+Difference = tuple[str, str, str]
 
 
 def load_form(folder: str, own: Sequence[str]) -> ModuleType | None:
@@ -93,6 +95,8 @@ class _Comparison:
                 continue  # a file of the corpus, which is compared with the row of ingest
             if reason := self._compare_loose_file(file):
                 yield str(file.path.relative_to(self.run) if is_own else file.path), reason, name
+        for path in _find_strays(self.run, name, (file.path for file in loose)):
+            yield str(path.relative_to(self.run)), STRAY, ""
 
     def _compare_loose_file(self, file: LooseFile) -> str:
         num_bytes, problem = measure_file(file.path)
@@ -124,3 +128,24 @@ def _try(read: Callable[[], T]) -> tuple[T | None, str]:
         if not machine.is_misplaced(error):
             machine.rule_out(error, read)
         return None, f"cannot be read: {error}"
+
+
+def _find_strays(run: Path, cause: str, listed: Iterable[Path]) -> Iterator[Path]:
+    """The files in the numbered folders of loose files that their list does not name.
+
+    Args:
+        cause: the file that lists them, relative to the run.
+        listed: the loose files.
+    """
+    known = {os.path.normpath(path) for path in (run / cause, *listed)}
+    for folder in sorted({folder for path in known for folder in _find_numbered_folder(run, Path(path))}):
+        for path, _, files in os.walk(folder):
+            found = (os.path.join(path, file) for file in sorted(files) if not file.startswith("."))  # noqa: PTH118
+            yield from (Path(file) for file in found if file not in known)
+
+
+def _find_numbered_folder(run: Path, path: Path) -> Iterator[Path]:
+    """The outermost numbered folder of a run that a file is in, if there is one."""
+    if path.is_relative_to(run):
+        folders = (folder for folder in reversed(path.parents) if folder != run and folder.is_relative_to(run))
+        yield from islice((folder for folder in folders if find_numbers(folder.name)), 1)

@@ -17,21 +17,27 @@ from threading import Event
 
 from pipeline import machine
 from pipeline.errors import BrokenTableError, MachineError, OutOfMemoryError
-from pipeline.execution.exported_files import Difference, compare_files
+from pipeline.execution.exported_files import STRAY, Difference, compare_files
 from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.shared_work import ensure_shared
+from pipeline.execution.strays import find_stray_payload, find_stray_tables
 from pipeline.progress import ProgressMeter, say
-from pipeline.records import Caption, Exported, Image, ImageRubric, Record, Score, Stat, Step, make_key
+from pipeline.records import Canary, Caption, Exported, Image, ImageRubric, Label, Record, Score, Stat, Step, make_key
 from pipeline.sections import Run
 from pipeline.storage import integrity, tables
 from pipeline.storage.compaction import check_copies
 from pipeline.storage.database import find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
-from pipeline.storage.layout import table_path
+from pipeline.storage.layout import PACKED, table_path
 from pipeline.storage.payloads import MISSING, SUMS, hash_file, measure_file, read_sums
 
-LEFTOVERS: Mapping[str, type[Record]] = {"caption": Caption, "rubric": ImageRubric, "score": Score}  # first folder
+LEFTOVERS: Mapping[str, type[Record]] = {  # by the first folder
+    "caption": Caption,
+    "rubric": ImageRubric,
+    "score": Score,
+    "canary": Canary,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,10 @@ class Verification:
         damages = {name: (reason, name) for name, reason in reasons.items() if reason}
         damages |= {name: (reason, cause) for name, reason, cause in self._compare_images(p, shard, reasons)}
         for name, (reason, cause) in damages.items():
-            yield Damage(path=name, reason=reason, remedy=f"{self._remove(self.run.folder / cause)} && {command}")
+            if cause:
+                yield Damage(path=name, reason=reason, remedy=f"{self._remove(self.run.folder / cause)} && {command}")
+            else:
+                yield self._describe(self.run.folder / name, reason, "")
         for name, reason in self._check_corpus(p, shard):
             remedy = f"restore it; or, to caption it as it is now: {self._remove(path)} && {command}"
             yield Damage(path=name, reason=reason, remedy=remedy)
@@ -180,16 +189,22 @@ class Verification:
         folder = self.run.folder
         for path in sorted((folder / "step").glob("*.parquet")):
             yield from self._check_file(path, Step, "")
+        for path in sorted((folder / "label").glob("*.parquet")):
+            yield from self._check_file(path, Label, "")
+        shards = range(self.state.plan.num_shards)
+        folders = {p.folder for p in self.state.passes} | {*find_leftovers(self.run)}
+        strays = [*find_stray_tables(folder, folders, num_shards=len(shards))]
         for p in self.state.passes:
-            for path in sorted((folder / p.folder).glob("*.parquet")):
-                if path.stem.isdigit() and int(path.stem) >= self.state.plan.num_shards:
-                    yield self._describe(path, "belongs to no shard of plan.parquet", "")
-            yield from self._check_sums(p)
-
+            if p.whole_files or (p.folder == "image" and (folder / PACKED).is_dir()):
+                footers = [tables.read_whole_footer(table_path(folder, p.folder, shard)) for shard in shards]
+                strays += find_stray_payload(self.run, p, footers)
+                yield from self._check_sums(p, footers)
+        for path in strays:
+            yield self._describe(path, STRAY, "")
         for copy, reason in check_copies(folder):
             yield self._describe(copy, reason, _recap("compact", self.run))
 
-    def _check_sums(self, p: Pass) -> Iterator[Damage]:
+    def _check_sums(self, p: Pass, footers: Iterable[tables.TableFooter | None]) -> Iterator[Damage]:
         """Compares the list of an export's digests with the files that belong to no shard, and with the footers."""
         folder, sums = self.run.folder, self.run.folder / p.folder / SUMS
         whole = {name: measure_file(folder / name)[1] for name in p.whole_files}
@@ -199,7 +214,6 @@ class Verification:
             return
         paths = [*(folder / name for name in p.whole_files), sums]
         remedy = f"{self._remove(*paths)} && {_recap(f'run {p.title}', self.run)}"
-        footers = [tables.read_whole_footer(path) for path in sorted((folder / p.folder).glob("*.parquet"))]
         recorded = {name: digest for footer in footers if footer for name, digest in footer.payload_sha256.items()}
         try:
             listed = read_sums(folder, p.folder) if not problem else {}

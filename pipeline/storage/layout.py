@@ -14,6 +14,7 @@ from pathlib import Path
 
 PACKED = "shards"  # folder of the tars that ingest writes
 UNFINISHED = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.tmp")
+NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of export
 STALE_AGE = 3600.0  # seconds since an unfinished file was last written after which its writer counts as gone
 
 
@@ -41,6 +42,15 @@ def sweep_unfinished(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def find_numbers(name: str) -> list[str]:
+    """The numbers of files in a path: 00012.tar, 00012.tar.idx, 00012/index.json.
+
+    >>> find_numbers("export/messages/images/00012/000007000042.jpg")
+    ['00012']
+    """
+    return [match[1] for match in map(NUMBERED.fullmatch, name.split("/")) if match][:1]
 
 
 def is_old(path: Path) -> bool:

@@ -6,7 +6,6 @@ All of it is computed from the index tables; files that the training set no long
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from pipeline.progress import say
 from pipeline.sections import Run
 from pipeline.storage import database, tables
+from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import write_sums
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
@@ -25,7 +25,6 @@ from stages.text.selection import describe_texts
 
 NEEDED_FILES = ("export/stats.json", "export/README.md")  # without them an export is not finished
 WHOLE_FILES = (*NEEDED_FILES, "export/croissant.json")
-NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of forms
 SUMMARY = """
     SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
         count(DISTINCT sha256) AS num_distinct_images,
@@ -113,15 +112,6 @@ def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.Tabl
             name = str(path.relative_to(run))
             if name not in listed and not numbers.issuperset(find_numbers(name)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def find_numbers(name: str) -> list[str]:
-    """The numbers of files in a path: 00012.tar, 00012.tar.idx, 00012/index.json.
-
-    >>> find_numbers("export/messages/images/00012/000007000042.jpg")
-    ['00012']
-    """
-    return [match[1] for match in map(NUMBERED.fullmatch, name.split("/")) if match][:1]
 
 
 def list_numbered(folder: Path) -> Iterator[Path]:

@@ -119,3 +119,45 @@ def test_a_file_that_cannot_be_read_ends_no_other_check(run: Path, monkeypatch: 
     assert [line.partition(";")[0] for line in done.stdout.splitlines()] == ["export/webdataset/00001.tar is missing"]
     assert "shard 00000 was not read to its end: [Errno 5] Input/output error" in done.stderr
     assert "not all files could be read" in done.stderr
+
+
+@pytest.mark.slow
+def test_files_that_belong_to_no_shard_are_named_and_removed(run: Path) -> None:
+    strays = {
+        "caption/dense/.copy.parquet": "caption/dense/00000.parquet",
+        "caption/dense/000000.parquet": "caption/dense/00000.parquet",
+        "caption/dense/copy.parquet": "caption/dense/00000.parquet",
+        "stats/caption/dense/00003.parquet": "stats/caption/dense/00000.parquet",
+        "stats/copy.parquet": "stats/verdict/00000.parquet",
+        "export/parquet/00007.parquet": "export/parquet/00000.parquet",
+        "export/sidecar/00000 (copy)": "export/sidecar/00000",
+        "export/sidecar/00000/copy.txt": "export/sidecar/00000/000000000000.txt",
+        "export/sidecar/00002": "export/sidecar/00001",
+        "export/messages/images/00000/1.jpg": "export/messages/images/00000/000000000000.jpg",
+        "export/messages/images/00003": "export/messages/images/00000",
+        "export/webdataset/00000 (copy).tar": "export/webdataset/00000.tar",
+        "export/webdataset/00003.tar": "export/webdataset/00000.tar",
+        "export/webdataset/extra": "export/messages/images/00001",
+    }
+    for name, source in strays.items():
+        copy = shutil.copytree if (run / source).is_dir() else shutil.copy
+        copy(run / source, run / name)
+    (run / "export/webdataset/.DS_Store").write_text("")
+    lines = verify(run)
+    assert sorted(line.partition(";")[0] for line in lines) == sorted(
+        f"{name} belongs to no shard of plan.parquet" for name in strays
+    )
+    for line in lines:
+        mend(line)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [0, 1])
+def test_files_beside_a_missing_table_belong_to_its_shard(run: Path, shard: int) -> None:
+    (run / f"export/index/{shard:05d}.parquet").unlink()
+    assert verify(run) == []
+    shutil.copy(run / "export/webdataset/00000.tar", run / "export/webdataset/00009.tar")
+    assert name_damaged(run) == ["export/webdataset/00009.tar belongs to no shard of plan.parquet"]
+    shutil.rmtree(run / "export/index")
+    assert name_damaged(run) == ["export/webdataset/00009.tar belongs to no shard of plan.parquet"]

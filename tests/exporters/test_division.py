@@ -19,9 +19,9 @@ from PIL import Image
 from pipeline.errors import ConfigError
 from pipeline.records import Placed
 from pipeline.storage import tables
+from pipeline.storage.layout import find_numbers
 from stages.exporters import _division
 from stages.exporters._division import SizeHistogram, shuffle_keys
-from stages.exporters._whole import find_numbers
 from tests.support.runs import begin, corpus, files, make, recap, sections, write
 
 FORMS = ["webdataset", "parquet", "captions", "messages", "sidecar"]
