@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from threading import Event
 from pipeline import machine
 from pipeline.errors import BrokenTableError, MachineError, OutOfMemoryError
 from pipeline.execution.exported_files import STRAY, Difference, compare_files
-from pipeline.execution.passes import AllShards, Pass, Shard
+from pipeline.execution.passes import COPIES, AllShards, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.shared_work import ensure_shared
 from pipeline.execution.strays import find_stray_payload, find_stray_tables
@@ -78,11 +78,11 @@ class Verification:
             for damage in self._try(shard, self._check_pass(p, shard, damaged)):
                 damaged = True
                 yield damage
-            path = table_path(self.run.folder / "stats", p.folder, shard)
-            yield from self._try(shard, self._check_file(path, Stat, ""))
+            yield from self._try(shard, self._check_stats(p.folder, shard, p.name, p.caption, stages=(p.stage, COPIES)))
         for folder in find_leftovers(self.run):
-            path = table_path(self.run.folder, folder, shard)
-            yield from self._try(shard, self._check_file(path, LEFTOVERS[folder.partition("/")[0]], ""))
+            path, (stage, *names) = table_path(self.run.folder, folder, shard), folder.split("/")
+            yield from self._try(shard, self._check_file(path, LEFTOVERS[stage], "", shard=shard))
+            yield from self._try(shard, self._check_stats(folder, shard, *names, stages=(stage, COPIES)))
         if shard == 0:
             yield from self._try(shard, self._check_whole_run())
 
@@ -98,7 +98,7 @@ class Verification:
 
     def _check_pass(self, p: Pass, shard: int, damaged: bool) -> Iterator[Damage]:
         path, command = table_path(self.run.folder, p.folder, shard), _recap(f"run {p.title} --shard {shard}", self.run)
-        broken = [*self._check_file(path, p.record, command)]
+        broken = [*self._check_file(path, p.record, command, shard=shard)]
         yield from broken
         footer = None if broken else tables.read_footer(path)
         if footer is None:
@@ -118,10 +118,24 @@ class Verification:
         if sound and (reason := self._compare_rows(p, shard, footer)):
             yield self._describe(path, reason, command)
 
-    def _check_file(self, path: Path, record: type[Record], command: str) -> Iterator[Damage]:
-        """Verifies a table, if there is one."""
+    def _check_stats(
+        self, folder: str, shard: int, name: str, caption: str = "", *, stages: tuple[str, ...]
+    ) -> Iterator[Damage]:
+        """Verifies the statistics of a table; `stages` are those that may have made it."""
+        path = table_path(self.run.folder / "stats", folder, shard)
+        if damages := [*self._check_file(path, Stat, "")]:
+            yield from damages
+        elif path.exists():
+            ids, expected = [row.id for row in tables.read_rows(path, Stat)], [(name, caption, shard)]
+            if [one[1:] for one in ids] != expected or ids[0][0] not in stages:
+                yield self._describe(path, f"has rows of other tables than {folder}/{path.name}: {ids}", "")
+
+    def _check_file(
+        self, path: Path, record: type[Record], command: str, *, shard: int | None = None
+    ) -> Iterator[Damage]:
+        """Verifies a table, if there is one; the keys of its rows must be of `shard`, if it is given."""
         try:
-            footer = check_table(path, record)
+            footer = check_table(path, record, shard=shard)
         except FileNotFoundError:
             return
         except BrokenTableError as error:
@@ -204,7 +218,7 @@ class Verification:
         for copy, reason in check_copies(folder):
             yield self._describe(copy, reason, _recap("compact", self.run))
 
-    def _check_sums(self, p: Pass, footers: Iterable[tables.TableFooter | None]) -> Iterator[Damage]:
+    def _check_sums(self, p: Pass, footers: Collection[tables.TableFooter | None]) -> Iterator[Damage]:
         """Compares the list of an export's digests with the files that belong to no shard, and with the footers."""
         folder, sums = self.run.folder, self.run.folder / p.folder / SUMS
         whole = {name: measure_file(folder / name)[1] for name in p.whole_files}
@@ -230,9 +244,14 @@ class Verification:
             for name, why in whole.items()
             if why or listed[name] != hash_file(folder / name)
         }
+        if None not in footers:  # otherwise the export is not finished, nor is its list
+            lost = (name for name in sorted({*listed} - {*recorded}) if measure_file(folder / name)[1] == MISSING)
+            changed |= dict.fromkeys(lost, f"is missing: {p.folder}/{SUMS} lists it")
         for name, why in changed.items():
             yield Damage(path=name, reason=why, remedy=remedy)
-        if len(changed) == 1 and not any(whole.values()):  # which of the two was damaged, nothing tells
+        if (
+            len(changed) == 1 and not any(whole.values()) and whole.keys() >= changed.keys()
+        ):  # which of the two was damaged, nothing tells
             reason = f"does not have the digest of {next(iter(changed))}: one of the two has changed"
             yield Damage(path=str(sums.relative_to(folder)), reason=reason, remedy=remedy)
 

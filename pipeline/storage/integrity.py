@@ -18,13 +18,14 @@ from pipeline.storage.payloads import hash_file, measure_file
 from pipeline.storage.plan import CHECKSUM_KEY, verify_plan_footer
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from typing_extensions import Buffer
 
 CREATOR = "parquet-cpp-arrow version "
 
 
-def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
-    """Reads a whole table and returns its footer.
+def check_table(path: Path, record: type[Record], *, shard: int | None = None) -> tables.TableFooter:
+    """Reads a whole table and returns its footer; the keys of its rows must be of `shard`, if it is given.
 
     Page checksums protect the rows alone. A Parquet file also has page headers, statistics and a schema, with which
     DuckDB decides what it reads; so the rows are written again, and the bytes must be equal. Another version of Arrow
@@ -37,23 +38,27 @@ def check_table(path: Path, record: type[Record]) -> tables.TableFooter:
     import pyarrow as pa
 
     try:
-        return _compare_table(path, record)
+        return _compare_table(path, record, shard)
     except (pa.ArrowException, ValueError, OSError) as error:  # of metadata that no reader of rows looks at
-        machine.rule_out(error, lambda: _compare_table(path, record))
+        machine.rule_out(error, lambda: _compare_table(path, record, shard))
         raise BrokenTableError(path, f"cannot be read as a table of {record.table} rows ({error})") from error
 
 
-def _compare_table(path: Path, record: type[Record]) -> tables.TableFooter:
+def _compare_table(path: Path, record: type[Record], shard: int | None) -> tables.TableFooter:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     text = tables.read_footer_text(path)
-    schema = arrow_schema(record, version=tables.read_version(pq.read_schema(path), record))
+    stored_schema, foreign = pq.read_schema(path), ""
+    schema = arrow_schema(record, version=tables.read_version(stored_schema, record))
+    has_keys = shard is not None and "key" in schema.names and "position" not in stored_schema.names  # not `Placed`
     with open(path, "rb") as file:
         comparison = _Comparison(file)
         with tables.open_parquet(cast(IO[bytes], comparison), schema) as writer:
             for batch in tables.read_batches(path, record):
                 batch = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
+                if has_keys and not foreign:
+                    foreign = _find_foreign_key(batch, f"{shard:06d}")
                 writer.write_batch(batch, row_group_size=tables.ROWS_PER_GROUP)
             stored = pq.read_metadata(path).metadata or {}
             if checksum := stored.get(CHECKSUM_KEY.encode()):  # of the plan's Parquet footer
@@ -64,9 +69,20 @@ def _compare_table(path: Path, record: type[Record]) -> tables.TableFooter:
         creator = str(pq.read_metadata(path).created_by)
         if creator == CREATOR + pa.cpp_version or not re.fullmatch(rf"{CREATOR}[0-9.]+", creator):
             raise BrokenTableError(path, f"has changed since it was written: byte {differs_at:,} is not what it was")
+    if foreign:
+        raise BrokenTableError(path, f"has rows of another shard: {foreign} the first")
     footer = tables.read_footer(path)
     assert footer is not None, f"{path} was removed while it was read"
     return footer
+
+
+def _find_foreign_key(batch: pa.RecordBatch, prefix: str) -> str:
+    """The first key that does not begin with its shard's number; "" if all do."""
+    import pyarrow.compute as pc
+
+    keys = batch.column("key")
+    others = keys.filter(pc.invert(pc.starts_with(keys, pattern=prefix)))
+    return str(others[0]) if len(others) else ""
 
 
 def check_plan(path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,7 +272,10 @@ def parse_sums(text: str, folder: str) -> dict[str, str]:
     matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
     if end or None in matches:
         raise ValueError("has lines that are no SHA-256 and path")
-    return {os.path.normpath(f"{folder}/{match[2]}"): match[1] for match in matches if match}
+    names = Counter(os.path.normpath(f"{folder}/{match[2]}") for match in matches if match)
+    if twice := [name for name, num in names.items() if num > 1]:
+        raise ValueError(f"lists {twice[0]} more than once")
+    return {name: match[1] for name, match in zip(names, matches, strict=True) if match}
 
 
 def file_extension(format: str | None) -> str:

@@ -107,10 +107,10 @@ def test_a_file_in_the_place_of_a_directory_is_named_for_every_shard(run: Path) 
 
 @pytest.mark.slow
 def test_a_file_that_cannot_be_read_ends_no_other_check(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, record: type[Record]) -> tables.TableFooter:
+    def fail(path: Path, record: type[Record], *, shard: int | None = None) -> tables.TableFooter:
         if path == run / "verdict/00000.parquet":
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return check_table(path, record)
+        return check_table(path, record, shard=shard)
 
     monkeypatch.setattr(verification, "check_table", fail)
     (run / "export/webdataset/00001.tar").unlink()
@@ -161,3 +161,50 @@ def test_files_beside_a_missing_table_belong_to_its_shard(run: Path, shard: int)
     assert name_damaged(run) == ["export/webdataset/00009.tar belongs to no shard of plan.parquet"]
     shutil.rmtree(run / "export/index")
     assert name_damaged(run) == ["export/webdataset/00009.tar belongs to no shard of plan.parquet"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_tables_of_two_shards_that_were_exchanged_are_damaged_in_any_state(run: Path, is_stale: bool) -> None:
+    if is_stale:
+        text = (run / "run.toml").read_text()
+        (run / "run.toml").write_text(text.replace("[caption.dense]", "[caption.dense]\nnum_candidates = 2"))
+    for folder in ("caption/dense", "stats/caption/dense"):
+        first, second = run / folder / "00000.parquet", run / folder / "00001.parquet"
+        first.rename(run / "kept")
+        second.rename(first)
+        (run / "kept").rename(second)
+    lines = [line for line in verify(run) if "caption/dense/" in line.split(" ")[0]]
+    assert [line.partition(";")[0] for line in lines] == [
+        "caption/dense/00000.parquet has rows of another shard: 000001000000 the first",
+        "stats/caption/dense/00000.parquet has rows of other tables than caption/dense/00000.parquet: "
+        "[('caption', 'dense', '', 1)]",
+        "caption/dense/00001.parquet has rows of another shard: 000000000000 the first",
+        "stats/caption/dense/00001.parquet has rows of other tables than caption/dense/00001.parquet: "
+        "[('caption', 'dense', '', 0)]",
+    ]
+
+
+@pytest.mark.slow
+def test_statistics_of_another_pass_are_damaged(run: Path) -> None:
+    shutil.copy(run / "stats/verdict/00000.parquet", run / "stats/image/00000.parquet")
+    (line,) = verify(run)
+    assert line.startswith("stats/image/00000.parquet has rows of other tables than image/00000.parquet")
+    mend(line)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+def test_names_that_the_list_of_digests_has_twice_or_that_are_gone_are_named(run: Path) -> None:
+    sums = run / "export/index/SHA256SUMS"
+    text = sums.read_text()
+    (run / "export/croissant.json").unlink()
+    (line,) = verify(run)
+    assert line.startswith("export/croissant.json is missing: export/index/SHA256SUMS lists it")
+    mend(line)
+    assert verify(run) == []
+    sums.write_text(text + text.splitlines()[0] + "\n")
+    (line,) = verify(run)
+    assert line.startswith("export/index/SHA256SUMS lists export/README.md more than once")
+    mend(line)
+    assert verify(run) == []
