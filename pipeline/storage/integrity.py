@@ -5,6 +5,7 @@ It knows files and the rows they hold; which tables a run should have is known e
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -52,6 +53,7 @@ def _compare_table(path: Path, record: type[Record], shard: int | None) -> table
     stored_schema, foreign = pq.read_schema(path), ""
     schema = arrow_schema(record, version=tables.read_version(stored_schema, record))
     has_keys = shard is not None and "key" in schema.names and "position" not in stored_schema.names  # not `Placed`
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         comparison = _Comparison(file)
         with tables.open_parquet(cast(IO[bytes], comparison), schema) as writer:
@@ -59,21 +61,37 @@ def _compare_table(path: Path, record: type[Record], shard: int | None) -> table
                 batch = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
                 if has_keys and not foreign:
                     foreign = _find_foreign_key(batch, f"{shard:06d}")
+                digest.update(tables.encode_batch(batch))
                 writer.write_batch(batch, row_group_size=tables.ROWS_PER_GROUP)
             stored = pq.read_metadata(path).metadata or {}
             if checksum := stored.get(CHECKSUM_KEY.encode()):  # of the plan's Parquet footer
                 writer.add_key_value_metadata({CHECKSUM_KEY: checksum})
             writer.add_key_value_metadata({tables.FOOTER_KEY: text})
         differs_at = comparison.finish()
-    if differs_at is not None:
-        creator = str(pq.read_metadata(path).created_by)
-        if creator == CREATOR + pa.cpp_version or not re.fullmatch(rf"{CREATOR}[0-9.]+", creator):
-            raise BrokenTableError(path, f"has changed since it was written: byte {differs_at:,} is not what it was")
+    creator = str(pq.read_metadata(path).created_by)
+    is_ours = creator == CREATOR + pa.cpp_version
+    if differs_at is not None and (is_ours or not re.fullmatch(rf"{CREATOR}[0-9.]+", creator)):
+        raise BrokenTableError(path, f"has changed since it was written: byte {differs_at:,} is not what it was")
     if foreign:
         raise BrokenTableError(path, f"has rows of another shard: {foreign} the first")
     footer = tables.read_footer(path)
     assert footer is not None, f"{path} was removed while it was read"
+    # The digest is over Arrow's own encoding of the rows, which another version may lay out in another way: only
+    # equal versions give equal rows equal digests.
+    if is_ours and footer.digest != digest.hexdigest() and footer.digest != _compute_digest(path, record, schema):
+        raise BrokenTableError(path, "has other rows than it was written with: their SHA-256 is not that in its footer")
     return footer
+
+
+def _compute_digest(path: Path, record: type[Record], schema: pa.Schema) -> str:
+    """The digest of the rows in new arrays, as their writer had them: those of a reader may have other null bitmaps."""
+    import pyarrow as pa
+
+    digest = hashlib.sha256()
+    for batch in tables.read_batches(path, record):
+        arrays = [pa.array(batch.column(field.name).to_pylist(), type=field.type) for field in schema]
+        digest.update(tables.encode_batch(pa.RecordBatch.from_arrays(arrays, schema=schema)))
+    return digest.hexdigest()
 
 
 def _find_foreign_key(batch: pa.RecordBatch, prefix: str) -> str:

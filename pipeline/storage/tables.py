@@ -286,7 +286,7 @@ class TableWriter:
 
     def _write_group(self) -> None:
         batch = to_arrow(self._record, self._rows)
-        self._digest.update(batch.serialize())
+        self._digest.update(encode_batch(batch))
         self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
         if "status" in column_names(self._record):
             self._statuses.update(batch.column("status").to_pylist())
@@ -326,6 +326,11 @@ def to_arrow(record: type[R], rows: list[R]) -> pa.RecordBatch:
         for column in arrow_schema(record)
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=arrow_schema(record))
+
+
+def encode_batch(batch: pa.RecordBatch) -> pa.Buffer | bytes:
+    """The bytes of which a footer has the digest, batch by batch; none for a batch without rows."""
+    return batch.serialize() if len(batch) else b""
 
 
 def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import BrokenTableError
-from pipeline.records import Caption
+from pipeline.records import Caption, arrow_schema
 from pipeline.storage import tables
 from pipeline.storage.integrity import check_plan
 from tests.support.flips import finish_run, flip_bit, flip_bits, list_protected_files
@@ -127,6 +128,19 @@ def test_rows_that_do_not_fit_their_inputs_are_named(run: Path) -> None:
     shutil.rmtree(run / "export")
     lines = [line for line in verify(run) if line.startswith("caption/")]
     assert len(lines) == 1 and "inputs" in lines[0] and "recap run caption:dense --shard 0" in lines[0]
+
+
+@pytest.mark.slow
+def test_rows_that_do_not_have_the_digest_of_their_footer_are_named_and_made_again(run: Path) -> None:
+    path = run / "caption" / "dense" / "00001.parquet"
+    before, text, rows = path.read_bytes(), tables.read_footer_text(path), list(tables.read_rows(path, Caption))
+    with path.open("wb") as file, tables.open_parquet(file, arrow_schema(Caption)) as writer:
+        writer.write_batch(tables.to_arrow(Caption, [replace(rows[0], text="Another."), *rows[1:]]))
+        writer.add_key_value_metadata({tables.FOOTER_KEY: text})
+    (line,) = verify(run)
+    assert line.startswith("caption/dense/00001.parquet has other rows than it was written with: their SHA-256")
+    mend(line)
+    assert (verify(run), path.read_bytes()) == ([], before)
 
 
 def test_tables_beyond_the_plan_and_missing_payload_are_named_but_not_missing_tables(run: Path) -> None:
