@@ -2,7 +2,8 @@
 
 The tables stay as they are: their footers decide what is done, and plain globs read them. A copy is outside those globs
 (in `compact/`), and lists its members with their times and sizes; a copy of which a member has changed is ignored. So
-a copy changes no answer, and may be removed at any time.
+a copy changes no answer, and may be removed at any time. Beside each is a file with its SHA-256: the checksums of its
+pages do not protect headers, statistics and footer, which queries trust too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import BrokenTableError
 from pipeline.storage.layout import table_path
 from pipeline.storage.listing import FILE_COLUMNS, list_files
-from pipeline.storage.payloads import measure_file
+from pipeline.storage.payloads import hash_file, measure_file
 from pipeline.storage.tables import open_atomic
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def compact_folder(run: Path, folder: str) -> tuple[int, int]:
             num_copies, num_tables = num_copies + 1, num_tables + len(members)
     for copy in (run / COMPACT / folder).glob("*.parquet"):
         if copy.name not in kept:
+            _sum_path(copy).unlink(missing_ok=True)
             copy.unlink()
     return num_copies, num_tables
 
@@ -77,6 +79,7 @@ def _write_copy(copy: Path, paths: Sequence[Path], members: Members) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.unify_schemas([pq.read_schema(path).remove_metadata() for path in paths])
+    _sum_path(copy).unlink(missing_ok=True)  # never that of another copy: one without is read page by page
     listed = json.dumps([[shard, *about] for shard, about in members.items()])
     with (
         open_atomic(copy) as file,
@@ -92,6 +95,17 @@ def _write_copy(copy: Path, paths: Sequence[Path], members: Members) -> None:
         if pending:
             writer.write_table(pa.Table.from_batches(pending, schema), row_group_size=ROWS_PER_GROUP)
         writer.add_key_value_metadata({MEMBERS_KEY.decode(): listed})
+    with open_atomic(_sum_path(copy)) as file:
+        file.write(_format_sum(copy))
+
+
+def _sum_path(copy: Path) -> Path:
+    """The file with the digest of a copy, as `sha256sum -c` reads it there."""
+    return copy.with_suffix(".sha256")
+
+
+def _format_sum(copy: Path) -> bytes:
+    return f"{hash_file(copy)}  {copy.name}\n".encode()
 
 
 def _read_raw(path: Path) -> Iterator[pa.RecordBatch]:
@@ -145,8 +159,15 @@ def check_copies(run: Path) -> Iterator[tuple[Path, str]]:
         if problem := measure_file(copy)[1]:
             yield copy, problem
             continue
+        sums = _sum_path(copy)
+        has_sum = sums.is_file()  # copies of earlier versions have none
+        if has_sum and sums.read_bytes() == _format_sum(copy):
+            continue
         try:
             for _ in _read_raw(copy):
                 pass
         except BrokenTableError as error:
             yield copy, error.message
+        else:
+            if has_sum:  # which of the two has changed, nothing tells
+                yield copy, f"does not have the SHA-256 in {sums.name}"

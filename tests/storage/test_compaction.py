@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pipeline.commands import answers
 from pipeline.commands.sql import list_queries, read_query
 from pipeline.records import Caption
 from pipeline.storage import compaction, database, tables
+from tests.commands.test_verify import mend
+from tests.support.flips import flip_bit
 from tests.support.runs import begin, corpus, files, make, recap, sections
 
 pytestmark = pytest.mark.slow
@@ -120,6 +123,25 @@ def test_an_outdated_copy_is_not_read_until_it_is_made_again(run: Path, change: 
     assert query_all(run) == expected
     shutil.rmtree(run / "compact")
     assert query_all(run) == expected
+
+
+def test_verify_names_every_flipped_bit_of_a_copy_and_reads_copies_without_a_digest(run: Path) -> None:
+    recap("compact", "--run", run)
+    assert [*compaction.check_copies(run)] == []
+    copy, noise = run / "compact" / "verdict" / "00000-00003.parquet", random.Random(19)
+    data, sums = copy.read_bytes(), copy.with_suffix(".sha256")
+    for _ in range(60):
+        flip_bit(copy, noise)
+        assert [path for path, _ in compaction.check_copies(run)] == [copy]
+        copy.write_bytes(data)
+    digest = sums.read_bytes()
+    flip_bit(sums, noise)
+    (line,) = recap("verify", "--run", run, check=False).stdout.splitlines()
+    assert line.startswith("compact/verdict/00000-00003.parquet does not have the SHA-256 in 00000-00003.sha256")
+    mend(line)
+    assert (recap("verify", "--run", run).stdout, copy.read_bytes(), sums.read_bytes()) == ("", data, digest)
+    sums.unlink()  # as of a copy that an earlier version made
+    assert [*compaction.check_copies(run)] == []
 
 
 def test_verify_names_a_damaged_copy_and_the_command_that_mends_it(run: Path) -> None:
