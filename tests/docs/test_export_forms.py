@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stages.exporters import mds
 from tests.support.pages import Block, list_blocks
-from tests.support.runs import ROOT, begin, corpus, make, sections
+from tests.support.runs import ROOT, begin, corpus, make, recap, sections
 
 PAGE = (ROOT / "docs" / "export-forms.md",)
 FORMS = ("captions", "mds", "messages", "overlay", "parquet", "sidecar", "webdataset")
@@ -35,6 +37,20 @@ def test_loading_lines_load(block: Block, home: Path, monkeypatch: pytest.Monkey
         check_messages(names["dataset"])
     found = [names[name] for name in ("image", "sample", "dataset") if name in names]
     assert found or "captions/*.parquet" in block.text
+
+
+def test_images_of_mds_are_read_as_its_library_reads_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streaming import StreamingDataset
+
+    run = home / "runs" / "photos"
+    dataset = StreamingDataset(local=str(run / "export" / "mds"), batch_size=1)
+    expected = [(row["key"], row["image"]) for row in dataset]
+    assert len(expected) == 6
+    for name in [name for name in sys.modules if name.partition(".")[0] == "streaming"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    found = [pair for path in sorted((run / "export" / "mds").rglob("*.mds")) for pair in mds.read_images(path)]
+    assert found == expected
+    assert recap("verify", "--run", run).stdout == ""
 
 
 def check_messages(dataset: Any) -> None:
