@@ -14,7 +14,7 @@ from pipeline.records import Record
 from pipeline.storage import tables
 from pipeline.storage.integrity import check_table
 from tests.commands.test_verify import mend, verify
-from tests.support.runs import begin, corpus, make, recap, sections
+from tests.support.runs import begin, corpus, make, recap, sections, write
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,17 @@ def test_names_that_the_list_of_digests_has_twice_or_that_are_gone_are_named(run
     assert line.startswith("export/index/SHA256SUMS lists export/README.md more than once")
     mend(line)
     assert verify(run) == []
+
+
+@pytest.mark.slow
+def test_tables_of_an_earlier_configuration_are_stale_but_not_damaged(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg", "png"] * 2)
+    parts = sections(photos, source={"shard_size": 2}, curate={}, export={"formats": ["webdataset"], "shuffle": 3})
+    run = begin(tmp_path / "run", parts)
+    assert make(run).exit_code == 0
+    del parts["curate"], parts["export"]["shuffle"]
+    write(run, parts)
+    assert verify(run) == []
+    image = run / "image" / "00001.parquet"
+    image.write_bytes(image.read_bytes()[:-1])
+    assert [line.split(" ")[0] for line in verify(run)] == ["image/00001.parquet"]
