@@ -106,21 +106,18 @@ class _Listing:
         for entry in _scan(folder):
             path = Path(entry.path)
             name = str(path.relative_to(self.run))
-            if name in self.names or self._may_belong(name):
+            is_listed = self.has_loose_files and entry.name in self._numbers  # a folder, or whatever has its place
+            if is_listed or name in self.names or self._may_belong(name):
                 continue
             if not entry.is_dir():
                 yield path
-            elif not (self.has_loose_files and self._numbers.intersection(find_numbers(entry.name))):
-                if self.missing or name in self._above or self._has_loose_folders(path):
-                    yield from self.find_strays(path)
-                elif any(files for _, _, files in os.walk(path)):
-                    yield path
+            elif self.missing or name in self._above or self._has_loose_folders(path):
+                yield from self.find_strays(path)
+            elif any(files for _, _, files in os.walk(path)):
+                yield path
 
     def _has_loose_folders(self, folder: Path) -> bool:
-        names = (name for _, names, _ in os.walk(folder) for name in names)
-        return self.has_loose_files and not self._numbers.isdisjoint(
-            number for n in names for number in find_numbers(n)
-        )
+        return self.has_loose_files and any(not self._numbers.isdisjoint(names) for _, names, _ in os.walk(folder))
 
     def _may_belong(self, name: str) -> bool:
         """True for a file of a shard whose table is not whole."""

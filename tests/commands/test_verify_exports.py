@@ -132,6 +132,7 @@ def test_files_that_belong_to_no_shard_are_named_and_removed(run: Path) -> None:
         "export/parquet/00007.parquet": "export/parquet/00000.parquet",
         "export/sidecar/00000 (copy)": "export/sidecar/00000",
         "export/sidecar/00000/copy.txt": "export/sidecar/00000/000000000000.txt",
+        "export/sidecar/00000.old": "export/sidecar/00000",
         "export/sidecar/00002": "export/sidecar/00001",
         "export/messages/images/00000/1.jpg": "export/messages/images/00000/000000000000.jpg",
         "export/messages/images/00003": "export/messages/images/00000",
