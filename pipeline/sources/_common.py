@@ -98,8 +98,9 @@ def find_encoding(data: bytes) -> str:
     `GUESSED_ENCODING`."""
     if codec := find_mark(data):
         return codec
-    if b"\0" in data and len(data) % 2 == 0:  # no text has NUL: UTF-16 without a mark has one beside each ASCII letter
-        return "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
+    first, second = data[::2].count(0), data[1::2].count(0)
+    if max(first, second) > len(data) / 4 and not min(first, second):  # UTF-16 without a mark: NUL beside ASCII letters
+        return "utf-16-le" if second else "utf-16-be"
     try:
         data.decode()
     except UnicodeDecodeError:

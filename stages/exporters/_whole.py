@@ -20,7 +20,7 @@ from pipeline.storage.payloads import write_sums
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
 from stages.exporters._croissant import build_croissant
-from stages.exporters._settings import Config, list_columns, list_folders, list_indexes
+from stages.exporters._settings import Config, list_columns, list_folders, list_indexes, load_form
 from stages.text.selection import describe_texts
 
 NEEDED_FILES = ("export/stats.json", "export/README.md")  # without them an export is not finished
@@ -104,7 +104,8 @@ def _warn(run: Run, num_samples: int, num_older: int) -> None:
 
 
 def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
-    """Removes numbered files and folders of files that the training set no longer has, in the forms' folders."""
+    """Removes what the training set no longer has from the forms' folders: numbered files and folders of files, and
+    indexes of earlier splits, or of the whole where there are splits now."""
     listed = {name for footer in footers for name in footer.payload}
     for _, folder in list_folders(settings):
         numbers = {number for name in listed if name.startswith(folder) for number in find_numbers(name)}
@@ -112,6 +113,13 @@ def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.Tabl
             name = str(path.relative_to(run))
             if name not in listed and not numbers.issuperset(find_numbers(name)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    current = set(list_indexes(settings))
+    for form in settings.formats:
+        root = run / "export" / form.rpartition(".")[2]
+        for index in getattr(load_form(form), "INDEXES", ()):
+            for path in (root / index, *root.glob(f"*/{index}")):
+                if str(path.relative_to(run)) not in current:
+                    path.unlink(missing_ok=True)
 
 
 def list_numbered(folder: Path) -> Iterator[Path]:
