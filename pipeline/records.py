@@ -205,7 +205,7 @@ class RubricCriterion:
     id: str  # letters, digits and _; unique in its rubric
     text: str  # can be decided without the image
     severity: Severity
-    weight: float  # 3, 2 or 1; of the criterion against what is said beyond, that of all others
+    weight: float  # 3, 2 or 1; of the criterion against unsupported statements, that of all others
     agreed: int  # teachers whose captions meet it
     missed: float  # [0, 1]: share of the student's captions that fail it
     claim: str | None  # JSON: the check of claims; None: only a judge can decide it
@@ -295,7 +295,7 @@ class Canary(Record):
     candidate: int
     name: str  # the score's pass
     kind: str  # how the copy is spoiled
-    change: str  # what was put in the place of what
+    change: str  # the words that were replaced, added or dropped
     text: str  # the spoiled copy
     value: float | None  # [0, 1]; None when undecided, never 0
     status: ScoreStatus
@@ -408,7 +408,7 @@ class Exported(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Selected(Exported):
-    """A sample of a training set that is divided anew: before it has a file, with the place of its image."""
+    """A sample of a repartitioned training set, before it is assigned to a file, with the location of its image."""
 
     table: ClassVar[str] = "selected"
 
@@ -424,7 +424,7 @@ class Selected(Exported):
 
 @dataclass(frozen=True, kw_only=True)
 class Placed(Exported):
-    """A sample of a training set that was divided anew, and its file."""
+    """A sample of a repartitioned training set, and its file."""
 
     version: ClassVar[int] = 3
 

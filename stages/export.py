@@ -38,7 +38,7 @@ from stages.text.selection import (
 )
 
 VERSION = 1
-SELECTED = "selected"  # folder of the samples of a training set that is divided anew
+SELECTED = "selected"  # folder of the samples of a repartitioned training set
 FILE_KEYS = {"formats", "image_extension", "instructions", "images", "shard_bytes", "shuffle"}  # decide files alone
 BYTES_OF_ROW = 500  # of a sample's other columns, about
 GROUPS = 'SELECT key, "group" FROM curation WHERE "group" IS NOT NULL'

@@ -35,7 +35,7 @@ class SpoiledText:
 
     kind: str
     text: str
-    change: str  # for people: what was put in the place of what
+    change: str  # for people: the words that were replaced, added or dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ KINDS: Mapping[str, Spoiler] = {
 def _swap_word(
     text: str, rng: Random, choices: Mapping[str, Sequence[str]], *, unless: str = ""
 ) -> tuple[str, str] | None:
-    """Puts another of its choices in the place of one word or phrase; one that the text does not have already."""
+    """Replaces one word or phrase by another of its choices that the text does not contain."""
     longest_first = "|".join(sorted(map(re.escape, choices), key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w-]){_BEFORE_A_COLOUR}({longest_first})\b{unless}", re.IGNORECASE)
     places = [match for match in pattern.finditer(text) if _may_change(text, match)]

@@ -17,7 +17,7 @@ a list of its files,
 
 A form that copies no images has `NEEDS_IMAGES = False`; one that can name the corpus's files in their place, as
 `ExportSample.reference` says, `REFERENCES_IMAGES = True`; one whose files follow those of the corpus, so that they
-cannot be divided anew, `DIVIDES = False`.
+cannot be repartitioned, `DIVIDES = False`.
 
 Files of a form belong in `<run>/export/FORM/`. A form knows nothing of how samples are chosen.
 """
@@ -128,11 +128,11 @@ def put_text(path: Path, text: str) -> None:
 class ExportPayload:
     """The files that a shard writes: its samples in each of the forms.
 
-    These are one file or folder of each form and split. Of a training set that is divided anew, samples say which file
-    they belong to; they come file by file, and each is put in place when the next begins.
+    These are one file or folder of each form and split. Samples of a repartitioned training set name
+    their file; they come file by file, and each file is committed when the next begins.
 
     Args:
-        splits: of the training set; None: it is divided anew.
+        splits: of the training set; None: it is repartitioned.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The files of a training set that is divided anew: of a wanted size, in the plan's order or shuffled.
+"""The files of a repartitioned training set: of a wanted size, in the plan's order or shuffled.
 
-Each file is decided by the rows of all shards alone, so that it is the same whichever process writes it. Memory holds a
+The rows of all shards alone decide each file, so that it does not depend on the process that writes it. Memory holds a
 histogram of sizes and one chunk of rows: `divide` sorts chunks and keeps them in a folder, and `read_file` merges from
 them the rows of one file. Neither knows forms or images.
 """

@@ -109,7 +109,7 @@ class FormConfig:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
         whole = [name for name in self.formats if not getattr(load_form(name), "DIVIDES", True)]
         if self.is_divided and whole:
-            problem = f"shard_bytes, shuffle and buckets divide a training set anew, but the files of {whole[0]} follow"
+            problem = f"shard_bytes, shuffle and buckets repartition the training set, but files of {whole[0]} follow"
             raise ValueError(f"{problem} those of the corpus; leave out one or the other")
         if not re.fullmatch(r"[\w.-]*", self.license):
             raise ValueError(f"license is {self.license!r}; it must be an identifier of the Hub, such as cc-by-4.0")

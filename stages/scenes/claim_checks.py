@@ -184,8 +184,8 @@ def weigh_with_number(claim: Claim) -> float:
 def discount(met: float, cost: float, allowance: float) -> tuple[float, float]:
     """The shares that a caption keeps of the allowance and of its met criteria when it says more than is supported.
 
-    What is said beyond is taken off the allowance first, so that captions with many errors are still told apart. A
-    caption that meets nothing keeps nothing.
+    Unsupported statements are subtracted from the allowance first, so that captions with many errors still differ in
+    reward. A caption that meets nothing keeps nothing.
 
     Args:
         met: the weights of the criteria that it meets.

@@ -1,4 +1,4 @@
-"""Training sets that are divided anew: balanced files without gaps, in order or shuffled, and the same bytes again."""
+"""Repartitioned training sets: balanced files without gaps, in order or shuffled, and the same bytes again."""
 
 from __future__ import annotations
 

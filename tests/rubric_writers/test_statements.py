@@ -1,4 +1,4 @@
-"""The statements writer: criteria are what teachers agree on, once each, and what is said beyond is taken off."""
+"""The statements writer: criteria are what teachers agree on, once each, and unsupported statements are subtracted."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_stages_wait_for_the_same_block_and_the_dataset_card_for_all(tmp_path: P
     ]
 
 
-def test_a_training_set_that_is_divided_anew_waits_for_the_samples_of_all_shards(tmp_path: Path) -> None:
+def test_a_repartitioned_training_set_waits_for_the_samples_of_all_shards(tmp_path: Path) -> None:
     due: dict[str, Any] = dict.fromkeys(("ingest", "caption", "score", "filter"), ())
     slurm = slurm_run(tmp_path, 12, {"gpus": 0}, export={"shard_bytes": 10**9})
     _, submitted = submit_missing(slurm, due=due)
