@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from statistics import mean, median
 
 from benchmarks.held_out import (
@@ -19,23 +18,19 @@ from benchmarks.held_out import (
     bootstrap_interval,
     generate_captions,
     list_scenes,
+    make_samples,
     open_engine,
-    render_image,
 )
 from stages.scenes.measure import measure_caption
-from stages.scorers import Sample, judge
+from stages.scorers import judge
 
 
 def score_captions(captions: Sequence[str], model: str) -> list[float | None]:
     """The share of each caption's sentences that the judge confirms; None: it could not decide."""
     config = judge.prepare(judge.Config(engine="judge", rubric="scenes"), run=None, field="benchmark")
-    samples = (
-        Sample(key=f"{index:012d}", candidate=0, text=text, data=partial(render_image, index))
-        for index, text in enumerate(captions)
-    )
     judge_engine = open_engine(model)
     try:
-        return [result.value for result in judge.score(samples, config, {"judge": judge_engine})]
+        return [result.value for result in judge.score(make_samples(captions), config, {"judge": judge_engine})]
     finally:
         judge_engine.close()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -13,6 +14,7 @@ from pipeline.engines import Engine, Request, transformers
 from pipeline.sources import scenes
 from pipeline.sources.scenes import Scene, draw_scene
 from stages import recipes
+from stages.scorers import Sample
 
 SEED = CHOICE
 ONE_TO_ONE, AS_SET = "one to one", "set of claims"  # how the claims of a caption are compared with the truth
@@ -70,6 +72,12 @@ def generate_captions(model: str, num_scenes: int, *, world: int = SEED) -> list
         return [reply.text for reply in engine.generate(requests())]
     finally:
         engine.close()
+
+
+def make_samples(captions: Iterable[str]) -> Iterator[Sample]:
+    """Captions of the first held-out scenes, to be scored."""
+    for index, text in enumerate(captions):
+        yield Sample(key=f"{index:012d}", candidate=0, text=text, data=partial(render_image, index))
 
 
 def measure_captions(captions: Sequence[str], measure: str = ONE_TO_ONE, *, world: int = SEED) -> CaptionQuality:

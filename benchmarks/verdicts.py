@@ -15,15 +15,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from benchmarks.held_out import CAPTIONER, JUDGE, generate_captions, list_scenes, open_engine, render_image
+from benchmarks.held_out import CAPTIONER, JUDGE, generate_captions, list_scenes, make_samples, open_engine
 from stages.scenes.measure import measure_caption
 from stages.scenes.teachers import answer_statement
-from stages.scorers import Sample, ScoreResult, judge
+from stages.scorers import ScoreResult, judge
 from stages.text.sentences import split_sentences
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
@@ -45,14 +44,10 @@ def judge_captions(captions: Sequence[str], model: str, form: Mapping[str, Any])
     settings = judge.prepare(judge.Config(engine="judge", rubric="scenes", **form), run=None, field="benchmark")
     spec = replace(settings.rubric.spec, aggregate="product")
     settings = replace(settings, rubric=replace(settings.rubric, spec=spec))
-    samples = (
-        Sample(key=f"{index:012d}", candidate=0, text=text, data=partial(render_image, index))
-        for index, text in enumerate(captions)
-    )
     engine = open_engine(model)
     try:
         start = time.perf_counter()
-        results = list(judge.score(samples, settings, {"judge": engine}))
+        results = list(judge.score(make_samples(captions), settings, {"judge": engine}))
         return FormResult(results=results, seconds=time.perf_counter() - start)
     finally:
         engine.close()

@@ -284,28 +284,14 @@ class SharedScore(Score):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canary(Record):
+class Canary(Score):
     """One scorer's score of a spoiled copy of a caption; the original's is in the table `score`."""
 
     table: ClassVar[str] = "canary"
-    failed: ClassVar[frozenset[str]] = frozenset({"unknown", "error"})
 
-    key: str
-    caption: str  # the caption's pass
-    candidate: int
-    name: str  # the score's pass
     kind: str  # how the copy is spoiled
     change: str  # the words that were replaced, added or dropped
     text: str  # the spoiled copy
-    value: float | None  # [0, 1]; None when undecided, never 0
-    status: ScoreStatus
-    error: str | None
-    num_prompt_tokens: int | None = None
-    num_output_tokens: int | None = None
-    attempt: int = 0
-    model: str | None = None
-    revision: str | None = None
-    engine: str | None = None
 
     @property
     def id(self) -> tuple[str | int, ...]:

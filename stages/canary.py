@@ -57,7 +57,15 @@ def passes(run: Run) -> Iterable[Pass]:
                 raise ConfigError(f"{run.file}: canary.scores", plugins.explain_unknown(name, sorted(known)))
         for p in list_score_passes(run):
             if p.name in config.scores if config.scores is not None else p.scorer.engines:
-                yield _build_pass(run, config, p)
+                yield p.build_pass(
+                    run,
+                    stage="canary",
+                    version=VERSION,
+                    slice={"share": config.share, "seed": run.seed, "words": hash_words(), "scorer": p.slice(run)},
+                    record=Canary,
+                    inputs=partial(inputs, p=p, share=config.share, seed=run.seed),
+                    work=partial(work, name=p.name, caption=p.caption, scorer=p.scorer),
+                )
 
 
 def inputs(shard: Shard, *, p: ScorePass, share: float, seed: int) -> Iterator[SpoiledSample]:
@@ -84,39 +92,6 @@ def work(
             caption=caption,
             candidate=row.sample.candidate,
             name=name,
-            kind=row.spoiled.kind,
-            change=row.spoiled.change,
-            text=row.spoiled.text,
-            value=result.value,
-            status=result.status,
-            error=result.error,
-            num_prompt_tokens=result.num_prompt_tokens,
-            num_output_tokens=result.num_output_tokens,
-            attempt=result.attempt,
-            model=result.model,
-            revision=result.revision,
-            engine=result.engine,
+            **vars(row.spoiled),
+            **vars(result),
         )
-
-
-def _build_pass(run: Run, config: Config, p: ScorePass) -> Pass:
-    return Pass(
-        stage="canary",
-        name=p.name,
-        caption=p.caption,
-        folder=f"canary/{p.name}/{p.caption}",
-        reads=p.reads,
-        engines=p.scorer.engines,
-        shows_images=p.scorer.shows_images,
-        version=VERSION,
-        slice={
-            "share": config.share,
-            "seed": run.seed,
-            "words": hash_words(),
-            "scorer": p.scorer.slice(run, field=f"score.{p.name}"),
-        },
-        record=Canary,
-        max_error_share=run.resolve_error_share(p.max_error_share),
-        inputs=partial(inputs, p=p, share=config.share, seed=run.seed),
-        work=partial(work, name=p.name, caption=p.caption, scorer=p.scorer),
-    )

@@ -56,18 +56,12 @@ def passes(run: Run) -> Iterable[Pass]:
         ConfigError: a section names something that does not exist.
     """
     for p in list_score_passes(run):
-        made = Pass(
+        made = p.build_pass(
+            run,
             stage="score",
-            name=p.name,
-            caption=p.caption,
-            folder=f"score/{p.name}/{p.caption}",
-            reads=p.reads,
-            engines=p.scorer.engines,
-            shows_images=p.scorer.shows_images,
             version=VERSION,
-            slice=p.scorer.slice(run, field=f"score.{p.name}"),
+            slice=p.slice(run),
             record=Score,
-            max_error_share=run.resolve_error_share(p.max_error_share),
             inputs=partial(read_samples, p=p, seed=run.seed),
             work=partial(work, name=p.name, caption=p.caption, scorer=p.scorer),
         )

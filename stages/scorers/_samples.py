@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 from pipeline import plugins
 from pipeline.errors import ConfigError
-from pipeline.execution.passes import Shard
+from pipeline.execution.passes import Pass, Shard
 from pipeline.execution.sharing import asked_folder, shares_rows
 from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run
@@ -32,6 +33,24 @@ class ScorePass:
     def reads(self) -> tuple[str, ...]:
         """Folders of the tables that its samples come from."""
         return ("image", *([f"rubric/{self.scorer.rubric}"] if self.scorer.rubric else []), self.captions)
+
+    def slice(self, run: Run) -> dict[str, Any]:
+        """The part of the fingerprint that decides the scores of equal samples."""
+        return self.scorer.slice(run, field=f"score.{self.name}")
+
+    def build_pass(self, run: Run, *, stage: str, **more: Any) -> Pass:
+        """The pass of a stage that scores these captions, or copies of them; `more` are its other fields."""
+        return Pass(
+            stage=stage,
+            name=self.name,
+            caption=self.caption,
+            folder=f"{stage}/{self.name}/{self.caption}",
+            reads=self.reads,
+            engines=self.scorer.engines,
+            shows_images=self.scorer.shows_images,
+            max_error_share=run.resolve_error_share(self.max_error_share),
+            **more,
+        )
 
 
 def list_score_passes(run: Run) -> Iterator[ScorePass]:
