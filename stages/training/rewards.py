@@ -19,6 +19,7 @@ from pipeline.engines import Engine, Reply, Sampling, clean_reply
 from pipeline.errors import MachineError
 from pipeline.records import Criterion, ImageRubric, RubricCriterion, arrow_schema
 from pipeline.storage import tables
+from pipeline.storage.words import count_words
 from stages import flags
 from stages.scorers import Sample, Scorer, ScoreResult
 from stages.text.answers import Answer, AnswerFormat, read_answer
@@ -157,7 +158,7 @@ class Reward:
         return [results[number].value if number in results and fits[number] else 0.0 for number in range(len(answers))]
 
     def _fits_band(self, text: str) -> bool:
-        return not self._length_band or self._length_band[0] <= len(text.split()) <= self._length_band[1]
+        return not self._length_band or self._length_band[0] <= count_words(text) <= self._length_band[1]
 
     def _log(self, results: Sequence[ScoreResult], log_metric: LogMetric) -> None:
         if results:
@@ -220,7 +221,7 @@ def measure_style(texts: Sequence[str], patterns: flags.Patterns) -> dict[str, f
     return {
         **rates,
         "rate/repetition": fmean(bool(find_loop(text)) for text in texts),
-        "words": fmean(len(text.split()) for text in texts),
+        "words": fmean(count_words(text) for text in texts),
     }
 
 
