@@ -113,7 +113,7 @@ def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.Tabl
             name = str(path.relative_to(run))
             if name not in listed and not numbers.issuperset(find_numbers(name)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    current = set(list_indexes(settings))
+    current = listed.union(list_indexes(settings))  # a shard's own folder may hold an index too
     for form in settings.formats:
         root = run / "export" / form.rpartition(".")[2]
         for index in getattr(load_form(form), "INDEXES", ()):

@@ -158,7 +158,7 @@ def test_the_images_of_a_file_have_like_aspects(captioned: Path, tmp_path: Path)
 
 
 def test_a_form_that_follows_the_corpus_is_not_divided(captioned: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the files of overlay follow those of the corpus"):
+    with pytest.raises(ConfigError, match="files of overlay follow those of the corpus"):
         begin(tmp_path / "run", configure(captioned.parent / "photos", formats=["overlay"], shuffle=1))
 
 
