@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable
 from pipeline.errors import BodyError
 
 ENCODINGS = "gzip, deflate"  # that `read_body` understands
+GZIP_MAGIC = b"\x1f\x8b"
 MAX_BYTES = 8 * 2**20  # of any body, before and after decompression
 LEAST_BYTES = 2**19  # that a body may always have: of 128 answers at once, 64 MiB
 TOKEN_BYTES, CHOICE_BYTES = 64, 192  # of a token written as JSON escapes; of one in a list of likely tokens
@@ -59,12 +60,16 @@ class _Decoder:
             return chunk[:max_length]
         try:
             try:
-                return self._zlib.decompress(chunk, max_length)
+                data = self._zlib.decompress(chunk, max_length)
             except zlib.error:
                 if not self._is_first:
                     raise
                 self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)  # some servers send deflate without a header
                 return self._zlib.decompress(chunk, max_length)
+            while len(data) < max_length and (rest := self._zlib.unused_data).startswith(GZIP_MAGIC):
+                self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip members may follow one another
+                data += self._zlib.decompress(rest, max_length - len(data))
+            return data
         except zlib.error as error:
             raise BodyError("sent a body that does not decompress") from error
         finally:

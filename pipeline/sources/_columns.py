@@ -74,6 +74,13 @@ def choose_columns(
     return Columns(image=image, source_key=source_key, alt_text=alt_text, metadata=metadata)
 
 
+def report_alt_text(schema: pa.Schema, columns: Columns) -> None:
+    """Prints which columns might be the alt text, where none is taken for it."""
+    texts = [field.name for field in schema if field.name in columns.metadata and _is_text(field.type)]
+    if not columns.alt_text and "json" not in columns.metadata:  # which may hold the caption
+        _common.report_alt_text("the corpus", columns.metadata, candidates=texts)
+
+
 def _find_image_column(schema: pa.Schema) -> str:
     candidates: list[str] = [field.name for field in schema if _holds_images(field.type)]
     preferred: list[str] = [name for name in [*_list_image_features(schema), *IMAGE_NAMES] if name in candidates]
@@ -115,6 +122,12 @@ def _holds_images(type: pa.DataType) -> bool:
     return _is_binary(type) or _is_null(type)
 
 
+def _is_text(type: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
+
+
 def _is_null(type: pa.DataType) -> bool:
     import pyarrow as pa
 
@@ -151,7 +164,8 @@ def list_short_columns(table: pq.ParquetFile) -> list[str]:
 def _is_binary(type: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type))
+    inner = type.value_type if pa.types.is_dictionary(type) else type  # a dictionary has each value once
+    return bool(pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_binary_view(inner))
 
 
 def read_samples(

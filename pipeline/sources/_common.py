@@ -10,10 +10,11 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline import progress
 from pipeline.records import Raw, replace_surrogates
 
 IMAGES = {  # extensions in use for images, whether or not this machine decodes them
@@ -77,6 +78,16 @@ def add_text(raw: Raw, fields: Mapping[str, Any], *, files: Mapping[str, bytes] 
     used = {name for name, text in candidates if text == alt_text}
     rest = {name: value for name, value in {**texts, **fields}.items() if name not in used or value != alt_text}
     return replace(raw, alt_text=None if alt_text is None else replace_surrogates(alt_text), metadata=format_json(rest))
+
+
+def report_alt_text(where: str, columns: Collection[str], *, candidates: Collection[str]) -> None:
+    """Prints a line when no column has one of the usual names for alt text, yet others hold text."""
+    if candidates and not set(ALT_TEXTS).intersection(columns):
+        usual = f"{', '.join(ALT_TEXTS[:-1])} or {ALT_TEXTS[-1]}"
+        progress.say(
+            f"{where} has no column {usual}, so no alt text is read; to read some, set source.alt_text to one of "
+            f"{', '.join(candidates)}"
+        )
 
 
 def _first_string(value: Any) -> str:

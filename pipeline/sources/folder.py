@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SIDECARS = (*_common.TEXTS, "json")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls them in an imagefolder
 FILE_NAME = "file_name"  # their column with the image's path, relative to the metadata file
+SIDECAR_ERROR = "sidecar_error"  # the metadata of an image with a sidecar that cannot be read
 NUM_EXAMPLES = 3  # of lost metadata rows, in a message
 NUM_ROWS = 10_000  # of a metadata file, converted to columns at a time
 
@@ -91,6 +92,8 @@ def pieces(config: Config) -> Iterator[Piece]:
         reasons = "no permission, or links that lead back or (without source.follow_links) out of the folder"
         progress.say(f"{config.path}: {len(skipped)} folders and metadata files are passed over ({reasons}): {few}")
     _report_unused_rows(tree, used)
+    if not config.alt_text and columns:
+        _common.report_alt_text("the metadata", columns, candidates=sorted(columns - {FILE_NAME}))
     if config.alt_text and columns and config.alt_text not in columns:
         message = f"no metadata file has a column {config.alt_text!r}; they have {', '.join(sorted(columns))}"
         raise ConfigError("source.alt_text", message)
@@ -141,8 +144,11 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         file, offset = (f"{config.path}/{piece.file}", 0) if in_place else (None, None)
         yield replace(raw, data=data, file=file, offset=offset)
     except UnusableFileError as error:
-        advice = "; set source.follow_links = true to allow it" if str(error) == _files.OUTSIDE else ""
-        yield replace(raw, error=f"{error}{advice}")
+        yield replace(raw, error=_explain(error))
+
+
+def _explain(error: UnusableFileError) -> str:
+    return f"{error}; set source.follow_links = true to allow it" if str(error) == _files.OUTSIDE else str(error)
 
 
 def _open_tree(config: Config) -> _trees.Tree:
@@ -199,10 +205,17 @@ def _add_text(raw: Raw, tree: _trees.Tree, name: str, column: str) -> Raw:
     sidecars = [f"{folder}{slash}{one}" for one in odd.get(image, ())]
     sidecars += [f"{stem}.{ending}" for stem in (name.rpartition(".")[0], name) for ending in SIDECARS]
     for sidecar in sidecars:  # an exact name overrides the others
-        data, ending = _read_sidecar(tree, sidecar), _common.parse_extension(sidecar)
-        if data is not None and ending == "json":
+        if not tree.exists(sidecar):
+            continue
+        ending = _common.parse_extension(sidecar)
+        try:
+            data = tree.read(sidecar, limit=_common.MAX_TEXT_BYTES)
+        except UnusableFileError as error:
+            fields[SIDECAR_ERROR] = f"{PurePosixPath(sidecar).name}: {_explain(error)}"
+            continue
+        if ending == "json":
             fields |= _common.parse_json(data)
-        elif data is not None:
+        else:
             files[ending] = data
     return _common.add_text(raw, fields, files=files, column=column)
 
@@ -211,15 +224,6 @@ def _add_text(raw: Raw, tree: _trees.Tree, name: str, column: str) -> Raw:
 def _list_odd_sidecars(tree: _trees.Tree, folder: str, version: _trees.Version) -> dict[str, list[str]]:  # noqa: ARG001
     """Args: version: it makes a changed directory another cache entry."""
     return _pair_odd_sidecars(tree.list_files(folder))
-
-
-def _read_sidecar(tree: _trees.Tree, name: str) -> bytes | None:
-    if not tree.exists(name):
-        return None
-    try:
-        return tree.read(name, limit=_common.MAX_TEXT_BYTES)
-    except UnusableFileError:
-        return None
 
 
 def _find_row(tree: _trees.Tree, image: str) -> dict[str, Any]:

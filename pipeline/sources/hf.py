@@ -56,8 +56,10 @@ def pieces(config: Config) -> Iterator[Piece]:
     Raises:
         ConfigError: there is no such dataset or split, or its columns do not match the config.
     """
-    for name, split in _open_splits(config).items():
-        _choose_columns(split, config)
+    for number, (name, split) in enumerate(_open_splits(config).items()):
+        columns = _choose_columns(split, config)
+        if not number:
+            _columns.report_alt_text(split.features.arrow_schema, columns)
         yield Piece(file=name, stop=len(split), num_bytes=split.dataset_size)
 
 

@@ -51,7 +51,7 @@ def pieces(config: Config) -> Iterator[Piece]:
                 table = _parquet.open_table(stream)
                 stop = table.metadata.num_rows
                 if not is_checked:
-                    _choose_columns(table, config)
+                    _columns.report_alt_text(table.schema_arrow, _choose_columns(table, config))
                     is_checked = True
         except BrokenParquetError:
             yield piece

@@ -248,13 +248,14 @@ def test_replies_of_every_engine_are_cleaned() -> None:
     assert clean_reply(sound) == sound
 
 
-@pytest.mark.parametrize("encoding", ["", "gzip", "deflate", "raw deflate"])
+@pytest.mark.parametrize("encoding", ["", "gzip", "two members of gzip", "deflate", "raw deflate"])
 def test_answers_may_be_compressed(encoding: str) -> None:
     body = json.dumps(complete(SOUND)).encode()
-    bits = {"": None, "gzip": 31, "deflate": 15, "raw deflate": -15}[encoding]
+    bits = {"": None, "gzip": 31, "two members of gzip": 31, "deflate": 15, "raw deflate": -15}[encoding]
     if bits is not None:
-        packer = zlib.compressobj(wbits=bits)
-        body = packer.compress(body) + packer.flush()
+        parts = [body[:9], body[9:]] if encoding.startswith("two") else [body]
+        packers = [(zlib.compressobj(wbits=bits), part) for part in parts]
+        body = b"".join(packer.compress(part) + packer.flush() for packer, part in packers)
     headers = {"Content-Encoding": encoding.split()[-1]} if encoding else {}
     assert ask(lambda *_: web.Response(body=body, headers=headers)).text == SOUND
 

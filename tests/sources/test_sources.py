@@ -346,8 +346,11 @@ class TestFolder:
         raws = self.read(root)
         assert sorted(raws) == sorted({*links, "a.jpg", "pipe.jpg"} - {"a.txt"})
         assert {name: raw.data for name, raw in raws.items() if raw.error is None} == {"a.jpg": b"a", "in.jpg": b"a"}
-        assert raws["a.jpg"].alt_text is None
         advice = "it leads out of the folder; set source.follow_links = true to allow it"
+        assert (raws["a.jpg"].alt_text, json.loads(raws["a.jpg"].metadata)) == (
+            None,
+            {"sidecar_error": f"a.txt: {advice}"},
+        )
         assert raws["out.jpg"].error == raws["far.jpg"].error == advice
         assert raws["round"].error == "it is a folder"
         assert raws["pipe.jpg"].error == "it is not a regular file"
@@ -377,6 +380,17 @@ class TestFolder:
         }
         assert "1 folders and metadata files are passed over" in (message := capsys.readouterr().err)
         assert "'round/'" in message
+
+    def test_columns_that_may_be_alt_text_are_named_where_none_is(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write(tmp_path, {"a.jpg": b"a", "metadata.csv": "file_name,Caption,by\na.jpg,a cat,me\n"})
+        self.read(tmp_path)
+        assert "so no alt text is read; to read some, set source.alt_text to one of Caption, by" in (
+            capsys.readouterr().err
+        )
+        assert self.read(tmp_path, alt_text="Caption")["a.jpg"].alt_text == "a cat"
+        assert not capsys.readouterr().err
 
     def test_excluded_files_are_no_inputs(self, tmp_path: Path) -> None:
         write(tmp_path, dict.fromkeys(["a.jpg", "a.npz", "b/c.jpg", "b/c.npz", "masks/a.png", "b/Thumbs.db"], ""))
@@ -529,6 +543,19 @@ class TestParquet:
             "map": [["a", 1]],
             "price": "1.10",
         }
+
+    def test_columns_that_may_be_alt_text_are_named_where_none_is(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raws = self.read(self.write(tmp_path / "a.parquet", {"image": [b"a"], "Description": ["a cat"], "size": [3]}))
+        assert raws[0].alt_text is None
+        assert "no column caption, text, TEXT or txt" in (message := capsys.readouterr().err)
+        assert message.endswith("to one of Description\n")
+
+    def test_images_may_be_stored_once_and_referred_to(self, tmp_path: Path) -> None:
+        images = pa.array([b"one", b"two", b"one"]).dictionary_encode()
+        raws = self.read(self.write(tmp_path / "a.parquet", {"image": images}))
+        assert [raw.data for raw in raws] == [b"one", b"two", b"one"]
 
     def test_nulls_and_wrong_types_are_row_errors(self, tmp_path: Path) -> None:
         images = [{"bytes": b"1", "path": None}, None, {"bytes": None, "path": None}, {"bytes": b"", "path": "a"}]
