@@ -1,32 +1,51 @@
 """Spoiled copies of captions: each reads right and is false of its image, or is poorer, in one known way.
 
-Pure operations on English text, with the words of words.toml; a kind passes where it finds nothing to change. Sentences
-with a negation are left alone, since a swap may leave them true, and so is quoted text. It knows neither images nor
-judges.
+Pure operations on English text; a kind passes where it finds nothing that it can change safely. Sentences with a
+negation or a guess are left alone, since a swap may leave them true, and so is quoted text. A thing keeps its new
+colour, name or side wherever the caption speaks of it. It knows neither images nor judges.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from random import Random
+from typing import TypeVar
 
+from stages.audit.words import (
+    cut_sentence,
+    find_colours,
+    find_pattern,
+    find_quotes,
+    find_sentences,
+    find_words,
+    has_word,
+    is_about_others,
+    is_bare,
+    is_direction,
+    is_finished,
+    is_name,
+    is_quoted,
+    is_symmetric,
+    is_unsure,
+    list_far_colours,
+    list_words,
+    load_words,
+    may_change,
+    read_words,
+    refers_back,
+    replace_places,
+    takes_sentences,
+)
 from stages.text.sentences import split_sentences
 
-VERSION = 1  # raised when equal captions get different copies
-_NEGATION = re.compile(r"\b(no|not|none|nobody|nothing|neither|nor|never|without|cannot)\b|n't\b", re.IGNORECASE)
-_QUOTED = re.compile(r"\"[^\"]+\"|“[^”]+”")
-_DIGITS = re.compile(r"(?<![\w.,:/$€£#-])[2-9](?![\w,:/%-]|\.\d)")
-_NOT_A_COLOUR = r"(?!-|['’]| and (?:white|black)\b| (?:juice|wine|house|hole|board|tie)\b)"
-_BEFORE_A_COLOUR = r"(?<!black and )(?<!white and )"  # black and white is a kind of photograph
-_NO_NOUNS = "on|in|at|of|with|by|near|under|over|beside|behind|between|from|to|is|are|was|were|has|have|that"
-_NOT_A_NUMBER = r"(?!-| (?:of|or|to|thirds|o'clock|hundred|thousand|million)\b)"
-_VOWELS = "aeiou"
+VERSION = 2  # raised when equal captions get different copies
+_DIGITS = re.compile(r"(?<![\w.,:/$€£#–-])(?<!\d, )(?<!and )[1-9]\d?(?![\w:/%–,-]|\.\d| and \d)")
+
+T = TypeVar("T")
+Spoiler = Callable[[str, Random, str | None], tuple[str, str] | None]  # the spoiled text and what was changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +55,6 @@ class SpoiledText:
     kind: str
     text: str
     change: str  # for people: the words that were replaced, added or dropped
-
-
-@dataclass(frozen=True, kw_only=True)
-class Words:
-    """The lists of words.toml."""
-
-    colours: tuple[str, ...]
-    numbers: tuple[str, ...]
-    sides: Mapping[str, str]  # phrase -> its opposite
-    objects: Mapping[str, tuple[str, ...]]  # word, singular or plural -> others of its group in that number
-    inventions: tuple[str, ...]
-    signs: tuple[str, ...]
 
 
 def spoil_text(text: str, *, seed: str, other: str | None = None) -> Iterator[SpoiledText]:
@@ -64,135 +71,155 @@ def spoil_text(text: str, *, seed: str, other: str | None = None) -> Iterator[Sp
             yield SpoiledText(kind=kind, text=found[0], change=found[1])
 
 
-Spoiler = Callable[[str, Random, str | None], tuple[str, str] | None]  # the spoiled text and what was changed
-
-
 def hash_words() -> str:
     """16 hex digits of what decides the copies: the lists of words, and the version of this module."""
-    return hashlib.sha256(f"{VERSION}\n{_read_words()}".encode()).hexdigest()[:16]
-
-
-@cache
-def load_words() -> Words:
-    values = tomllib.loads(_read_words())
-    plurals = values["plurals"]
-    objects: dict[str, tuple[str, ...]] = {}
-    for group in values["objects"].values():
-        for words in (group, [plurals.get(word, f"{word}s") for word in group]):
-            objects |= {word: tuple(one for one in words if one != word) for word in words}
-    sides = {before: after for pair in values["sides"] for before, after in (pair, pair[::-1])}
-    return Words(
-        colours=tuple(values["colours"]),
-        numbers=tuple(values["numbers"]),
-        sides=sides,
-        objects=objects,
-        inventions=tuple(values["inventions"]),
-        signs=tuple(values["signs"]),
-    )
-
-
-def _read_words() -> str:
-    return (resources.files("stages.audit") / "words.toml").read_text(encoding="utf-8")
+    return hashlib.sha256(f"{VERSION}\n{read_words()}".encode()).hexdigest()[:16]
 
 
 def _swap_colour(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    colours = load_words().colours
-    nouns_only = rf"(?! (?:{_NO_NOUNS})\b)(?= \w)"  # an orange on a plate is a fruit
-    return _swap_word(text, rng, dict.fromkeys(colours, colours), unless=_NOT_A_COLOUR + nouns_only)
-
-
-def _swap_number(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    numbers = load_words().numbers
-    swapped = _swap_word(text, rng, dict.fromkeys(numbers, numbers), unless=_NOT_A_NUMBER)
-    if swapped is not None:
-        return swapped
-    places = [match for match in _DIGITS.finditer(text) if _may_change(text, match)]
-    if not places:
-        return None
-    place = rng.choice(places)
-    digit = rng.choice([one for one in "23456789" if one != place[0]])
-    return _put(text, place.start(), place.end(), digit)
-
-
-def _swap_object(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    return _swap_word(text, rng, load_words().objects)
-
-
-def _swap_side(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    return _swap_word(text, rng, {before: (after,) for before, after in load_words().sides.items()})
+    """Gives one thing another colour, wherever the caption has that colour and thing."""
+    places = find_colours(text)
+    for place, noun in _shuffle(places, rng):
+        colours = [one for one in list_far_colours(place) if not has_word(text, one)]
+        if colours and may_change(text, place):
+            new = rng.choice(colours)
+            same = [one for one, its in places if noun and (one.word, its) == (place.word, noun)]
+            return replace_places(text, dict.fromkeys(same or [place], new)), f"{place.word} -> {new}"
+    return None
 
 
 def _move_attribute(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
     """Exchanges the colours of two things."""
-    colours = "|".join(load_words().colours)
-    pattern = re.compile(rf"(?<![\w-]){_BEFORE_A_COLOUR}({colours})\b{_NOT_A_COLOUR}(?= \w)", re.IGNORECASE)
-    places = [match for match in pattern.finditer(text) if _may_change(text, match)]
+    all_places = find_colours(text)
+    known = {(place.word, noun) for place, noun in all_places}
+    places = [(place, noun) for place, noun in all_places if noun and place.before not in ("and", "or")]
+    places = [(place, noun) for place, noun in places if may_change(text, place)]
     pairs = [
-        (one, two)
-        for number, one in enumerate(places)
-        for two in places[number + 1 :]
-        if one[0].lower() != two[0].lower() and text[one.end() : one.end() + 12] != text[two.end() : two.end() + 12]
+        (one, its, two, others)
+        for number, (one, its) in enumerate(places)
+        for two, others in places[number + 1 :]
+        if two.word in list_far_colours(one) and one.word in list_far_colours(two)
+        if its.rstrip("s") != others.rstrip("s") and known.isdisjoint({(one.word, others), (two.word, its)})
     ]
     if not pairs:
         return None
-    one, two = rng.choice(pairs)
-    later, _change = _put(text, two.start(), two.end(), one[0].lower())
-    spoiled, _change = _put(later, one.start(), one.end(), _like(two[0].lower(), one[0]))
-    return spoiled, f"{one[0].lower()} and {two[0].lower()} exchanged"
+    one, its, two, others = rng.choice(pairs)
+    new = {place: two.word for place, noun in all_places if (place.word, noun) == (one.word, its)}
+    new |= {place: one.word for place, noun in all_places if (place.word, noun) == (two.word, others)}
+    return replace_places(text, new), f"{one.word} {its} and {two.word} {others} exchanged"
+
+
+def _swap_number(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
+    words = load_words()
+    for place in _shuffle([*find_words(text, words.numbers), *find_pattern(text, _DIGITS)], rng):
+        is_count = place.before not in words.before_number and place.after not in ("", *words.after_number)
+        is_listed = not words.counted.isdisjoint(list_words(text[place.end :])) or ":" in cut_sentence(text, place)[1]
+        choices = words.numbers if place.word.isalpha() else _list_other_numbers(place.word)
+        numbers = [one for one in choices if one != place.word and not has_word(text, one)]
+        if numbers and is_count and not is_listed and may_change(text, place) and not is_name(text, place):
+            new = rng.choice(numbers)
+            return replace_places(text, {place: new}), f"{place.word} -> {new}"
+    return None
+
+
+def _list_other_numbers(digits: str) -> list[str]:
+    """Numbers of as many digits that no slip in counting makes of this one; none for 1, since a plural follows."""
+    if len(digits) == 1:
+        return [one for one in "23456789" if digits != "1"]
+    return [f"{tens}{digits[1]}" for tens in "123456789" if tens != digits[0]]
+
+
+def _swap_object(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
+    """Gives a thing the name of another, in singular and plural, wherever the caption names it."""
+    words, own = load_words(), set(list_words(text))
+    named = {name for name, plural in words.plurals.items() if has_word(text, name) or has_word(text, plural)}
+    for name in _shuffle([name for name in words.objects if name in named], rng):
+        mentions = find_words(text, [name, words.plurals[name]], compounds=True)
+        others = [other for other in words.objects[name] if other not in named]
+        has_number = words.plurals[name] != name  # one sheep or ten: what follows may not fit another word
+        is_free = others and has_number and own.isdisjoint(words.also_called.get(name, ()))
+        if is_free and all(is_bare(text, one) for one in mentions) and any(may_change(text, one) for one in mentions):
+            new = rng.choice(others)
+            changed = {place: new if place.word == name else words.plurals[new] for place in mentions}
+            return replace_places(text, changed), f"{name} -> {new}"
+    return None
+
+
+def _swap_side(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
+    """Mirrors a caption along one axis."""
+    for axis in _shuffle(load_words().axes, rng):
+        places = find_words(text, axis.opposites, compounds=True)
+        fits = axis.unless.isdisjoint(list_words(text)) and all(is_direction(place, axis) for place in places)
+        if fits and any(may_change(text, place) and not is_symmetric(text, place, axis) for place in places):
+            changed = {place: axis.opposites[place.word] for place in places if not is_quoted(text, place)}
+            changes = dict.fromkeys(f"{place.word} -> {new}" for place, new in changed.items())
+            return replace_places(text, changed), ", ".join(changes)
+    return None
 
 
 def _invent_object(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    things = [thing for thing in load_words().inventions if thing.split()[-1] not in text.lower()]
-    if not things:
+    words = load_words()
+    things = [thing for thing in words.inventions if thing.split()[-1] not in text.lower()]
+    if not things or not takes_sentences(text):
         return None
     thing = rng.choice(things)
-    return f"{text.rstrip()} There is also {thing}.", f"added: {thing}"
+    return f"{text.rstrip()} {rng.choice(words.added_sentences).format(thing)}", f"added: {thing}"
 
 
 def _misquote(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    quotes = list(_QUOTED.finditer(text))
-    if not quotes:
-        return None
-    quote = rng.choice(quotes)
-    words = list(re.finditer(r"[A-Za-z]{2,}", quote[0]))
-    if not words:
-        return None
-    word = rng.choice(words)
-    signs = [sign for sign in load_words().signs if sign.lower() not in quote[0].lower()]
-    start = quote.start() + word.start()
-    new = rng.choice(signs)
-    new = new if word[0].isupper() else new.title() if word[0][0].isupper() else new.lower()
-    return _put(text, start, start + len(word[0]), new, articles=False)
+    """Replaces text that the caption quotes from the picture by other text of signs."""
+    words = load_words()
+    for quote in _shuffle(find_quotes(text), rng):
+        near = list_words(text[: quote.start()])[-5:] + list_words(text[quote.end() :])[:3]
+        quoted = quote[0][1:-1].rstrip(".,!?;:")
+        others = [one for one in (words.sign_texts if " " in quoted else words.signs) if not has_word(text, one)]
+        if others and not words.cues.isdisjoint(near) and re.search(r"[A-Za-z]{2}", quoted):
+            new = rng.choice(others)
+            new = new.upper() if quoted.isupper() else new.title() if quoted.istitle() else new.capitalize()
+            start = quote.start() + 1
+            return f"{text[:start]}{new}{text[start + len(quoted) :]}", f"{quoted} -> {new}"
+    return None
 
 
 def _insert_sentence(text: str, rng: Random, other: str | None, *, place: str) -> tuple[str, str] | None:
-    own = split_sentences(text)
-    foreign = [sentence for sentence in split_sentences(other or "") if sentence not in own]
-    if not foreign or (place == "middle" and len(own) < 2):
+    """Adds a sentence of another caption that can stand by itself and speaks of other things."""
+    foreign = [one for one in split_sentences(other or "") if is_finished(one) and one[0].isupper()]
+    foreign = [one for one in foreign if not refers_back(one) and not is_unsure(one) and is_about_others(one, text)]
+    starts = [start for start, _ in find_sentences(text)]
+    if place == "middle":
+        starts = [start for start, end in find_sentences(text)[1:] if not refers_back(text[start:end])]
+    if not foreign or not starts or not takes_sentences(text):
         return None
     sentence = rng.choice(foreign)
-    at = {"first": 0, "middle": (len(own) + 1) // 2, "last": len(own)}[place]
-    return " ".join([*own[:at], sentence, *own[at:]]), f"added {place}: {sentence}"
+    at = starts[0 if place == "first" else len(starts) // 2]
+    spoiled = f"{text.rstrip()} {sentence}" if place == "last" else f"{text[:at]}{sentence} {text[at:]}"
+    return spoiled, f"added {place}: {sentence}"
 
 
 def _repeat_sentence(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    sentences = split_sentences(text)
-    if not sentences:
+    spans = [(start, end) for start, end in find_sentences(text) if is_finished(text[start:end])]
+    if not spans or not takes_sentences(text):
         return None
-    at = rng.randrange(len(sentences))
-    return " ".join([*sentences[: at + 1], sentences[at], *sentences[at + 1 :]]), f"said twice: {sentences[at]}"
+    start, end = rng.choice(spans)
+    return f"{text[:end]} {text[start:end]}{text[end:]}", f"said twice: {text[start:end]}"
 
 
 def _drop_sentence(text: str, rng: Random, _: str | None) -> tuple[str, str] | None:
-    sentences = split_sentences(text)
-    if len(sentences) < 2:
+    """Drops a sentence to which the next one does not refer."""
+    spans = find_sentences(text)
+    if len(spans) < 2 or not takes_sentences(text):
         return None
-    at = rng.randrange(len(sentences))
-    return " ".join([*sentences[:at], *sentences[at + 1 :]]), f"dropped: {sentences[at]}"
+    nexts = [text[start:end] for start, end in spans[1:]]
+    at = rng.choice([number for number in range(len(spans)) if number == len(nexts) or not refers_back(nexts[number])])
+    start, end = spans[at]
+    rest = text[:start] + text[spans[at + 1][0] :] if at < len(nexts) else text[:start].rstrip()
+    return rest, f"dropped: {text[start:end]}"
 
 
 def _replace_caption(text: str, _: Random, other: str | None) -> tuple[str, str] | None:
-    return (other, "the caption of another image") if other and other != text else None
+    if not other or not any(is_about_others(one, text) for one in split_sentences(other)):
+        return None
+    return other, "the caption of another image"
 
 
 KINDS: Mapping[str, Spoiler] = {
@@ -212,42 +239,5 @@ KINDS: Mapping[str, Spoiler] = {
 }
 
 
-def _swap_word(
-    text: str, rng: Random, choices: Mapping[str, Sequence[str]], *, unless: str = ""
-) -> tuple[str, str] | None:
-    """Replaces one word or phrase by another of its choices that the text does not contain."""
-    longest_first = "|".join(sorted(map(re.escape, choices), key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w-]){_BEFORE_A_COLOUR}({longest_first})\b{unless}", re.IGNORECASE)
-    places = [match for match in pattern.finditer(text) if _may_change(text, match)]
-    rng.shuffle(places)
-    for place in places:
-        others = [word for word in choices[place[0].lower()] if word != place[0].lower()]
-        if len(others) > 1:
-            others = [word for word in others if not re.search(rf"\b{re.escape(word)}", text, re.IGNORECASE)]
-        if others:
-            return _put(text, place.start(), place.end(), _like(rng.choice(others), place[0]))
-    return None
-
-
-def _may_change(text: str, place: re.Match[str]) -> bool:
-    """True if a place is in no quotation and its sentence has no negation."""
-    if any(quote.start() < place.start() < quote.end() for quote in _QUOTED.finditer(text)):
-        return False
-    begin = max(text.rfind(mark, 0, place.start()) for mark in (". ", "! ", "? ", "\n")) + 1
-    ends = [end for mark in (". ", "! ", "? ", "\n") if (end := text.find(mark, place.end())) >= 0]
-    return not _NEGATION.search(text[begin : min(ends, default=len(text))])
-
-
-def _put(text: str, start: int, end: int, new: str, *, articles: bool = True) -> tuple[str, str]:
-    """The text with `new` between two places, an article before it fitted, and what was changed."""
-    before, old = text[:start], text[start:end]
-    article = re.search(r"\b([Aa])(n?) $", before) if articles else None
-    if article:
-        fitted = article[1] + ("n" if new[0].lower() in _VOWELS else "")
-        before = f"{before[: article.start()]}{fitted} "
-    return f"{before}{new}{text[end:]}", f"{old} -> {new}"
-
-
-def _like(word: str, old: str) -> str:
-    """The word with a capital if the old one has one."""
-    return word[0].upper() + word[1:] if old[0].isupper() else word
+def _shuffle(values: Sequence[T], rng: Random) -> Sequence[T]:
+    return rng.sample(values, len(values))
