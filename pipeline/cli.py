@@ -295,8 +295,9 @@ def print_status(
     """
     from pipeline import config
     from pipeline.commands import status
+    from pipeline.execution import whole_run
     from pipeline.execution.run_state import RunState
-    from pipeline.progress import say
+    from pipeline.progress import escape_controls, say
     from pipeline.slurm.jobs import JobMonitor
     from pipeline.storage.database import find_leftovers
 
@@ -304,6 +305,8 @@ def print_status(
     monitor = JobMonitor.query_slurm(state)
     passes = status.summarise_passes(state, monitor)
     status.print_passes(passes, monitor, "json" if as_json else format, sys.stdout.buffer)
+    for line in whole_run.describe_judges(state.run) if format == "table" and not as_json else ():
+        print(escape_controls(line))
     if folders := find_leftovers(state.run):
         say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
 
@@ -369,9 +372,11 @@ def write_report(
     Prints its path. The file is self-contained: it fetches nothing, and its own script only filters the samples.
     """
     from pipeline import config
+    from pipeline.execution.whole_run import describe_judges
     from pipeline.report import render
 
-    print(render.write_report(config.load(run), num_images=images))
+    loaded = config.load(run)
+    print(render.write_report(loaded, num_images=images, judges=describe_judges(loaded)))
 
 
 @app.command("serve", epilog="Example: recap serve judge --run runs/photos")

@@ -6,6 +6,7 @@
     │   ├── UnknownNameError             a name that no file has
     │   ├── SpecError                    a set of shards
     │   ├── QueryError                   SQL
+    │   ├── JudgeError                   a judge notices too few planted errors
     │   └── RefusedError                 a command that would do harm
     ├── MachineError (RuntimeError)      exit 1: the input is right, but something broke
     │   ├── BrokenTableError             a table file is damaged
@@ -59,6 +60,10 @@ class SpecError(UserError):
 
 class QueryError(UserError):
     """SQL does not parse, does not bind, or would do more than read."""
+
+
+class JudgeError(UserError):
+    """A judge notices fewer planted errors than run.toml demands."""
 
 
 class RefusedError(UserError):

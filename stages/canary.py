@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Canary
 from pipeline.sections import Run, key
-from stages.audit.spoilers import SpoiledText, hash_words, spoil_text
+from stages.audit.canaries import check_detection
+from stages.audit.spoilers import KINDS, SpoiledText, hash_words, spoil_text
 from stages.scorers import Sample, Scorer
 from stages.scorers._samples import ScorePass, list_score_passes, read_samples
 from stages.text.prompts import map_with_context
@@ -52,11 +53,17 @@ def passes(run: Run) -> Iterable[Pass]:
     """
     for config in run.sections["canary"].values():
         known = run.sections["score"]
+        demanding = {name for name, section in known.items() if section.min_detection is not None}
+        if config.scores is not None and (untested := sorted(demanding.difference(config.scores))):
+            raise ConfigError(f"{run.file}: canary.scores", f"lacks {untested[0]!r}, which has min_detection")
         for name in config.scores or ():
             if name not in known:
                 raise ConfigError(f"{run.file}: canary.scores", plugins.explain_unknown(name, sorted(known)))
         for p in list_score_passes(run):
             if p.name in config.scores if config.scores is not None else p.scorer.engines:
+                if wrong := sorted({*p.scorer.unasked} - KINDS.keys()):
+                    unknown = plugins.explain_unknown(wrong[0], sorted(KINDS))
+                    raise ConfigError(f"{run.file}: score.{p.name}", f"unasked in its rubric: {unknown}")
                 yield p.build_pass(
                     run,
                     stage="canary",
@@ -65,7 +72,18 @@ def passes(run: Run) -> Iterable[Pass]:
                     record=Canary,
                     inputs=partial(inputs, p=p, share=config.share, seed=run.seed),
                     work=partial(work, name=p.name, caption=p.caption, scorer=p.scorer),
+                    finish=partial(finish, p=p),
                 )
+
+
+def finish(run: Run, _: bool, *, p: ScorePass) -> None:
+    """
+    Raises:
+        JudgeError: the judge notices less than its section demands.
+    """
+    minimum: float | None = run.sections["score"][p.name].min_detection
+    if minimum is not None:
+        check_detection(run, p, minimum=minimum)
 
 
 def inputs(shard: Shard, *, p: ScorePass, share: float, seed: int) -> Iterator[SpoiledSample]:

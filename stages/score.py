@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.engines import Engine
+from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.sharing import share_rows, shares_rows
 from pipeline.records import Score, column_names
@@ -30,6 +31,13 @@ class Config:
 
     captions: tuple[str, ...] | None = key(None, "the caption passes to score; default: all")
     max_error_share: float | None = key(None, "overrides the run's max_error_share", stamp=False, least=0, most=1)
+    min_detection: float | None = key(
+        None,
+        "with [canary]: an error if the judge notices significantly less than this share of a kind of planted error",
+        stamp=False,
+        least=0,
+        most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,9 @@ def passes(run: Run) -> Iterable[Pass]:
     Raises:
         ConfigError: a section names something that does not exist.
     """
+    for name, config in run.sections["score"].items():
+        if config.min_detection is not None and not run.sections["canary"]:
+            raise ConfigError(f"{run.file}: score.{name}.min_detection", "needs [canary], which measures it")
     for p in list_score_passes(run):
         made = p.build_pass(
             run,

@@ -45,9 +45,9 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "stages.scenes",
     "stages.scorers",
     "stages.rubric_writers",
+    "stages.audit",
     "stages.exporters",
     "stages.training",
-    "stages.audit",
     "stages",  # the stages themselves
 )
 HIDDEN_FROM_STAGES = ("pipeline.sources", "pipeline.report", "pipeline.slurm", "pipeline.commands", "pipeline.cli")

@@ -1,6 +1,7 @@
--- What each score notices: spoiled copies of captions against the originals, by kind; detection is 1 if all copies score less, 0 by chance.
+-- What each score notices: spoiled copies of captions against the originals, by kind; detection is 1 if all copies score less, 0 by chance; `recap status` says what follows.
 WITH pairs AS (
-    SELECT c.name, c.caption, c.kind, s.value AS original, c.value AS spoiled, sign(s.value - c.value) AS noticed
+    SELECT c.name, c.caption, c.kind, s.value AS original, c.value AS spoiled,
+        CASE WHEN abs(s.value - c.value) < 0.005 THEN 0 ELSE sign(s.value - c.value) END AS noticed
     FROM canary AS c LEFT JOIN score AS s
         ON s.key = c.key AND s.caption = c.caption AND s.candidate = c.candidate AND s.name = c.name
 ), measured AS (
@@ -10,11 +11,5 @@ WITH pairs AS (
 )
 SELECT name, caption, kind, copies, judged, round(original, 3) AS original, round(spoiled, 3) AS spoiled,
     round(detection, 3) AS detection, round(greatest(detection - 1.96 * error, -1), 3) AS low,
-    round(least(detection + 1.96 * error, 1), 3) AS high,
-    CASE WHEN judged < 0.67 * copies THEN 'fails on many copies'
-        WHEN judged < 20 THEN 'too few copies to say'
-        WHEN detection + 1.645 * error < 0 THEN 'prefers spoiled captions'
-        WHEN detection + 1.645 * error < 0.5 THEN 'does not notice this'
-        WHEN detection - 1.645 * error < 0.5 THEN 'notices some'
-        ELSE 'notices this' END AS finding
+    round(least(detection + 1.96 * error, 1), 3) AS high
 FROM measured ORDER BY name, caption, detection NULLS FIRST, kind

@@ -28,6 +28,7 @@ from pipeline.execution.pass_graph import add_inputs
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.execution.signals import stop_on_signal
+from pipeline.sections import Run
 
 
 def load_stage(name: str) -> ModuleType | None:
@@ -42,6 +43,11 @@ def load_command(name: str) -> ModuleType:
     It has `run_command(run: Run, **options) -> Iterator[str]`, which yields the lines to print.
     """
     return plugins.load("stages", name)
+
+
+def describe_judges(run: Run) -> list[str]:
+    """Lines on how far judges notice planted errors; none without [canary]."""
+    return list(load_command("audit").describe_judges(run)) if run.sections["canary"] else []
 
 
 def make_product(stage: ModuleType, state: RunState) -> Path:

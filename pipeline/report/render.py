@@ -84,22 +84,23 @@ class PageSection:
         return self.title.lower().replace(" ", "-")
 
 
-def write_report(run: Run, *, num_images: int = 60) -> Path:
+def write_report(run: Run, *, num_images: int = 60, judges: Sequence[str] = ()) -> Path:
     """Writes `<run>/report.html` atomically.
 
     Args:
         run: in any state.
         num_images: maximum number of samples to show.
+        judges: lines on how far judges notice planted errors.
     """
     path = run.folder / "report.html"
-    text = render_page(read_numbers(run), list(draw_sheets(run, num_images=num_images)))
+    text = render_page(read_numbers(run), list(draw_sheets(run, num_images=num_images)), judges)
     with tables.open_atomic(path) as file:
         file.write(text.encode())
     return path
 
 
-def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
-    sections = list(_list_sections(numbers, sheets))
+def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequence[str] = ()) -> str:
+    sections = list(_list_sections(numbers, sheets, judges))
     environment = make_environment()
     digest = hashlib.sha256(environment.get_template("page.js").render().encode()).digest()
     return environment.get_template("report.html.j2").render(
@@ -107,6 +108,7 @@ def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> str:
         summary=summarise_run(numbers),
         sections=sections,
         sheets=sheets,
+        judges=judges,
         filters=_list_filters(sheets),
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
@@ -164,7 +166,7 @@ def make_environment() -> Environment:
     return environment
 
 
-def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[PageSection]:
+def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequence[str]) -> Iterator[PageSection]:
     """The sections of which the run has data."""
     if numbers.funnel["in"]:
         yield PageSection(template="funnel", title="From corpus to training set")
@@ -191,6 +193,12 @@ def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet]) -> Iterator[
             template="criteria",
             title="Criteria",
             lead="For each criterion of each score: the share of captions with each answer, and the mean value.",
+        )
+    if judges:
+        yield PageSection(
+            template="judges",
+            title="Judges",
+            lead="How far each judge notices errors planted in copies of captions; see docs/quality.md.",
         )
     if numbers.curves:
         yield PageSection(

@@ -18,6 +18,7 @@ from pipeline.progress import format_quantity
 from pipeline.records import Label
 from pipeline.sections import Run
 from pipeline.storage import database
+from stages.audit.canaries import describe_judges as describe_judges
 from stages.audit.drawing import MAX_POPULATION, POPULATIONS, DrawnCaption, Population, draw_captions
 from stages.audit.intervals import Share, estimate_share
 from stages.audit.labels import combine_labels, fleiss_kappa, import_labels, measure_agreement, read_labels

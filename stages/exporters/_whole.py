@@ -17,6 +17,7 @@ from pipeline.sections import Run
 from pipeline.storage import database, tables
 from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import write_sums
+from stages.audit.canaries import describe_judges
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
 from stages.exporters._croissant import build_croissant
@@ -61,7 +62,7 @@ def finish(run: Run, is_new: bool) -> None:
         formats=settings.formats,
         splits=settings.split or (),
         rules=run.sections["filter"][""].rules,
-        notes=(*_describe_dropped(dropped), *describe_texts(settings)),
+        notes=(*_describe_dropped(dropped), *describe_texts(settings), *_describe_judges(run)),
         columns=list_columns(settings),
     )
     croissant = build_croissant(
@@ -90,6 +91,12 @@ def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
     if dropped:
         reasons = ", ".join(f"{num:,} `{reason}`" for reason, num in dropped.items())
         yield f"Before captioning, curation dropped {sum(dropped.values()):,} images of the corpus: {reasons}."
+
+
+def _describe_judges(run: Run) -> Iterator[str]:
+    if run.sections["canary"] and (lines := list(describe_judges(run))):
+        listed = "\n".join(f"{'  ' if line[0] == ' ' else ''}- {line.strip()}" for line in lines)
+        yield f"How far the judges notice errors that were planted in captions:\n\n{listed}"
 
 
 def _warn(run: Run, num_samples: int, num_older: int) -> None:

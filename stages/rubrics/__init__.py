@@ -22,6 +22,7 @@ from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_t
 
 FIELDS = ("criteria", "alt_text", "caption", "before", "sentence")
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the prompt's field that holds it
+UNASKED = ("dropped", "repeated")  # kinds of planted errors that a rubric is not about unless it names others
 NO_ALT_TEXT = "(none)"
 NO_REASONS = "Leave out all reasons: give the verdicts only."
 
@@ -69,6 +70,9 @@ class RubricSpec:
     unit: Literal["caption", "sentence"] = key("caption", "what one request judges")
     aggregate: Literal["mean", "min", "product"] = key("mean", "of a caption's sentences: their mean, worst or product")
     unsure: str = key("cannot say", "the answer that leaves a question undecided; empty: not allowed")
+    unasked: tuple[str, ...] = key(
+        UNASKED, "kinds of planted errors that no question is about (docs/quality.md)", stamp=False
+    )
     min_decided: float = key(0.5, "share of the weight to decide; below it the score is unknown", least=0, most=1)
     sampling: SamplingConfig = key(factory=SamplingConfig)
 

@@ -11,6 +11,8 @@ and where needed
   passed to `score` in place of the config, and `pipeline.sections.stamped` of it goes into the fingerprint;
 - `engines(settings) -> Mapping[str, str]`: for each key that names an engine, the name in `[engines]`;
 - `shows_images(settings) -> bool`: whether its engines see the images;
+- `unasked(settings) -> Collection[str]`: the kinds of planted errors (`[canary]`) that it is not meant to notice; by
+  default, a sentence that is missing or repeated;
 - `rubric(settings) -> str`: the `[rubric]` pass whose criteria the samples carry;
 - `VERSION`: an integer, raised when equal samples get different results.
 
@@ -20,7 +22,7 @@ A scorer knows no tables: the score stage and the training reward call the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,7 @@ from typing import Any
 from pipeline.engines import Engine
 from pipeline.records import Criterion, RubricCriterion, ScoreStatus
 from pipeline.sections import Plugin, Run, stamped
+from stages.rubrics import UNASKED
 from stages.text.prompts import engine_slice
 
 
@@ -79,6 +82,7 @@ class Scorer:
     engine_names: Mapping[str, str]  # key of run.toml -> name in [engines]
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
     shows_images: bool = False
+    unasked: Collection[str] = UNASKED  # kinds of planted errors that it is not meant to notice
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -127,6 +131,7 @@ def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
         engine_names=engine_names,
         rubric=module.rubric(settings) if hasattr(module, "rubric") else "",
         shows_images=module.shows_images(settings) if hasattr(module, "shows_images") else False,
+        unasked=module.unasked(settings) if hasattr(module, "unasked") else UNASKED,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -95,6 +95,10 @@ def engines(settings: Settings) -> Mapping[str, str]:
 
 def shows_images(settings: Settings) -> bool:
     return settings.rubric.spec.with_image
+
+
+def unasked(settings: Settings) -> Collection[str]:
+    return settings.rubric.spec.unasked
 
 
 def score(samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:

@@ -8,7 +8,7 @@ or when the judge fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,10 @@ def engines(settings: Settings) -> Mapping[str, str]:
 
 def rubric(settings: Settings) -> str:
     return settings.rubric
+
+
+def unasked(settings: Settings) -> Collection[str]:
+    return settings.spec.unasked if settings.spec else rubrics.UNASKED
 
 
 def score(samples: Iterable[Sample], settings: Settings, engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
