@@ -107,6 +107,21 @@ class Rubric:
         }
         return next(iter(answers.values())) if len(answers) == 1 else object_schema(answers)
 
+    def is_echo(self, sentence: str) -> bool:
+        """True if a sentence states nothing: it has no words, only those of the answers, or only those of the prompt
+        and it speaks of itself."""
+        words = _list_words(sentence)
+        return words <= self._answer_words or (self.spec.unit in words and words <= self._own_words)
+
+    @cached_property
+    def _answer_words(self) -> frozenset[str]:
+        return _list_words(" ".join(answer for verdicts in self.allowed_verdicts.values() for answer in verdicts))
+
+    @cached_property
+    def _own_words(self) -> frozenset[str]:
+        questions = (question.question for question in self.criteria.values())
+        return self._answer_words | _list_words(" ".join((self.spec.system, self.spec.prompt, *questions)))
+
     def verdicts(self, value: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
         """The reason and verdict of each question, by id, in an answer that follows the schema."""
         return value if len(self.criteria) > 1 else dict.fromkeys(self.criteria, value)
@@ -134,6 +149,11 @@ class Rubric:
         answers = ", ".join(f'"{answer}"' for answer in question.answers)
         unsure = f'; or "{self.spec.unsure}"' if self.spec.unsure else ""
         return f"- {question.id}: {question.question}\n  Answers, from worst to best: {answers}{unsure}"
+
+
+def _list_words(text: str) -> frozenset[str]:
+    """The words of a text, without case and a final s."""
+    return frozenset(word.rstrip("s") for word in re.findall(r"\w+", text.casefold()))
 
 
 def load(name: str, *, run: Path | None, with_reasons: bool = True) -> Rubric:

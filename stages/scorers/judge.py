@@ -133,9 +133,12 @@ def _split_sample(sample: Sample, rubric: Rubric) -> Iterator[Passage]:
     images = (sample.data(),) if rubric.spec.with_image else ()
     by_sentence = rubric.spec.unit == "sentence"
     texts = (by_sentence and split_sentences(sample.text)) or [sample.text]  # an empty text is judged too
-    for number, text in enumerate(texts, start=1):
+    numbered = list(enumerate(texts, start=1))
+    # A judge guesses where nothing is stated, so that "Yes." or its own question at the end would raise a mean.
+    numbered = [(n, text) for n, text in numbered if not (by_sentence and rubric.is_echo(text))] or numbered
+    for number, text in numbered:
         suffix = f"/{number}" if by_sentence else ""
-        is_last = number == len(texts)
+        is_last = number == numbered[-1][0]
         before = " ".join(texts[: number - 1])
         yield Passage(
             sample=sample, rubric=rubric, images=images, text=text, before=before, suffix=suffix, is_last=is_last

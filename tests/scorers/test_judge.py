@@ -242,3 +242,12 @@ def test_text_only_judge_reads_no_image(tmp_path: Path) -> None:
 def test_errors_name_the_rubric_file_and_field(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_rubric(tmp_path, SENTENCE_RUBRIC.replace(*change))
+
+
+def test_a_sentence_that_only_echoes_the_rubric_is_not_judged(tmp_path: Path) -> None:
+    rubric = load_rubric(tmp_path, SENTENCE_RUBRIC.replace("Is this true of", "Is this sentence true of"))
+    talking = make_sample("A cat. Yes. The sentence is true. No cats. Is this sentence true of the picture? A dog.")
+    (result,) = judge_samples(rubric, lambda *_: '{"reason": "", "verdict": "yes"}', talking)
+    assert [criterion.id for criterion in result.criteria] == ["true/1", "true/4", "true/6"]
+    (alone,) = judge_samples(rubric, lambda *_: '{"reason": "", "verdict": "no"}', make_sample("Yes."))
+    assert alone.value == 0.0  # a caption without any other sentence is judged as it is
