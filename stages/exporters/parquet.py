@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CARD = CardEntry(image="image", caption="caption", data_files="parquet/*.parquet")
+IMAGE_BYTES = "image.bytes"  # of the leaves; compressed already, and no two are equal
 ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
 
 
@@ -65,9 +66,27 @@ class ImageParquet:
 
         schema = build_hub_schema(self._columns)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file.open(), schema, compression="zstd", write_page_index=True)
+            others = [leaf for leaf in _list_leaves(schema) if leaf != IMAGE_BYTES]
+            self._writer = pq.ParquetWriter(
+                self._file.open(),
+                schema,
+                compression={**dict.fromkeys(others, "zstd"), IMAGE_BYTES: "none"},
+                use_dictionary=others,
+                write_page_index=True,
+            )
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema), row_group_size=ROWS_PER_GROUP)
         self._rows = []
+
+
+def _list_leaves(schema: pa.Schema) -> list[str]:
+    """The columns as Parquet stores them, with a dot before each inner name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    stored = pq.ParquetFile(sink.getvalue()).schema
+    return [stored.column(index).path for index in range(len(stored))]
 
 
 def build_hub_schema(columns: Sequence[str]) -> pa.Schema:

@@ -148,6 +148,14 @@ def test_captions_have_every_column_and_the_url(tars: Path) -> None:
     assert {row[5] for row in found.fetchall()} == {f"https://example.org/{n}" for n in ("0", "1", "sub/2", "3")}
 
 
+def test_parquet_compresses_all_but_the_image_files(photos: Path) -> None:
+    group = pq.read_metadata(photos / "export/parquet/00000.parquet").row_group(0)
+    columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
+    assert {path for path, column in columns.items() if column.compression == "UNCOMPRESSED"} == {"image.bytes"}
+    assert "RLE_DICTIONARY" not in columns["image.bytes"].encodings
+    assert "RLE_DICTIONARY" in columns["model"].encodings
+
+
 def test_messages_and_conversations_have_one_picture_and_one_answer(photos: Path) -> None:
     rows = read_rows(photos)
     messages, llava = read_lines(photos, "messages/data/*.jsonl"), read_lines(photos, "llava/data/*.jsonl")
