@@ -2,25 +2,61 @@
 
 The first condition that is false names the reason of a rejection. If a condition is NULL because a score is missing,
 the caption is rejected as unscored:NAME.
+
+With `balance`, conditions may use `quantile`, the place of a caption in its group of the whole run, so that what is
+rare in the corpus is not rarer among the kept captions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
-from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.passes import AllShards, Pass, Shard
 from pipeline.records import CaptionStatus, Record, Verdict
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.database import list_score_folders
-from stages.text.conditions import ORDER_BY, build_rows, check_query, find_scores
+from stages.text.conditions import (
+    ORDER_BY,
+    build_rows,
+    check_query,
+    find_rule_scores,
+    find_scores,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 VERSION = 1
+NUM_BINS = 4096  # of a group's values, at most; values that far apart have quantiles of their own
+MAX_GROUPS = 10_000
+QUANTILES, QUANTILES_FILE = "quantiles", "quantiles.parquet"
+# No column of users has a blank in its name.
+GROUPED = """
+    SELECT *, coalesce(({balance})::VARCHAR, '') AS "balance group",
+        CASE WHEN status = 'ok' AND isfinite(({by})::DOUBLE) THEN ({by})::DOUBLE END AS "balance value"
+    FROM wide"""
+# For each bin's lowest value, the share of the group's captions in lower bins, and half of those in the same bin.
+FIND_QUANTILES = """
+    WITH wide AS ({rows}), grouped AS ({grouped}),
+    valued AS (SELECT "balance group" AS name, "balance value" AS value FROM grouped WHERE value IS NOT NULL),
+    spans AS (SELECT name, min(value) AS low, max(value) AS high, count(*) AS num FROM valued GROUP BY name),
+    bins AS (
+        SELECT name, num, min(value) AS value, count(*) AS size FROM valued JOIN spans USING (name)
+        GROUP BY name, num, floor({num_bins} * (value - low) / nullif(high - low, 0))
+    )
+    SELECT name, value, (sum(size) OVER (PARTITION BY name ORDER BY value) - size / 2) / num AS quantile
+    FROM bins ORDER BY name, value"""
+PLACED = """
+    SELECT g.*, q.quantile FROM grouped AS g
+    ASOF LEFT JOIN quantiles AS q ON q.name = g."balance group" AND g."balance value" >= q.value"""
+NO_QUANTILES = "SELECT ''::VARCHAR AS name, 0.0::DOUBLE AS value, 0.0::DOUBLE AS quantile WHERE false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +67,17 @@ class Config:
     choose: str = key(
         "candidate", 'SQL order among the kept captions of an image, e.g. "judge DESC": the first is exported'
     )
+    balance: str = key(
+        "",
+        'SQL for the group of a caption, e.g. "num_words // 20"; rules may then use quantile: the share of the group\'s'
+        " captions in the whole run whose balance_by is lower, and half of those where it is equal",
+        stamp_default=False,
+    )
+    balance_by: str = key("", 'SQL for what quantile is of, e.g. "judge"', stamp_default=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.balance) != bool(self.balance_by):
+            raise ValueError("balance and balance_by are both needed for quantile; one is missing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +102,69 @@ def passes(run: Run) -> Iterable[Pass]:
         return
     if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
         raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is the name of a caption status too; choose another")
-    scores_by_rule = {rule: find_scores(run, f"filter.rules.{rule}", sql) for rule, sql in settings.rules.items()}
+    scores_by_rule = find_rule_scores(run)
     scores = find_scores(run, "filter.choose", settings.choose, clause=ORDER_BY).union(*scores_by_rule.values())
-    sql = build_query(settings, scores_by_rule, sorted(scores), captions)
-    check_query(run, "filter", sql)
+    balanced = set[str]()  # scores
+    for name in ("balance", "balance_by") if settings.balance else ():
+        balanced |= find_scores(run, f"filter.{name}", getattr(settings, name))
+    sql = build_query(settings, scores_by_rule, sorted(scores | balanced), captions)
+    check_query(run, "filter", sql.replace(f"JOIN {QUANTILES} ", f"JOIN ({NO_QUANTILES}) "))
+    texts = ("image", *(f"caption/{caption}" for caption in captions))
     yield Pass(
         stage="filter",
         folder="verdict",
-        reads=("image", *list_score_folders(run, scores), *(f"caption/{caption}" for caption in captions)),
+        reads=(*texts[:1], *list_score_folders(run, scores | balanced), *texts[1:]),
+        reads_all=(*texts, *list_score_folders(run, balanced)) if settings.balance else (),
+        prepare=partial(write_quantiles, settings=settings, scores=sorted(balanced), captions=captions)
+        if settings.balance
+        else None,
         version=VERSION,
-        slice={"rules": [[name, sql] for name, sql in settings.rules.items()], "choose": settings.choose},
+        slice=_build_slice(settings),
         record=Verdict,
         max_error_share=1.0,
-        inputs=partial(inputs, sql=sql),
+        inputs=partial(inputs, sql=sql, has_quantiles=bool(settings.balance)),
         work=work,
     )
 
 
-def inputs(shard: Shard, *, sql: str) -> Iterator[FilterInput]:
-    for image_key, caption, candidate, reason, rank in shard.query(sql):
+def _build_slice(settings: Config) -> dict[str, object]:
+    values: dict[str, object] = {"rules": [[*rule] for rule in settings.rules.items()], "choose": settings.choose}
+    return values | ({"balance": settings.balance, "balance_by": settings.balance_by} if settings.balance else {})
+
+
+def write_quantiles(
+    shards: AllShards, folder: Path, *, settings: Config, scores: Sequence[str], captions: Sequence[str]
+) -> None:
+    """Writes, for each group of all shards' captions, the quantiles of its values: columns name, value, quantile.
+
+    Raises:
+        ConfigError: there are too many groups.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    query = FIND_QUANTILES.format(
+        rows=build_rows(scores, captions), grouped=_group_rows(settings), num_bins=NUM_BINS - 1
+    )
+    with database.connect_run(shards.run) as connection:
+        table = database.read_arrow(connection, query)
+    if (num := len(pc.unique(table["name"]))) > MAX_GROUPS:
+        message = f"{settings.balance!r} makes {num:,} groups, more than {MAX_GROUPS:,}; make them coarser"
+        raise ConfigError(f"{shards.run.file}: filter.balance", message)
+    pq.write_table(table, folder / QUANTILES_FILE)
+
+
+def _group_rows(settings: Config) -> str:
+    return GROUPED.format(balance=settings.balance, by=settings.balance_by)
+
+
+def inputs(shard: Shard, *, sql: str, has_quantiles: bool) -> Iterator[FilterInput]:
+    views: dict[str, pa.Table] = {}
+    if has_quantiles and shard.ensure_shared:
+        import pyarrow.parquet as pq
+
+        views[QUANTILES] = pq.read_table(shard.ensure_shared() / QUANTILES_FILE)
+    for image_key, caption, candidate, reason, rank in shard.query(sql, views=views):
         yield FilterInput(key=image_key, caption=caption, candidate=candidate, reason=reason, rank=rank)
 
 
@@ -93,12 +184,16 @@ def work(inputs: Iterator[FilterInput], _: Mapping[str, Engine]) -> Iterator[Rec
 def build_query(
     settings: Config, scores_by_rule: Mapping[str, set[str]], scores: list[str], captions: list[str]
 ) -> str:
-    """A SELECT over a shard's views for key, caption, candidate, reason and rank of every caption row, in order."""
+    """A SELECT over a shard's views for key, caption, candidate, reason and rank of every caption row, in order.
+
+    With `balance` it needs one more table, `quantiles`.
+    """
+    placed = f", grouped AS ({_group_rows(settings)}), placed AS ({PLACED})" if settings.balance else ""
     return f"""
         WITH wide AS (
             {build_rows(scores, captions)}
-        ), judged AS (
-            SELECT *, {_build_reason(settings.rules, scores_by_rule)} AS reason FROM wide
+        ){placed}, judged AS (
+            SELECT *, {_build_reason(settings.rules, scores_by_rule)} AS reason FROM {"placed" if placed else "wide"}
         )
         SELECT key, caption, candidate, reason,
             row_number() OVER (PARTITION BY key ORDER BY reason IS NOT NULL, {settings.choose}, caption, candidate)

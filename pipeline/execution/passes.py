@@ -95,9 +95,11 @@ class Shard:
 
         return find_rows
 
-    def query(self, sql: str) -> Iterator[tuple[Any, ...]]:
-        """The rows of a SELECT over this shard's own tables (see manifests/views.sql)."""
+    def query(self, sql: str, *, views: Mapping[str, pa.Table] | None = None) -> Iterator[tuple[Any, ...]]:
+        """The rows of a SELECT over this shard's own tables (see manifests/views.sql), and more tables by name."""
         with database.connect_run(self.run, files=f"{self.number:05d}.parquet") as connection:
+            for name, table in (views or {}).items():
+                connection.duck.register(name, table)
             yield from database.query_rows(connection, sql)
 
     def read_inputs(self) -> Iterator[Raw]:

@@ -1,6 +1,6 @@
 """The SQL of run.toml: it may use columns of captions and images, and scores by the names of their sections.
 
-Does not know what a condition is used for.
+Of what conditions are used for, it knows only that rules of `[filter]` may have a column of their own, `quantile`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,32 @@ from pipeline.sections import Run
 from pipeline.storage import database
 
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
+QUANTILE = "quantile"  # of a caption in its group, for rules
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
-def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> set[str]:
+def find_rule_scores(run: Run) -> dict[str, set[str]]:
+    """The score passes that each rule of `[filter]` uses, by the rule's name; for `quantile` those it is made from.
+
+    Raises:
+        ConfigError: as `find_scores`.
+    """
+    settings, found = run.sections["filter"][""], dict[str, set[str]]()
+    more = (QUANTILE,) if settings.balance else ()
+    for rule, sql in settings.rules.items():
+        found[rule] = find_scores(run, f"filter.rules.{rule}", sql, more_columns=more)
+        if more and QUANTILE in database.find_columns(sql, clause=CONDITION):
+            found[rule] |= find_scores(run, "filter.balance_by", settings.balance_by)
+    return found
+
+
+def find_scores(
+    run: Run, field: str, sql: str, *, clause: str = CONDITION, more_columns: Sequence[str] = ()
+) -> set[str]:
     """The score passes that a piece of SQL of run.toml uses.
+
+    Args:
+        more_columns: that it may use besides those of captions and images.
 
     Raises:
         ConfigError: it is not valid SQL, or uses a column that does not exist.
@@ -27,7 +48,7 @@ def find_scores(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> s
         names = database.find_columns(sql, clause=clause)
     except QueryError as error:
         raise ConfigError(f"{run.file}: {field}", f"{error}{_suggest_quotes(run, sql)}") from error
-    taken = {*column_names(Caption), *column_names(Image), "caption", "num_words"}
+    taken = {*column_names(Caption), *column_names(Image), "caption", "num_words", *more_columns}
     folded = {name.casefold(): f"{name} is the name of a column" for name in taken}  # SQL ignores the case
     for score in run.sections["score"]:
         if problem := folded.get(score.casefold()):

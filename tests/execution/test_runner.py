@@ -48,7 +48,7 @@ def rows(run: Path, folder: str, record: type[Record]) -> list[Record]:
     ),
     shard_size=st.integers(3, 9),
 )
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_rows_are_conserved(kinds: list[str], candidates: int, shares: dict[str, float], shard_size: int) -> None:
     """Row counts match for any mix of inputs, statuses, candidates and passes."""
     with TemporaryDirectory() as tmp:

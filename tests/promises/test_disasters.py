@@ -66,7 +66,7 @@ def assert_clean_failure(done: subprocess.CompletedProcess[str], run: Path, *say
 
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("echo", 6), ("server", 3), ("transformers", 2)],
+    [("echo", 4), ("server", 2), ("transformers", 1)],
 )
 def test_killed_runs_lose_and_double_no_rows(kind: str, kills: int) -> None:
     toll = disasters.kill_runs_of(kind, kills=kills, seed=1)
@@ -74,13 +74,12 @@ def test_killed_runs_lose_and_double_no_rows(kind: str, kills: int) -> None:
     assert toll.rows > NUM_ROWS * toll.runs > 0
 
 
-@pytest.mark.parametrize("num", [2, 3])
-def test_a_shard_made_by_several_processes_at_once_is_whole(run: Path, reference: Path, num: int) -> None:
+def test_a_shard_made_by_several_processes_at_once_is_whole(run: Path, reference: Path) -> None:
     for stage in disasters.STAGES:
-        processes = [disasters.start(run, stage) for _ in range(num)]
+        processes = [disasters.start(run, stage) for _ in range(3)]
         for process in processes:
             process.join()
-        assert [process.exitcode for process in processes] == [0] * num, stage
+        assert [process.exitcode for process in processes] == [0] * 3, stage
     assert_rerun_completes(run, reference)
 
 

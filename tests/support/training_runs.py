@@ -64,7 +64,7 @@ def make_grpo_sections(**changes: Any) -> dict[str, dict[str, Any]]:
             "warmup_steps": 0,
             "weight_decay": 0.0,
             "optimizer": "masters",
-            "max_tokens": 64,
+            "max_tokens": 40,
             "eval_images": 2,
             "eval_steps": 4,
             "save_steps": 2,

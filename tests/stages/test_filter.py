@@ -1,0 +1,88 @@
+"""Rules over the place of a caption within its group of the whole run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError
+from tests.support.runs import begin, corpus, make, recap, sections, write
+
+pytestmark = pytest.mark.slow
+# 30 captions of images with an alt text and 60 of images without, in shards of 7 images.
+GROUP, VALUE = "alt_text IS NULL", "hash(key || candidate) % 41"
+FOUND = f"""SELECT {GROUP} AS name, {VALUE} AS value, keep, reason
+    FROM caption JOIN image USING (key) JOIN verdict USING (key, candidate)"""
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("balanced")
+    run = begin(folder / "run", configure(corpus(folder / "photos", ["jpg"] * 45)))
+    assert make(run).exit_code == 0
+    return run
+
+
+def configure(photos: Path, **settings: Any) -> dict[str, Any]:
+    caption = {"recipe": "dense", "engine": "captioner", "num_candidates": 2}
+    parts = sections(photos, caption__dense=caption, filter={"rules": {}, **settings})
+    return {**parts, "source": {**parts["source"], "shard_size": 7}}
+
+
+def judge(run: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Each caption's group, value and verdict, with these keys of `[filter]`."""
+    write(run, configure(run.parent / "photos", **settings))
+    assert make(run, "filter", stale="redo").exit_code == 0
+    found: list[dict[str, Any]] = json.loads(recap("sql", FOUND, "--run", run, "--format", "json").stdout)
+    return found
+
+
+def rank(values: list[int], value: int) -> float:
+    return (sum(one < value for one in values) + sum(one == value for one in values) / 2) / len(values)
+
+
+def test_quantiles_are_of_the_group_in_the_whole_run(captioned: Path) -> None:
+    rows = judge(captioned, rules={"best": "quantile >= 0.7"}, balance=GROUP, balance_by=VALUE)
+    groups = defaultdict[bool, list[int]](list)
+    for row in rows:
+        groups[row["name"]].append(row["value"])
+    assert sorted(map(len, groups.values())) == [30, 60]
+    for row in rows:
+        keep = rank(groups[row["name"]], row["value"]) >= 0.7
+        assert (row["keep"], row["reason"]) == (keep, None if keep else "best")
+    shares = [sum(row["keep"] for row in rows if row["name"] == name) / len(groups[name]) for name in groups]
+    assert all(0.2 < share < 0.4 for share in shares)
+
+
+def test_a_caption_without_a_value_is_refused_and_counts_for_nothing(captioned: Path) -> None:
+    value = f"CASE WHEN {GROUP} THEN {VALUE} END"
+    rows = judge(captioned, rules={"best": "quantile > 0.5"}, balance="1", balance_by=value)
+    assert {row["reason"] for row in rows if not row["name"]} == {"best"}
+    kept = [row["keep"] for row in rows if row["name"]]
+    assert 0.3 < sum(kept) / len(kept) < 0.7
+
+
+def test_what_a_rule_is_balanced_by_is_part_of_its_fingerprint(captioned: Path) -> None:
+    rules = {"best": "quantile >= 0.5"}
+    judge(captioned, rules=rules, balance=GROUP, balance_by=VALUE)
+    write(captioned, configure(captioned.parent / "photos", rules=rules, balance="''", balance_by=VALUE))
+    assert "stale" in recap("run", "filter", "--run", captioned, check=False).stderr
+    assert len({(row["name"], row["keep"]) for row in judge(captioned, rules={})}) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rules": {"best": "quantile > 0.5"}}, "filter.rules.best: 'quantile > 0.5' uses quantile"),
+        ({"balance": "source"}, "balance and balance_by are both needed"),
+        ({"balance": "source", "balance_by": "judgment"}, "filter.balance_by: 'judgment' uses judgment"),
+        ({"balance": "count(*) OVER ()", "balance_by": "judge"}, "is not a valid SQL condition"),
+    ],
+)
+def test_unusable_settings_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(begin(tmp_path / "run", configure(corpus(tmp_path / "photos", ["jpg"]), **settings)), "ingest")
