@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -38,7 +39,7 @@ STAGES = ("ingest", "caption", "score", "filter", "export")
 KILLED = {"echo": STAGES, "server": ("caption", "score"), "transformers": ("caption",), "vllm": ("caption",)}
 MIX = [*GOOD, *BAD, *GOOD, *GOOD, "cut", *GOOD, *GOOD]
 AGE = 0.05  # seconds between parts, so that a short shard has some to adopt
-AT_ONCE = ("echo", "server", "transformers")  # engines that start in seconds
+AT_ONCE = {"echo": 0.45, "server": 0.45, "transformers": 0.1}  # engines that start in seconds -> share of the kills
 OTHERS = ("syscalls", "shortages", "races", "flips")  # modules beside this one
 MOST = 5  # kills of a stage of one run; then it may end, even on a slow machine
 IMPORTED = {  # before `start`: otherwise most kills would hit imports
@@ -79,8 +80,8 @@ def main() -> None:
         toll = kill_runs_of(args.engine, kills=args.kills, seed=args.seed)
         print_toll(toll, engine=args.engine)
     command = [sys.executable, "-m", "tests.support.disasters", "--seed", str(args.seed)]
-    share = ["--kills", str(-(-args.kills // len(AT_ONCE)))]
-    commands = [[*command, *share, "--engine", kind] for kind in AT_ONCE]
+    kills = {kind: str(math.ceil(share * args.kills)) for kind, share in AT_ONCE.items()}
+    commands = [[*command, "--engine", kind, "--kills", num] for kind, num in kills.items()]
     commands += [[sys.executable, "-m", f"tests.support.{name}"] for name in OTHERS if args.all]
     code, sums = 0, Counter[str]()
     for command in commands:
