@@ -22,7 +22,7 @@ from pipeline import machine
 from pipeline.errors import BrokenTableError
 from pipeline.records import Record, arrow_schema, column_names
 from pipeline.storage.disk import make_folder, sync_path
-from pipeline.storage.layout import unfinished_path
+from pipeline.storage.layout import sweep_unfinished, unfinished_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -358,9 +358,12 @@ def open_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -
 @contextmanager
 def place_atomic(path: Path, *, work: Path | None = None, durable: bool = True) -> Iterator[Path]:
     """As `open_atomic`, for a file that something else writes: yields the name to write it under."""
+    is_beside = work is None
     work = path.parent if work is None else work
     for folder in {path.parent, work}:
         make_folder(folder)
+    if is_beside:  # otherwise the owner of `work` sweeps it
+        sweep_unfinished(work)
     unfinished = unfinished_path(path, work=work)
     with ExitStack() as undo:
         undo.callback(unfinished.unlink, missing_ok=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args, get_type_hints
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.errors import BrokenTableError
 from pipeline.records import Caption, Criterion, Exported, Image, Record, Score, Stat, Verdict, arrow_schema
 from pipeline.storage import tables
+from pipeline.storage.layout import unfinished_path
 
 PROVENANCE = tables.Provenance(stage="caption", name="dense", version=1, slice={"a": [1, "é"]}, inputs={"image": "00"})
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -151,3 +155,20 @@ def test_a_footer_longer_than_the_first_read(tmp_path: Path) -> None:
     recipe = dataclasses.replace(PROVENANCE, slice={"words": "wörter " * 50_000})
     footer = tables.write_rows(path, Score, [score("1")], recipe)
     assert tables.read_footer(path) == footer
+
+
+def test_a_file_replaces_what_killed_processes_left_beside_it(tmp_path: Path) -> None:
+    """In a folder of unfinished work, files belong to others as well."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    paths = [unfinished_path(tmp_path / "README.md", work=folder) for folder in (tmp_path, tmp_path / "work")]
+    gone = [path.with_name(path.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")) for path in paths]
+    (tmp_path / "work").mkdir()
+    for path in (*paths, *gone):
+        path.write_bytes(b"")
+    with tables.open_atomic(tmp_path / "README.md") as file:
+        file.write(b"a")
+    with tables.open_atomic(tmp_path / "README.md", work=tmp_path / "work") as file:
+        file.write(b"ab")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*paths, gone[1], tmp_path / "README.md"}
+    assert (tmp_path / "README.md").read_bytes() == b"ab"
