@@ -16,7 +16,7 @@ from pipeline.progress import say
 from pipeline.sections import Run
 from pipeline.storage import database, tables
 from pipeline.storage.layout import find_numbers
-from pipeline.storage.payloads import write_sums
+from pipeline.storage.payloads import SUMS, write_sums
 from stages.audit.canaries import describe_judges
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
@@ -42,7 +42,7 @@ DROPPED = 'SELECT reason, count(*) FROM curation WHERE "drop" GROUP BY reason OR
 def finish(run: Run, is_new: bool) -> None:
     """Writes summary, dataset card, Croissant metadata, the forms' indexes and all digests, unless no shard is new."""
     settings: Config = run.sections["export"][""]
-    if not is_new and all((run.folder / name).exists() for name in NEEDED_FILES):
+    if not is_new and _is_finished(run.folder):
         return
     with database.connect(run.folder) as connection:
         result = database.run_query(connection, SUMMARY)
@@ -85,6 +85,16 @@ def finish(run: Run, is_new: bool) -> None:
     names = (name for name in (*WHOLE_FILES, *list_indexes(settings)) if (run.folder / name).exists())
     write_sums(run.folder, "export/index", footers, names)
     _warn(run, stats["num_samples"], num_older)
+
+
+def _is_finished(run: Path) -> bool:
+    """True unless a file is missing, or a shard is newer than the digests, which are written last: something was killed
+    in between."""
+    paths = [*(run / name for name in NEEDED_FILES), run / "export/index" / SUMS]
+    if not all(path.exists() for path in paths):
+        return False
+    times = (path.stat().st_mtime_ns for path in (run / "export/index").glob("*.parquet"))
+    return max(times, default=0) <= paths[-1].stat().st_mtime_ns
 
 
 def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from tests.support.pages import Block, list_blocks
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections
 
 PAGE = (ROOT / "docs" / "export-forms.md",)
-FORMS = ("captions", "mds", "messages", "overlay", "parquet", "sidecar", "webdataset")
+FORMS = ("captions", "lance", "mds", "messages", "overlay", "parquet", "sidecar", "webdataset")
 
 pytestmark = pytest.mark.slow
 
