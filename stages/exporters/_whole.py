@@ -88,13 +88,17 @@ def finish(run: Run, is_new: bool) -> None:
 
 
 def _is_finished(run: Path) -> bool:
-    """True unless a file is missing, or a shard is newer than the digests, which are written last: something was killed
-    in between."""
-    paths = [*(run / name for name in NEEDED_FILES), run / "export/index" / SUMS]
-    if not all(path.exists() for path in paths):
+    """True unless files of the whole run are missing, or older than a shard, because something was killed in between.
+
+    The digests are written last. Tables of earlier versions, which had none, do not record theirs either.
+    """
+    if not all((run / name).exists() for name in NEEDED_FILES):
         return False
-    times = (path.stat().st_mtime_ns for path in (run / "export/index").glob("*.parquet"))
-    return max(times, default=0) <= paths[-1].stat().st_mtime_ns
+    paths, sums = [*(run / "export/index").glob("*.parquet")], run / "export/index" / SUMS
+    if not sums.exists():
+        footers = filter(None, map(tables.read_whole_footer, paths))
+        return not any(footer.payload_sha256 for footer in footers)
+    return max((path.stat().st_mtime_ns for path in paths), default=0) <= sums.stat().st_mtime_ns
 
 
 def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
