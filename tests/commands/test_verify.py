@@ -82,9 +82,9 @@ def test_flipped_bits_of_the_plan_are_named_before_anything_is_compared_with_it(
 @pytest.mark.slow
 def test_every_byte_of_a_plan_is_protected(run: Path) -> None:
     path, data = run / "plan.parquet", (run / "plan.parquet").read_bytes()
-    for bit in range(0, len(data) * 8, 7):  # one bit or two of each byte, each place in turn
+    for index in range(len(data)):
         damaged = bytearray(data)
-        damaged[bit // 8] ^= 1 << bit % 8
+        damaged[index] ^= 1 << index % 8
         path.write_bytes(damaged)
         with pytest.raises(BrokenTableError):
             check_plan(path)
