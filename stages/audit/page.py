@@ -15,9 +15,6 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from pipeline.decoding import images
 from pipeline.errors import UndecodableError
 from pipeline.execution.passes import Shard
@@ -54,6 +51,9 @@ def write_page(run: Run, captions: Sequence[DrawnCaption]) -> Path:
 
 def render_page(title: str, items: Sequence[Mapping[str, object]]) -> str:
     """The page; data of the run is in it as JSON, which the page's own script shows as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(
         loader=PackageLoader("stages.audit"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
