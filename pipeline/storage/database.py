@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -69,20 +69,23 @@ class Connection:
         """`handle` is that of the run's folder, through which the views read."""
         self.duck, self._handle = duck, handle
         self.views = {_view_name(statement): statement for statement in views}
-        self._undefined = dict(self.views)
-        for record in RECORDS:
-            columns = ", ".join(map(_empty_column, arrow_schema(record)))
-            more = ADDED_COLUMNS.get(record.table, "")
-            duck.execute(f"CREATE VIEW {record.table} AS SELECT *{more} FROM (SELECT {columns} WHERE false)")
+        self._undefined, self._without_rows = dict(self.views), {record.table: record for record in RECORDS}
 
-    def define(self, names: Iterable[str]) -> None:
-        """Defines these views, if they are not defined yet.
+    def define(self, names: Set[str]) -> None:
+        """Defines these views, if they are not defined yet; all of them without rows if a name is not a view's.
+
+        That may be the name of another table, or a mistake, for which DuckDB suggests names that are like it.
 
         Raises:
             MachineError: a file of one of them cannot be read.
         """
         import duckdb
 
+        is_known = names <= self.views.keys()
+        for name in [one for one in self._without_rows if one in names or not is_known]:
+            columns = ", ".join(map(_empty_column, arrow_schema(self._without_rows.pop(name))))
+            more = ADDED_COLUMNS.get(name, "")
+            self.duck.execute(f"CREATE VIEW {name} AS SELECT *{more} FROM (SELECT {columns} WHERE false)")
         for name in self._undefined.keys() & names:
             try:
                 self._define(name, self._undefined[name].replace("CREATE", "CREATE OR REPLACE", 1))
@@ -280,7 +283,9 @@ def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:
     functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
     if unknown := sorted(name for name in functions if not TABLE_FUNCTIONS.fullmatch(name)):
         raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it is none of those known to do no more than read")
-    connection.define(_list_tables(nodes))
+    common = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
+    is_about_tables = any(name.startswith(("duckdb_", "pragma_")) for name in functions)
+    connection.define((_list_tables(nodes) - common) | ({"*"} if is_about_tables else set()))
     return statements[0]
 
 
