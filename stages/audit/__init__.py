@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.progress import format_quantity
@@ -26,6 +27,9 @@ from stages.audit.page import write_page
 from stages.audit.thresholds import find_threshold
 from stages.text.repetition import split_words
 from stages.text.sentences import split_sentences
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NUM_DRAWN = 200  # captions of a first draw
 KEPT_SHARE = 0.5  # of the captions that are drawn; the others are refused ones
@@ -90,13 +94,9 @@ class PopulationAudit:
     verdicts: Mapping[int, bool]  # place in `captions` -> acceptable
 
     def estimate(self, *, confidence: float = 0.95) -> Share:
-        import numpy as np
-
-        names = sorted({score.name for caption in self.captions for score in caption.scores})
-        features = np.array([list(list_features(caption, names)) for caption in self.captions], dtype=float)
-        places = sorted(self.verdicts)
+        features, places = build_features(self.captions), sorted(self.verdicts)
         labels = [self.verdicts[place] for place in places]
-        return estimate_share(labels, features[places], features, confidence=confidence)
+        return estimate_share(labels, features[places], features, size=self.size, confidence=confidence)
 
 
 def read_audit(run: Run, *, seed: int) -> tuple[list[Label], list[PopulationAudit]]:
@@ -123,7 +123,15 @@ def read_audit(run: Run, *, seed: int) -> tuple[list[Label], list[PopulationAudi
     return labels, audits
 
 
-def list_features(caption: DrawnCaption, names: Sequence[str]) -> Iterator[float]:
+def build_features(captions: Sequence[DrawnCaption]) -> np.ndarray:
+    """The features of captions, (n, d)."""
+    import numpy as np
+
+    names = sorted({score.name for caption in captions for score in caption.scores})
+    return np.array([list(_list_features(caption, names)) for caption in captions], dtype=float)
+
+
+def _list_features(caption: DrawnCaption, names: Sequence[str]) -> Iterator[float]:
     """Numbers that tell acceptable captions from others: by score pass, its value and its worst criterion; the numbers
     of sentences, of repeated sentences, and of words."""
     scores = {score.name: score for score in caption.scores}
@@ -139,9 +147,8 @@ def describe_audit(run: Run, *, seed: int) -> Iterator[str]:
     """Lines on the labels, on the precision of what is kept and on what was refused wrongly.
 
     Raises:
-        UserError: there are no labels, or scikit-learn is not installed.
+        UserError: there are no labels.
     """
-    _check_installed()
     labels, audits = read_audit(run, seed=seed)
     if not labels:
         raise UserError(f"{run.folder}: has no labels; `recap audit --draw 200 --run {run.folder}` draws captions")
@@ -189,11 +196,15 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
     Candidates are all captions with this score, kept and refused ones in their true proportion.
 
     Raises:
-        UserError: there is no such score, there are no labels, or scikit-learn is not installed.
+        UserError: there is no such score, there are no labels, or scipy is not installed.
     """
-    _check_installed()
+    if find_spec("scipy") is None:
+        raise UserError("recap audit --precision needs scipy: pip install 'recap-pipeline[audit]'")
     _check_score(run, score)
-    scores, labelled = _collect_scores(run, score, seed=seed)
+    labels, audits = read_audit(run, seed=seed)
+    if not labels:
+        raise UserError(f"{run.folder}: has no labels; `recap audit --draw 200 --run {run.folder}` draws captions")
+    scores, labelled = collect_scores(audits, score)
     if not scores:
         raise UserError(f"--score: no caption has a value of {score!r} in {run.folder}")
     guarantee = find_threshold(scores, labelled, precision=precision, confidence=confidence)
@@ -219,14 +230,11 @@ def _check_score(run: Run, score: str | None) -> None:
         raise UserError(f"--score: {score!r} is not a score of {run.file}; it has {known}")
 
 
-def _collect_scores(run: Run, score: str, *, seed: int) -> tuple[list[float], list[tuple[float, bool]]]:
+def collect_scores(audits: Sequence[PopulationAudit], score: str) -> tuple[list[float], list[tuple[float, bool]]]:
     """A score's values over all captions, and value and label of an even draw from them.
 
     More of one population are labelled than of the other; the first labels of the draw are used, in equal proportion.
     """
-    labels, audits = read_audit(run, seed=seed)
-    if not labels:
-        raise UserError(f"{run.folder}: has no labels; `recap audit --draw 200 --run {run.folder}` draws captions")
     rates = [len(audit.verdicts) / audit.size for audit in audits if audit.size]
     shown = [len(audit.captions) / audit.size for audit in audits if audit.size]
     values: list[float] = []
@@ -244,8 +252,3 @@ def _collect_scores(run: Run, score: str, *, seed: int) -> tuple[list[float], li
 
 def _find_value(caption: DrawnCaption, score: str) -> float | None:
     return next((one.value for one in caption.scores if one.name == score), None)
-
-
-def _check_installed() -> None:
-    if find_spec("sklearn") is None:
-        raise UserError("recap audit needs scikit-learn: pip install 'recap-pipeline[audit]'")

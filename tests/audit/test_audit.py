@@ -135,7 +135,7 @@ def test_a_threshold_needs_a_score_of_the_run(run: Path) -> None:
 
 
 def test_a_threshold_needs_values_of_the_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.audit._collect_scores", lambda run, score, *, seed: ([], []))
+    monkeypatch.setattr("stages.audit.collect_scores", lambda audits, score: ([], []))
     with pytest.raises(UserError, match="--score: no caption has a value of 'judge'"):
         list(describe_guarantee(config.load(run), score="judge", precision=0.9, confidence=0.9, seed=0))
 

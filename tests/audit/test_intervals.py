@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.audit.intervals import bound_share_below, estimate_share, wilson_interval
+from stages.audit.intervals import (
+    bound_share_below,
+    estimate_from_labels,
+    estimate_share,
+    fit_logistic,
+    wilson_interval,
+)
 
 SIZE, NUM_AUDITS = 2000, 60
 
@@ -29,10 +35,9 @@ def test_intervals_cover_the_truth_and_are_no_wider_than_by_labels_alone(share: 
     for _ in range(NUM_AUDITS):
         drawn = rng.choice(SIZE, 100, replace=False)
         found = estimate_share(labels[drawn], features[drawn], features)
-        low, high = wilson_interval(labels[drawn].mean(), 100)
         covered += found.low <= labels.mean() <= found.high
         widths.append(found.width)
-        plain_widths.append(high - low)
+        plain_widths.append(estimate_from_labels(labels[drawn], SIZE).width)
     assert covered >= 0.88 * NUM_AUDITS  # 95 % is expected; fewer than 53 of 60 has a chance of 1 in 100
     assert np.mean(widths) <= 1.02 * np.mean(plain_widths)
     if signal >= 2.0:
@@ -43,7 +48,35 @@ def test_useless_features_change_nothing_when_few_labels_are_of_one_class() -> N
     features = np.zeros((50, 2))
     found = estimate_share([True] * 18 + [False] * 2, features[:20], features)
     assert found.method == "labels"
-    assert (found.low, found.high) == wilson_interval(0.9, 20)
+    assert (found.low, found.high) == wilson_interval(0.9, 20 * 49 / 30)  # of a finite population
+
+
+def test_when_all_captions_are_labelled_the_share_is_known() -> None:
+    features, labels = make_population(share=0.8, signal=2.0, seed=1)
+    found = estimate_share(labels[:90], features[:90], features[:90])
+    assert found.low == found.value == found.high == pytest.approx(labels[:90].mean())
+
+
+def test_a_population_of_which_a_part_is_known_has_wider_intervals() -> None:
+    features, labels = make_population(share=0.8, signal=2.0, seed=1)
+    few, many = (estimate_share(labels[:90], features[:90], features, size=size) for size in (SIZE, 50 * SIZE))
+    assert few.width < many.width < estimate_from_labels(labels[:90], 50 * SIZE).width
+
+
+def test_the_regression_is_the_usual_one_with_a_ridge_penalty() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = make_population(share=0.8, signal=2.0, seed=2)
+    features = np.column_stack([features, np.ones(SIZE)])  # a feature that does not vary changes nothing
+    standardised = (features[:, :3] - features[:, :3].mean(axis=0)) / features[:, :3].std(axis=0)
+    expected = LogisticRegression(tol=1e-8).fit(standardised, labels).predict_proba(standardised)[:, 1]
+    assert fit_logistic(features, labels.astype(float))(features) == pytest.approx(expected, abs=1e-4)
+
+
+def test_labels_that_a_feature_separates_are_fitted() -> None:
+    features = np.arange(40.0)[:, None]
+    predicted = fit_logistic(features, (features[:, 0] > 19).astype(float))(features)
+    assert (predicted[:20] < 0.5).all() and (predicted[20:] > 0.5).all()
 
 
 @pytest.mark.slow
