@@ -305,8 +305,9 @@ def print_status(
     monitor = JobMonitor.query_slurm(state)
     passes = status.summarise_passes(state, monitor)
     status.print_passes(passes, monitor, "json" if as_json else format, sys.stdout.buffer)
-    for line in whole_run.describe_judges(state.run) if format == "table" and not as_json else ():
-        print(escape_controls(line))
+    if format == "table" and not as_json:
+        for line in (*whole_run.describe_judges(state.run), *whole_run.describe_certificate(state.run)):
+            print(escape_controls(line))
     if folders := find_leftovers(state.run):
         say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
 
@@ -372,11 +373,12 @@ def write_report(
     Prints its path. The file is self-contained: it fetches nothing, and its own script only filters the samples.
     """
     from pipeline import config
-    from pipeline.execution.whole_run import describe_judges
+    from pipeline.execution.whole_run import describe_certificate, describe_judges
     from pipeline.report import render
 
     loaded = config.load(run)
-    print(render.write_report(loaded, num_images=images, judges=describe_judges(loaded)))
+    judges, certificate = describe_judges(loaded), describe_certificate(loaded)
+    print(render.write_report(loaded, num_images=images, judges=judges, certificate=certificate))
 
 
 @app.command("serve", epilog="Example: recap serve judge --run runs/photos")

@@ -20,7 +20,7 @@ from pipeline.commands.summary import format_yield
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
-from pipeline.execution.whole_run import describe_judges
+from pipeline.execution.whole_run import describe_certificate, describe_judges
 from pipeline.progress import format_duration, format_rate
 from pipeline.report import render
 from pipeline.sources import scenes
@@ -83,7 +83,7 @@ def format_summary(folder: Path, seconds: float) -> Iterator[str]:
     yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"
     yield from measure_accuracy(captions)
     yield ""
-    render.write_report(run, judges=describe_judges(run))
+    render.write_report(run, judges=describe_judges(run), certificate=describe_certificate(run))
     for place, meaning in FILES.items():
         yield f"  {f'{folder}/{place}':28} {meaning}"
     yield ""

@@ -29,6 +29,7 @@ from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.execution.signals import stop_on_signal
 from pipeline.sections import Run
+from pipeline.storage.layout import CERTIFICATE
 
 
 def load_stage(name: str) -> ModuleType | None:
@@ -48,6 +49,13 @@ def load_command(name: str) -> ModuleType:
 def describe_judges(run: Run) -> list[str]:
     """Lines on how far judges notice planted errors; none without [canary]."""
     return list(load_command("audit").describe_judges(run)) if run.sections["canary"] else []
+
+
+def describe_certificate(run: Run) -> list[str]:
+    """Lines on the guarantee that an audit has found, and whether it still holds; none without one."""
+    if not (run.folder / CERTIFICATE).exists():
+        return []
+    return list(load_command("audit").describe_certificate(run))
 
 
 def make_product(stage: ModuleType, state: RunState) -> Path:

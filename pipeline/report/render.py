@@ -78,29 +78,36 @@ class PageSection:
     template: str  # its branch in the template
     title: str
     lead: str = ""
+    lines: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         return self.title.lower().replace(" ", "-")
 
 
-def write_report(run: Run, *, num_images: int = 60, judges: Sequence[str] = ()) -> Path:
+def write_report(
+    run: Run, *, num_images: int = 60, judges: Sequence[str] = (), certificate: Sequence[str] = ()
+) -> Path:
     """Writes `<run>/report.html` atomically.
 
     Args:
         run: in any state.
         num_images: maximum number of samples to show.
         judges: lines on how far judges notice planted errors.
+        certificate: lines on the guarantee that an audit has found.
     """
     path = run.folder / "report.html"
-    text = render_page(read_numbers(run), list(draw_sheets(run, num_images=num_images)), judges)
+    sheets = list(draw_sheets(run, num_images=num_images))
+    text = render_page(read_numbers(run), sheets, judges=judges, certificate=certificate)
     with tables.open_atomic(path) as file:
         file.write(text.encode())
     return path
 
 
-def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequence[str] = ()) -> str:
-    sections = list(_list_sections(numbers, sheets, judges))
+def render_page(
+    numbers: ReportNumbers, sheets: Sequence[Sheet], *, judges: Sequence[str] = (), certificate: Sequence[str] = ()
+) -> str:
+    sections = list(_list_sections(numbers, sheets, judges, certificate))
     environment = make_environment()
     digest = hashlib.sha256(environment.get_template("page.js").render().encode()).digest()
     return environment.get_template("report.html.j2").render(
@@ -108,7 +115,6 @@ def render_page(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequenc
         summary=summarise_run(numbers),
         sections=sections,
         sheets=sheets,
-        judges=judges,
         filters=_list_filters(sheets),
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
@@ -166,7 +172,9 @@ def make_environment() -> Environment:
     return environment
 
 
-def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequence[str]) -> Iterator[PageSection]:
+def _list_sections(
+    numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequence[str], certificate: Sequence[str]
+) -> Iterator[PageSection]:
     """The sections of which the run has data."""
     if numbers.funnel["in"]:
         yield PageSection(template="funnel", title="From corpus to training set")
@@ -196,9 +204,17 @@ def _list_sections(numbers: ReportNumbers, sheets: Sequence[Sheet], judges: Sequ
         )
     if judges:
         yield PageSection(
-            template="judges",
+            template="lines",
             title="Judges",
             lead="How far each judge notices errors planted in copies of captions; see docs/quality.md.",
+            lines=tuple(judges),
+        )
+    if certificate:
+        yield PageSection(
+            template="lines",
+            title="Certificate",
+            lead="What an audit with people's labels guarantees; see docs/quality.md.",
+            lines=tuple(certificate),
         )
     if numbers.curves:
         yield PageSection(

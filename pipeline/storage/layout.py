@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PACKED = "shards"  # folder of the tars that ingest writes
+CERTIFICATE = "audit/certificate.json"  # of the guarantee that `recap audit` found
 UNFINISHED = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.tmp")
 NUMBERED = re.compile(r"(\d{5,})(?:\..*)?")  # names of files and folders of export
 STALE_AGE = 3600.0  # seconds since an unfinished file was last written after which its writer counts as gone

@@ -19,7 +19,10 @@ from pipeline.progress import format_quantity
 from pipeline.records import Label
 from pipeline.sections import Run
 from pipeline.storage import database
+from pipeline.storage.layout import CERTIFICATE
 from stages.audit.canaries import describe_judges as describe_judges
+from stages.audit.certificates import describe_certificate as describe_certificate
+from stages.audit.certificates import write_certificate
 from stages.audit.drawing import MAX_POPULATION, POPULATIONS, DrawnCaption, Population, draw_captions
 from stages.audit.intervals import Share, estimate_share
 from stages.audit.labels import combine_labels, fleiss_kappa, import_labels, measure_agreement, read_labels
@@ -193,7 +196,8 @@ def _describe_population(audit: PopulationAudit) -> Iterator[str]:
 def describe_guarantee(run: Run, *, score: str, precision: float, confidence: float, seed: int) -> Iterator[str]:
     """Lines on the most lenient threshold of a score that holds a precision, with the line for run.toml.
 
-    Candidates are all captions with this score, kept and refused ones in their true proportion.
+    Candidates are all captions with this score, kept and refused ones in their true proportion. The certificate of the
+    run is replaced, or removed if there is no such threshold.
 
     Raises:
         UserError: there is no such score, there are no labels, or scipy is not installed.
@@ -208,6 +212,7 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
     if not scores:
         raise UserError(f"--score: no caption has a value of {score!r} in {run.folder}")
     guarantee = find_threshold(scores, labelled, precision=precision, confidence=confidence)
+    write_certificate(run, score, guarantee)
     wanted = f"{precision:.0%} acceptable with {confidence:.0%} confidence"
     if guarantee.threshold is None:
         yield f"no threshold of {score} is known to be {wanted} from {format_quantity(len(labelled), 'label')}"
@@ -218,6 +223,7 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
         return
     bound = f"{guarantee.bound:.1%} by {format_quantity(guarantee.num_labels, 'label')} there"
     yield f"{score} >= {guarantee.threshold!r}: at least {wanted} ({bound}); keeps {guarantee.kept:.1%} of captions"
+    yield f"{run.folder / CERTIFICATE}: its certificate, which status, report and dataset card show"
     yield "in run.toml:"
     yield f'  [filter.rules]\n  audited = "{score} >= {guarantee.threshold!r}"'
 

@@ -108,7 +108,7 @@ def read_report(run: Run, p: ScorePass) -> JudgeReport | None:
         BrokenTableError: a table is damaged.
     """
     copies: list[RatedCopy] = []
-    for shard in _choose_shards(run):
+    for shard in choose_shards(run):
         with suppress(FileNotFoundError):  # shards that are not made yet
             copies += _read_copies(run, p, shard)
     if not copies:
@@ -123,7 +123,7 @@ def read_report(run: Run, p: ScorePass) -> JudgeReport | None:
     )
 
 
-def _choose_shards(run: Run) -> range:
+def choose_shards(run: Run) -> range:
     path = run.folder / "plan.parquet"
     num_shards = plan.count_shards(path) if path.exists() else 0
     return range(0, num_shards, -(-num_shards // MAX_SHARDS) or 1)

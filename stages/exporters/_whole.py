@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.progress import say
 from pipeline.sections import Run
 from pipeline.storage import database, tables
-from pipeline.storage.layout import find_numbers
+from pipeline.storage.layout import CERTIFICATE, find_numbers
 from pipeline.storage.payloads import SUMS, write_sums
 from stages.audit.canaries import describe_judges
+from stages.audit.certificates import describe_certificate
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
 from stages.exporters._croissant import build_croissant
 from stages.exporters._settings import Config, list_columns, list_folders, list_indexes, load_form
 from stages.text.selection import describe_texts
 
-NEEDED_FILES = ("export/stats.json", "export/README.md")  # without them an export is not finished
+CARD = "export/README.md"
+NEEDED_FILES = ("export/stats.json", CARD)  # without them an export is not finished
 WHOLE_FILES = (*NEEDED_FILES, "export/croissant.json")
 SUMMARY = """
     SELECT count(*) AS num_samples, coalesce(sum(num_bytes), 0)::BIGINT AS num_bytes,
@@ -62,7 +64,7 @@ def finish(run: Run, is_new: bool) -> None:
         formats=settings.formats,
         splits=settings.split or (),
         rules=run.sections["filter"][""].rules,
-        notes=(*_describe_dropped(dropped), *describe_texts(settings), *_describe_judges(run)),
+        notes=(*_describe_dropped(dropped), *describe_texts(settings), *_describe_audits(run)),
         columns=list_columns(settings),
     )
     croissant = build_croissant(
@@ -88,11 +90,15 @@ def finish(run: Run, is_new: bool) -> None:
 
 
 def _is_finished(run: Path) -> bool:
-    """True unless files of the whole run are missing, or older than a shard, because something was killed in between.
+    """True unless files of the whole run are missing, or older than a shard, because something was killed in between,
+    or older than an audit's certificate.
 
     The digests are written last. Tables of earlier versions, which had none, do not record theirs either.
     """
     if not all((run / name).exists() for name in NEEDED_FILES):
+        return False
+    certificate = run / CERTIFICATE
+    if certificate.exists() and certificate.stat().st_mtime_ns > (run / CARD).stat().st_mtime_ns:
         return False
     paths, sums = [*(run / "export/index").glob("*.parquet")], run / "export/index" / SUMS
     if not sums.exists():
@@ -107,10 +113,16 @@ def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
         yield f"Before captioning, curation dropped {sum(dropped.values()):,} images of the corpus: {reasons}."
 
 
-def _describe_judges(run: Run) -> Iterator[str]:
+def _describe_audits(run: Run) -> Iterator[str]:
     if run.sections["canary"] and (lines := list(describe_judges(run))):
-        listed = "\n".join(f"{'  ' if line[0] == ' ' else ''}- {line.strip()}" for line in lines)
-        yield f"How far the judges notice errors that were planted in captions:\n\n{listed}"
+        yield f"How far the judges notice errors that were planted in captions:\n\n{_list_lines(lines)}"
+    if lines := list(describe_certificate(run)):
+        yield f"What an audit with people's labels guarantees:\n\n{_list_lines(lines)}"
+
+
+def _list_lines(lines: Iterable[str]) -> str:
+    """Markdown; indented lines belong to those before them."""
+    return "\n".join(f"{'  ' if line[0] == ' ' else ''}- {line.strip()}" for line in lines)
 
 
 def _warn(run: Run, num_samples: int, num_older: int) -> None:
