@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import adversary, details, miniature
+from benchmarks import adversary, coverage, details, miniature
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
+from stages.audit.drawing import DrawnCaption, DrawnScore
 from stages.scenes.claims import list_facts, write_caption
 from stages.training.settings import TrainConfig
 from tests.support.runs import ROOT
@@ -63,3 +65,46 @@ def test_details_have_every_scene_once_with_an_interval(capsys: pytest.CaptureFi
     assert rows[-1].split() == ["recall", *["1.000"] * 6]
     low, high = details.bootstrap_ratio(np.array([0.0, 1.0] * 200), np.ones(400))
     assert 0.43 < low < 0.47 and 0.53 < high < 0.57
+
+
+@pytest.fixture
+def audited() -> coverage.World:
+    """400 captions, of which 300 are kept; those with better scores are right more often."""
+    rng = np.random.default_rng(0)
+    scores = rng.random(400).tolist()
+    captions = [
+        DrawnCaption(
+            key=f"{place:012d}",
+            caption="dense",
+            candidate=0,
+            text="A red circle. A blue square.",
+            reason=None if place < 300 else "judged",
+            scores=(DrawnScore(name="judge", value=score, worst=score),),
+            size=300 if place < 300 else 100,
+        )
+        for place, score in enumerate(scores)
+    ]
+    truth = {caption.key: rng.random() < 0.4 + 0.6 * score for caption, score in zip(captions, scores, strict=True)}
+    return coverage.World(kept=captions[:300], refused=captions[300:], truth=truth)
+
+
+def test_a_simulated_draw_has_all_bands_of_the_score_in_proportion(audited: coverage.World) -> None:
+    order = coverage.draw_order(audited.kept, np.random.default_rng(1))
+    assert sorted(order) == list(range(300))
+    values = np.array([caption.scores[0].value for caption in audited.kept])
+    for limit in (0.3, 0.5, 0.8):
+        assert (values[order[:100]] < limit).mean() == pytest.approx((values < limit).mean(), abs=0.03)
+
+
+@pytest.mark.slow
+def test_simulated_audits_are_measured_by_the_truth(audited: coverage.World) -> None:
+    names: dict[str, Any] = {"name": "kept", "judge_name": "judge", "num_audits": 12}
+    right, wrong = (coverage.simulate_intervals(audited, num_labels=100, wrong=share, **names) for share in (0.0, 0.5))
+    assert right.coverage >= 0.75 and right.width < right.plain_width
+    assert wrong.coverage < 0.5
+    sure, doubtful = (
+        coverage.simulate_guarantee(audited, num_labels=200, wrong=0.0, target=target, **names)
+        for target in (0.6, 0.99)
+    )
+    assert sure.found > 0.5 and sure.broken <= 0.5 and 0 < sure.kept <= 1
+    assert doubtful.found == 0
