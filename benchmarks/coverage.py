@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.held_out import CAPTIONER, JUDGE, STUDENT, generate_captions, list_scenes, make_samples, open_engine
 from pipeline.progress import say
-from stages.audit import PopulationAudit, build_features, collect_scores
+from stages.audit import PopulationAudit, build_features, collect_scores, drawing
 from stages.audit.drawing import NUM_BANDS, DrawnCaption, DrawnScore
 from stages.audit.intervals import Share, estimate_from_labels, estimate_share
 from stages.audit.thresholds import find_threshold
@@ -176,7 +176,7 @@ def draw_order(captions: Sequence[DrawnCaption], rng: np.random.Generator) -> np
     _, first, sizes = np.unique(bands[order], return_index=True, return_counts=True)
     which = np.repeat(np.arange(len(sizes)), sizes)
     ranks = (np.arange(len(bands)) - first[which] + 0.5) / sizes[which]
-    return order[np.lexsort((chance[order], ranks))]
+    return np.asarray(order[np.lexsort((chance[order], ranks))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,9 +245,8 @@ def simulate_guarantee(
     num_broken = 0
     for _ in range(num_audits):
         audits = []
-        for population, captions in (("kept", world.kept), ("refused", world.refused)):
-            order = draw_order(captions, rng) if captions else []
-            drawn = [captions[place] for place in order]
+        for population, captions in zip(drawing.POPULATIONS, (world.kept, world.refused), strict=True):
+            drawn = [captions[place] for place in draw_order(captions, rng)] if captions else []
             num = num_labels // 2 if world.refused else num_labels
             turned = rng.random(num) < wrong
             verdicts = {i: world.truth[caption.key] != turned[i] for i, caption in enumerate(drawn[:num])}

@@ -158,7 +158,8 @@ def fit_logistic(features: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], 
         return np.column_stack([(values - mean) / spread, np.ones(len(values))])
 
     def predict(weights: np.ndarray, extended: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-np.clip(extended @ weights, -MAX_LOGIT, MAX_LOGIT)))
+        logits: np.ndarray = np.clip(extended @ weights, -MAX_LOGIT, MAX_LOGIT)
+        return np.asarray(1 / (1 + np.exp(-logits)))
 
     known = extend(features)
     penalty = np.ones(known.shape[1])
