@@ -293,9 +293,8 @@ def print_status(
 
     Also shows rates, the estimated time left, missing shards as a Slurm --array expression, and Slurm jobs.
     """
-    from pipeline import config
+    from pipeline import audits, config
     from pipeline.commands import status
-    from pipeline.execution import whole_run
     from pipeline.execution.run_state import RunState
     from pipeline.progress import escape_controls, say
     from pipeline.slurm.jobs import JobMonitor
@@ -306,7 +305,7 @@ def print_status(
     passes = status.summarise_passes(state, monitor)
     status.print_passes(passes, monitor, "json" if as_json else format, sys.stdout.buffer)
     if format == "table" and not as_json:
-        for line in (*whole_run.describe_judges(state.run), *whole_run.describe_certificate(state.run)):
+        for line in (*audits.describe_judges(state.run), *audits.describe_certificate(state.run)):
             print(escape_controls(line))
     if folders := find_leftovers(state.run):
         say(f"recap: unused tables of passes that run.toml no longer has: {', '.join(folders)}")
@@ -373,7 +372,7 @@ def write_report(
     Prints its path. The file is self-contained: it fetches nothing, and its own script only filters the samples.
     """
     from pipeline import config
-    from pipeline.execution.whole_run import describe_certificate, describe_judges
+    from pipeline.audits import describe_certificate, describe_judges
     from pipeline.report import render
 
     loaded = config.load(run)
@@ -499,10 +498,9 @@ def audit_run(
     there are no labels, writes a page with 200 captions. A larger --draw with the same seed keeps the captions of a
     smaller one.
     """
-    from pipeline import config
-    from pipeline.execution import whole_run
+    from pipeline import audits, config
 
-    audit, loaded = whole_run.load_command("audit"), config.load(run)
+    audit, loaded = audits.load_command("audit"), config.load(run)
     for line in audit.run_command(
         loaded, draw=draw, labels=labels or (), precision=precision, confidence=confidence, score=score, seed=seed
     ):

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.machine import num_cores
 from pipeline.sections import (
     ENGINES,
+    OPTIONAL_STAGES,
     SOURCES,
     STAGES,
     Corpus,
@@ -57,9 +58,10 @@ def load(folder: Path) -> Run:
 def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     """The run of a run.toml whose TOML is parsed already; see `load`."""
     top = Section(values, file=file, field="")
-    sections = [name for name in plugins.list_stages(values) if hasattr(plugins.load("stages", name), "Config")]
+    stages = [name for name in plugins.list_stages(values) if name in values or name not in OPTIONAL_STAGES]
+    sections = [name for name in stages if hasattr(plugins.load("stages", name), "Config")]
     limits = frozenset(f.name for f in dataclasses.fields(TopLevel))
-    top.check_keys([*sorted(limits), "source", "engines", "slurm", *sections])
+    top.check_keys([*sorted(limits), "source", "engines", "slurm", *sections, *OPTIONAL_STAGES])
     if "source" not in values:
         raise top.error("source", "is missing; write [source] with a kind and a path")
     source = top.subsection("source")
@@ -73,15 +75,13 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
         source=source.plugin(SOURCES, common=common),
         corpus=source.select_keys(common).parse(Corpus),
         engines={name: engine.plugin(ENGINES) for name, engine in engines.items()},
-        sections={name: _parse_stage(top, name) for name in sections},
+        sections={name: {} for name in OPTIONAL_STAGES} | {name: _parse_stage(top, name) for name in sections},
         slurm=read_slurm(top.subsection("slurm")),
     )
 
 
 def _parse_stage(top: Section, stage: str) -> dict[str, Any]:
     module = plugins.load("stages", stage)
-    if getattr(module, "OPTIONAL", False) and stage not in top.values:
-        return {}
     read = getattr(module, "read_section", lambda section: section.parse(module.Config))
     if getattr(module, "NAMED", False):
         return {name: read(section) for name, section in top.subsection(stage).subsections().items()}

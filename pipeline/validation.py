@@ -76,12 +76,15 @@ class Section:
         Raises:
             ConfigError: an unknown key, a missing one, or a value that is not allowed.
         """
+        fields = dataclasses.fields(cast(Any, cls))
+        self.check_keys([*(f.name for f in fields), *ignore])
+        given = {f.name: self.values[f.name] for f in fields if f.name in self.values}
+        if not given and not any(f.default is f.default_factory is MISSING for f in fields):
+            return cast(T, self._build_dataclass(cls, {}))  # most sections are empty; a validator takes time to build
         from pydantic import ValidationError
 
-        names = [f.name for f in dataclasses.fields(cast(Any, cls))]
-        self.check_keys([*names, *ignore])
         try:
-            values = adapter_of(cast(Any, cls)).validate_python({n: self.values[n] for n in names if n in self.values})
+            values = adapter_of(cast(Any, cls)).validate_python(given)
         except ValidationError as error:
             problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
             raise self._explain_problem(cls, problems[0]["type"], problems[0]["loc"]) from None

@@ -23,7 +23,6 @@ from stages.scorers import Sample, Scorer
 from stages.scorers._samples import ScorePass, list_score_passes, read_samples
 from stages.text.prompts import map_with_context
 
-OPTIONAL = True
 VERSION = 1
 
 

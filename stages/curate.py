@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-OPTIONAL = True
 VERSION = 1
 KEPT, DUPLICATE = "", "duplicate"
 REASONS = (KEPT, *get_args(ImageStatus)[1:], "where", "excluded", "placeholder", DUPLICATE, "near_duplicate")

@@ -28,6 +28,7 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "pipeline.config",
     "pipeline.progress",
     "pipeline.storage",
+    "pipeline.audits",
     "pipeline.decoding",
     "pipeline.engines",
     "pipeline.sources",

@@ -71,7 +71,8 @@ def require_ready(state: RunState, passes: Sequence[Pass]) -> None:
     Raises:
         UserError: something is wrong.
     """
-    due = [p for p in passes if any(state.states.state(p, shard).kind != "done" for shard in state.selected)]
+    unfinished = [p for p in passes if p.folder not in state.finished]
+    due = [p for p in unfinished if any(state.states.state(p, shard).kind != "done" for shard in state.selected)]
     findings = list(check_quickly(state, due)) if due else []
     for finding in findings:
         if finding.kind == "doubtful":

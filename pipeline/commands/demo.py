@@ -15,12 +15,12 @@ from statistics import fmean
 from typing import Literal
 
 from pipeline import config, plugins
+from pipeline.audits import describe_certificate, describe_judges
 from pipeline.commands import init
 from pipeline.commands.summary import format_yield
 from pipeline.errors import RefusedError
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Outcome, Runner
-from pipeline.execution.whole_run import describe_certificate, describe_judges
 from pipeline.progress import format_duration, format_rate
 from pipeline.report import render
 from pipeline.sources import scenes

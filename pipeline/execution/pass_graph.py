@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.execution.passes import Pass
-from pipeline.sections import Run
+from pipeline.sections import OPTIONAL_STAGES, Run
 
 # the stages of `recap run all`, which also makes their inputs
 ALL = ("ingest", "curate", "caption", "score", "canary", "filter", "export")
@@ -20,7 +20,8 @@ def list_passes(run: Run) -> list[Pass]:
     Raises:
         ConfigError: a pass reads a table that no pass makes, or passes depend on each other in a circle.
     """
-    modules = [plugins.load("stages", stage) for stage in plugins.list_stages(run.sections)]
+    unused = {stage for stage in OPTIONAL_STAGES if not run.sections[stage]}
+    modules = [plugins.load("stages", stage) for stage in plugins.list_stages(run.sections) if stage not in unused]
     passes: list[Pass] = [p for module in modules if hasattr(module, "passes") for p in module.passes(run)]
     by_folder = {p.folder: p for p in passes}
     for p in passes:

@@ -3,8 +3,7 @@
 A stage is a module of stages/ with
 
 - `passes(run: Run) -> Iterable[Pass]`: its passes, from its sections of run.toml;
-- `Config`, if it has a section; `NAMED = True` if that section holds named passes, and `OPTIONAL = True` if the stage
-  has no passes without it.
+- `Config`, if it has a section; `NAMED = True` if that section holds named passes.
 
 A pass carries the stage's two functions: `inputs` reads a shard's tables and yields one input for each row to make;
 `work` turns inputs into rows, one each, in order. Neither knows about output paths, resumption or other shards.

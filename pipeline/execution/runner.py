@@ -140,6 +140,10 @@ class Runner:
         return WorkerPool(make_job, divide_node(self.workers, cores=cores, devices=devices))
 
     def _make_pass(self, p: Pass, engines: EnginePool) -> None:
+        if p.folder in self.state.finished and not self.retry:
+            self.outcome.skipped += self.state.plan.num_shards
+            self._finish(p, is_new=False)
+            return
         self.state.states.forget_whole()
         self.state.check_not_stale([p])  # an input that was made just now may have made it stale
         states = {shard: self.state.states.state(p, shard) for shard in self.state.selected}
@@ -154,8 +158,11 @@ class Runner:
             self._spend(0)
             with meter:
                 self._make_shards(p, list(due), engines, meter)
+        self._finish(p, is_new=bool(due))
+
+    def _finish(self, p: Pass, *, is_new: bool) -> None:
         if p.finish and not self.outcome.failures and self.state.is_complete(p):
-            p.finish(self.state.run, bool(due))
+            p.finish(self.state.run, is_new)
 
     def _spend(self, tokens: int) -> None:
         """Counts tokens, and stops as on a signal when a limit of run.toml is reached."""
@@ -196,7 +203,7 @@ class Runner:
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter) -> None:
         num_failed_in_row = num_made = 0
         for shard, result in self._dispatch(p, shards, engines, meter):
-            self.state.states.forget(shard)
+            self.state.forget(shard)
             if isinstance(result, ShardResult):
                 num_failed_in_row, num_made = 0, num_made + 1
                 self.outcome.done += not result.overtaken

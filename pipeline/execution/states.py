@@ -98,13 +98,17 @@ class ShardStates:
 
     def provenance(self, p: Pass, shard: int) -> tables.Provenance:
         """The provenance of this table if it were made now. Every table that it reads must exist."""
-        inputs = {} if p.reads else {"plan": self.plan.digest(shard)}
-        for folder in p.reads:
-            footer = self.footer(folder, shard)
-            assert footer is not None
-            inputs[folder] = footer.digest
-        inputs |= {whole_input(folder): self.whole(folder).digest for folder in p.reads_all}
+        whole = {whole_input(folder): self.whole(folder).digest for folder in p.reads_all}
+        inputs = self._digest_inputs(p, shard) | whole
         return tables.Provenance(stage=p.stage, name=p.name, version=p.version, slice=p.slice, inputs=inputs)
+
+    def _digest_inputs(self, p: Pass, shard: int) -> dict[str, str]:
+        """The digests of the shard's own inputs as they are now, by name."""
+        if not p.reads:
+            return {"plan": self.plan.digest(shard)}
+        footers = {folder: self.footer(folder, shard) for folder in p.reads}
+        assert all(footers.values())
+        return {folder: footer.digest for folder, footer in footers.items() if footer}
 
     def forget(self, shard: int) -> None:
         """Drops what is cached of a shard, because a table of it has changed."""
@@ -138,14 +142,14 @@ class ShardStates:
         for folder, state in inputs.items():
             if state.kind not in ("done", "incomplete"):  # of an incomplete input, the rows are there
                 return State(kind="behind", why=f"its input {folder} is {state.kind}", footer=footer)
-        return self._compare_inputs(replace(p, reads_all=()), footer, shard)
+        return self._compare_inputs(p, footer, shard)
 
     def _compare_inputs(self, p: Pass, footer: tables.TableFooter, shard: int) -> State:
-        current = self.provenance(p, shard)
-        own = {name: digest for name, digest in footer.provenance.inputs.items() if not name.endswith("/*")}
-        if self.keep or replace(footer.provenance, inputs=own) == current:
+        made, current = footer.provenance, self._digest_inputs(p, shard)
+        own = {name: digest for name, digest in made.inputs.items() if not name.endswith("/*")}
+        if self.keep or (own == current and (made.stage, made.name) == (p.stage, p.name)):
             return State(kind="done", footer=footer)
-        return _mark_changed(p, footer, sorted({name for name, _ in own.items() ^ current.inputs.items()}))
+        return _mark_changed(p, footer, sorted({name for name, _ in own.items() ^ current.items()}))
 
     def _compare_whole(self, p: Pass, state: State, folder: str) -> State:
         """The state of a table, given what it is without the tables of all shards in `folder`, which it reads too."""

@@ -28,34 +28,12 @@ from pipeline.execution.pass_graph import add_inputs
 from pipeline.execution.run_state import RunState
 from pipeline.execution.runner import Runner
 from pipeline.execution.signals import stop_on_signal
-from pipeline.sections import Run
-from pipeline.storage.layout import CERTIFICATE
 
 
 def load_stage(name: str) -> ModuleType | None:
     """The stage of this name, when it works on the whole run; None for every other name."""
     module = plugins.load("stages", name) if name in plugins.list_names("stages") else None
     return module if hasattr(module, "reads") and hasattr(module, "make") else None
-
-
-def load_command(name: str) -> ModuleType:
-    """The package of stages/ that is the command `recap NAME`.
-
-    It has `run_command(run: Run, **options) -> Iterator[str]`, which yields the lines to print.
-    """
-    return plugins.load("stages", name)
-
-
-def describe_judges(run: Run) -> list[str]:
-    """Lines on how far judges notice planted errors; none without [canary]."""
-    return list(load_command("audit").describe_judges(run)) if run.sections["canary"] else []
-
-
-def describe_certificate(run: Run) -> list[str]:
-    """Lines on the guarantee that an audit has found, and whether it still holds; none without one."""
-    if not (run.folder / CERTIFICATE).exists():
-        return []
-    return list(load_command("audit").describe_certificate(run))
 
 
 def make_product(stage: ModuleType, state: RunState) -> Path:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline import audits
 from pipeline.progress import say
 from pipeline.sections import Run
 from pipeline.storage import database, tables
 from pipeline.storage.layout import CERTIFICATE, find_numbers
 from pipeline.storage.payloads import SUMS, write_sums
-from stages.audit.canaries import describe_judges
-from stages.audit.certificates import describe_certificate
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
 from stages.exporters._croissant import build_croissant
@@ -114,9 +113,9 @@ def _describe_dropped(dropped: Mapping[str, int]) -> Iterator[str]:
 
 
 def _describe_audits(run: Run) -> Iterator[str]:
-    if run.sections["canary"] and (lines := list(describe_judges(run))):
+    if lines := audits.describe_judges(run):
         yield f"How far the judges notice errors that were planted in captions:\n\n{_list_lines(lines)}"
-    if lines := list(describe_certificate(run)):
+    if lines := audits.describe_certificate(run):
         yield f"What an audit with people's labels guarantees:\n\n{_list_lines(lines)}"
 
 

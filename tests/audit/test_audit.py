@@ -14,7 +14,14 @@ from pipeline.errors import UserError
 from pipeline.storage import database
 from stages.audit import describe_guarantee, read_audit
 from stages.audit.drawing import draw_captions
-from stages.audit.labels import CaptionVerdict, combine_labels, fleiss_kappa, measure_agreement, read_labels
+from stages.audit.labels import (
+    CaptionVerdict,
+    combine_labels,
+    fleiss_kappa,
+    import_labels,
+    measure_agreement,
+    read_labels,
+)
 from stages.audit.page import render_page
 from tests.support.runs import begin, corpus, make, recap, sections
 
@@ -134,7 +141,10 @@ def test_a_threshold_needs_a_score_of_the_run(run: Path) -> None:
     assert "'beauty' is not a score" in result.stderr
 
 
-def test_a_threshold_needs_values_of_the_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_threshold_needs_values_of_the_score(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text(json.dumps(label(list_captions(run)[0][0], "acceptable")))
+    import_labels(config.load(run), file)
     monkeypatch.setattr("stages.audit.collect_scores", lambda audits, score: ([], []))
     with pytest.raises(UserError, match="--score: no caption has a value of 'judge'"):
         list(describe_guarantee(config.load(run), score="judge", precision=0.9, confidence=0.9, seed=0))

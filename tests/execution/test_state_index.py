@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import config
 from pipeline.commands import init, status
+from pipeline.execution import run_state
 from pipeline.execution.run_state import RunState
 from pipeline.execution.state_index import StateIndex, list_folders
 from pipeline.slurm.jobs import JobMonitor
@@ -116,6 +117,23 @@ def test_changes_are_found_with_and_without_the_cache(
     assert find_kinds(run) == expected
     shutil.rmtree(run / ".work" / "stamps")
     assert find_kinds(run) == expected
+
+
+@pytest.mark.parametrize("change", [remove_table, truncate_table, change_rules, truncate_payload])
+def test_a_run_of_many_shards_makes_what_a_run_of_few_makes(
+    finished: Path, tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = []
+    for many in (10**9, 1):
+        monkeypatch.setattr(run_state, "MANY", many)
+        run = shutil.copytree(finished, tmp_path / str(many))
+        change(run)
+        state = RunState(config.load(run), stale="redo")
+        done = {p.folder for p in state.passes if all(state.states.state(p, n).kind == "done" for n in state.selected)}
+        assert state.finished == (done if many == 1 else set())
+        made, again = (make(run, stale="redo") for _ in range(2))
+        outcomes.append((made.done, made.skipped, made.failures, again.done, again.skipped))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_damaged_cache_is_ignored(finished: Path, tmp_path: Path) -> None:
