@@ -9,6 +9,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -528,10 +529,14 @@ def _replace_unstorable(value: Any) -> Any:
 
 def arrow_schema(record: type[Record], *, version: int | None = None) -> pa.Schema:
     """The explicit, versioned Arrow schema of a record; `version` is an earlier one of its columns."""
+    return _build_schema(cast(Any, record), version or record.version)
+
+
+@cache  # every part of every table asks for it, and type hints are slow to resolve
+def _build_schema(record: Any, version: int) -> pa.Schema:
     import pyarrow as pa
 
-    version, plain = version or record.version, cast(Any, record)
-    since = {field.name: field.metadata.get("since", 1) for field in dataclasses.fields(plain)}
+    since = {field.name: field.metadata.get("since", 1) for field in dataclasses.fields(record)}
     fields = [field for field in _arrow_fields(record) if since[field.name] <= version]
     return pa.schema(fields, metadata={"recap.table": record.table, "recap.version": str(version)})
 

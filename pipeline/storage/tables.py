@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -335,7 +336,7 @@ def encode_batch(batch: pa.RecordBatch) -> pa.Buffer | bytes:
 
 def from_arrow(record: type[R], batch: pa.RecordBatch) -> Iterator[R]:
     """The rows of a batch whose columns are the record's."""
-    builders = _find_builders(record)
+    builders = _find_builders(cast(Any, record))
     for row in batch.to_pylist():
         for name, build in builders.items():
             row[name] = build(row[name])
@@ -393,7 +394,8 @@ def _convert_structs(value: Any) -> Any:
     return value
 
 
-def _find_builders(record: type) -> dict[str, Callable[[Any], Any]]:
+@cache
+def _find_builders(record: Any) -> dict[str, Callable[[Any], Any]]:
     """Functions that convert Arrow values to fields, for the fields where the two differ."""
     builders: dict[str, Callable[[Any], Any]] = {}
     for name, hint in get_type_hints(record).items():
