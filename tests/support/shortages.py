@@ -136,7 +136,7 @@ def run_alone(num_steps: int) -> subprocess.CompletedProcess[str]:
         library = f"{folder}/allocator.so"
         compiler = ["gcc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", library]
         subprocess.run(compiler, input=ALLOCATOR, text=True, check=True)
-        environment = {**os.environ, "LD_PRELOAD": library, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        environment = {**os.environ, "LD_PRELOAD": library}
         command = [sys.executable, "-m", "tests.support.shortages", "--steps", str(num_steps), "--folder", folder]
         return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
 
