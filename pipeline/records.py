@@ -506,12 +506,17 @@ def make_storable(row: R) -> R:
 
 
 def _is_storable(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.isascii() or replace_surrogates(value) == value
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    if isinstance(value, tuple):
+    kind = type(value)  # of every value of every row, so the commonest kinds come first
+    if kind is str:
+        return bool(value.isascii()) or replace_surrogates(value) == value
+    if value is None or kind is float or kind is bool:
+        return True
+    if kind is int:
+        return bool(-(2**63) <= value < 2**63)
+    if kind is tuple:
         return all(map(_is_storable, value))
+    if isinstance(value, str):  # NumPy's, for example
+        return _is_storable(str(value))
     return not dataclasses.is_dataclass(value) or all(map(_is_storable, vars(value).values()))
 
 

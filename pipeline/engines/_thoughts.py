@@ -32,6 +32,7 @@ _ENDS_OF_TURN = (
     "<|im_end|>", "<|end|>", "<|return|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "</s>"
 )  # fmt: skip
 _BARE_CHANNELS = ("analysis", "assistantfinal")  # OpenAI's channels where special tokens are not decoded
+_ANY_MARK = re.compile(rf"[<◁]|\[/?THINK\]|\A{_BARE_CHANNELS[0]}")  # the beginning of each of them
 
 
 def extract_answer(text: str) -> tuple[str, str]:
@@ -42,6 +43,8 @@ def extract_answer(text: str) -> tuple[str, str]:
     >>> extract_answer("<think>Let me see.</think> A red cat.")
     ('A red cat.', '')
     """
+    if not _ANY_MARK.search(text):
+        return text, ""
     answer = _strip_ends_of_turn(text)
     if _is_json(answer):
         return answer, ""

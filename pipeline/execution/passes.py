@@ -122,9 +122,8 @@ class Shard:
         """
         assert image.file is not None and image.offset is not None and image.num_bytes is not None
         if path is not None or image.offset == 0:  # a file of its own, since a tar begins with a header
-            with (path or self.locate(image)).open("rb") as file:
-                file.seek(image.offset)
-                data = file.read(image.num_bytes)
+            with open(path or self.locate(image), "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), image.num_bytes, image.offset)
         else:
             data = os.pread(self._open_file(self.locate(image)), image.num_bytes, image.offset)
         if hashlib.sha256(data).hexdigest() != image.sha256:

@@ -37,9 +37,10 @@ def parse_json(text: str) -> Any:
         ValueError: the text is not JSON, or an object in it repeats a name; the message says what and where.
     """
     try:
-        value = json.loads(
-            find_json(text), strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant
-        )
+        try:
+            value = _DECODER.decode(strip_fence(text))
+        except json.JSONDecodeError:
+            value = _DECODER.decode(find_json(text))
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -119,6 +120,9 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_build_object, parse_constant=_reject_constant)
 
 
 def _find_problems(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
