@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -157,26 +157,26 @@ def _build_request(passage: Passage, *, top_tokens: int) -> Request:
         source_key=sample.source_key,
         schema=json.dumps(rubric.schema, ensure_ascii=False),
         ladder=rubric.spec.sampling.rungs,
-        accept=lambda reply: _find_problem(reply, rubric),
+        accept=lambda reply: _read_reply(reply, rubric)[1],
         seed=derive_seed(sample.seed, passage.suffix),
         top_tokens=top_tokens,
     )
 
 
-def _find_problem(reply: Reply, rubric: Rubric) -> str:
+def _read_reply(reply: Reply, rubric: Rubric) -> tuple[Any, str]:
+    """The value in a reply, and what is wrong with the reply; "" if nothing is."""
     try:
-        read_value(reply, rubric.schema)
+        return read_value(reply, rubric.schema), ""
     except ValueError as error:
-        return str(error)
-    return ""
+        return None, str(error)
 
 
 def _parse_reply(reply: Reply, passage: Passage, *, is_soft: bool) -> JudgeAnswer:
     rubric = passage.rubric
-    problem = _find_problem(reply, rubric)
+    value, problem = _read_reply(reply, rubric)
     if not problem and is_soft and reply.tokens is None:
         problem = NO_PROBABILITIES
-    verdicts = {} if problem else rubric.verdicts(read_value(reply, rubric.schema))
+    verdicts = {} if problem else rubric.verdicts(value)
     soft: Iterable[Mapping[str, float] | None] = [None] * len(rubric.criteria)
     if not problem and is_soft:
         soft = read_probabilities(reply.tokens or (), list(rubric.allowed_verdicts.values()))
@@ -229,8 +229,9 @@ def _compute_value(answers: Sequence[JudgeAnswer], rubric: Rubric) -> float | No
     """The mean over the decided criteria, of all sentences, the worst one, or each as a factor; None if too little was
     decided."""
     criteria = [criterion for answer in answers for criterion in answer.criteria]
-    decided = weighted_mean(replace(criterion, value=float(criterion.value is not None)) for criterion in criteria)
-    if decided is None or decided < rubric.spec.min_decided:
+    total = math.fsum(criterion.weight for criterion in criteria)
+    decided = math.fsum(criterion.weight for criterion in criteria if criterion.value is not None)
+    if not total or decided / total < rubric.spec.min_decided:
         return None
     if rubric.spec.aggregate == "mean":
         return weighted_mean(criteria)

@@ -25,6 +25,7 @@ _KEYWORDS = (
     " maximum anyOf"
 )
 KEYWORDS = frozenset(_KEYWORDS.split())
+SIZES = frozenset(word for word in KEYWORDS if word.startswith(("min", "max")))
 _FENCE = re.compile(r"```[a-z]*\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 
 
@@ -149,6 +150,8 @@ def _is_type(value: Any, name: str) -> bool:
 
 
 def _find_size_problems(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
+    if not SIZES & schema.keys():
+        return
     size = value if isinstance(value, int | float) else len(value) if isinstance(value, str | list) else None
     if size is None or isinstance(value, bool):
         return

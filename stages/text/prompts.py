@@ -99,7 +99,9 @@ def fence_text(text: str, *, limit: int | None = None) -> str:
 def sanitise_text(text: str) -> str:
     """Replaces control characters and breaks up the special tokens of chat templates."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    plain = "".join(c if c in "\n" or c in JOINERS or unicodedata.category(c)[0] != "C" else " " for c in text)
+    plain = text
+    if not text.replace("\n", " ").isprintable():
+        plain = "".join(c if c in "\n" or c in JOINERS or unicodedata.category(c)[0] != "C" else " " for c in text)
     return re.sub(r"<(?=[|/\w])|\[(?=/?INST\])", lambda match: f"{match[0]} ", plain).strip()
 
 
