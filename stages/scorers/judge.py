@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.engines import MAX_TOP_TOKENS, Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
