@@ -19,8 +19,8 @@ from stages.scorers import Sample
 SEED = CHOICE
 ONE_TO_ONE, AS_SET = "one to one", "set of claims"  # how the claims of a caption are compared with the truth
 CORPUS = scenes.Config(num_images=100_000, seed=SEED, broken_share=0.0, duplicate_share=0.0)
-JUDGE, CAPTIONER = "stages/models/scenes-judge", "stages/models/scenes-captioner"
-STUDENT = Path("stages/models/scenes-student")
+JUDGE, CAPTIONER = "stages/scenes/models/scenes-judge", "stages/scenes/models/scenes-captioner"
+STUDENT = Path("stages/scenes/models/scenes-student")
 
 
 @dataclass(frozen=True, kw_only=True)

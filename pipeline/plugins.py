@@ -18,7 +18,7 @@ from pipeline.errors import UnknownNameError
 from pipeline.sections import STAGES
 
 MOVED = {"stages.teachers": "stages.scenes.teachers"}  # names that existing run.toml files use
-SHIPPED_IN = {"writers": "rubric_writers"}  # folder of a run -> folder of stages/
+SHIPPED_IN = {"flags": "text/flags", "writers": "rubric_writers"}  # folder of a run -> folder of stages/
 
 
 def list_names(package: str) -> list[str]:

@@ -52,7 +52,7 @@ def key(
         stamp_default: whether the fingerprint has the default too; False for a key that was added after runs were made.
         shown: whether `recap init` writes it; False for keys that only tests set.
         least, most: bounds of a number, inclusive.
-        locate: "path": relative to the directory of run.toml; "model": also in `<run>/models` or stages/models;
+        locate: "path": relative to the directory of run.toml; "model": also in `<run>/models` or stages/scenes/models;
             "endpoint": a URL, or the word `endpoint` for the server that `recap serve` starts.
     """
     about: dict[str, Any] = {"help": help, "stamp": stamp, "stamp_default": stamp_default, "shown": shown}

@@ -273,6 +273,6 @@ def _resolve_path(value: str, how: str, run: Path) -> str:
         return str(Path(value).expanduser())
     if how == "path":
         return str(run / value)
-    shipped = Path(str(resources.files("stages"))) / "models"
+    shipped = Path(str(resources.files("stages"))) / "scenes" / "models"
     found = (place for place in (run / "models" / value, run / value, shipped / value) if place.is_dir())
     return str(next(found, value))

@@ -40,7 +40,6 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "pipeline.__main__",
     "manifests",
     "stages.text",
-    "stages.flags",
     "stages.recipes",
     "stages.rubrics",
     "stages.scenes",

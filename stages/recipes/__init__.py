@@ -16,8 +16,7 @@ from typing import Any
 from pipeline.errors import UnknownNameError
 from pipeline.sections import key
 from pipeline.validation import read_toml
-from stages import flags
-from stages.text import json_schema
+from stages.text import flags, json_schema
 from stages.text.answers import AnswerFormat
 from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, hash_prompt, list_fields
 

@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from pipeline.sections import key
 from pipeline.storage.words import count_words
-from stages import flags
 from stages.scorers import Sample, ScoreResult, combine_criteria
+from stages.text import flags
 from stages.text.repetition import find_loop, split_words
 from stages.text.sentences import split_sentences
 

@@ -20,8 +20,8 @@ from pipeline.errors import MachineError
 from pipeline.records import Criterion, ImageRubric, RubricCriterion, arrow_schema
 from pipeline.storage import tables
 from pipeline.storage.words import count_words
-from stages import flags
 from stages.scorers import Sample, Scorer, ScoreResult
+from stages.text import flags
 from stages.text.answers import Answer, AnswerFormat, read_answer
 from stages.text.repetition import find_loop
 from stages.training.dataset import read_image_file, write_arrow

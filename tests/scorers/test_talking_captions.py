@@ -35,7 +35,7 @@ MARGIN = 0.01  # of a probability
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    model = str(ROOT / "stages/models/scenes-judge")
+    model = str(ROOT / "stages/scenes/models/scenes-judge")
     opened = transformers.open(transformers.Config(model=model, batch_size=16, dtype="float32"))
     yield opened
     opened.close()

@@ -15,7 +15,8 @@ from pipeline import config
 from pipeline.errors import MachineError
 from pipeline.records import Caption, Criterion, ImageRubric, RubricCriterion
 from pipeline.storage import tables
-from stages import flags, scorers
+from stages import scorers
+from stages.text import flags
 from stages.training.rewards import (
     WINDOW,
     Reward,

@@ -21,8 +21,9 @@ from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UserError
 from pipeline.sections import Run, key
-from stages import flags, scorers
+from stages import scorers
 from stages.scorers import Scorer
+from stages.text import flags
 from stages.training import trainer
 from stages.training.collator import Collator
 from stages.training.dataset import TrainExample, Turn, make_example, read_images

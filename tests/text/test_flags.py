@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages import flags
+from stages.text import flags
 from tests.support.texts import MARKET_CAPTION
 
 FLAGS_BY_TEXT = {
