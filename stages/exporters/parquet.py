@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CARD = CardEntry(image="image", caption="caption", data_files="parquet/*.parquet")
 IMAGE_BYTES = "image.bytes"  # of the leaves; compressed already, and no two are equal
 ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
+ROWS_PER_BATCH = 4  # after which a page may end; with Arrow's 1024, a group's images are one page, which takes long
 
 
 def open(run: Path, shard: int, work: Path, split: str = "") -> ImageParquet:
@@ -73,6 +74,7 @@ class ImageParquet:
                 compression={**dict.fromkeys(others, "zstd"), IMAGE_BYTES: "none"},
                 use_dictionary=others,
                 write_page_index=True,
+                write_batch_size=ROWS_PER_BATCH,
             )
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema), row_group_size=ROWS_PER_GROUP)
         self._rows = []
