@@ -38,6 +38,7 @@ def key(
     stamp: bool | str = True,
     stamp_default: bool = True,
     shown: bool = True,
+    in_init: bool = True,
     least: float | None = None,
     most: float | None = None,
     locate: str | None = None,
@@ -50,12 +51,14 @@ def key(
         help: one line that `recap init` and editors show.
         stamp: whether the value decides rows, and so belongs to the fingerprint; a string is its name there.
         stamp_default: whether the fingerprint has the default too; False for a key that was added after runs were made.
-        shown: whether `recap init` writes it; False for keys that only tests set.
+        shown: whether users see it; False for keys that only tests set.
+        in_init: whether `recap init` writes it; False for keys that a first run does not need.
         least, most: bounds of a number, inclusive.
         locate: "path": relative to the directory of run.toml; "model": also in `<run>/models` or stages/scenes/models;
             "endpoint": a URL, or the word `endpoint` for the server that `recap serve` starts.
     """
     about: dict[str, Any] = {"help": help, "stamp": stamp, "stamp_default": stamp_default, "shown": shown}
+    about["in_init"] = in_init
     about |= {"least": least, "most": most, "locate": locate}
     if factory is not MISSING:
         return dataclasses.field(default_factory=factory, metadata=about)

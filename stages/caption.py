@@ -6,7 +6,7 @@ Knows recipes and which images to caption; knows neither the model nor what make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from pipeline import plugins
@@ -17,15 +17,19 @@ from pipeline.execution.sharing import is_copy, share_rows, shares_rows
 from pipeline.records import Caption, Curation, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
+from pipeline.validation import Section
 from stages import recipes
 from stages.recipes import Recipe
 from stages.text.answers import read_answer
 from stages.text.conditions import check_query, find_scores
+from stages.text.given import GivenTexts, Texts, prepare_texts
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
 from stages.text.repetition import find_lasting_loop
 
 NAMED = True
 VERSION = 1
+WORDS_KEYS = frozenset({"words", "num_candidates", "where", "of", "max_error_share"})
+NO_TEXTS = GivenTexts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,13 @@ class Config:
     """`[caption.NAME]`."""
 
     recipe: str = key("dense", "prompt, answer format and sampling: a file of recipes/, your own or one that ships")
-    engine: str = key(help="the captioner: a name in [engines]")
+    engine: str = key("", "the captioner: a name in [engines]; required without words")
+    words: str = key(
+        "",
+        'captions without a model: SQL over columns of the image, e.g. "alt_text" or "metadata->>\'$.title\'", or a'
+        " SELECT of key and text over usable captions of other passes; candidate n has the n-th of several texts",
+        in_init=False,
+    )
     num_candidates: int = key(1, "captions per image", least=1)
     where: str | None = key(
         None, "caption only these images: an SQL condition over image columns and, with `of`, names of scores"
@@ -58,6 +68,7 @@ class CaptionInput:
     candidate: int  # from 0
     data: Callable[[], bytes]  # reads the image file
     retry_of: tuple[str, ...] = ()  # see Shard
+    texts: Texts = field(default_factory=dict)  # about the image, by field
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -123,6 +134,21 @@ class CaptionWork:
         )
 
 
+def read_section(section: Section) -> Config:
+    """
+    Raises:
+        ConfigError: a key is unknown, or is for a model and there is none.
+    """
+    config = section.parse(Config)
+    if config.words:
+        for name in section.values.keys() - WORDS_KEYS:
+            allowed = ", ".join(sorted(WORDS_KEYS))
+            raise section.error(name, f"is for a model, and a pass with words asks none; it may have {allowed}")
+    elif not config.engine:
+        raise section.error("engine", "is missing; it is a string: the captioner, a name in [engines]")
+    return config
+
+
 def passes(run: Run) -> Iterable[Pass]:
     """One pass for each `[caption.NAME]`.
 
@@ -130,8 +156,70 @@ def passes(run: Run) -> Iterable[Pass]:
         ConfigError: a section names something that does not exist, or its `where` is not a valid condition.
     """
     for name, config in run.sections["caption"].items():
+        if config.words:
+            yield _build_words_pass(run, name, config)
+            continue
         p = _build_pass(run, name, config)
         yield from share_rows(p) if shares_rows(run) else (p,)
+
+
+def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
+    """Copies of an image have words of their own, so these rows are never shared."""
+    scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
+    words = prepare_texts(run, {"words": config.words}, caption=name, field=f"caption.{name}")
+    where_scores = [f"score/{score}/{config.of}" for score in scores]
+    return Pass(
+        stage="caption",
+        name=name,
+        folder=f"caption/{name}",
+        reads=tuple(dict.fromkeys([*(["curation"] if curated else []), *where_scores, *words.reads, "image"])),
+        version=VERSION,
+        slice={
+            "words": config.words,
+            "num_candidates": config.num_candidates,
+            "where": config.where,
+            "of": config.of,
+        },
+        record=Caption,
+        # a corpus may lack texts for most of its images
+        max_error_share=1.0 if config.max_error_share is None else config.max_error_share,
+        inputs=partial(
+            inputs,
+            num_candidates=config.num_candidates,
+            query=_build_query(config, scores),
+            curated=curated,
+            shared=False,
+            texts=words,
+        ),
+        work=partial(write_words, name=name),
+    )
+
+
+def write_words(inputs: Iterator[CaptionInput], _: Mapping[str, Engine], *, name: str) -> Iterator[Caption]:
+    """One row per input: candidate n has the n-th of the image's words."""
+    for item in inputs:
+        words = item.texts.get("words", ())
+        text = words[item.candidate].strip() if item.candidate < len(words) else ""
+        yield Caption(
+            key=item.image.key,
+            name=name,
+            candidate=item.candidate,
+            text=text,
+            fields=None,
+            status="ok" if text else "empty",
+            error=None if text else f"the SQL of words gives {len(words)} texts for this image",
+            flags=(),
+            finish_reason=None,
+            attempt=0,
+            seed=0,
+            num_prompt_tokens=None,
+            num_output_tokens=None,
+            model="",
+            revision="",
+            prompt_hash="",
+            sampling="{}",
+            engine="",
+        )
 
 
 def _build_pass(run: Run, name: str, config: Config) -> Pass:
@@ -172,7 +260,15 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
     )
 
 
-def inputs(shard: Shard, *, num_candidates: int, query: str | None, curated: bool = False) -> Iterator[CaptionInput]:
+def inputs(
+    shard: Shard,
+    *,
+    num_candidates: int,
+    query: str | None,
+    curated: bool = False,
+    shared: bool = True,
+    texts: GivenTexts = NO_TEXTS,
+) -> Iterator[CaptionInput]:
     """The candidates to generate, in order of key and candidate.
 
     Args:
@@ -180,6 +276,8 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None, curated: boo
         num_candidates: per image.
         query: SQL that gives the keys of the images in order; None: all images that are ok.
         curated: whether images that curation drops are left out.
+        shared: whether images that have their rows from another one are left out too.
+        texts: about each image.
     """
     rows = shard.read_table("image", Image)
     if query is None:
@@ -187,12 +285,18 @@ def inputs(shard: Shard, *, num_candidates: int, query: str | None, curated: boo
     else:
         images = (next(row for row in rows if row.key == image_key) for (image_key,) in shard.query(query))
     curation = shard.lookup("curation", Curation) if curated else None
+    find_texts = texts.open(shard)
     for image in images:
-        if curation and any(row.drop or is_copy(row) for row in curation(image.key)):
+        if curation and any(row.drop or (shared and is_copy(row)) for row in curation(image.key)):
             continue
+        given = find_texts(image.key)
         for candidate in range(num_candidates):
             yield CaptionInput(
-                image=image, candidate=candidate, data=partial(shard.read_image, image), retry_of=shard.retry_of
+                image=image,
+                candidate=candidate,
+                data=partial(shard.read_image, image),
+                retry_of=shard.retry_of,
+                texts=given,
             )
 
 

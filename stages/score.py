@@ -12,7 +12,7 @@ from functools import partial
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
-from pipeline.execution.sharing import share_rows, shares_rows
+from pipeline.execution.sharing import share_rows
 from pipeline.records import Score, column_names
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
@@ -76,7 +76,7 @@ def passes(run: Run) -> Iterable[Pass]:
             inputs=partial(read_samples, p=p, seed=run.seed),
             work=partial(work, name=p.name, caption=p.caption, scorer=p.scorer),
         )
-        yield from share_rows(made) if shares_rows(run) else (made,)
+        yield from share_rows(made) if p.is_shared else (made,)
 
 
 def work(

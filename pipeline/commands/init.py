@@ -212,7 +212,7 @@ def _render_section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
 def _render_keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name in values or field.metadata.get("shown", True):
+        if field.name in values or (field.metadata.get("shown", True) and field.metadata.get("in_init", True)):
             yield from _render_key(field, hints[field.name], values)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 COPIES = "copies"  # the part of a pass that gives rows to the images that share those of others
 NUM_READERS = 16  # requests at once for the files of a remote folder
 
@@ -82,21 +83,16 @@ class Shard:
 
     def lookup(self, folder: str, record: type[R]) -> Callable[[str], tuple[R, ...]]:
         """A function from a key to its rows in a table, if any. Keys must be looked up in ascending order."""
-        by_key = groupby(self.read_table(folder, record), key=lambda row: str(row.id[0]))
-        groups = ((key, tuple(rows)) for key, rows in by_key)
-        current = next(groups, None)
+        return lookup_rows(self.read_table(folder, record), lambda row: str(row.id[0]))
 
-        def find_rows(key: str) -> tuple[R, ...]:
-            nonlocal current
-            while current is not None and current[0] < key:
-                current = next(groups, None)
-            return current[1] if current is not None and current[0] == key else ()
+    def query(
+        self, sql: str, *, views: Mapping[str, pa.Table] | None = None, threads: int = 2
+    ) -> Iterator[tuple[Any, ...]]:
+        """The rows of a SELECT over this shard's own tables (see manifests/views.sql), and more tables by name.
 
-        return find_rows
-
-    def query(self, sql: str, *, views: Mapping[str, pa.Table] | None = None) -> Iterator[tuple[Any, ...]]:
-        """The rows of a SELECT over this shard's own tables (see manifests/views.sql), and more tables by name."""
-        with database.connect_run(self.run, files=f"{self.number:05d}.parquet") as connection:
+        With one thread, rows that the SELECT does not order come in the same order each time.
+        """
+        with database.connect_run(self.run, files=f"{self.number:05d}.parquet", threads=threads) as connection:
             for name, table in (views or {}).items():
                 connection.duck.register(name, table)
             yield from database.query_rows(connection, sql)
@@ -200,6 +196,20 @@ class AllShards:
         """
         if self.stop.is_set():
             raise StoppedError
+
+
+def lookup_rows(rows: Iterable[T], find_key: Callable[[T], str]) -> Callable[[str], tuple[T, ...]]:
+    """A function from a key to its rows, if any. Rows are sorted by key; keys must be looked up in ascending order."""
+    groups = ((key, tuple(group)) for key, group in groupby(rows, key=find_key))
+    current = next(groups, None)
+
+    def find_rows(key: str) -> tuple[T, ...]:
+        nonlocal current
+        while current is not None and current[0] < key:
+            current = next(groups, None)
+        return current[1] if current is not None and current[0] == key else ()
+
+    return find_rows
 
 
 def whole_input(folder: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -128,17 +129,20 @@ class Connection:
         self.close()
 
 
-def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None) -> Connection:
+def connect(
+    folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] | None = None, threads: int = 2
+) -> Connection:
     """Opens the views of manifests/views.sql over one run, with access to nothing else.
 
     Args:
         folder: the run.
         files: the table files that the views see; `00007.parquet` for those of one shard.
         where: view -> SQL condition that its rows must meet.
+        threads: for the files of one shard; with one, rows come in the same order each time.
     """
     import duckdb
 
-    duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": 2})
+    duck = duckdb.connect(config={} if files == "*.parquet" else {"threads": threads})
     # DuckDB reads *, [ and \ in any part of a path as a pattern. Through a handle the run's own path is not part of it.
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     root = f"/proc/self/fd/{handle}"
@@ -151,13 +155,13 @@ def connect(folder: Path, *, files: str = "*.parquet", where: Mapping[str, str] 
     return Connection(duck, _read_views(root, files, where or {}), handle=handle)
 
 
-def connect_run(run: Run, *, files: str = "*.parquet") -> Connection:
+def connect_run(run: Run, *, files: str = "*.parquet", threads: int = 2) -> Connection:
     """As `connect`, without the tables of passes that run.toml no longer has."""
     known = f"IN ({', '.join(map(quote_literal, _list_named_folders(run))) or 'NULL'})"
     where = {name: f"'{name}/' || name {known}" for name in ("caption", "rubric")}
     where |= {name: f"'{name}/' || name || '/' || caption {known}" for name in ("score", "canary")}
     where["stats"] = f"name = '' OR concat_ws('/', stage, name, nullif(caption, '')) {known}"
-    return connect(run.folder, files=files, where=where)
+    return connect(run.folder, files=files, where=where, threads=threads)
 
 
 def find_leftovers(run: Run) -> list[str]:
@@ -224,12 +228,13 @@ def fetch_rows(result: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
 
 
 @cache
-def find_columns(expression: str, *, clause: str) -> frozenset[str]:
+def find_columns(expression: str, *, clause: str, kind: str = "") -> frozenset[str]:
     """The column names in an SQL expression of the user's.
 
     Args:
         expression: the SQL.
         clause: the statement that it becomes a part of, with {} where it goes.
+        kind: what it is, for errors; default: condition or order.
 
     Raises:
         QueryError: it is not one expression whose value depends only on its row.
@@ -237,9 +242,40 @@ def find_columns(expression: str, *, clause: str) -> frozenset[str]:
     with _open_parser().cursor() as connection:
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
-        kind = "order" if "ORDER BY" in clause else "condition"
+        kind = kind or ("order" if "ORDER BY" in clause else "condition")
         raise QueryError(f"{expression!r} is not a valid SQL {kind}: {problem}")
     return frozenset(_list_values("column_names", tree))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The names in a SELECT, in lower case."""
+
+    tables: frozenset[str]  # that it reads; those of its WITH clauses are left out
+    common: frozenset[str]  # of its WITH clauses
+    columns: frozenset[str]
+
+
+@cache
+def find_sources(sql: str) -> Sources:
+    """The names of what a SELECT of the user's reads.
+
+    Raises:
+        QueryError: it is not one SELECT whose rows depend only on the tables that it names.
+    """
+    with _open_parser().cursor() as connection:
+        tree = _parse_statements(connection, sql)
+    nodes = list(_walk(tree))
+    problem = str(tree["error_message"]) if tree["error"] else ""
+    if not problem and len(tree["statements"]) != 1:
+        problem = "more than one statement"
+    if problem := problem or expressions.find_query_problem(nodes):
+        raise QueryError(f"{sql!r} is not a valid SELECT: {problem}")
+    common = _list_common_names(nodes)
+    columns = {str(name).lower() for node in nodes for name in node.get("column_names") or ()}
+    return Sources(
+        tables=frozenset(_list_tables(nodes) - common - {""}), common=frozenset(common), columns=frozenset(columns)
+    )
 
 
 @cache
@@ -283,10 +319,15 @@ def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:
     functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
     if unknown := sorted(name for name in functions if not TABLE_FUNCTIONS.fullmatch(name)):
         raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it is none of those known to do no more than read")
-    common = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
+    common = _list_common_names(nodes)
     is_about_tables = any(name.startswith(("duckdb_", "pragma_")) for name in functions)
     connection.define((_list_tables(nodes) - common) | ({"*"} if is_about_tables else set()))
     return statements[0]
+
+
+def _list_common_names(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The names of WITH clauses."""
+    return {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", ())}
 
 
 def _list_tables(nodes: Iterable[Mapping[str, Any]]) -> set[str]:

@@ -1,11 +1,11 @@
-"""The check that an SQL expression of run.toml sees its own row alone and gives the same value at any time.
+"""The check that SQL of run.toml gives the same at any time: an expression from its own row, a query from its tables.
 
 What is known to do so is allowed, and nothing else: DuckDB gains functions with each release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Set
 from typing import Any
 
 UNKNOWN = "is not a function known to give the same value for the same row at all times"
@@ -30,6 +30,11 @@ FORBIDDEN = {
     "SUBQUERY": "a query inside",
     "STAR": "*",
     "PARAMETER": "a parameter",
+}
+QUERY_CLASSES = CLASSES | {"STAR", "SUBQUERY", "WINDOW"}
+CLOCKS_AND_SESSIONS = {  # names that are functions where no column has them
+    *("current_catalog", "current_database", "current_date", "current_role", "current_schema", "current_time"),
+    *("current_timestamp", "current_user", "localtime", "localtimestamp", "session_user", "user"),
 }
 ZONED = {"TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE", "TIMETZ", "TIME WITH TIME ZONE"}
 FUNCTIONS = set(
@@ -75,23 +80,52 @@ FUNCTIONS = set(
     year yearweek
     """.split()  # noqa: SIM905
 )
+QUERY_FUNCTIONS = FUNCTIONS | set(
+    """
+    any_value arg_max arg_min argmax argmin array_agg avg bool_and bool_or count count_if count_star first group_concat
+    last list listagg max max_by mean median min min_by mode product quantile_cont quantile_disc stddev stddev_pop
+    string_agg sum var_pop variance
+
+    cume_dist dense_rank first_value lag last_value lead nth_value ntile percent_rank rank row_number
+
+    count_words unnest
+    """.split()  # noqa: SIM905
+)
 
 
-def find_problem(nodes: Iterator[dict[str, Any]]) -> str:
+def find_problem(nodes: Iterable[dict[str, Any]]) -> str:
     """The reason why the parsed expression may see more than its row, or change with time; "" if it does not."""
+    return _find_problem(nodes, CLASSES, FUNCTIONS)
+
+
+def find_query_problem(nodes: Iterable[dict[str, Any]]) -> str:
+    """The reason why the parsed SELECT may read more than the tables that it names, or change with time; "" if not."""
+    nodes = list(nodes)
+    for node in nodes:
+        if node.get("type") == "SHOW_REF":
+            return "it describes a table"
+        if node.get("sample"):
+            return "it draws a random sample"
+        names = node.get("column_names")
+        if isinstance(names, list) and len(names) == 1 and str(names[0]).lower() in CLOCKS_AND_SESSIONS:
+            return f"{names[0]} changes with time or user"
+    return _find_problem(nodes, QUERY_CLASSES, QUERY_FUNCTIONS)
+
+
+def _find_problem(nodes: Iterable[dict[str, Any]], classes: Set[str], functions: Set[str]) -> str:
     for node in nodes:
         kind = node.get("class")
-        if isinstance(kind, str) and kind not in CLASSES:
+        if isinstance(kind, str) and kind not in classes:
             return f"it has {FORBIDDEN.get(kind, kind)}"
         if kind == "TYPE" and str(node.get("type_name")).upper() in ZONED:
             return f"{node['type_name']} depends on the machine's time zone; use TIMESTAMP"
         name = node.get("function_name")
-        if isinstance(name, str) and (problem := _find_function_problem(name, node)):
+        if isinstance(name, str) and (problem := _find_function_problem(name, node, functions)):
             return problem
     return ""
 
 
-def _find_function_problem(name: str, node: dict[str, Any]) -> str:
+def _find_function_problem(name: str, node: dict[str, Any], functions: Set[str]) -> str:
     arguments = [one.get("expression", one) for one in node.get("arguments") or node.get("children") or []]
     if name.lower() == "age":
         return "" if len(arguments) == 2 else "age of one date reads the clock; age(date, date) does not"
@@ -99,7 +133,7 @@ def _find_function_problem(name: str, node: dict[str, Any]) -> str:
         aggregate = _read_constant(arguments[1]) if len(arguments) > 1 else ""
         is_known = f"list_{aggregate.lower()}" in FUNCTIONS
         return "" if is_known else f"{name} needs the name of an aggregate that also is a function, as sum in list_sum"
-    return "" if name.lower() in FUNCTIONS else f"{name} {UNKNOWN}"
+    return "" if name.lower() in functions else f"{name} {UNKNOWN}"
 
 
 def _read_constant(node: dict[str, Any]) -> str:

@@ -30,6 +30,11 @@ class ScorePass:
     max_error_share: float | None  # None: the run's
 
     @property
+    def is_shared(self) -> bool:
+        """Whether images with equal bytes share these captions, and so their scores."""
+        return self.captions == asked_folder(f"caption/{self.caption}")
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Folders of the tables that its samples come from."""
         return ("image", *([f"rubric/{self.scorer.rubric}"] if self.scorer.rubric else []), self.captions)
@@ -59,7 +64,7 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
     Raises:
         ConfigError: a section names something that does not exist.
     """
-    known = tuple(run.sections["caption"])
+    known, shared = tuple(run.sections["caption"]), shares_rows(run)
     for name, config in run.sections["score"].items():
         field = f"{run.file}: score.{name}"
         scorer = scorers.load_scorer(config.scorer, run=run.file.parent, field=field)
@@ -73,7 +78,7 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
                 name=name,
                 caption=caption,
                 scorer=scorer,
-                captions=asked_folder(folder) if shares_rows(run) else folder,
+                captions=asked_folder(folder) if shared and not run.sections["caption"][caption].words else folder,
                 max_error_share=config.max_error_share,
             )
 

@@ -14,6 +14,7 @@ from pipeline.sections import Run
 from pipeline.storage import database
 
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
+CRITERIA = "_criteria"  # after the name of a score: the column of its criteria
 QUANTILE = "quantile"  # of a caption in its group, for rules
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
@@ -47,7 +48,7 @@ def find_scores(
     try:
         names = database.find_columns(sql, clause=clause)
     except QueryError as error:
-        raise ConfigError(f"{run.file}: {field}", f"{error}{_suggest_quotes(run, sql)}") from error
+        raise ConfigError(f"{run.file}: {field}", f"{error}{suggest_quotes(run, sql)}") from error
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words", *more_columns}
     folded = {name.casefold(): f"{name} is the name of a column" for name in taken}  # SQL ignores the case
     for score in run.sections["score"]:
@@ -57,16 +58,16 @@ def find_scores(
     known = {*run.sections["score"], *taken}
     if unknown := sorted(names - known):
         message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
-        raise ConfigError(f"{run.file}: {field}", f"{message}{_suggest_quotes(run, sql)}")
+        raise ConfigError(f"{run.file}: {field}", f"{message}{suggest_quotes(run, sql)}")
     return set(names & set(run.sections["score"]))
 
 
-def _suggest_quotes(run: Run, sql: str) -> str:
-    """Advice on a score whose name is an SQL keyword or no identifier; "" if the SQL has no such name."""
-    for score in run.sections["score"]:
-        quoted = re.sub(rf'(?<!["\w]){re.escape(score)}(?!["\w])', f'"{score}"', sql)
-        if quoted != sql and not _is_identifier(score):
-            return f"; the score {score} needs double quotes in SQL, which single quotes keep in TOML: '{quoted}'"
+def suggest_quotes(run: Run, sql: str, *, stages: Sequence[str] = ("score",)) -> str:
+    """Advice on a pass of these stages whose name is an SQL keyword or no identifier; "" if the SQL has none."""
+    for stage, name in ((one, name) for one in stages for name in run.sections[one]):
+        quoted = re.sub(rf'(?<!["\w]){re.escape(name)}(?!["\w])', f'"{name}"', sql)
+        if quoted != sql and not _is_identifier(name):
+            return f"; the {stage} {name} needs double quotes in SQL, which single quotes keep in TOML: '{quoted}'"
     return ""
 
 
@@ -77,13 +78,17 @@ def _is_identifier(name: str) -> bool:
         return False
 
 
-def build_rows(scores: Sequence[str], captions: Sequence[str]) -> str:
+def build_rows(scores: Sequence[str], captions: Sequence[str], *, criteria: Sequence[str] = ()) -> str:
     """A SELECT over a shard's views that the SQL of run.toml is applied to.
 
-    One row for each caption of these passes, with `num_words`, its image's columns, and scores as columns.
+    One row for each caption of these passes, with `num_words`, its image's columns, and scores as columns; of those of
+    the scores that `criteria` names, the criteria too, as SCORE_criteria.
     """
     quoted = [database.quote_identifier(score) for score in scores]
     values = "".join(f", {name}.value AS {name}" for name in quoted)
+    for score in criteria:
+        column = database.quote_identifier(f"{score}{CRITERIA}")
+        values += f", {database.quote_identifier(score)}.criteria AS {column}"
     joins = "\n".join(
         f"LEFT JOIN (FROM score WHERE name = {database.quote_literal(score)}) AS {name}"
         f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"

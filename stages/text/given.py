@@ -1,0 +1,172 @@
+"""`given` and `words` of run.toml: SQL for texts about an image, from its own row, its metadata and earlier passes.
+
+Decides what such SQL may read, and so what a pass depends on. It does not know what the texts are for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from pipeline import plugins
+from pipeline.errors import ConfigError, QueryError
+from pipeline.execution.passes import Shard, lookup_rows
+from pipeline.records import Image, column_names
+from pipeline.sections import Run
+from pipeline.storage import database
+from pipeline.storage.database import quote_identifier
+from stages.text.conditions import CONDITION, CRITERIA, build_rows, suggest_quotes
+
+SELECT = re.compile(r"\s*(SELECT|FROM|WITH)\b", re.IGNORECASE)  # the beginning of what is not an expression
+IMAGE = "image"  # the view that every pass of captions depends on anyway
+VIEWS = frozenset(record.table for record in database.RECORDS)
+# The key of an image, the number of a field, and one of its texts, in the order in which the user's SQL gives them.
+TEXTS = """
+    SELECT key, {number} AS field, place, text FROM (
+        SELECT *, row_number() OVER () AS place FROM (SELECT key::VARCHAR AS key, {text} AS text FROM ({sql}))
+    ) WHERE text IS NOT NULL"""
+
+Texts = Mapping[str, tuple[str, ...]]  # by field; a field without any is left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenTexts:
+    """Checked SQL for texts about an image, by field."""
+
+    fields: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # folders of the tables that it depends on, besides those of images
+    query: str = ""  # for key, number of the field, and text
+    where: str = ""  # the section of run.toml, for errors
+
+    def open(self, shard: Shard) -> Callable[[str], Texts]:
+        """A function from an image's key to its texts. Keys must be looked up in ascending order."""
+        find_rows = lookup_rows(self._read_rows(shard) if self.fields else (), itemgetter(0))
+
+        def find_texts(key: str) -> Texts:
+            texts: dict[str, tuple[str, ...]] = {}
+            for _, number, _, text in find_rows(key):
+                if text.strip():
+                    texts[self.fields[number]] = (*texts.get(self.fields[number], ()), text)
+            return texts
+
+        return find_texts
+
+    def _read_rows(self, shard: Shard) -> Iterator[tuple[str, int, int, str]]:
+        """
+        Raises:
+            ConfigError: the SQL fails on this shard's rows.
+        """
+        try:
+            yield from shard.query(self.query, threads=1)
+        except QueryError as error:
+            raise ConfigError(self.where, f"fails on shard {shard.number:05d}: {error}") from error
+
+
+def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str) -> GivenTexts:
+    """Checks SQL of a caption pass's section, and finds what it reads.
+
+    Args:
+        sql: by field, an expression over columns of an image, or a SELECT of `key` and one more column over images and
+            usable captions of other passes, each a relation by its name with its scores as columns.
+        caption: the caption pass.
+        field: of run.toml that holds `sql`.
+
+    Raises:
+        ConfigError: it is neither, or reads what it may not.
+    """
+    if not sql:
+        return GivenTexts()
+    where = {name: f"{run.file}: {field}.{name}" for name in sql}
+    sources = [_find_sources(run, text, caption, where[name]) for name, text in sql.items()]
+    tables = sorted(frozenset[str]().union(*(source.tables for source in sources)) - {IMAGE})
+    columns = frozenset[str]().union(*(source.columns for source in sources))
+    names = [next(name for name in run.sections["caption"] if name.lower() == table) for table in tables]
+    scores = {name: _find_scores(run, name, columns) for name in names}
+    relations = [f"{quote_identifier(name)} AS ({_build_relation(name, *scores[name])})" for name in names]
+    prefix = f"WITH {', '.join(relations)} " if relations else ""
+    with database.connect(run.folder, files="none.parquet") as connection:
+        texts = [_find_text(connection, prefix, text, where[name]) for name, text in sql.items()]
+    parts = [
+        TEXTS.format(number=number, text=text, sql=_as_select(one))
+        for number, (one, text) in enumerate(zip(sql.values(), texts, strict=True))
+    ]
+    folders = [[f"caption/{name}", *(f"score/{score}/{name}" for score in scores[name][0])] for name in names]
+    return GivenTexts(
+        fields=tuple(sql),
+        reads=tuple(folder for some in folders for folder in some),
+        query=f"{prefix}SELECT * FROM ({' UNION ALL '.join(parts)}) ORDER BY key, field, place",
+        where=f"{run.file}: {field}",
+    )
+
+
+def _find_sources(run: Run, sql: str, caption: str, where: str) -> database.Sources:
+    """The passes and columns that one piece of SQL names.
+
+    Raises:
+        ConfigError: it is not valid, or names what it may not.
+    """
+    captions = [name for name in run.sections["caption"] if name != caption]
+    try:
+        if not SELECT.match(sql):
+            columns = database.find_columns(sql, clause=CONDITION, kind="expression")
+            if unknown := sorted(columns - {*column_names(Image)}):
+                known = ", ".join(sorted(column_names(Image)))
+                advice = f"a SELECT of key and text may read {', '.join([IMAGE, *captions])}"
+                raise ConfigError(where, f"{sql!r} uses {', '.join(unknown)}; the columns are {known}; {advice}")
+            return database.Sources(tables=frozenset(), common=frozenset(), columns=frozenset())
+        sources = database.find_sources(sql.strip().rstrip(";"))
+    except QueryError as error:
+        raise ConfigError(where, f"{error}{suggest_quotes(run, sql, stages=('caption', 'score'))}") from error
+    readable = {name.lower() for name in captions} - VIEWS
+    if taken := sorted(sources.common & (readable | VIEWS)):
+        raise ConfigError(where, f"WITH {taken[0]} hides a table of that name; choose another name")
+    if caption.lower() in sources.tables - readable:
+        raise ConfigError(where, f"{sql!r} reads {caption}, the pass itself; it may read passes before it")
+    if unreadable := sorted(sources.tables - readable - {IMAGE}):
+        advice = plugins.explain_unknown(unreadable[0], [IMAGE, *sorted(readable)])
+        raise ConfigError(where, f"{sql!r} reads {unreadable[0]}: {advice}")
+    return sources
+
+
+def _find_scores(run: Run, caption: str, columns: frozenset[str]) -> tuple[list[str], list[str]]:
+    """The scores of a caption pass among these columns, and those of which the criteria are."""
+    rated = [name for name, s in run.sections["score"].items() if not s.captions or caption in s.captions]
+    criteria = [name for name in rated if f"{name}{CRITERIA}".lower() in columns]
+    return [name for name in rated if name.lower() in columns or name in criteria], criteria
+
+
+def _build_relation(caption: str, scores: Sequence[str], criteria: Sequence[str]) -> str:
+    """The usable captions of a pass in order, with their images' columns and their scores."""
+    rows = build_rows(scores, [caption], criteria=criteria)
+    return f"SELECT * FROM ({rows}) WHERE status = 'ok' ORDER BY key, candidate"
+
+
+def _as_select(sql: str) -> str:
+    """A SELECT on lines of its own, so that a comment at its end ends there."""
+    if SELECT.match(sql):
+        return f"\n{sql.strip().rstrip(';')}\n"
+    return f"SELECT key, (\n{sql}\n) AS text FROM {IMAGE}"
+
+
+def _find_text(connection: database.Connection, prefix: str, sql: str, where: str) -> str:
+    """An expression for the text, or a list's texts, of a row of the user's SQL.
+
+    Raises:
+        ConfigError: its columns are not `key` and one that has a text.
+    """
+    try:
+        result = database.run_query(connection, f"{prefix}SELECT * FROM ({_as_select(sql)})")
+    except QueryError as error:
+        raise ConfigError(where, str(error)) from error
+    types = {str(name): str(kind) for name, kind, *_ in result.description}
+    others = [name for name in types if name.lower() != "key"]
+    if len(others) != 1 or len(types) != 2:
+        raise ConfigError(where, f"{sql!r} has the columns {', '.join(types)}; it must have key and one more, the text")
+    column, kind = quote_identifier(others[0]), types[others[0]]
+    if "JSON" in kind:
+        raise ConfigError(where, f"{sql!r} gives JSON; write ->> instead of -> for text")
+    if kind.startswith(("STRUCT", "MAP")):
+        raise ConfigError(where, f"{sql!r} gives {kind}; name one of its fields")
+    return f"unnest({column}::VARCHAR[])" if kind.endswith("[]") else f"{column}::VARCHAR"
