@@ -41,7 +41,6 @@ NUM_LABELS = (100, 200, 300)
 WRONG = (0.0, 0.05)  # shares of labels
 TARGETS = (0.85, 0.9, 0.95)
 CONFIDENCE = 0.9
-STRICT = 0.9  # probability of the least certain sentence
 CAPTIONERS = {"captioner": CAPTIONER, "student": str(STUDENT)}
 JUDGES = ("judge", "soft")  # verdicts as written, as in the demo; by probability
 STRICT = 0.95  # probability that the least certain sentence holds, by the soft judge

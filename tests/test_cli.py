@@ -253,6 +253,11 @@ def test_plan_names_what_was_edited_after_it_was_ingested(tmp_path: Path) -> Non
     assert "'described/00002.png'" in stderr
     stderr = edit(photos / "sub/00003.png", (photos / "sub/00002.png").read_bytes())
     assert "4 images changed" in stderr
+    (photos / "00003.txt").unlink()
+    assert "5 images changed" in recap("plan", "--run", run).stderr
+    metadata.unlink()
+    stderr = recap("plan", "--run", run).stderr
+    assert "6 images changed" in stderr
     (remedy,) = re.findall(r"again: rm (.*?), then `recap (.*?)`", stderr)
     for path in remedy[0].split():
         Path(path).unlink()

@@ -47,7 +47,8 @@ class Tree(Protocol):
         """The names of all files in a directory, relative to it; none when it is gone."""
 
     def list_times(self, folder: str) -> Mapping[str, float]:
-        """When each file of a directory last changed, in seconds since 1970; none in a store."""
+        """When each file of a directory last changed, and, as "", its list of files, in seconds since 1970; none in a
+        store."""
 
     def find_version(self, name: str) -> Version: ...
 
@@ -122,8 +123,10 @@ class _LocalTree:
             return []
 
     def list_times(self, folder: str) -> Mapping[str, float]:
-        with os.scandir(f"{self.root}/{folder}") as entries:
-            return {entry.name: time for entry in entries if (time := _find_time(entry)) is not None}
+        place = f"{self.root}/{folder}"
+        with os.scandir(place) as entries:
+            times = {entry.name: time for entry in entries if (time := _find_time(entry)) is not None}
+        return {"": Path(place).stat().st_mtime, **times}
 
     def find_version(self, name: str) -> Version:
         try:

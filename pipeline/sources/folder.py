@@ -110,14 +110,17 @@ def is_in_place(piece: Piece, config: Config) -> bool:
     return is_named and not _files.is_url(config.path)
 
 
-def find_times(config: Config) -> Iterator[tuple[str, float]]:
-    """Each planned file of a local directory, and when it, a sidecar or a metadata file above it last changed."""
+def find_times(config: Config) -> Iterator[tuple[str, float, float]]:
+    """Each planned file of a local directory, when it, a sidecar or a metadata file above it last changed, and, where
+    there is no sidecar, when the directory or one above it did: it may have lost a sidecar or a metadata file."""
     tree, described = _open_tree(config), {"": 0.0}  # directory -> the time of its metadata files and of those above it
+    listed = {"": 0.0}  # directory -> the time of its list of files and of those above it
     for folder, sizes in tree.walk([]):
         times = tree.list_times(folder)
         parent = folder.rstrip("/").rpartition("/")[0]
-        above = described.get(f"{parent}/" if parent else "", 0.0)
-        described[folder] = max([above, *(times[name] for name in METADATA if name in times)])
+        above = f"{parent}/" if parent else ""
+        described[folder] = max([described.get(above, 0.0), *(times[name] for name in METADATA if name in times)])
+        listed[folder] = max(listed.get(above, 0.0), times.get("", 0.0))
         stems: dict[str, float] = defaultdict(float)
         for name, time in times.items():
             if _common.parse_extension(name) in SIDECARS:
@@ -127,7 +130,8 @@ def find_times(config: Config) -> Iterator[tuple[str, float]]:
         for name in _list_inputs([*sizes]):
             own = [times.get(one, 0.0) for one in (name, *odd.get(name, ()))]
             own += [stems[stem] for stem in (name, name.rpartition(".")[0]) if stem in stems]
-            yield _escape_name(folder + name), max([described[folder], *own])
+            lost = listed[folder] if len(own) == 1 else 0.0
+            yield _escape_name(folder + name), max([described[folder], *own]), lost
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
@@ -135,9 +139,7 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
     if piece.start > 0 or piece.stop == 0:
         return
     tree, name = _open_tree(config), _unescape_name(piece.file)
-    raw = Raw(source_key=piece.file, data=None)
-    if _common.is_image(piece.file):
-        raw = _add_text(raw, tree, name, config.alt_text)
+    raw = read_texts(piece, config)
     try:
         data = tree.read(name, limit=_common.MAX_IMAGE_BYTES)
         in_place = is_in_place(piece, config)
@@ -145,6 +147,14 @@ def read(piece: Piece, config: Config) -> Iterator[Raw]:
         yield replace(raw, data=data, file=file, offset=offset)
     except UnusableFileError as error:
         yield replace(raw, error=_explain(error))
+
+
+def read_texts(piece: Piece, config: Config) -> Raw:
+    """The one file of the piece without its bytes, described by its sidecars and the nearest metadata file."""
+    raw = Raw(source_key=piece.file, data=None)
+    if not _common.is_image(piece.file):
+        return raw
+    return _add_text(raw, _open_tree(config), _unescape_name(piece.file), config.alt_text)
 
 
 def _explain(error: UnusableFileError) -> str:
