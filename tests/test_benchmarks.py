@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import adversary, coverage, details, miniature
+from benchmarks import adversary, coverage, details, downstream, miniature
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
 from stages.audit.drawing import DrawnCaption, DrawnScore
 from stages.scenes.claims import list_facts, write_caption
+from stages.scenes.measure import measure_caption
 from stages.training.settings import TrainConfig
 from tests.support.runs import ROOT
 
@@ -108,3 +109,21 @@ def test_simulated_audits_are_measured_by_the_truth(audited: coverage.World) -> 
     )
     assert sure.found > 0.5 and sure.broken <= 0.5 and 0 < sure.kept <= 1
     assert doubtful.found == 0
+
+
+def test_the_arms_of_the_dual_encoder_draw_pictures_as_they_say() -> None:
+    kept, groups = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0], [2, 2, 2, 5, 5, 5]
+    weights = downstream.restore_mix(kept, groups)
+    assert [weight > 0 for weight in weights] == [one > 0 for one in kept]
+    assert sum(weights[:3]) == sum(weights[3:]) == 3.0
+    best = downstream.keep_best_of_each([0.9, 0.1, 0.5, 0.2, 0.3, 0.1], groups, share=1 / 3)
+    assert best == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_true_descriptions_are_true_and_wrong_ones_the_more_so() -> None:
+    scenes = list_scenes(30)
+    wrong = [
+        sum(measure_caption(downstream.describe_scene(s, rng=Random(1), wrong=dose), s).total.num_false for s in scenes)
+        for dose in (0.0, 0.2, 0.6)
+    ]
+    assert wrong[0] == 0 < wrong[1] < wrong[2]
