@@ -27,7 +27,7 @@ from stages.exporters._kept_texts import KeptText, build_query, list_raw_folders
 from stages.exporters._settings import Config, list_columns, list_indexes, needs_images
 from stages.exporters._splits import draw_split
 from stages.exporters._whole import WHOLE_FILES, finish
-from stages.text.conditions import find_rule_scores
+from stages.text.conditions import find_rule_scores, list_competing
 from stages.text.prompts import derive_seed
 from stages.text.selection import (
     Count,
@@ -75,11 +75,14 @@ class PlacedInput:
 
 def passes(run: Run) -> Iterable[Pass]:
     settings: Config = run.sections["export"][""]
-    captions = list(run.sections["caption"])
-    if not captions:
+    if not run.sections["caption"]:
         return
+    captions = list_competing(run)
     query, scores = build_query(run, settings, sorted(set[str]().union(*find_rule_scores(run).values())))
-    groups, folders = ["curation"] if _has_groups(run, settings) else [], list_score_folders(run, scores)
+    groups, folders = (
+        ["curation"] if _has_groups(run, settings) else [],
+        list_score_folders(run, scores, captions=captions),
+    )
     own = Pass(
         stage="export",
         folder="export/index",

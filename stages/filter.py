@@ -28,6 +28,7 @@ from stages.text.conditions import (
     check_query,
     find_rule_scores,
     find_scores,
+    list_competing,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ class Config:
     rules: Mapping[str, str] = key(
         factory=dict, help='NAME = "SQL condition" that kept captions meet, checked in this order; a score is a column'
     )
+    captions: tuple[str, ...] | None = key(
+        None,
+        "the caption passes that compete for export; others, such as drafts for another pass, have no verdicts and are"
+        " not exported; default: all",
+        stamp_default=False,
+        in_init=False,
+    )
     choose: str = key(
         "candidate", 'SQL order among the kept captions of an image, e.g. "judge DESC": the first is exported'
     )
@@ -97,9 +105,9 @@ class FilterInput:
 
 def passes(run: Run) -> Iterable[Pass]:
     settings: Config = run.sections["filter"][""]
-    captions = list(run.sections["caption"])
-    if not captions:
+    if not run.sections["caption"]:
         return
+    captions = list_competing(run)
     if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
         raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is the name of a caption status too; choose another")
     scores_by_rule = find_rule_scores(run)
@@ -113,8 +121,8 @@ def passes(run: Run) -> Iterable[Pass]:
     yield Pass(
         stage="filter",
         folder="verdict",
-        reads=(*texts[:1], *list_score_folders(run, scores | balanced), *texts[1:]),
-        reads_all=(*texts, *list_score_folders(run, balanced)) if settings.balance else (),
+        reads=(*texts[:1], *list_score_folders(run, scores | balanced, captions=captions), *texts[1:]),
+        reads_all=(*texts, *list_score_folders(run, balanced, captions=captions)) if settings.balance else (),
         prepare=partial(write_quantiles, settings=settings, scores=sorted(balanced), captions=captions)
         if settings.balance
         else None,
@@ -129,6 +137,8 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def _build_slice(settings: Config) -> dict[str, object]:
     values: dict[str, object] = {"rules": [[*rule] for rule in settings.rules.items()], "choose": settings.choose}
+    if settings.captions is not None:
+        values["captions"] = sorted(settings.captions)
     return values | ({"balance": settings.balance, "balance_by": settings.balance_by} if settings.balance else {})
 
 

@@ -172,11 +172,13 @@ def find_leftovers(run: Run) -> list[str]:
     return sorted({str(path.relative_to(run.folder)) for path in paths if path.is_dir()} - {*_list_named_folders(run)})
 
 
-def list_score_folders(run: Run, scores: Iterable[str]) -> Iterator[str]:
-    """The folders of these score passes' tables: one for each caption pass that is scored."""
+def list_score_folders(run: Run, scores: Iterable[str], *, captions: Iterable[str] | None = None) -> Iterator[str]:
+    """The folders of these score passes' tables: one for each caption pass that is scored, of `captions` if given."""
+    wanted = set(run.sections["caption"] if captions is None else captions)
     for score in sorted(scores):
         for caption in run.sections["score"][score].captions or run.sections["caption"]:
-            yield f"score/{score}/{caption}"
+            if caption in wanted:
+                yield f"score/{score}/{caption}"
 
 
 def _list_named_folders(run: Run) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pipeline.execution.passes import AllShards, Shard
 from pipeline.records import NamedScore
 from pipeline.sections import Run
 from pipeline.storage import database
-from stages.text.conditions import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores
+from stages.text.conditions import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores, list_competing
 from stages.text.selection import RAW, ExportText, TextConfig
 
 # Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.
@@ -71,7 +71,11 @@ def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[
     Raises:
         ConfigError: a key of `[export]` names no pass, or its SQL is not valid.
     """
-    captions = list(run.sections["caption"])
+    captions = list_competing(run)
+    named = settings.named_passes | ({RAW} if settings.uses_raw else set())
+    if left_out := sorted(named & (run.sections["caption"].keys() - {*captions})):
+        message = f"uses captions of {left_out[0]!r}, which [filter] captions leaves out; add it there"
+        raise ConfigError(f"{run.file}: export", message)
     if unknown := sorted(settings.named_passes - {*captions, RAW}):
         known = ", ".join(sorted({*captions, RAW}))
         raise ConfigError(f"{run.file}: export", f"texts or prefix names {unknown[0]!r}; it may name {known}")
@@ -96,7 +100,7 @@ def _build_texts(run: Run, settings: TextConfig, scores: Sequence[str], captions
     """The parts of TEXTS and THRESHOLD that they share."""
     has_alt_texts = settings.uses_raw and RAW not in run.sections["caption"]
     return {
-        "rows": build_rows(scores, captions or list(run.sections["caption"])),
+        "rows": build_rows(scores, captions or list_competing(run)),
         "alt_texts": ALT_TEXTS if has_alt_texts else "",
         "raw_score": settings.raw_score or "NULL",
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pipeline import plugins
 from pipeline.errors import ConfigError, QueryError
 from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
@@ -17,6 +18,24 @@ IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column
 CRITERIA = "_criteria"  # after the name of a score: the column of its criteria
 QUANTILE = "quantile"  # of a caption in its group, for rules
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
+
+
+def list_competing(run: Run) -> list[str]:
+    """The caption passes whose captions may be exported.
+
+    Raises:
+        ConfigError: `[filter] captions` names none, one that does not exist, or one twice.
+    """
+    known, chosen = list(run.sections["caption"]), run.sections["filter"][""].captions
+    if chosen is None:
+        return known
+    field = f"{run.file}: filter.captions"
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(field, plugins.explain_unknown(name, sorted(known)))
+    if not chosen or len({*chosen}) < len(chosen):
+        raise ConfigError(field, f"is {list(chosen)}; it must name at least one of {', '.join(known)}, each once")
+    return [name for name in known if name in chosen]
 
 
 def find_rule_scores(run: Run) -> dict[str, set[str]]:

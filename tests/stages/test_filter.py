@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import config
 from pipeline.errors import ConfigError
+from pipeline.execution.run_state import RunState
 from tests.support.runs import begin, corpus, make, recap, sections, write
 
 pytestmark = pytest.mark.slow
@@ -86,3 +88,47 @@ def test_what_a_rule_is_balanced_by_is_part_of_its_fingerprint(captioned: Path) 
 def test_unusable_settings_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(begin(tmp_path / "run", configure(corpus(tmp_path / "photos", ["jpg"]), **settings)), "ingest")
+
+
+def add_drafts(photos: Path, **settings: Any) -> dict[str, Any]:
+    draft = {"caption__draft": {"recipe": "short", "engine": "captioner"}}
+    return sections(photos, **draft, filter={"rules": {}, "choose": "judge", **settings})
+
+
+def test_captions_that_do_not_compete_have_no_verdicts_and_are_not_exported(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", add_drafts(corpus(tmp_path / "photos", ["jpg", "cut", "png"]), captions=["dense"]))
+    state = RunState(config.load(run))
+    for stage in ("filter", "export"):
+        (p,) = (p for p in state.passes if p.stage == stage)
+        assert not any("draft" in folder for folder in p.depends_on)
+    for what in ("ingest", "caption:dense", "score:judge:dense", "filter", "export"):
+        assert make(run, what).exit_code == 0
+    assert make(run).exit_code == 0
+    rows = json.loads(recap("sql", "FROM verdict", "--run", run, "--format", "json").stdout)
+    assert [(row["caption"], row["chosen"]) for row in rows] == [("dense", True)] * 2
+    assert recap("verify", "--run", run).stdout == ""
+    assert str(run) in recap("report", "--run", run).stdout
+    write(run, add_drafts(tmp_path / "photos"))
+    assert "filter: captions: ['dense'] -> None" in recap("run", "filter", "--run", run, check=False).stderr
+
+
+def test_filter_captions_are_stamped_only_when_they_are_set(tmp_path: Path) -> None:
+    for settings, expected in (({}, None), ({"captions": ["draft", "dense"]}, ["dense", "draft"])):
+        run = begin(tmp_path / "run", add_drafts(corpus(tmp_path / "photos", ["jpg"]), **settings))
+        (p,) = (p for p in RunState(config.load(run)).passes if p.stage == "filter")
+        assert p.slice.get("captions") == expected and ("captions" in p.slice) == bool(settings)
+
+
+@pytest.mark.parametrize(
+    ("captions", "export", "message"),
+    [
+        (["dens"], {}, "filter.captions: 'dens' is none of dense, draft; did you mean 'dense'"),
+        ([], {}, r"filter.captions: is \[\]; it must name at least one of dense, draft"),
+        (["dense", "dense"], {}, "filter.captions: is .* each once"),
+        (["dense"], {"texts": {"draft": 1.0}}, "export: uses captions of 'draft', which .filter. captions leaves out"),
+    ],
+)
+def test_unusable_captions_are_named(tmp_path: Path, captions: list[str], export: Any, message: str) -> None:
+    parts = add_drafts(corpus(tmp_path / "photos", ["jpg"]), captions=captions)
+    with pytest.raises(ConfigError, match=message):
+        RunState(config.load(begin(tmp_path / "run", {**parts, "export": export})))
