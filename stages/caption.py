@@ -23,7 +23,7 @@ from stages.recipes import Recipe
 from stages.text.answers import read_answer
 from stages.text.conditions import check_query, find_scores
 from stages.text.given import GivenTexts, Texts, prepare_texts
-from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_with_context
+from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_where
 from stages.text.repetition import find_lasting_loop
 
 NAMED = True
@@ -42,6 +42,13 @@ class Config:
         "",
         'captions without a model: SQL over columns of the image, e.g. "alt_text" or "metadata->>\'$.title\'", or a'
         " SELECT of key and text over usable captions of other passes; candidate n has the n-th of several texts",
+        in_init=False,
+    )
+    given: Mapping[str, str] = key(
+        factory=dict,
+        help='FIELD = "SQL" that fills {FIELD} of the recipe\'s prompt: over columns of the image, e.g. "alt_text" or'
+        " \"metadata->>'$.place'\", or a SELECT of key and text over usable captions of other passes, each a"
+        " relation by its name with its scores as columns; several texts become a numbered list",
         in_init=False,
     )
     num_candidates: int = key(1, "captions per image", least=1)
@@ -86,21 +93,30 @@ class CaptionWork:
     sampling: SamplingConfig
 
     def run(self, inputs: Iterator[CaptionInput], engines: Mapping[str, Engine]) -> Iterator[Caption]:
-        """
+        """Asks about every input whose required fields have texts.
+
         Raises:
             OSError: an image file has gone.
         """
         engine = engines[self.engine]
-        requests = ((item, self._build_request(item)) for item in inputs)
-        for item, reply in map_with_context(engine.generate, requests):
-            yield self._build_row(item, reply, engine)
+
+        def ask(items: Iterator[CaptionInput]) -> Iterator[Reply]:
+            return engine.generate(map(self._build_request, items))
+
+        for item, reply in map_where(ask, inputs, lambda item: not self._find_missing(item)):
+            yield self._build_row(
+                item, reply or Reply(fault=f"a required field has no text: {self._find_missing(item)}"), engine
+            )
+
+    def _find_missing(self, item: CaptionInput) -> str:
+        return self.recipe.find_missing(item.image.alt_text, item.texts)
 
     def _build_request(self, item: CaptionInput) -> Request:
         return Request(
             id=f"{item.image.key}/{item.candidate}",
             system=self.recipe.spec.system,
-            prompt=self.recipe.build_prompt(item.image.alt_text).prompt,
-            images=(item.data(),),
+            prompt=self.recipe.build_prompt(item.image.alt_text, item.texts).prompt,
+            images=(item.data(),) if self.recipe.spec.image else (),
             source_key=item.image.source_key,
             schema=self.recipe.schema,
             ladder=self.sampling.rungs,
@@ -111,7 +127,7 @@ class CaptionWork:
 
     def _build_row(self, item: CaptionInput, reply: Reply, engine: Engine) -> Caption:
         answer = read_answer(reply, self.recipe.answer_format)
-        prompt = self.recipe.build_prompt(item.image.alt_text)
+        prompt = self.recipe.build_prompt(item.image.alt_text, item.texts)
         return Caption(
             key=item.image.key,
             name=self.name,
@@ -225,7 +241,7 @@ def write_words(inputs: Iterator[CaptionInput], _: Mapping[str, Engine], *, name
 def _build_pass(run: Run, name: str, config: Config) -> Pass:
     section = f"{run.file}: caption.{name}"
     try:
-        recipe = recipes.load(config.recipe, run=run.file.parent)
+        recipe, given = recipes.load_for_pass(run, name)
     except UnknownNameError as error:
         raise ConfigError(f"{section}.recipe", str(error)) from error
     sampling = _resolve_sampling(config, recipe, section)
@@ -235,9 +251,14 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        reads=(*(["curation"] if curated else []), "image", *(f"score/{score}/{config.of}" for score in scores)),
+        reads=(
+            *(["curation"] if curated else []),
+            *given.reads,
+            "image",
+            *(folder for score in scores if (folder := f"score/{score}/{config.of}") not in given.reads),
+        ),
         engines=(config.engine,),
-        shows_images=True,
+        shows_images=recipe.spec.image,
         version=VERSION,
         slice={
             "recipe": recipe.slice,
@@ -247,6 +268,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
             "of": config.of,
             "seed": run.seed,
             "engine": engine,
+            **({"given": dict(config.given)} if config.given else {}),
         },
         record=Caption,
         max_error_share=run.resolve_error_share(config.max_error_share),
@@ -255,6 +277,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
             num_candidates=config.num_candidates,
             query=_build_query(config, scores),
             curated=curated,
+            texts=given,
         ),
         work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, sampling=sampling).run,
     )

@@ -253,9 +253,8 @@ def find_columns(expression: str, *, clause: str, kind: str = "") -> frozenset[s
 class Sources:
     """The names in a SELECT, in lower case."""
 
-    tables: frozenset[str]  # that it reads; those of its WITH clauses are left out
-    common: frozenset[str]  # of its WITH clauses
-    columns: frozenset[str]
+    tables: Mapping[str, frozenset[str]]  # that it reads -> the columns that may be theirs
+    common: frozenset[str]  # of its WITH clauses, which are no tables
 
 
 @cache
@@ -273,11 +272,31 @@ def find_sources(sql: str) -> Sources:
         problem = "more than one statement"
     if problem := problem or expressions.find_query_problem(nodes):
         raise QueryError(f"{sql!r} is not a valid SELECT: {problem}")
-    common = _list_common_names(nodes)
-    columns = {str(name).lower() for node in nodes for name in node.get("column_names") or ()}
-    return Sources(
-        tables=frozenset(_list_tables(nodes) - common - {""}), common=frozenset(common), columns=frozenset(columns)
-    )
+    common, tables = _list_common_names(nodes), dict[str, frozenset[str]]()
+    for select, table in _list_readers(tree["statements"][0]):
+        if table not in common:
+            tables[table] = tables.get(table, frozenset()) | _list_columns(select, tree)
+    return Sources(tables=tables, common=frozenset(common))
+
+
+def _list_readers(tree: Any) -> Iterator[tuple[Any, str]]:
+    """Each table that is read, with the innermost SELECT that reads it."""
+    stack = [(tree, tree)]
+    while stack:
+        part, select = stack.pop()
+        if isinstance(part, dict):
+            select = part if part.get("type") == "SELECT_NODE" else select
+            yield from ((select, name) for name in _list_tables([part]) - {""})
+            stack += [(value, select) for value in part.values()]
+        elif isinstance(part, list):
+            stack += [(value, select) for value in part]
+
+
+def _list_columns(select: Any, whole: Any) -> frozenset[str]:
+    """The columns that a SELECT names; with a star, the whole statement may name more of what it reads."""
+    has_star = any(node.get("class") == "STAR" for node in _walk(select))
+    nodes = _walk(whole if has_star else select)
+    return frozenset(str(name).lower() for node in nodes for name in node.get("column_names") or ())
 
 
 @cache

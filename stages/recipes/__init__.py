@@ -1,7 +1,7 @@
 """Recipes for captions: the prompt, the format of the answer and the sampling.
 
 Recipes are the TOML files of this directory and of `<run>/recipes`. They know neither engines nor pixels; of a sample
-they see the alt text.
+they see the alt text and what `given` of its caption pass has about it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UnknownNameError
-from pipeline.sections import key
+from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.sections import Run, key
 from pipeline.validation import read_toml
 from stages.text import flags, json_schema
 from stages.text.answers import AnswerFormat
-from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, hash_prompt, list_fields
+from stages.text.given import GivenTexts, Texts, prepare_texts
+from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
 
-FIELDS = ("alt_text",)
+ALT_TEXT = "alt_text"  # the field that every pass fills
+NOTHING: Texts = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +39,45 @@ class RecipeSpec:
     """The keys of a recipe's TOML file."""
 
     system: str = key("", "the system message; empty: none")
-    prompt: str = key(help="the prompt; {alt_text} is replaced by the sample's alt text, fenced")
+    prompt: str = key(
+        help="the prompt; {alt_text} is replaced by the sample's alt text, any other {field} by `given` of the caption"
+        " pass, fenced"
+    )
     prompt_without_alt_text: str | None = key(None, "the prompt for samples without alt text")
     max_alt_text: int = key(1000, "characters of alt text to show", least=1)
+    max_given: int = key(6000, "characters of each other field to show, of all of its texts together", least=100)
+    required: tuple[str, ...] = key(
+        (), "fields without which the model is not asked: the caption is then empty, and its error says which"
+    )
+    image: bool = key(True, "whether the model is shown the image")
     schema: dict[str, Any] | None = key(None, "JSON Schema of a structured answer, an object")
     text: str = key("", "a template that turns the fields of a structured answer into prose")
     flags: str = key("english", "the flags to look for in answers: a file of flags/")
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self.prompt, FIELDS, where="prompt")
-        if "alt_text" in list_fields(self.prompt) and self.prompt_without_alt_text is None:
-            raise ValueError("prompt uses {alt_text}: prompt_without_alt_text is needed for samples without one")
-        check_fields(self.prompt_without_alt_text or "", (), where="prompt_without_alt_text")
+        uses_alt_text = ALT_TEXT in list_fields(self.prompt)
+        if uses_alt_text and self.prompt_without_alt_text is None and ALT_TEXT not in self.required:
+            raise ValueError(
+                "prompt uses {alt_text}: prompt_without_alt_text is needed for samples without one, or"
+                ' required = ["alt_text"]'
+            )
+        if ALT_TEXT in list_fields(self.prompt_without_alt_text or ""):
+            raise ValueError("prompt_without_alt_text: {alt_text} is not a field of it")
+        if unknown := [name for name in self.required if name not in self.fields]:
+            raise ValueError(f"required: the prompt has no {{{unknown[0]}}}")
+        if not self.image and not self.fields:
+            raise ValueError("image = false: the prompt has no {field}, so the model would know nothing of the image")
         if self.schema is not None:
             json_schema.check_schema(self.schema)
             check_fields(self.text, self.schema.get("properties", {}), where="text")
         if (self.schema is None) != (not self.text):
             raise ValueError("schema and text need each other: text turns the fields into prose")
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The names of the fields of its prompts."""
+        return frozenset(list_fields(self.prompt + (self.prompt_without_alt_text or "")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +98,10 @@ class Recipe:
             "schema": self.schema,
             "text": self.spec.text,
             "flags": {flag: list(expressions) for flag, expressions in self.flags.items()},
+            # of recipes that use what earlier ones did not have
+            **({"max_given": self.spec.max_given} if self.spec.fields - {ALT_TEXT} else {}),
+            **({"required": sorted(self.spec.required)} if self.spec.required else {}),
+            **({} if self.spec.image else {"image": False}),
         }
 
     @cached_property
@@ -86,18 +113,26 @@ class Recipe:
     def answer_format(self) -> AnswerFormat | None:
         return None if self.spec.schema is None else AnswerFormat(schema=self.spec.schema, to_prose=self._write_prose)
 
-    def build_prompt(self, alt_text: str | None) -> CaptionPrompt:
-        """The prompt for an image with this alt text."""
-        template = self.spec.prompt
-        if "alt_text" in list_fields(template) and not (alt_text and alt_text.strip()):
-            assert self.spec.prompt_without_alt_text is not None
+    def build_prompt(self, alt_text: str | None, given: Texts = NOTHING) -> CaptionPrompt:
+        """The prompt for an image with this alt text, unless it is given too, and these texts."""
+        template, texts = self.spec.prompt, _add_alt_text(given, alt_text)
+        if ALT_TEXT in list_fields(template) and not texts[ALT_TEXT] and self.spec.prompt_without_alt_text is not None:
             template = self.spec.prompt_without_alt_text
-        shown = fence_text(alt_text or "", limit=self.spec.max_alt_text)
+        limits = {ALT_TEXT: self.spec.max_alt_text}
+        shown = {
+            name: fence_texts(texts.get(name, ()), limit=limits.get(name, self.spec.max_given))
+            for name in list_fields(template)
+        }
         return CaptionPrompt(
-            prompt=fill_template(template, {"alt_text": shown}).strip(),
+            prompt=fill_template(template, shown).strip(),
             template=template,
             hash=hash_prompt(self.spec.system, template, self.schema or ""),
         )
+
+    def find_missing(self, alt_text: str | None, given: Texts = NOTHING) -> str:
+        """The first required field that has no text; "" if there is none."""
+        texts = _add_alt_text(given, alt_text) if self.spec.required else NOTHING
+        return next((name for name in self.spec.required if not texts.get(name)), "")
 
     def find_flags(self, text: str, prompt: CaptionPrompt) -> tuple[str, ...]:
         return flags.find_flags(text, self.flags, prompt=f"{self.spec.system}\n{prompt.template}") if text else ()
@@ -120,6 +155,36 @@ def load(name: str, *, run: Path | None) -> Recipe:
         return Recipe(spec=spec, flags=flags.load(spec.flags, run=run))
     except UnknownNameError as error:
         raise section.error("flags", str(error)) from error
+
+
+def load_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe, GivenTexts]:
+    """The recipe of a caption pass, or another one by `name`, and what `given` of the pass fills of its prompt.
+
+    Raises:
+        UnknownNameError: no such recipe exists.
+        ConfigError: `given` is not valid, or leaves a field of the prompt open.
+    """
+    config, field = run.sections["caption"][caption], f"caption.{caption}.given"
+    recipe, where = load(name or config.recipe, run=run.file.parent), f"{run.file}: {field}"
+    others = [other for other in run.sections["caption"] if other != caption]
+    for missing in sorted(recipe.spec.fields - {ALT_TEXT} - config.given.keys()):
+        raise ConfigError(
+            f"{where}.{missing}",
+            f"is missing: the prompt of recipe {name or config.recipe!r} has {{{missing}}}; fill it with SQL over"
+            f' columns of the image, e.g. "alt_text" or "metadata->>\'$.{missing}\'", or with a SELECT of key and text'
+            f" over {' or '.join(['image', *others])}",
+        )
+    used = {one: sql for one, sql in config.given.items() if one in recipe.spec.fields}
+    for unused in sorted(config.given.keys() - used.keys()) if not name else ():
+        fields = ", ".join(f"{{{one}}}" for one in sorted(recipe.spec.fields)) or "none"
+        raise ConfigError(
+            f"{where}.{unused}", f"the prompt of recipe {config.recipe!r} has no {{{unused}}}; it has {fields}"
+        )
+    return recipe, prepare_texts(run, used, caption=caption, field=field)
+
+
+def _add_alt_text(given: Texts, alt_text: str | None) -> Texts:
+    return {ALT_TEXT: (alt_text,) if alt_text and alt_text.strip() else (), **given}
 
 
 def _join_values(value: Any) -> str:

@@ -28,7 +28,7 @@ TEXTS = """
         SELECT *, row_number() OVER () AS place FROM (SELECT key::VARCHAR AS key, {text} AS text FROM ({sql}))
     ) WHERE text IS NOT NULL"""
 
-Texts = Mapping[str, tuple[str, ...]]  # by field; a field without any is left out
+Texts = Mapping[str, tuple[str, ...]]  # by field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class GivenTexts:
     where: str = ""  # the section of run.toml, for errors
 
     def open(self, shard: Shard) -> Callable[[str], Texts]:
-        """A function from an image's key to its texts. Keys must be looked up in ascending order."""
+        """A function from an image's key to the texts of each field. Keys must be looked up in ascending order."""
         find_rows = lookup_rows(self._read_rows(shard) if self.fields else (), itemgetter(0))
 
         def find_texts(key: str) -> Texts:
-            texts: dict[str, tuple[str, ...]] = {}
+            texts: dict[str, list[str]] = {name: [] for name in self.fields}
             for _, number, _, text in find_rows(key):
                 if text.strip():
-                    texts[self.fields[number]] = (*texts.get(self.fields[number], ()), text)
-            return texts
+                    texts[self.fields[number]].append(text)
+            return {name: tuple(some) for name, some in texts.items()}
 
         return find_texts
 
@@ -80,10 +80,11 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
         return GivenTexts()
     where = {name: f"{run.file}: {field}.{name}" for name in sql}
     sources = [_find_sources(run, text, caption, where[name]) for name, text in sql.items()]
-    tables = sorted(frozenset[str]().union(*(source.tables for source in sources)) - {IMAGE})
-    columns = frozenset[str]().union(*(source.columns for source in sources))
-    names = [next(name for name in run.sections["caption"] if name.lower() == table) for table in tables]
-    scores = {name: _find_scores(run, name, columns) for name in names}
+    columns: dict[str, frozenset[str]] = {}
+    for table, some in (item for source in sources for item in source.tables.items()):
+        columns[table] = columns.get(table, frozenset()) | some
+    names = [name for name in run.sections["caption"] if name.lower() in columns.keys() - VIEWS]
+    scores = {name: _find_scores(run, name, columns[name.lower()]) for name in names}
     relations = [f"{quote_identifier(name)} AS ({_build_relation(name, *scores[name])})" for name in names]
     prefix = f"WITH {', '.join(relations)} " if relations else ""
     with database.connect(run.folder, files="none.parquet") as connection:
@@ -115,16 +116,16 @@ def _find_sources(run: Run, sql: str, caption: str, where: str) -> database.Sour
                 known = ", ".join(sorted(column_names(Image)))
                 advice = f"a SELECT of key and text may read {', '.join([IMAGE, *captions])}"
                 raise ConfigError(where, f"{sql!r} uses {', '.join(unknown)}; the columns are {known}; {advice}")
-            return database.Sources(tables=frozenset(), common=frozenset(), columns=frozenset())
+            return database.Sources(tables={}, common=frozenset())
         sources = database.find_sources(sql.strip().rstrip(";"))
     except QueryError as error:
         raise ConfigError(where, f"{error}{suggest_quotes(run, sql, stages=('caption', 'score'))}") from error
     readable = {name.lower() for name in captions} - VIEWS
     if taken := sorted(sources.common & (readable | VIEWS)):
         raise ConfigError(where, f"WITH {taken[0]} hides a table of that name; choose another name")
-    if caption.lower() in sources.tables - readable:
+    if caption.lower() in sources.tables.keys() - readable:
         raise ConfigError(where, f"{sql!r} reads {caption}, the pass itself; it may read passes before it")
-    if unreadable := sorted(sources.tables - readable - {IMAGE}):
+    if unreadable := sorted(sources.tables.keys() - readable - {IMAGE}):
         advice = plugins.explain_unknown(unreadable[0], [IMAGE, *sorted(readable)])
         raise ConfigError(where, f"{sql!r} reads {unreadable[0]}: {advice}")
     return sources

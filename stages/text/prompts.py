@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 FIELD = re.compile(r"\{([a-z_]+)\}")
 JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them
+MAX_TEXTS = 64  # of one field that a prompt shows
+NO_TEXT = "(none)"  # in a prompt, for a field without a text
 MAX_ATTEMPTS = 64  # each attempt adds 1 to the seed, so this many seeds are reserved
 
 
@@ -94,6 +96,32 @@ def fence_text(text: str, *, limit: int | None = None) -> str:
     text = truncate_text(sanitise_text(text), limit)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
+
+
+def fence_texts(texts: Sequence[str], *, limit: int) -> str:
+    """One text as `fence_text` has it, several as a numbered list, each in a fence of its own.
+
+    Args:
+        texts: of unknown origin; the first MAX_TEXTS are shown.
+        limit: the most characters of all together; the longest texts are cut to the same length.
+    """
+    shown = [sanitise_text(text) for text in texts[:MAX_TEXTS]]
+    most = _share_limit([len(text) for text in shown], limit)
+    fenced = [fence_text(text, limit=most) for text in shown]
+    if len(fenced) < 2:
+        return "".join(fenced) or NO_TEXT
+    return "\n\n".join(f"{number}.\n{text}" for number, text in enumerate(fenced, start=1))
+
+
+def _share_limit(lengths: Sequence[int], limit: int) -> int:
+    """The most characters of each text, where short ones leave room for longer ones."""
+    left = limit
+    for place, length in enumerate(sorted(lengths)):
+        num = len(lengths) - place
+        if length * num > left:
+            return max(1, left // num)
+        left -= length
+    return limit
 
 
 def sanitise_text(text: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, UnknownNameError
+from pipeline.execution.passes import Shard
+from pipeline.records import Image
 from pipeline.sections import Run
 from stages import recipes
 from stages.recipes import Recipe
@@ -14,12 +18,34 @@ from stages.training.settings import TrainConfig
 
 def load_recipe(run: Run, config: TrainConfig, caption: str) -> Recipe:
     """The recipe that prompts the model for examples of this caption pass."""
-    return recipes.load(config.recipe or run.sections["caption"][caption].recipe, run=run.folder)
+    return recipes.load_for_pass(run, caption, name=config.recipe)[0]
+
+
+def open_prompts(run: Run, config: TrainConfig, caption: str, file: str) -> Callable[[Image], str | None]:
+    """A function from the images of a table file, in order, to the prompts of this caption pass; None: it asks none."""
+    recipe, given = recipes.load_for_pass(run, caption, name=config.recipe)
+    find_texts = given.open(Shard(run=run, number=int(Path(file).stem), pieces=()))
+
+    def build_prompt(image: Image) -> str | None:
+        texts = find_texts(image.key)
+        if recipe.find_missing(image.alt_text, texts):
+            return None
+        return recipe.build_prompt(image.alt_text, texts).prompt
+
+    return build_prompt
+
+
+def list_given_tables(run: Run, config: TrainConfig) -> list[str]:
+    """The folders of the tables that `given` of these caption passes reads."""
+    reads = [recipes.load_for_pass(run, name, name=config.recipe)[1].reads for name in config.captions]
+    return list(dict.fromkeys(folder for folders in reads for folder in folders))
 
 
 def slice_recipes(run: Run, config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the prompts, by caption pass."""
     slices = {name: load_recipe(run, config, name).slice for name in config.captions}
+    for name in slices:
+        slices[name] |= {"given": dict(given)} if (given := run.sections["caption"][name].given) else {}
     return {name: {key: value for key, value in words.items() if key != "flags"} for name, words in slices.items()}
 
 
@@ -35,8 +61,15 @@ def check_captions(run: Run, config: TrainConfig) -> None:
         if name not in known:
             advice = f"{plugins.explain_unknown(name, known)}; set it to names of [caption.NAME]"
             raise ConfigError(f"{run.file}: train.captions", advice)
-    if config.recipe:
+        if run.sections["caption"][name].words and not config.recipe:
+            advice = (
+                f"is missing: no model wrote the captions of {name}; name the recipe with whose prompt they are learnt"
+            )
+            raise ConfigError(f"{run.file}: train.recipe", advice)
         try:
-            load_recipe(run, config, config.captions[0])
+            recipe = load_recipe(run, config, name)
         except UnknownNameError as error:
             raise ConfigError(f"{run.file}: train.recipe", str(error)) from error
+        if not recipe.spec.image:
+            advice = f"the recipe of {name} shows its model no image (image = false), and training shows it"
+            raise ConfigError(f"{run.file}: train.captions", advice)

@@ -286,8 +286,10 @@ def test_prompts_of_shipped_recipes_and_rubrics() -> None:
     ("toml", "message"),
     [
         ("", "recipes/mine.toml: prompt: is missing"),
-        ('prompt = "{alt}"\n', "recipes/mine.toml: prompt: {alt} is not a field; the fields are {alt_text}"),
+        ('prompt = "{alt}"\n', "caption.dense.given.alt: is missing: the prompt of recipe 'mine' has {alt}; fill it"),
         ('prompt = "{alt_text}"\n', "prompt_without_alt_text is needed"),
+        ('prompt = "x"\nimage = false\n', "recipes/mine.toml: image = false: the prompt has no {field}"),
+        ('prompt = "x"\nrequired = ["a"]\n', "recipes/mine.toml: required: the prompt has no {a}"),
         ('promt = "x"\n', "recipes/mine.toml: promt: unknown key; did you mean 'prompt'"),
         ('prompt = "x"\n[schema]\ntype = "object"\n', "schema and text need each other"),
         ('prompt = "x"\ntext = "{a}"\n[schema]\ntype = "object"\n', "text: {a} is not a field"),

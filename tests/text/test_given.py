@@ -40,7 +40,16 @@ READS = {  # SQL -> the passes that it reads
     "SELECT key, text FROM one;": "caption/one",
     "FROM One SELECT key, text WHERE JUDGE > 0.5 -- a comment": "caption/one score/judge/one",
     "SELECT key, unnest(judge_criteria).reason FROM one": "caption/one score/judge/one",
-    "SELECT key, text FROM one UNION ALL SELECT key, text FROM two": "caption/one caption/two",
+    "SELECT key, text FROM one WHERE judge > 0 UNION ALL SELECT key, text FROM two": (
+        "caption/one score/judge/one caption/two"
+    ),
+    "SELECT key, text FROM (FROM one) WHERE judge > 0": "caption/one score/judge/one",
+    "WITH a AS (FROM one), b AS (SELECT key FROM two) SELECT key, a.text FROM a JOIN b USING (key) WHERE judge > 0": (
+        "caption/one score/judge/one caption/two"
+    ),
+    "SELECT key, (SELECT max(d.text) FROM two AS d WHERE d.key = o.key AND o.judge > 0) FROM one AS o": (
+        "caption/one score/judge/one caption/two score/judge/two"
+    ),
     "SELECT key, text FROM one JOIN two USING (key, text) WHERE form > 0": "caption/one caption/two score/form/two",
     BEST: "caption/two score/judge/two",
     "SELECT key, alt_text FROM image WHERE key IN (SELECT key FROM one)": "caption/one",
@@ -119,7 +128,9 @@ def test_texts_are_by_key_in_the_order_of_the_query(tmp_path: Path) -> None:
         "none": "SELECT key, NULL FROM image",
         "other": "SELECT '000000000001' AS key, candidate FROM one WHERE key = '000000000000'",
     }
-    first, second, third = read_texts(tmp_path, **sql)
+    rows = read_texts(tmp_path, **sql)
+    assert all(row.keys() == sql.keys() for row in rows)
+    first, second, third = ({name: texts for name, texts in row.items() if texts} for row in rows)
     assert first == {"list": ("x", "y"), "best": ("01", "00"), "all": ("00", "01", "02", "z")}
     assert second == {"own": (" 1 ",), "list": ("x", "y"), "other": ("0", "1", "2")}
     assert third == {"own": (" 2 ",), "list": ("x", "y"), "best": ("21", "20"), "all": ("20", "21", "22", "z")}

@@ -27,7 +27,7 @@ from stages.text import flags
 from stages.training import trainer
 from stages.training.collator import Collator
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
-from stages.training.prompts import check_captions, load_recipe, slice_recipes
+from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes
 from stages.training.rewards import (
     Reward,
     RubricIndex,
@@ -136,7 +136,8 @@ class Grpo:
         self.answers_per_example = self._own.group_size
 
     def list_tables(self) -> Sequence[str]:
-        return ["image", *(f"rubric/{scorer.rubric}" for scorer in self._scorers.values() if scorer.rubric)]
+        rubrics = [f"rubric/{scorer.rubric}" for scorer in self._scorers.values() if scorer.rubric]
+        return ["image", *rubrics, *list_given_tables(self._run, self._config)]
 
     def slice(self) -> Mapping[str, Any]:
         rewards = {
@@ -150,16 +151,23 @@ class Grpo:
         Raises:
             UserError: there are images, but none has the rubrics that the rewards need.
         """
-        recipe = load_recipe(self._run, self._config, self._config.captions[0])
+        caption = self._config.captions[0]
+        recipe = load_recipe(self._run, self._config, caption)
         any_image = any_usable = False
-        for _, images in read_images(self._run):
+        for file, images in read_images(self._run):
+            build_prompt = open_prompts(self._run, self._config, caption, file.name)
             for image in images:
                 any_image = True
-                if all(image.key in rubrics for rubrics in self._rubrics.values()):
+                question = build_prompt(image)
+                if question is not None and all(image.key in rubrics for rubrics in self._rubrics.values()):
                     any_usable = True
-                    question = recipe.build_prompt(image.alt_text).prompt
                     turn = Turn(key=image.key, system=recipe.spec.system, question=question, answer="")
                     yield make_example(image, [turn])
+        if any_image and not any_usable and not self._rubrics:
+            required = ", ".join(recipe.spec.required)
+            raise UserError(
+                f"{self._run.file}: train.captions: no image has a text for {required}, which {caption} needs"
+            )
         if any_image and not any_usable:
             missing = ", ".join(self._rubrics)
             raise UserError(

@@ -19,7 +19,7 @@ from stages.rubrics import Rubric
 from stages.text.sentences import split_sentences
 from stages.training import supervised
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
-from stages.training.prompts import check_captions, load_recipe, slice_recipes
+from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes
 from stages.training.settings import TrainConfig
 from stages.training.trainer import TrainingTask
 
@@ -64,7 +64,8 @@ class Sft:
     def list_tables(self) -> Sequence[str]:
         captions = [f"caption/{name}" for name in self._config.captions]
         scores = [f"score/{self._own.scores}/{name}" for name in self._config.captions if self._own.scores]
-        return ["image", *captions, *scores]
+        given = [] if self._own.scores else list_given_tables(self._run, self._config)
+        return list(dict.fromkeys(["image", *captions, *scores, *given]))
 
     def slice(self) -> Mapping[str, Any]:
         return {"asks": stamped(self._load_rubric()) if self._own.scores else slice_recipes(self._run, self._config)}
@@ -81,14 +82,15 @@ class Sft:
     def _read_texts(self, name: str, file: str) -> Iterator[Turn]:
         """Every usable caption, as the answer to its recipe's prompt."""
         recipe = load_recipe(self._run, self._config, name)
-        alt_texts = self._read_alt_texts(file)
-        for caption in self._read_captions(name, file):
-            yield Turn(
-                key=caption.key,
-                system=recipe.spec.system,
-                question=recipe.build_prompt(alt_texts[caption.key]).prompt,
-                answer=caption.fields or caption.text,
-            )
+        build_prompt = open_prompts(self._run, self._config, name, file)
+        images = tables.read_rows(self._run.folder / "image" / file, Image)
+        for image_key, candidates in groupby(self._read_captions(name, file), key=lambda caption: caption.key):
+            question = build_prompt(next(image for image in images if image.key == image_key))
+            if question is None:
+                continue
+            for caption in candidates:
+                answer = caption.fields or caption.text
+                yield Turn(key=image_key, system=recipe.spec.system, question=question, answer=answer)
 
     def _read_verdicts(self, name: str, file: str) -> Iterator[Turn]:
         """Every verdict of the score pass, as the answer to its rubric's prompt."""
