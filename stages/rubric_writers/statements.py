@@ -32,7 +32,7 @@ from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
 from stages.scenes.claims import Claim
 
 __all__ = ["Settings", "engines", "prepare", "write"]
-VERSION = 2
+VERSION = 3
 
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
@@ -62,7 +62,8 @@ def _choose_checks(teachers: Sequence[CaptionClaims], num_agree: int) -> Iterato
 
 def _follow_relations(claims: frozenset[Claim]) -> frozenset[Claim]:
     """The claims and the relations that follow from them, without those of a thing to itself."""
-    return frozenset(claim for claim in claims.union(derive_relations(claims)) if claim.about != claim.other)
+    every = claims.union(derive_relations(claims))
+    return frozenset(claim for claim in every if claim.kind != "relation" or claim.about != claim.other)
 
 
 def _find_agreed(stated: Sequence[frozenset[Claim]], votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
