@@ -49,6 +49,9 @@ class RecipeSpec:
     required: tuple[str, ...] = key(
         (), "fields without which the model is not asked: the caption is then empty, and its error says which"
     )
+    optional: tuple[str, ...] = key(
+        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
+    )
     image: bool = key(True, "whether the model is shown the image")
     schema: dict[str, Any] | None = key(None, "JSON Schema of a structured answer, an object")
     text: str = key("", "a template that turns the fields of a structured answer into prose")
@@ -64,8 +67,11 @@ class RecipeSpec:
             )
         if ALT_TEXT in list_fields(self.prompt_without_alt_text or ""):
             raise ValueError("prompt_without_alt_text: {alt_text} is not a field of it")
-        if unknown := [name for name in self.required if name not in self.fields]:
-            raise ValueError(f"required: the prompt has no {{{unknown[0]}}}")
+        for key_name, names in (("required", self.required), ("optional", self.optional)):
+            if unknown := [name for name in names if name not in self.fields]:
+                raise ValueError(f"{key_name}: the prompt has no {{{unknown[0]}}}")
+        if both := set(self.required) & set(self.optional):
+            raise ValueError(f"{min(both)} is required and optional; it is one of them")
         if not self.image and not self.fields:
             raise ValueError("image = false: the prompt has no {field}, so the model would know nothing of the image")
         if self.schema is not None:
@@ -167,7 +173,7 @@ def load_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe, Gi
     config, field = run.sections["caption"][caption], f"caption.{caption}.given"
     recipe, where = load(name or config.recipe, run=run.file.parent), f"{run.file}: {field}"
     others = [other for other in run.sections["caption"] if other != caption]
-    for missing in sorted(recipe.spec.fields - {ALT_TEXT} - config.given.keys()):
+    for missing in sorted(recipe.spec.fields - {ALT_TEXT, *recipe.spec.optional} - config.given.keys()):
         raise ConfigError(
             f"{where}.{missing}",
             f"is missing: the prompt of recipe {name or config.recipe!r} has {{{missing}}}; fill it with SQL over"

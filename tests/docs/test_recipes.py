@@ -35,6 +35,11 @@ def test_each_mechanism_has_an_example() -> None:
     assert set().union(*map(list_mechanisms, EXAMPLES)) == {*MECHANISMS}
 
 
+def test_each_recipe_that_ships_is_documented() -> None:
+    files = (ROOT / "stages" / "recipes").glob("*.toml")
+    assert [file.stem for file in files if f"| `{file.stem}` |" not in PAGE.read_text()] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.id)
 def test_examples_run_on_photographs(block: Block, tmp_path: Path) -> None:

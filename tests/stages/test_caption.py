@@ -289,6 +289,7 @@ def test_prompts_of_shipped_recipes_and_rubrics() -> None:
         ('prompt = "{alt}"\n', "caption.dense.given.alt: is missing: the prompt of recipe 'mine' has {alt}; fill it"),
         ('prompt = "{alt_text}"\n', "prompt_without_alt_text is needed"),
         ('prompt = "x"\nimage = false\n', "recipes/mine.toml: image = false: the prompt has no {field}"),
+        ('prompt = "{a}"\nrequired = ["a"]\noptional = ["a"]\n', "recipes/mine.toml: a is required and optional"),
         ('prompt = "x"\nrequired = ["a"]\n', "recipes/mine.toml: required: the prompt has no {a}"),
         ('promt = "x"\n', "recipes/mine.toml: promt: unknown key; did you mean 'prompt'"),
         ('prompt = "x"\n[schema]\ntype = "object"\n', "schema and text need each other"),
