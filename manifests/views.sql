@@ -23,6 +23,15 @@ CREATE VIEW image AS SELECT * FROM read_parquet('image/*.parquet', union_by_name
 -- One row per image of a run with [curate]: its duplicates, and whether and why it is dropped.
 CREATE VIEW curation AS SELECT * FROM read_parquet('curation/*.parquet', union_by_name = true, hive_partitioning = false);
 
+-- One row per finder and usable image, with the list of what was found.
+CREATE VIEW finding AS SELECT * FROM read_parquet('finding/*/*.parquet', union_by_name = true, hive_partitioning = false);
+
+-- One row per thing that a finder found.
+CREATE VIEW found AS SELECT * FROM (
+    SELECT key, name, generate_subscripts(found, 1) - 1 AS position, unnest(found, recursive := true)
+    FROM read_parquet('finding/*/*.parquet', union_by_name = true, hive_partitioning = false)
+);
+
 -- num_candidates rows per usable image and caption pass. `caption` is the pass, as in the other views; `name` is the same.
 CREATE VIEW caption AS SELECT *, name AS caption FROM read_parquet('caption/*/*.parquet', union_by_name = true, hive_partitioning = false);
 

@@ -19,6 +19,7 @@ R = TypeVar("R", bound="Record")
 ImageStatus = Literal["ok", "empty", "unreadable", "unsupported", "too_small", "too_large"]
 CaptionStatus = Literal["ok", "empty", "truncated", "repeated", "invalid", "error"]
 LabelVerdict = Literal["true", "false", "acceptable", "unacceptable", "unsure"]
+FindingStatus = Literal["ok", "invalid", "error"]
 ScoreStatus = Literal["ok", "unknown", "error"]
 RubricStatus = Literal["ok", "empty", "error"]
 Severity = Literal["critical", "important", "minor"]
@@ -155,6 +156,67 @@ class Curation(Record):
     @property
     def id(self) -> tuple[str | int, ...]:
         return (self.key,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One thing that a finder found in an image. It has four coordinates or none."""
+
+    label: str  # what it is: a class, a tag, the name of an EXIF field
+    text: str | None = None  # what is written there, or its value
+    x0: float | None = None  # [0, 1] of the picture as displayed; from the left
+    y0: float | None = None  # from the top
+    x1: float | None = None
+    y1: float | None = None
+    confidence: float | None = None  # [0, 1]; null where the finder has none, which conditions take as 1
+    other: str | None = None  # JSON object: everything else about it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(Record):
+    """What one finder found in one image; nothing is a finding too."""
+
+    table: ClassVar[str] = "finding"
+    failed: ClassVar[frozenset[str]] = frozenset({"invalid", "error"})
+
+    key: str
+    name: str  # the finder's pass
+    status: FindingStatus  # invalid: metadata or a model's answer is not as expected; error: there is no answer
+    error: str | None
+    found: tuple[Found, ...]
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    attempt: int = 0  # rung of the sampling ladder, from 1; 0 when no engine was used
+    model: str | None = None  # or the library that found it
+    revision: str | None = None
+    engine: str | None = None
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRow(Record):
+    """One thing that was found in one image: a row of the view that unnests `finding`."""
+
+    table: ClassVar[str] = "found"
+
+    key: str
+    name: str  # the finder's pass
+    position: int  # among what it found in the image, from 0
+    label: str
+    text: str | None
+    x0: float | None  # [0, 1] of the picture as displayed
+    y0: float | None
+    x1: float | None
+    y1: float | None
+    confidence: float | None  # [0, 1]
+    other: str | None  # JSON object
+
+    @property
+    def id(self) -> tuple[str | int, ...]:
+        return (self.key, self.name, self.position)
 
 
 @dataclass(frozen=True, kw_only=True)

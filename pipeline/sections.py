@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-STAGES = ("ingest", "curate", "caption", "rubric", "score", "canary", "filter", "export", "train")
-OPTIONAL_STAGES = ("curate", "canary")  # have no passes, and are not imported, without a section in run.toml
+STAGES = ("ingest", "curate", "find", "caption", "rubric", "score", "canary", "filter", "export", "train")
+OPTIONAL_STAGES = ("curate", "find", "canary")  # have no passes, and are not imported, without a section in run.toml
 MAX_TASKS = 1000  # of a Slurm array, unless num_tasks says otherwise
 
 

@@ -21,7 +21,7 @@ from pipeline.validation import Section
 from stages import recipes
 from stages.recipes import Recipe
 from stages.text.answers import read_answer
-from stages.text.conditions import check_query, find_scores
+from stages.text.conditions import build_images, check_query, find_finders, find_scores, list_finder_folders
 from stages.text.given import GivenTexts, Texts, prepare_texts
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_where
 from stages.text.repetition import find_lasting_loop
@@ -53,7 +53,7 @@ class Config:
     )
     num_candidates: int = key(1, "captions per image", least=1)
     where: str | None = key(
-        None, "caption only these images: an SQL condition over image columns and, with `of`, names of scores"
+        None, "caption only these images: an SQL condition over image columns, finders and, with `of`, scores"
     )
     of: str | None = key(
         None, "the caption pass whose scores `where` uses; the score of an image is that of its best candidate"
@@ -183,12 +183,13 @@ def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
     """Copies of an image have words of their own, so these rows are never shared."""
     scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
     words = prepare_texts(run, {"words": config.words}, caption=name, field=f"caption.{name}")
-    where_scores = [f"score/{score}/{config.of}" for score in scores]
+    finders = find_finders(run, config.where or "true")
+    where_tables = [*list_finder_folders(finders), *(f"score/{score}/{config.of}" for score in scores)]
     return Pass(
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        reads=tuple(dict.fromkeys([*(["curation"] if curated else []), *where_scores, *words.reads, "image"])),
+        reads=tuple(dict.fromkeys([*(["curation"] if curated else []), *where_tables, *words.reads, "image"])),
         version=VERSION,
         slice={
             "words": config.words,
@@ -202,7 +203,7 @@ def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
         inputs=partial(
             inputs,
             num_candidates=config.num_candidates,
-            query=_build_query(config, scores),
+            query=_build_query(config, scores, finders),
             curated=curated,
             shared=False,
             texts=words,
@@ -247,6 +248,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
     sampling = _resolve_sampling(config, recipe, section)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
     scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
+    finders = find_finders(run, config.where or "true")
     return Pass(
         stage="caption",
         name=name,
@@ -255,6 +257,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
             *(["curation"] if curated else []),
             *given.reads,
             "image",
+            *(folder for folder in list_finder_folders(finders) if folder not in given.reads),
             *(folder for score in scores if (folder := f"score/{score}/{config.of}") not in given.reads),
         ),
         engines=(config.engine,),
@@ -275,7 +278,7 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         inputs=partial(
             inputs,
             num_candidates=config.num_candidates,
-            query=_build_query(config, scores),
+            query=_build_query(config, scores, finders),
             curated=curated,
             texts=given,
         ),
@@ -347,17 +350,18 @@ def _find_scores(run: Run, name: str, config: Config) -> list[str]:
         return []
     section, others = f"{run.file}: caption.{name}", sorted(set(run.sections["caption"]) - {name})
     scores = sorted(find_scores(run, f"caption.{name}.where", config.where or "true"))
+    finders = find_finders(run, config.where or "true")
     if scores and config.of is None:
         raise ConfigError(f"{section}.of", f"is missing: {scores[0]} of which captions? {', '.join(others)}")
     if config.of is not None and config.of not in others:
         raise ConfigError(f"{section}.of", plugins.explain_unknown(config.of, others))
     if config.of is not None and not scores:
         raise ConfigError(f"{section}.of", "is used only when `where` names a score, and it names none")
-    check_query(run, f"caption.{name}.where", _build_query(config, scores) or "SELECT 1")
+    check_query(run, f"caption.{name}.where", _build_query(config, scores, finders) or "SELECT 1")
     return scores
 
 
-def _build_query(config: Config, scores: list[str]) -> str | None:
+def _build_query(config: Config, scores: list[str], finders: Mapping[str, frozenset[str]]) -> str | None:
     """SQL for the keys of the images that `where` selects, in order; None: all."""
     if config.where is None:
         return None
@@ -368,4 +372,4 @@ def _build_query(config: Config, scores: list[str]) -> str | None:
         )
         of = database.quote_literal(config.of or "")
         join = f" LEFT JOIN (SELECT key, {best} FROM score WHERE caption = {of} GROUP BY key) AS scores USING (key)"
-    return f"SELECT key FROM image{join} WHERE status = 'ok' AND ({config.where}) ORDER BY key"
+    return f"SELECT key FROM {build_images(finders)}{join} WHERE status = 'ok' AND ({config.where}) ORDER BY key"

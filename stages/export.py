@@ -23,11 +23,18 @@ from pipeline.sections import Run, stamped
 from pipeline.storage.database import list_score_folders
 from stages.exporters import ExportPayload, ExportSample, Origin
 from stages.exporters._division import OutputFile, divide, list_own_files, read_file
-from stages.exporters._kept_texts import KeptText, build_query, list_raw_folders, read_texts, write_threshold
+from stages.exporters._kept_texts import (
+    KeptText,
+    build_query,
+    find_text_finders,
+    list_raw_folders,
+    read_texts,
+    write_threshold,
+)
 from stages.exporters._settings import Config, list_columns, list_indexes, needs_images
 from stages.exporters._splits import draw_split
 from stages.exporters._whole import WHOLE_FILES, finish
-from stages.text.conditions import find_rule_scores, list_competing
+from stages.text.conditions import find_rule_scores, list_competing, list_finder_folders
 from stages.text.prompts import derive_seed
 from stages.text.selection import (
     Count,
@@ -79,10 +86,11 @@ def passes(run: Run) -> Iterable[Pass]:
         return
     captions = list_competing(run)
     query, scores = build_query(run, settings, sorted(set[str]().union(*find_rule_scores(run).values())))
-    groups, folders = (
-        ["curation"] if _has_groups(run, settings) else [],
-        list_score_folders(run, scores, captions=captions),
-    )
+    groups = ["curation"] if _has_groups(run, settings) else []
+    folders = [
+        *list_finder_folders(find_text_finders(run, settings)),
+        *list_score_folders(run, scores, captions=captions),
+    ]
     own = Pass(
         stage="export",
         folder="export/index",

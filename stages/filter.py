@@ -26,9 +26,12 @@ from stages.text.conditions import (
     ORDER_BY,
     build_rows,
     check_query,
+    find_finders,
     find_rule_scores,
     find_scores,
     list_competing,
+    list_finder_folders,
+    merge_finders,
 )
 
 if TYPE_CHECKING:
@@ -115,15 +118,31 @@ def passes(run: Run) -> Iterable[Pass]:
     balanced = set[str]()  # scores
     for name in ("balance", "balance_by") if settings.balance else ():
         balanced |= find_scores(run, f"filter.{name}", getattr(settings, name))
-    sql = build_query(settings, scores_by_rule, sorted(scores | balanced), captions)
+    by_balance = find_finders(run, *filter(None, (settings.balance, settings.balance_by)))
+    finders = merge_finders(
+        find_finders(run, *settings.rules.values()), find_finders(run, settings.choose, clause=ORDER_BY), by_balance
+    )
+    missing = {
+        rule: [*sorted(names), *find_finders(run, settings.rules[rule])] for rule, names in scores_by_rule.items()
+    }
+    sql = build_query(settings, missing, sorted(scores | balanced), captions, finders)
     check_query(run, "filter", sql.replace(f"JOIN {QUANTILES} ", f"JOIN ({NO_QUANTILES}) "))
     texts = ("image", *(f"caption/{caption}" for caption in captions))
     yield Pass(
         stage="filter",
         folder="verdict",
-        reads=(*texts[:1], *list_score_folders(run, scores | balanced, captions=captions), *texts[1:]),
-        reads_all=(*texts, *list_score_folders(run, balanced, captions=captions)) if settings.balance else (),
-        prepare=partial(write_quantiles, settings=settings, scores=sorted(balanced), captions=captions)
+        reads=(
+            *texts[:1],
+            *list_finder_folders(finders),
+            *list_score_folders(run, scores | balanced, captions=captions),
+            *texts[1:],
+        ),
+        reads_all=(*texts, *list_finder_folders(by_balance), *list_score_folders(run, balanced, captions=captions))
+        if settings.balance
+        else (),
+        prepare=partial(
+            write_quantiles, settings=settings, scores=sorted(balanced), captions=captions, finders=by_balance
+        )
         if settings.balance
         else None,
         version=VERSION,
@@ -143,7 +162,13 @@ def _build_slice(settings: Config) -> dict[str, object]:
 
 
 def write_quantiles(
-    shards: AllShards, folder: Path, *, settings: Config, scores: Sequence[str], captions: Sequence[str]
+    shards: AllShards,
+    folder: Path,
+    *,
+    settings: Config,
+    scores: Sequence[str],
+    captions: Sequence[str],
+    finders: Mapping[str, frozenset[str]],
 ) -> None:
     """Writes, for each group of all shards' captions, the quantiles of its values: columns name, value, quantile.
 
@@ -154,7 +179,7 @@ def write_quantiles(
     import pyarrow.parquet as pq
 
     query = FIND_QUANTILES.format(
-        rows=build_rows(scores, captions), grouped=_group_rows(settings), num_bins=NUM_BINS - 1
+        rows=build_rows(scores, captions, finders), grouped=_group_rows(settings), num_bins=NUM_BINS - 1
     )
     with database.connect_run(shards.run) as connection:
         table = database.read_arrow(connection, query)
@@ -192,29 +217,39 @@ def work(inputs: Iterator[FilterInput], _: Mapping[str, Engine]) -> Iterator[Rec
 
 
 def build_query(
-    settings: Config, scores_by_rule: Mapping[str, set[str]], scores: list[str], captions: list[str]
+    settings: Config,
+    missing: Mapping[str, Sequence[str]],
+    scores: list[str],
+    captions: list[str],
+    finders: Mapping[str, frozenset[str]],
 ) -> str:
     """A SELECT over a shard's views for key, caption, candidate, reason and rank of every caption row, in order.
 
     With `balance` it needs one more table, `quantiles`.
+
+    Args:
+        settings: the rules and the order.
+        missing: the scores and finders of each rule; a rule that is NULL for want of one refuses as unscored:NAME.
+        scores, finders: that become columns.
+        captions: the caption passes.
     """
     placed = f", grouped AS ({_group_rows(settings)}), placed AS ({PLACED})" if settings.balance else ""
     return f"""
         WITH wide AS (
-            {build_rows(scores, captions)}
+            {build_rows(scores, captions, finders)}
         ){placed}, judged AS (
-            SELECT *, {_build_reason(settings.rules, scores_by_rule)} AS reason FROM {"placed" if placed else "wide"}
+            SELECT *, {_build_reason(settings.rules, missing)} AS reason FROM {"placed" if placed else "wide"}
         )
         SELECT key, caption, candidate, reason,
             row_number() OVER (PARTITION BY key ORDER BY reason IS NOT NULL, {settings.choose}, caption, candidate)
         FROM judged ORDER BY key, caption, candidate"""
 
 
-def _build_reason(rules: Mapping[str, str], scores_by_rule: Mapping[str, set[str]]) -> str:
+def _build_reason(rules: Mapping[str, str], missing: Mapping[str, Sequence[str]]) -> str:
     cases = ["WHEN status <> 'ok' THEN status"]
     for name, sql in rules.items():
-        for score in sorted(scores_by_rule[name]):
-            missing = f"({sql}) IS NULL AND {database.quote_identifier(score)} IS NULL"
-            cases.append(f"WHEN {missing} THEN {database.quote_literal(f'unscored:{score}')}")
+        for score in missing[name]:
+            lacks_score = f"({sql}) IS NULL AND {database.quote_identifier(score)} IS NULL"
+            cases.append(f"WHEN {lacks_score} THEN {database.quote_literal(f'unscored:{score}')}")
         cases.append(f"WHEN ({sql}) IS NOT TRUE THEN {database.quote_literal(name)}")
     return f"CASE {' '.join(cases)} END"

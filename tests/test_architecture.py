@@ -44,6 +44,7 @@ ROOMS = (  # from the ground up: a module imports its own room and those above i
     "stages.rubrics",
     "stages.scenes",
     "stages.scorers",
+    "stages.finders",
     "stages.rubric_writers",
     "stages.audit",
     "stages.exporters",

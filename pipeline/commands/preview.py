@@ -17,7 +17,7 @@ from pipeline.execution.passes import COPIES, Pass, Shard
 from pipeline.execution.run_state import RunState
 from pipeline.execution.sample import Timing
 from pipeline.progress import escape_controls, format_count, format_duration, format_quantity, format_rate
-from pipeline.records import Caption, Image, ImageRubric, Piece, Score
+from pipeline.records import Caption, Finding, Image, ImageRubric, Piece, Score
 from pipeline.sections import Run
 
 INDENT = "    "
@@ -31,12 +31,13 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
     The same images for the same seed and plan.
 
     Raises:
-        UserError: there is no such pass, or it writes neither captions nor rubrics nor scores.
+        UserError: there is no such pass, or it writes no findings, captions, rubrics or scores.
         MachineError: a shard failed.
     """
     for p in _select_shown(list_passes(run), name):
-        if p.record not in (Caption, ImageRubric, Score):
-            raise UserError(f"STAGE: `recap try` shows captions, rubrics and scores; {p.title} makes none of them")
+        if p.record not in (Finding, Caption, ImageRubric, Score):
+            shown = "findings, captions, rubrics and scores"
+            raise UserError(f"STAGE: `recap try` shows {shown}; {p.title} makes none of them")
     with sample.open_folder(run) as copy:
         shards, keys = _draw_images(copy, name, sample.read_pieces(run), num_images)
         state = sample.plan_sample(copy, shards)
@@ -128,6 +129,14 @@ def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
             status = "" if caption.status == "ok" else f" [{caption.status}: {caption.error}]"
             flags = f" {','.join(caption.flags)}" if caption.flags else ""
             yield caption.key, _wrap_text(f"{p.name} {caption.candidate}{status}{flags}", caption.text)
+    elif p.record is Finding:
+        for finding in shard.read_table(p.folder, Finding):
+            yield finding.key, _wrap_text(p.title, finding.error or f"{len(finding.found)} found")
+            for one in finding.found:
+                box = () if one.x0 is None else (f"{n:.3f}" for n in (one.x0, one.y0, one.x1, one.y1) if n is not None)
+                confidence = "" if one.confidence is None else f"({one.confidence:.2f})"
+                words = (one.text, " ".join(box), confidence)
+                yield finding.key, _wrap_text(f"  {one.label}", "  ".join(filter(None, words)))
     elif p.record is Score:
         for score in shard.read_table(p.folder, Score):
             value = score.status if score.value is None else f"{score.value:.2f}"

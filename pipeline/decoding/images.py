@@ -46,6 +46,7 @@ BROKEN = (
     zlib.error,
 )
 
+EXIF_POINTERS = (None, "ExifOffset", "GPSInfo", "MakerNote", "InteropOffset")  # and what has no name
 MAX_MEMORY = 4 << 30  # bytes that decoding one image may take
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # chunks that decide the picture; eXIf turns it
 MIN_PIXELS = 56 * 56  # Qwen2-VL's own minimum
@@ -261,6 +262,44 @@ def _read_orientation(image: ImageFile) -> int:
     except BROKEN:  # broken EXIF does not break the image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def read_exif(data: bytes) -> dict[str, str]:
+    """The fields of an image's EXIF by name, as text; coordinates of GPS in degrees. Reads the header; never raises.
+
+    Binary fields, and those without a name, are left out.
+    """
+    from PIL.ExifTags import GPSTAGS, IFD, TAGS
+
+    found: dict[str, str] = {}
+    try:
+        name = _require_format(data)
+        image = _open_image(data, name)
+        if name == "PNG" and "exif" not in image.info:
+            return {}  # reading it would load the pixels
+        exif = image.getexif()
+        gps = exif.get_ifd(IFD.GPSInfo)
+        fields = {TAGS.get(tag): value for tag, value in {**exif, **exif.get_ifd(IFD.Exif)}.items()}
+        fields |= {GPSTAGS.get(tag): value for tag, value in gps.items()}
+        for place, west in (("GPSLatitude", "S"), ("GPSLongitude", "W")):
+            if place in fields:
+                fields[place] = _read_degrees(fields[place], fields.get(f"{place}Ref") == west)
+        found = {str(field): _format_exif(value) for field, value in fields.items() if field not in EXIF_POINTERS}
+    except (*BROKEN, _ProbeError):  # broken EXIF does not break the image
+        return {}
+    return {field: text for field, text in found.items() if text}
+
+
+def _read_degrees(value: Any, is_negative: bool) -> float:
+    degrees: float = sum(float(part) / 60**power for power, part in enumerate(value))
+    return round(-degrees if is_negative else degrees, 6)
+
+
+def _format_exif(value: Any) -> str:
+    if isinstance(value, bytes):
+        return ""
+    values = value if isinstance(value, tuple) else (value,)
+    return ", ".join(str(one).replace("\0", "").strip() for one in values if not isinstance(one, bytes | dict))
 
 
 def _apply_orientation(size: tuple[int, int], orientation: int, name: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pipeline.execution.passes import Pass
 from pipeline.sections import OPTIONAL_STAGES, Run
 
 # the stages of `recap run all`, which also makes their inputs
-ALL = ("ingest", "curate", "caption", "score", "canary", "filter", "export")
+ALL = ("ingest", "curate", "find", "caption", "score", "canary", "filter", "export")
 
 
 def list_passes(run: Run) -> list[Pass]:

@@ -23,16 +23,30 @@ from pipeline.execution.run_state import RunState
 from pipeline.execution.shared_work import ensure_shared
 from pipeline.execution.strays import find_stray_payload, find_stray_tables
 from pipeline.progress import ProgressMeter, say
-from pipeline.records import Canary, Caption, Exported, Image, ImageRubric, Label, Record, Score, Stat, Step, make_key
+from pipeline.records import (
+    Canary,
+    Caption,
+    Exported,
+    Finding,
+    Image,
+    ImageRubric,
+    Label,
+    Record,
+    Score,
+    Stat,
+    Step,
+    make_key,
+)
 from pipeline.sections import Run
 from pipeline.storage import integrity, tables
 from pipeline.storage.compaction import check_copies
-from pipeline.storage.database import find_leftovers
+from pipeline.storage.database import STAGES_OF_FOLDERS, find_leftovers
 from pipeline.storage.integrity import check_payload_file, check_table
 from pipeline.storage.layout import PACKED, table_path
 from pipeline.storage.payloads import MISSING, SUMS, hash_file, measure_file, read_sums
 
 LEFTOVERS: Mapping[str, type[Record]] = {  # by the first folder
+    "finding": Finding,
     "caption": Caption,
     "rubric": ImageRubric,
     "score": Score,
@@ -80,9 +94,10 @@ class Verification:
                 yield damage
             yield from self._try(shard, self._check_stats(p.folder, shard, p.name, p.caption, stages=(p.stage, COPIES)))
         for folder in find_leftovers(self.run):
-            path, (stage, *names) = table_path(self.run.folder, folder, shard), folder.split("/")
-            yield from self._try(shard, self._check_file(path, LEFTOVERS[stage], "", shard=shard))
-            yield from self._try(shard, self._check_stats(folder, shard, *names, stages=(stage, COPIES)))
+            path, (first, *names) = table_path(self.run.folder, folder, shard), folder.split("/")
+            stages = (STAGES_OF_FOLDERS.get(first, first), COPIES)
+            yield from self._try(shard, self._check_file(path, LEFTOVERS[first], "", shard=shard))
+            yield from self._try(shard, self._check_stats(folder, shard, *names, stages=stages))
         if shard == 0:
             yield from self._try(shard, self._check_whole_run())
 

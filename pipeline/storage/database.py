@@ -20,6 +20,8 @@ from pipeline.records import (
     Caption,
     Curation,
     Exported,
+    Finding,
+    FoundRow,
     ImageRubric,
     Label,
     MeasuredImage,
@@ -43,8 +45,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RECORDS: tuple[type[Record], ...] = (
-    *(Planned, MeasuredImage, Curation, Caption, ImageRubric, Score, Canary, Verdict, Label, Step, Stat, Exported),
+    *(Planned, MeasuredImage, Curation, Finding, FoundRow, Caption, ImageRubric, Score, Canary, Verdict, Label),
+    *(Step, Stat, Exported),
 )
+STAGES_OF_FOLDERS = {"finding": "find"}  # first folder -> stage, where their names differ
 ADDED_COLUMNS = {"caption": ", name AS caption"}  # of the views, to those of the files
 QUIET = "SET enable_progress_bar = false"  # the bar goes to standard output, which is data
 ROWS_IN_MEMORY = 2_000  # of a query's result
@@ -157,18 +161,21 @@ def connect(
 
 def connect_run(run: Run, *, files: str = "*.parquet", threads: int = 2) -> Connection:
     """As `connect`, without the tables of passes that run.toml no longer has."""
-    known = f"IN ({', '.join(map(quote_literal, _list_named_folders(run))) or 'NULL'})"
-    where = {name: f"'{name}/' || name {known}" for name in ("caption", "rubric")}
+    folders = list(_list_named_folders(run))
+    known, passes = (
+        f"IN ({', '.join(map(quote_literal, names)) or 'NULL'})" for names in (folders, map(_name_pass, folders))
+    )
+    where = {name: f"'{name}/' || name {known}" for name in ("finding", "caption", "rubric")}
+    where["found"] = where["finding"]
     where |= {name: f"'{name}/' || name || '/' || caption {known}" for name in ("score", "canary")}
-    where["stats"] = f"name = '' OR concat_ws('/', stage, name, nullif(caption, '')) {known}"
+    where["stats"] = f"name = '' OR concat_ws('/', stage, name, nullif(caption, '')) {passes}"
     return connect(run.folder, files=files, where=where, threads=threads)
 
 
 def find_leftovers(run: Run) -> list[str]:
     """The folders of tables whose pass was removed from run.toml or renamed."""
-    paths = {
-        path for pattern in ("caption/*", "rubric/*", "score/*/*", "canary/*/*") for path in run.folder.glob(pattern)
-    }
+    patterns = ("finding/*", "caption/*", "rubric/*", "score/*/*", "canary/*/*")
+    paths = {path for pattern in patterns for path in run.folder.glob(pattern)}
     return sorted({str(path.relative_to(run.folder)) for path in paths if path.is_dir()} - {*_list_named_folders(run)})
 
 
@@ -182,11 +189,18 @@ def list_score_folders(run: Run, scores: Iterable[str], *, captions: Iterable[st
 
 
 def _list_named_folders(run: Run) -> Iterator[str]:
+    yield from (f"finding/{name}" for name in run.sections["find"])
     yield from (f"{stage}/{name}" for stage in ("caption", "rubric") for name in run.sections[stage])
     scored = list(list_score_folders(run, run.sections["score"]))
     yield from scored
     if run.sections["canary"]:
         yield from (f"canary/{folder.removeprefix('score/')}" for folder in scored)
+
+
+def _name_pass(folder: str) -> str:
+    """The folder's pass: its stage, name and caption pass, between slashes."""
+    first, _, names = folder.partition("/")
+    return f"{STAGES_OF_FOLDERS.get(first, first)}/{names}"
 
 
 def _read_views(folder: str, files: str, where: Mapping[str, str]) -> Iterator[str]:
@@ -241,12 +255,22 @@ def find_columns(expression: str, *, clause: str, kind: str = "") -> frozenset[s
     Raises:
         QueryError: it is not one expression whose value depends only on its row.
     """
+    return frozenset(path[0] for path in find_column_paths(expression, clause=clause, kind=kind))
+
+
+@cache
+def find_column_paths(expression: str, *, clause: str, kind: str = "") -> frozenset[tuple[str, ...]]:
+    """As `find_columns`, with the fields that follow a name after dots: ("signs", "text") for `signs.text`.
+
+    Raises:
+        QueryError: as `find_columns`.
+    """
     with _open_parser().cursor() as connection:
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
         kind = kind or ("order" if "ORDER BY" in clause else "condition")
         raise QueryError(f"{expression!r} is not a valid SQL {kind}: {problem}")
-    return frozenset(_list_values("column_names", tree))
+    return frozenset(tuple(node["column_names"]) for node in _walk(tree) if "column_names" in node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,13 +446,6 @@ def _translate_errors() -> Iterator[None]:
 def _format_error(error: Exception) -> str:
     """DuckDB's message, with the files of the run relative to its folder."""
     return HANDLE.sub("", str(error))
-
-
-def _list_values(key: str, tree: Any) -> Iterator[str]:
-    """The values of a key anywhere in a parse tree; of a list, its first item."""
-    for node in _walk(tree):
-        if key in node:
-            yield node[key][0] if isinstance(node[key], list) else node[key]
 
 
 def _walk(tree: Any) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ Which of them is exported is decided in stages/text/selection.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -18,7 +18,19 @@ from pipeline.execution.passes import AllShards, Shard
 from pipeline.records import NamedScore
 from pipeline.sections import Run
 from pipeline.storage import database
-from stages.text.conditions import IMAGE_COLUMNS, ORDER_BY, build_rows, check_query, find_scores, list_competing
+from stages.text.conditions import (
+    IMAGE_COLUMNS,
+    ORDER_BY,
+    build_rows,
+    check_query,
+    find_finders,
+    find_scores,
+    join_finders,
+    list_competing,
+    list_finder_columns,
+    list_finder_folders,
+    merge_finders,
+)
 from stages.text.selection import RAW, ExportText, TextConfig
 
 # Every text that an image may be exported with; alt text has no candidate. No column of users has a blank in its name.
@@ -34,8 +46,8 @@ TEXTS = """
     FROM kept ORDER BY key, caption, rank"""
 ALT_TEXTS = f"""
     UNION ALL BY NAME SELECT i.key, {", ".join(f"i.{name}" for name in IMAGE_COLUMNS)}, '{RAW}' AS caption,
-        alt_text AS text, count_words(alt_text) AS num_words
-    FROM image AS i WHERE status = 'ok' AND trim(alt_text) <> ''"""
+        alt_text AS text, count_words(alt_text) AS num_words{{columns}}
+    FROM image AS i {{joins}} WHERE i.status = 'ok' AND trim(alt_text) <> ''"""
 # The lowest score of the top share of raw texts, within 1/65536 of the scores' range, in bounded memory.
 THRESHOLD = """
     WITH texts AS ({rows} {alt_texts}), scored AS (
@@ -85,7 +97,7 @@ def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[
         if sql := getattr(settings, name):
             used |= find_scores(run, f"export.{name}", sql)
     query = TEXTS.format(
-        **_build_texts(run, settings, sorted(used)),
+        **_build_texts(run, settings, sorted(used), finders=find_text_finders(run, settings)),
         condition="keep" if settings.texts else "chosen",
         order=choose,
         weight=settings.weight or "1.0",
@@ -96,12 +108,28 @@ def build_query(run: Run, settings: TextConfig, scores: Sequence[str]) -> tuple[
     return query, sorted(used)
 
 
-def _build_texts(run: Run, settings: TextConfig, scores: Sequence[str], captions: Sequence[str] = ()) -> dict[str, str]:
+def find_text_finders(run: Run, settings: TextConfig) -> dict[str, frozenset[str]]:
+    """The finders, with their fields, that the SQL uses which decides texts and weights."""
+    choose = run.sections["filter"][""].choose if settings.texts else "candidate"
+    own = filter(None, (settings.weight, settings.raw_score))
+    return merge_finders(find_finders(run, choose, clause=ORDER_BY), find_finders(run, *own))
+
+
+def _build_texts(
+    run: Run,
+    settings: TextConfig,
+    scores: Sequence[str],
+    captions: Sequence[str] = (),
+    *,
+    finders: Mapping[str, frozenset[str]],
+) -> dict[str, str]:
     """The parts of TEXTS and THRESHOLD that they share."""
     has_alt_texts = settings.uses_raw and RAW not in run.sections["caption"]
     return {
-        "rows": build_rows(scores, captions or list_competing(run)),
-        "alt_texts": ALT_TEXTS if has_alt_texts else "",
+        "rows": build_rows(scores, captions or list_competing(run), finders),
+        "alt_texts": ALT_TEXTS.format(columns=list_finder_columns(finders), joins=join_finders(finders))
+        if has_alt_texts
+        else "",
         "raw_score": settings.raw_score or "NULL",
     }
 
@@ -110,6 +138,7 @@ def list_raw_folders(run: Run, settings: TextConfig) -> Iterator[str]:
     """The folders of the tables, of all shards, from which the top share of raw texts is found."""
     if settings.raw_top:
         yield "image"
+        yield from list_finder_folders(find_finders(run, settings.raw_score))
         if RAW in run.sections["caption"]:
             yield f"caption/{RAW}"
             yield from (f"score/{name}/{RAW}" for name in sorted(find_scores(run, "export", settings.raw_score)))
@@ -120,7 +149,9 @@ def write_threshold(shards: AllShards, folder: Path, *, settings: TextConfig) ->
     run = shards.run
     scores = sorted(find_scores(run, "export.raw_score", settings.raw_score))
     query = THRESHOLD.format(
-        **_build_texts(run, settings, scores, [RAW]), raw=database.quote_literal(RAW), share=settings.raw_top
+        **_build_texts(run, settings, scores, [RAW], finders=find_finders(run, settings.raw_score)),
+        raw=database.quote_literal(RAW),
+        share=settings.raw_top,
     )
     with database.connect_run(run) as connection:
         ((threshold,),) = database.query_rows(connection, query)

@@ -1,4 +1,6 @@
-"""The SQL of run.toml: it may use columns of captions and images, and scores by the names of their sections.
+"""The SQL of run.toml: it may use columns of captions and images, and scores and finders by their sections' names.
+
+A score is a number. A finder is a struct, whose fields sum up what was found in an image: FIELDS, and any label.
 
 Of what conditions are used for, it knows only that rules of `[filter]` may have a column of their own, `quantile`.
 """
@@ -6,7 +8,7 @@ Of what conditions are used for, it knows only that rules of `[filter]` may have
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, QueryError
@@ -17,6 +19,14 @@ from pipeline.storage import database
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
 CRITERIA = "_criteria"  # after the name of a score: the column of its criteria
 QUANTILE = "quantile"  # of a caption in its group, for rules
+FIELDS = {  # of a finder, SQL over its row
+    "num_found": "len(found)",
+    "confidence": "{highest}",  # the highest of any label
+    "labels": "[one.label FOR one IN found]",
+    "text": "array_to_string([one.text FOR one IN found IF one.text IS NOT NULL], chr(10))",
+}
+HIGHEST = "coalesce(list_max([coalesce(one.confidence, 1.0) FOR one IN found{condition}]), 0.0)"
+NO_FINDERS: Mapping[str, frozenset[str]] = {}
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
@@ -70,23 +80,88 @@ def find_scores(
         raise ConfigError(f"{run.file}: {field}", f"{error}{suggest_quotes(run, sql)}") from error
     taken = {*column_names(Caption), *column_names(Image), "caption", "num_words", *more_columns}
     folded = {name.casefold(): f"{name} is the name of a column" for name in taken}  # SQL ignores the case
-    for score in run.sections["score"]:
-        if problem := folded.get(score.casefold()):
-            raise ConfigError(f"{run.file}: score.{score}", f"{problem} already; choose another")
-        folded[score.casefold()] = f"{score} is the name of a score, which in SQL is the same name,"
-    known = {*run.sections["score"], *taken}
+    for stage, article in (("find", "a finder"), ("score", "a score")):
+        for name in run.sections[stage]:
+            if problem := folded.get(name.casefold()):
+                raise ConfigError(f"{run.file}: {stage}.{name}", f"{problem} already; choose another")
+            folded[name.casefold()] = f"{name} is the name of {article}, which in SQL is the same name,"
+    known = {*run.sections["find"], *run.sections["score"], *taken}
     if unknown := sorted(names - known):
         message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
         raise ConfigError(f"{run.file}: {field}", f"{message}{suggest_quotes(run, sql)}")
     return set(names & set(run.sections["score"]))
 
 
-def suggest_quotes(run: Run, sql: str, *, stages: Sequence[str] = ("score",)) -> str:
+def find_finders(run: Run, *expressions: str, clause: str = CONDITION) -> dict[str, frozenset[str]]:
+    """The finders that pieces of SQL of run.toml use, and of each the fields; `find_scores` checks the SQL.
+
+    Raises:
+        QueryError: a piece is not valid SQL.
+    """
+    paths = [path for sql in expressions for path in database.find_column_paths(sql, clause=clause)]
+    used = sorted({path[0] for path in paths} & set(run.sections["find"]))
+    return {name: frozenset(path[1] for path in paths if path[0] == name and path[1:]) for name in used}
+
+
+def merge_finders(*parts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """The finders of all parts, each with the fields of all."""
+    names = sorted({name for part in parts for name in part})
+    return {name: frozenset[str]().union(*(part.get(name, ()) for part in parts)) for name in names}
+
+
+def list_finder_folders(finders: Iterable[str]) -> list[str]:
+    return [f"finding/{name}" for name in sorted(finders)]
+
+
+def build_finders(finders: Mapping[str, Collection[str]]) -> list[tuple[str, str]]:
+    """For each finder its name as an SQL identifier, and a SELECT of `key` and its struct, in a column of that name.
+
+    A label that was not found has the confidence 0. Where the finder failed there is no row.
+
+    Args:
+        finders: name -> the fields that are used; all but those of FIELDS are labels, in any case.
+    """
+    selects = []
+    for name, used in finders.items():
+        labels = sorted({field.casefold() for field in used} - FIELDS.keys())
+        values = {field: sql.format(highest=HIGHEST.format(condition="")) for field, sql in FIELDS.items()}
+        for label in labels:
+            condition = f" IF lower(one.label) = lower({database.quote_literal(label)})"
+            values[label] = HIGHEST.format(condition=condition)
+        packed = ", ".join(f"{database.quote_identifier(field)} := {sql}" for field, sql in values.items())
+        quoted = database.quote_identifier(name)
+        select = f"SELECT key, struct_pack({packed}) AS {quoted} FROM finding"
+        selects.append((quoted, f"{select} WHERE name = {database.quote_literal(name)} AND status = 'ok'"))
+    return selects
+
+
+def join_finders(finders: Mapping[str, Collection[str]]) -> str:
+    """The joins that add a column for each finder to the rows of `image AS i`."""
+    return "\n".join(
+        f'LEFT JOIN ({select}) AS "finder {number}" ON "finder {number}".key = i.key'
+        for number, (_, select) in enumerate(build_finders(finders))
+    )
+
+
+def list_finder_columns(finders: Iterable[str]) -> str:
+    """The columns that `join_finders` adds, as a SELECT lists them after others."""
+    return "".join(f", {database.quote_identifier(name)}" for name in finders)
+
+
+def build_images(finders: Mapping[str, Collection[str]]) -> str:
+    """What a query reads FROM: the view `image`, with finders as columns."""
+    if not finders:
+        return "image"
+    return f"(SELECT i.*{list_finder_columns(finders)} FROM image AS i {join_finders(finders)}) AS image"
+
+
+def suggest_quotes(run: Run, sql: str, *, stages: Sequence[str] = ("find", "score")) -> str:
     """Advice on a pass of these stages whose name is an SQL keyword or no identifier; "" if the SQL has none."""
     for stage, name in ((one, name) for one in stages for name in run.sections[one]):
         quoted = re.sub(rf'(?<!["\w]){re.escape(name)}(?!["\w])', f'"{name}"', sql)
         if quoted != sql and not _is_identifier(name):
-            return f"; the {stage} {name} needs double quotes in SQL, which single quotes keep in TOML: '{quoted}'"
+            what = "finder" if stage == "find" else stage
+            return f"; the {what} {name} needs double quotes in SQL, which single quotes keep in TOML: '{quoted}'"
     return ""
 
 
@@ -97,11 +172,17 @@ def _is_identifier(name: str) -> bool:
         return False
 
 
-def build_rows(scores: Sequence[str], captions: Sequence[str], *, criteria: Sequence[str] = ()) -> str:
+def build_rows(
+    scores: Sequence[str],
+    captions: Sequence[str],
+    finders: Mapping[str, Collection[str]] = NO_FINDERS,
+    *,
+    criteria: Sequence[str] = (),
+) -> str:
     """A SELECT over a shard's views that the SQL of run.toml is applied to.
 
-    One row for each caption of these passes, with `num_words`, its image's columns, and scores as columns; of those of
-    the scores that `criteria` names, the criteria too, as SCORE_criteria.
+    One row for each caption of these passes, with `num_words`, its image's columns, and scores and finders as columns;
+    of those of the scores that `criteria` names, the criteria too, as SCORE_criteria.
     """
     quoted = [database.quote_identifier(score) for score in scores]
     values = "".join(f", {name}.value AS {name}" for name in quoted)
@@ -113,11 +194,13 @@ def build_rows(scores: Sequence[str], captions: Sequence[str], *, criteria: Sequ
         f" ON {name}.key = c.key AND {name}.caption = c.name AND {name}.candidate = c.candidate"
         for score, name in zip(scores, quoted, strict=True)
     )
+    values += list_finder_columns(finders)
     image = ", ".join(f"i.{name}" for name in IMAGE_COLUMNS)
     return f"""
         SELECT c.*, count_words(c.text) AS num_words, {image}{values}
         FROM caption AS c JOIN image AS i ON i.key = c.key
         {joins}
+        {join_finders(finders)}
         WHERE c.name IN ({", ".join(map(database.quote_literal, captions))})"""
 
 

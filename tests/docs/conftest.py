@@ -57,6 +57,7 @@ def documented_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos = corpus(home / "photos", ["jpg", "png", "cut", "webp", "jpg", "empty", "jpg"])
     rubric = {"committee": {"teachers": ["one", "two", "three"], "student": "dense", "writer": "claims"}}
     changes = {
+        "find": {"faults": {"kind": "quality"}, "signs": {"kind": "asked", "engine": "judge", "question": "signs"}},
         "curate": {},
         "canary": {},
         "source": {**BASE["source"], "path": str(photos)},

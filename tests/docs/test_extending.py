@@ -22,6 +22,7 @@ PAGE = (ROOT / "docs" / "extending.md",)
 REGISTRIES = {  # example -> the package whose directory would make it a plugin without a dot
     "zips": "pipeline.sources",
     "colours": "pipeline.engines",
+    "bars": "stages.finders",
     "keywords": "stages.scorers",
     "jsonl": "stages.exporters",
 }
@@ -103,9 +104,13 @@ def test_all_examples_make_one_run(project: Path, zips: Path) -> None:
     keywords = query(run, "SELECT status, count(*) FROM score WHERE name = 'keywords' GROUP BY ALL ORDER BY ALL")
     criteria = query(run, "SELECT DISTINCT unnest(criteria).id FROM score WHERE name = 'headline' ORDER BY ALL")
     exported = query(run, "SELECT key || '.jpg', sha256, caption FROM export ORDER BY key")
+    bars = query(run, "SELECT label, confidence, (x1 - x0) * (y1 - y0) FROM found WHERE name = 'frame'")
+    looked = query(run, "SELECT status, len(found) FROM finding WHERE name = 'frame'")
     assert images[0] == ["0.zip/0.jpg", "ok", "A mostly green picture"]
     assert images[1] == ["0.zip/1.jpg", "ok", None]
     assert len(images) == 6
+    assert all(label == "bars" and share == pytest.approx(1 - inner, abs=1e-3) for label, share, inner in bars)
+    assert len(looked) == 6 and sum(num for _, num in looked) == len(bars) > 0
     assert all(text.startswith("This picture is mostly ") for (text,) in captions)
     assert keywords == [["ok", 4], ["unknown", 8]]
     assert criteria == [["subject"], ["true"]]

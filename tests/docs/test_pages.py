@@ -16,6 +16,7 @@ import pytest
 from pipeline.cli import app
 from pipeline.storage.database import RECORDS
 from stages import recipes, rubrics
+from stages.finders import _questions as finder_questions
 from tests.docs.conftest import BASE, as_toml, merge, plain_engines
 from tests.support import reference
 from tests.support.pages import PAGES, Block, list_anchors, list_blocks, list_links
@@ -110,7 +111,7 @@ def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path, documented_run:
         folder, name = Path(block.file).parent.name, Path(block.file).stem
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.toml").write_text(block.text)
-        {"recipes": recipes, "rubrics": rubrics}[folder].load(name, run=tmp_path)  # type: ignore[attr-defined]
+        {"recipes": recipes, "rubrics": rubrics, "finders": finder_questions}[folder].load(name, run=tmp_path)  # type: ignore[attr-defined]
         return
     if "my_recap." in block.text:
         return  # run by test_extending

@@ -173,7 +173,7 @@ def test_names_that_read_the_clock_without_parentheses_are_refused(run: Path, na
     ("names", "problem"), [(["judge", "JUDGE"], "judge is the name of a score"), (["Width"], "width")]
 )
 def test_scores_are_named_apart_from_columns_and_each_other_in_any_case(names: list[str], problem: str) -> None:
-    run = SimpleNamespace(file="run.toml", sections={"score": dict.fromkeys(names)})
+    run = SimpleNamespace(file="run.toml", sections={"find": {}, "score": dict.fromkeys(names)})
     with pytest.raises(ConfigError, match=rf"score\.{names[-1]}: {problem}"):
         find_scores(run, "filter.rules.x", "width > 9")  # type: ignore[arg-type]
 
@@ -189,7 +189,7 @@ def test_scores_are_named_apart_from_columns_and_each_other_in_any_case(names: l
 def test_a_score_named_like_a_keyword_needs_quotes(
     tmp_path: Path, name: str, sql: str, quoted: str, clause: str
 ) -> None:
-    run = SimpleNamespace(file="run.toml", sections={"score": {"form": None, name: None}})
+    run = SimpleNamespace(file="run.toml", sections={"find": {}, "score": {"form": None, name: None}})
     with pytest.raises(ConfigError, match=f"the score {name} needs double quotes .*: '{quoted}'$"):
         find_scores(run, "filter.rules.x", sql, clause=clause)  # type: ignore[arg-type]
     assert find_scores(run, "filter.rules.x", quoted, clause=clause) == {name}  # type: ignore[arg-type]

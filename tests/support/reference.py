@@ -20,8 +20,9 @@ from pipeline import plugins, records, sections
 from pipeline.commands.init import format_toml
 from pipeline.storage.database import RECORDS
 from pipeline.validation import describe_type
-from stages import canary, caption, curate, export, recipes, rubric, rubrics, score
+from stages import canary, caption, curate, export, find, recipes, rubric, rubrics, score
 from stages import filter as filter_stage
+from stages.finders import _questions as finder_questions
 from stages.rubric_writers import llm
 from stages.text.prompts import SamplingConfig
 
@@ -46,8 +47,8 @@ Unknown keys are errors. A key without a default is required. Relative paths sta
 Changing a key marked **yes** under *Decides rows* makes the tables that it decides stale, and every table made from
 them; `recap run --stale redo` remakes those. The other keys can be changed at any time.
 
-A plugin section (`[source]`, `[engines.NAME]`, `[score.NAME]`) names its plugin with `kind`, either one listed here or
-a module of your own with a dot in its name: see [Extending](extending.md).
+A plugin section (`[source]`, `[engines.NAME]`, `[find.NAME]`, `[score.NAME]`) names its plugin with `kind`, either
+one listed here or a module of your own with a dot in its name: see [Extending](extending.md).
 
 Editors complete and check run.toml with its JSON Schema. With a TOML plugin based on Taplo, write the schema once and
 name it in the first line of run.toml, as `#:schema ./run.schema.json`:
@@ -97,6 +98,12 @@ def configuration_parts() -> Iterator[Part]:
         classes=(curate.Config,),
         text="Without this section every image that is ok is captioned. See [Curation](curation.md).",
     )
+    yield Part(
+        title="`[find.NAME]`",
+        classes=(find.Config,),
+        text=f"Every finder has {COMMON} See [Finders](recipes-and-rubrics.md#finders).",
+    )
+    yield from _plugin_parts("stages.finders", "kind = {kind}")
     yield Part(title="`[caption.NAME]`", classes=(caption.Config,))
     yield Part(title="`[rubric.NAME]`", classes=(rubric.Config,))
     yield Part(title="`[score.NAME]`", classes=(score.Config,), text=f"Every scorer has {COMMON}")
@@ -127,9 +134,10 @@ def configuration_parts() -> Iterator[Part]:
     yield Part(title="A recipe", classes=(recipes.RecipeSpec,), text="A file of `recipes/`.")
     yield Part(title="A rubric", classes=(rubrics.RubricSpec,), text="A file of `rubrics/`.")
     yield Part(title="`[[criteria]]` of a rubric", classes=(rubrics.Question,), level=3)
+    yield Part(title="A finder's question", classes=(finder_questions.QuestionSpec,), text="A file of `finders/`.")
     yield Part(title="A rubric writer's prompt", classes=(llm.WriterSpec,), text="A file of `writers/`.")
     yield Part(
-        title="`[sampling]` of a recipe, a rubric or a writer's prompt",
+        title="`[sampling]` of a recipe, a rubric, a finder's question or a writer's prompt",
         classes=(SamplingConfig,),
     )
 
@@ -185,7 +193,7 @@ def render_configuration(parts: Iterable[Part]) -> str:
 
 def render_tables() -> str:
     """Every table's columns, then the structs that are columns of them."""
-    structs = (records.Criterion, records.RubricCriterion, records.NamedScore, records.ExportedText)
+    structs = (records.Found, records.Criterion, records.RubricCriterion, records.NamedScore, records.ExportedText)
     return "\n".join(
         [
             *(line for record in RECORDS for line in _columns(f"`{record.table}`", record)),
