@@ -1,4 +1,4 @@
-"""`given` and `words` of run.toml: SQL for texts about an image, from its own row, its metadata and earlier passes.
+"""`given` and `words` of run.toml: SQL for texts about an image, from its own row, finders and earlier passes.
 
 Decides what such SQL may read, and so what a pass depends on. It does not know what the texts are for.
 """
@@ -16,8 +16,16 @@ from pipeline.execution.passes import Shard, lookup_rows
 from pipeline.records import Image, column_names
 from pipeline.sections import Run
 from pipeline.storage import database
-from pipeline.storage.database import quote_identifier
-from stages.text.conditions import CONDITION, CRITERIA, build_rows, suggest_quotes
+from pipeline.storage.database import quote_identifier, quote_literal
+from stages.text.conditions import (
+    CONDITION,
+    CRITERIA,
+    build_images,
+    build_rows,
+    find_finders,
+    list_finder_folders,
+    suggest_quotes,
+)
 
 SELECT = re.compile(r"\s*(SELECT|FROM|WITH)\b", re.IGNORECASE)  # the beginning of what is not an expression
 IMAGE = "image"  # the view that every pass of captions depends on anyway
@@ -68,8 +76,8 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
     """Checks SQL of a caption pass's section, and finds what it reads.
 
     Args:
-        sql: by field, an expression over columns of an image, or a SELECT of `key` and one more column over images and
-            usable captions of other passes, each a relation by its name with its scores as columns.
+        sql: by field, an expression over columns of an image and finders, or a SELECT of `key` and one more column over
+            images, what finders found, and usable captions of other passes, each a relation by the pass's name.
         caption: the caption pass.
         field: of run.toml that holds `sql`.
 
@@ -84,19 +92,23 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
     for table, some in (item for source in sources for item in source.tables.items()):
         columns[table] = columns.get(table, frozenset()) | some
     names = [name for name in run.sections["caption"] if name.lower() in columns.keys() - VIEWS]
+    finders = [name for name in run.sections["find"] if name.lower() in columns.keys() - VIEWS]
     scores = {name: _find_scores(run, name, columns[name.lower()]) for name in names}
     relations = [f"{quote_identifier(name)} AS ({_build_relation(name, *scores[name])})" for name in names]
+    relations += [f"{quote_identifier(name)} AS ({_list_found(name)})" for name in finders]
     prefix = f"WITH {', '.join(relations)} " if relations else ""
     with database.connect(run.folder, files="none.parquet") as connection:
-        texts = [_find_text(connection, prefix, text, where[name]) for name, text in sql.items()]
+        selects = {name: _as_select(run, one) for name, one in sql.items()}
+        texts = [_find_text(connection, prefix, sql[name], selects[name], where[name]) for name in sql]
     parts = [
-        TEXTS.format(number=number, text=text, sql=_as_select(one))
-        for number, (one, text) in enumerate(zip(sql.values(), texts, strict=True))
+        TEXTS.format(number=number, text=text, sql=select)
+        for number, (select, text) in enumerate(zip(selects.values(), texts, strict=True))
     ]
     folders = [[f"caption/{name}", *(f"score/{score}/{name}" for score in scores[name][0])] for name in names]
+    used = {*finders, *(name for one in sql.values() if not SELECT.match(one) for name in find_finders(run, one))}
     return GivenTexts(
         fields=tuple(sql),
-        reads=tuple(folder for some in folders for folder in some),
+        reads=(*list_finder_folders(used), *(folder for some in folders for folder in some)),
         query=f"{prefix}SELECT * FROM ({' UNION ALL '.join(parts)}) ORDER BY key, field, place",
         where=f"{run.file}: {field}",
     )
@@ -108,19 +120,22 @@ def _find_sources(run: Run, sql: str, caption: str, where: str) -> database.Sour
     Raises:
         ConfigError: it is not valid, or names what it may not.
     """
-    captions = [name for name in run.sections["caption"] if name != caption]
+    captions, finders = [name for name in run.sections["caption"] if name != caption], list(run.sections["find"])
     try:
         if not SELECT.match(sql):
             columns = database.find_columns(sql, clause=CONDITION, kind="expression")
-            if unknown := sorted(columns - {*column_names(Image)}):
-                known = ", ".join(sorted(column_names(Image)))
-                advice = f"a SELECT of key and text may read {', '.join([IMAGE, *captions])}"
+            if unknown := sorted(columns - {*column_names(Image), *finders}):
+                known = ", ".join(sorted({*column_names(Image), *finders}))
+                advice = f"a SELECT of key and text may read {', '.join([IMAGE, *captions, *finders])}"
                 raise ConfigError(where, f"{sql!r} uses {', '.join(unknown)}; the columns are {known}; {advice}")
             return database.Sources(tables={}, common=frozenset())
         sources = database.find_sources(sql.strip().rstrip(";"))
     except QueryError as error:
-        raise ConfigError(where, f"{error}{suggest_quotes(run, sql, stages=('caption', 'score'))}") from error
-    readable = {name.lower() for name in captions} - VIEWS
+        raise ConfigError(where, f"{error}{suggest_quotes(run, sql, stages=('caption', 'find', 'score'))}") from error
+    readable = {name.lower() for name in (*captions, *finders)} - VIEWS
+    twice = {name.lower() for name in run.sections["caption"]} & {name.lower() for name in finders}
+    if shared := sorted(twice & sources.tables.keys()):
+        raise ConfigError(where, f"{shared[0]} is the name of a caption pass and of a finder; rename one")
     if taken := sorted(sources.common & (readable | VIEWS)):
         raise ConfigError(where, f"WITH {taken[0]} hides a table of that name; choose another name")
     if caption.lower() in sources.tables.keys() - readable:
@@ -144,21 +159,26 @@ def _build_relation(caption: str, scores: Sequence[str], criteria: Sequence[str]
     return f"SELECT * FROM ({rows}) WHERE status = 'ok' ORDER BY key, candidate"
 
 
-def _as_select(sql: str) -> str:
+def _list_found(finder: str) -> str:
+    """What a finder found, in order: the columns of the view `found`."""
+    return f"SELECT * EXCLUDE (name) FROM found WHERE name = {quote_literal(finder)} ORDER BY key, position"
+
+
+def _as_select(run: Run, sql: str) -> str:
     """A SELECT on lines of its own, so that a comment at its end ends there."""
     if SELECT.match(sql):
         return f"\n{sql.strip().rstrip(';')}\n"
-    return f"SELECT key, (\n{sql}\n) AS text FROM {IMAGE}"
+    return f"SELECT key, (\n{sql}\n) AS text FROM {build_images(find_finders(run, sql))}"
 
 
-def _find_text(connection: database.Connection, prefix: str, sql: str, where: str) -> str:
-    """An expression for the text, or a list's texts, of a row of the user's SQL.
+def _find_text(connection: database.Connection, prefix: str, sql: str, select: str, where: str) -> str:
+    """An expression for the text, or a list's texts, of a row of the user's SQL, which `select` makes a SELECT.
 
     Raises:
         ConfigError: its columns are not `key` and one that has a text.
     """
     try:
-        result = database.run_query(connection, f"{prefix}SELECT * FROM ({_as_select(sql)})")
+        result = database.run_query(connection, f"{prefix}SELECT * FROM ({select})")
     except QueryError as error:
         raise ConfigError(where, str(error)) from error
     types = {str(name): str(kind) for name, kind, *_ in result.description}

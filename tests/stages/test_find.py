@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import config
+from pipeline.errors import ConfigError
 from pipeline.execution.pass_graph import list_passes
+from pipeline.execution.passes import Shard
 from pipeline.records import Finding
 from pipeline.storage import database, tables
 from stages.text.conditions import build_images
+from stages.text.given import prepare_texts
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections, write
 
 pytestmark = pytest.mark.slow
@@ -113,6 +117,47 @@ def test_another_setting_makes_stale_what_uses_the_finder(run: Path) -> None:
         (run / "run.toml").write_text(text)
     assert "find:faults" in stale
     assert not stale & {"ingest", "curate", "find:seen", "find:facts", "caption:dense"}
+
+
+def test_given_reads_what_finders_found(run: Path) -> None:
+    """As relations in a SELECT, with one row a thing, and as columns in an expression."""
+    sql = {
+        "things": "SELECT key, label FROM Seen WHERE x0 IS NOT NULL",
+        "number": "'about ' || seen.num_found",
+        "faults": "faults.labels",
+    }
+    parsed = config.load(run)
+    given = prepare_texts(parsed, sql, caption="dense", field="caption.dense.given")
+    assert given.reads == ("finding/faults", "finding/seen")
+    expected: dict[str, dict[str, list[str]]] = {}
+    lists = query(run, "SELECT key, name, found FROM finding WHERE name IN ('seen', 'faults')")
+    for key, name, found in lists:
+        labels = [one["label"] for one in found if name == "faults" or one["x0"] is not None]
+        expected.setdefault(key, {})["faults" if name == "faults" else "things"] = labels
+        if name == "seen":
+            expected[key]["number"] = [f"about {len(found)}"]
+    for number in range(3):
+        with closing(Shard(run=parsed, number=number, pieces=())) as shard:
+            find_texts = given.open(shard)
+            for key in sorted(key for key in expected if key.startswith(f"{number:06d}")):
+                assert {name: [*texts] for name, texts in find_texts(key).items()} == expected.pop(key)
+    assert not expected
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT key, label FROM glasses", r"reads glasses: 'glasses' is none of image, .*seen"),
+        ("glasses.text", r"uses glasses; the columns are .*seen.* may read image, .*seen"),
+        ("SELECT key, * FROM seen", r"has the columns key, .*it must have key and one more"),
+        ("SELECT key, label FROM twin", r"twin is the name of a caption pass and of a finder"),
+    ],
+)
+def test_mistakes_in_given_are_named(run: Path, tmp_path: Path, sql: str, message: str) -> None:
+    twin = {"find__twin": {"kind": "metadata"}, "caption__twin": {"recipe": "short", "engine": "captioner"}}
+    write(tmp_path, sections(run.parent / "photos", **FINDERS, **twin))
+    with pytest.raises(ConfigError, match=message):
+        prepare_texts(config.load(tmp_path), {"x": sql}, caption="dense", field="caption.dense.given")
 
 
 def test_every_field_of_a_finder_sums_up_its_list(run: Path) -> None:
