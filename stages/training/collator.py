@@ -43,12 +43,12 @@ class Collator:
         import torch
 
         ignore_signals()
-        pixels = self._processor.image_processor(
-            images=[self.load_image(example) for example in examples], return_tensors="pt"
-        )
-        grids, merge = pixels["image_grid_thw"], self._processor.image_processor.merge_size
-        sizes = [int(grid.prod()) // merge**2 for grid in grids]
-        rows = [self._tokenize(example, size) for example, size in zip(examples, sizes, strict=True)]
+        shown = [example for example in examples if example["shows_image"]]
+        images = [self.load_image(example) for example in shown]
+        pixels = self._processor.image_processor(images=images, return_tensors="pt") if shown else {}
+        grids, merge = pixels["image_grid_thw"] if shown else [], self._processor.image_processor.merge_size
+        sizes = (int(grid.prod()) // merge**2 for grid in grids)
+        rows = [self._tokenize(example, next(sizes) if example["shows_image"] else 0) for example in examples]
         longest = max(len(ids) for ids, _ in rows)
         pad = self._processor.tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
@@ -62,7 +62,7 @@ class Collator:
         if self._regions:
             from stages.scenes.region_head import label_batch
 
-            batch["regions"] = label_batch([example["source_key"] for example in examples], grids, merge=merge)
+            batch["regions"] = label_batch([example["source_key"] for example in shown], grids, merge=merge)
         return batch
 
     def load_image(self, example: Mapping[str, Any]) -> Any:
@@ -79,7 +79,7 @@ class Collator:
             [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
         )
         for turn, (question, answer) in enumerate(zip(example["questions"], example["answers"], strict=True)):
-            image = [{"type": "image"}] if turn == 0 else []
+            image = [{"type": "image"}] if turn == 0 and example["shows_image"] else []
             messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
             prompt = self._processor.apply_chat_template(messages, add_generation_prompt=True)
             messages.append({"role": "assistant", "content": answer})

@@ -40,6 +40,7 @@ class TrainExample(Record):
     system: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    shows_image: bool = True  # whether the model sees the image, or the questions alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def _read_usable_images(shard: Shard, table: Path) -> Iterator[Image]:
             yield replace(image, file=str(shard.locate(image)))
 
 
-def make_example(image: Image, turns: Sequence[Turn]) -> TrainExample:
+def make_example(image: Image, turns: Sequence[Turn], *, shows_image: bool = True) -> TrainExample:
     assert image.file is not None and image.offset is not None and image.num_bytes is not None
     assert image.width is not None and image.height is not None and image.sha256 is not None
     return TrainExample(
@@ -82,6 +83,7 @@ def make_example(image: Image, turns: Sequence[Turn]) -> TrainExample:
         system=turns[0].system if turns else "",
         questions=tuple(turn.question for turn in turns),
         answers=tuple(turn.answer for turn in turns),
+        shows_image=shows_image,
     )
 
 

@@ -49,10 +49,13 @@ def slice_recipes(run: Run, config: TrainConfig) -> dict[str, Any]:
     return {name: {key: value for key, value in words.items() if key != "flags"} for name, words in slices.items()}
 
 
-def check_captions(run: Run, config: TrainConfig) -> None:
+def check_captions(run: Run, config: TrainConfig, *, without_image: bool) -> None:
     """
+    Args:
+        without_image: whether the method can train on prompts that show no image.
+
     Raises:
-        ConfigError: a caption pass or the recipe does not exist.
+        ConfigError: a caption pass or the recipe does not exist, or the recipe does not fit the method.
     """
     known = sorted(run.sections["caption"])
     if not config.captions:
@@ -70,6 +73,6 @@ def check_captions(run: Run, config: TrainConfig) -> None:
             recipe = load_recipe(run, config, name)
         except UnknownNameError as error:
             raise ConfigError(f"{run.file}: train.recipe", str(error)) from error
-        if not recipe.spec.image:
-            advice = f"the recipe of {name} shows its model no image (image = false), and training shows it"
+        if not (recipe.spec.image or without_image):
+            advice = f"the recipe of {name} shows its model no image (image = false), which {config.options.kind} needs"
             raise ConfigError(f"{run.file}: train.captions", advice)

@@ -101,6 +101,25 @@ def test_the_model_is_prompted_as_by_the_engines(sft_run: Path, processor: Any) 
     assert torch.equal(batch["mm_token_type_ids"][0, :prompt_length], own["mm_token_type_ids"][0])
 
 
+def test_an_example_without_an_image_is_prompted_by_its_text_alone(sft_run: Path, processor: Any) -> None:
+    import torch
+
+    first, second, third, *_ = read_sft_examples(sft_run)
+    collator, blind = Collator(processor), replace(second, shows_image=False)
+    batch = collator([vars(one) for one in (first, blind, third)])
+    pair = collator([vars(first), vars(third)])
+    assert torch.equal(batch["pixel_values"], pair["pixel_values"])
+    assert torch.equal(batch["image_grid_thw"], pair["image_grid_thw"])
+    alone = collator([vars(blind)])
+    assert "pixel_values" not in alone
+    message = [{"role": "user", "content": blind.questions[0]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    own = processor.tokenizer(text, add_special_tokens=False).input_ids
+    for ids, labels in ((batch["input_ids"][1], batch["labels"][1]), (alone["input_ids"][0], alone["labels"][0])):
+        assert ids[: len(own)].tolist() == own
+        assert processor.tokenizer.decode(labels[labels != IGNORED]) == f"{blind.answers[0]}<|im_end|>\n"
+
+
 COUNTS = (2 * ROWS_PER_GROUP, 4 * ROWS_PER_GROUP)
 
 

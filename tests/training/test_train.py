@@ -17,7 +17,7 @@ from pipeline.engines import Request, Sampling
 from pipeline.engines import transformers as engines
 from stages import train
 from stages.training.dataset import read_image_file
-from tests.support.runs import ROOT, begin
+from tests.support.runs import ROOT, begin, make
 from tests.support.training_runs import make_sft_sections, read_sft_examples
 
 
@@ -39,6 +39,27 @@ def test_a_killed_training_resumes_with_the_same_result(sft_run: Path, tmp_path:
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
     assert "held-out" in (killed / "model/README.md").read_text()
     assert not [file for folder in folders for file in (folder / "train").glob("*.arrow*")]
+
+
+@pytest.mark.slow
+def test_one_training_learns_with_and_without_the_image(sft_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(sft_run, folder)
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "merge.toml").write_text('image = false\nprompt = "Merge: {drafts}"\n')
+    parts = make_sft_sections(train={"captions": ["main", "merged"], "steps": 3, "batch_size": 2})
+    given = {"drafts": "SELECT key, text FROM statements"}
+    parts["caption.merged"] = {"recipe": "merge", "engine": "hasty", "given": given}
+    begin(folder, parts)
+    assert make(folder, "caption").exit_code == 0
+    run = config.load(folder)
+    settings = run.sections["train"][""]
+    examples = [*settings.options.module.open(run, settings).read_examples()]
+    assert {(one.shows_image, one.questions[0].startswith("Merge: 1.\n```\n")) for one in examples} == {
+        (True, False),
+        (False, True),
+    }
+    assert (train.make(run, {}) / "model.safetensors").exists()
 
 
 @pytest.mark.slow

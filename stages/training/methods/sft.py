@@ -44,7 +44,7 @@ def open(run: Run, config: TrainConfig) -> Sft:
     Raises:
         ConfigError: a pass or the recipe does not exist.
     """
-    check_captions(run, config)
+    check_captions(run, config, without_image=not config.options.config.regions)
     scores: str = config.options.config.scores
     if scores and scores not in run.sections["score"]:
         raise ConfigError(f"{run.file}: train.scores", plugins.explain_unknown(scores, sorted(run.sections["score"])))
@@ -75,9 +75,10 @@ class Sft:
         for file, usable in read_images(self._run):
             images = {image.key: image for image in usable}
             for caption in self._config.captions:
+                is_shown = bool(self._own.scores) or load_recipe(self._run, self._config, caption).spec.image
                 for image_key, turns in groupby(read(caption, file.name), key=lambda turn: turn.key):
                     for some in tables.split_batches(turns, self._own.turns):
-                        yield make_example(images[image_key], some)
+                        yield make_example(images[image_key], some, shows_image=is_shown)
 
     def _read_texts(self, name: str, file: str) -> Iterator[Turn]:
         """Every usable caption, as the answer to its recipe's prompt."""
