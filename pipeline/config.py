@@ -61,7 +61,7 @@ def parse(values: Mapping[str, Any], *, file: Path) -> Run:
     stages = [name for name in plugins.list_stages(values) if name in values or name not in OPTIONAL_STAGES]
     sections = [name for name in stages if hasattr(plugins.load("stages", name), "Config")]
     limits = frozenset(f.name for f in dataclasses.fields(TopLevel))
-    top.check_keys([*sorted(limits), "source", "engines", "slurm", *sections, *OPTIONAL_STAGES])
+    top.check_keys([*sorted(limits), "source", "engines", "slurm", *{*sections, *OPTIONAL_STAGES}])
     if "source" not in values:
         raise top.error("source", "is missing; write [source] with a kind and a path")
     source = top.subsection("source")

@@ -57,6 +57,8 @@ MAX_FLOORS = 9
 MAX_ROOMS = 20  # files and directories of pipeline/ or of stages/
 MAX_FILES = 20  # Python files of any directory below them
 LOADERS = ("load", "import_module")
+PLUGIN_LOADERS = ("plugins.load", "importlib.import_module", "import_module")
+PACKAGES = ("pipeline", "stages")
 HIDDEN_LOADERS = ("__import__", "resolve_name", "spec_from_file_location")
 
 Sources = Mapping[str, str]  # module -> source text
@@ -125,14 +127,22 @@ def fold_text(node: ast.expr) -> str | None:
 
 
 def hidden_imports(texts: Sources) -> list[str]:
-    """Uses of functions that import out of sight, and of loaders under other names."""
+    """Imports that `find_imports` cannot follow: relative ones, whole packages, functions that import out of sight, and
+    loaders under other names."""
     found = []
     for module, text in texts.items():
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                found.append(f"{module} imports relatively")
+            elif isinstance(node, ast.Import) and any(alias.name in PACKAGES for alias in node.names):
+                found.append(f"{module} imports a whole package")
             aliases = node.names if isinstance(node, ast.ImportFrom) else []
             renamed = [alias.name for alias in aliases if alias.name in LOADERS and alias.asname]
-            used = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-            if renamed or used in HIDDEN_LOADERS:
+            used = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+            is_passed_on = used in PLUGIN_LOADERS and node not in called
+            if renamed or is_passed_on or used.rpartition(".")[2] in HIDDEN_LOADERS:
                 found.append(f"{module} uses {renamed or used}")
     return found
 
@@ -256,6 +266,11 @@ def test_nothing_is_imported_out_of_sight() -> None:
         ("pipeline.cli", '__import__("stages.train")', hidden_imports),
         ("pipeline.cli", 'import pkgutil\npkgutil.resolve_name("stages.train")', hidden_imports),
         ("pipeline.cli", "from importlib import import_module as fetch", hidden_imports),
+        ("pipeline.storage.tables", "from ..execution import runner", hidden_imports),
+        ("pipeline.storage.words", "if TYPE_CHECKING:\n    from .tables import TableFooter", hidden_imports),
+        ("stages.filter", "import stages\nstages.caption.passes", hidden_imports),
+        ("pipeline.storage.words", "fetch = plugins.load\nfetch('stages', 'train')", hidden_imports),
+        ("pipeline.storage.words", "partial(plugins.load, 'stages')('train')", hidden_imports),
         ("stages.filter", "from stages.caption import passes", stages_that_import_stages),
     ],
 )

@@ -640,7 +640,7 @@ def test_missing_input_is_reported_once(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(corpus(tmp_path / "photos", ["jpg"] * 4), source={"shard_size": 1}))
     done = recap("run", "caption", "--run", run, check=False)
     assert done.returncode == 1
-    assert done.stderr.count("run the stage that makes it first") == 1
+    assert done.stderr.count("`recap run ingest --run") == 1
     assert "caption:dense 00000" in done.stderr and "(and 3 shards more like it)" in done.stderr
 
 

@@ -22,7 +22,7 @@ from pipeline.execution.pass_graph import select_passes
 from pipeline.execution.passes import Pass
 from pipeline.execution.run_state import RunState
 from pipeline.progress import format_bytes, say
-from pipeline.records import status_of
+from pipeline.records import Piece, Raw, status_of
 from pipeline.sections import Run
 from pipeline.slurm import limits, scheduler
 from pipeline.storage import tables
@@ -30,6 +30,7 @@ from pipeline.storage.layout import table_path
 from pipeline.storage.plan import explain_shard_size
 
 NUM_PICTURES = 4  # that go through every pass
+NUM_FIRST = 20  # samples of a piece among which one must have an image
 MIN_FREE = 200 * 10**6  # bytes: with less, the next tables and part files would not fit
 SPARE_FILES = 256  # handles besides the connections to servers
 Kind = Literal["fine", "wrong", "doubtful"]
@@ -106,16 +107,25 @@ def _check_source(state: RunState) -> Finding:
         return Finding(kind="fine", where=where, message="is remote and not read")
     try:
         drawn = sample.draw_pieces(local, NUM_PICTURES, random=Random(run.seed))
-        raws = [raw for piece in drawn for raw in islice(run.source.module.read(piece, run.source.config), 1)]
+        raws = [_read_sample(run, piece) for piece in drawn]
     except (OSError, ValueError) as error:
         message = f"cannot be read: {error}; are its disks mounted, and may you read them?"
         return Finding(kind="wrong", where=where, message=message)
-    lost = [f"{raw.source_key}: {raw.error}" for raw in raws if raw.data is None]
+    lost = [f"{raw.source_key}: {raw.error}" for raw in raws if raw and raw.data is None]
     if lost and len(lost) == len(raws):
         message = f"none of {len(raws)} random images can be read, e.g. {lost[0]}; have they moved, may you read them?"
-        return Finding(kind="wrong", where=where, message=message)
+        return Finding(kind="wrong" if len(raws) >= NUM_PICTURES else "doubtful", where=where, message=message)
     message = f"{state.plan.num_shards} shards planned; {len(raws) - len(lost)} of {len(raws)} random images read"
     return Finding(kind="fine", where=where, message=message)
+
+
+def _read_sample(run: Run, piece: Piece) -> Raw | None:
+    """The first sample of a piece that has data, among its first few, or the last of these; None if it is empty."""
+    raw = None
+    for raw in islice(run.source.module.read(piece, run.source.config), NUM_FIRST):
+        if raw.data is not None:
+            break
+    return raw
 
 
 def _check_engine(run: Run, name: str, passes: Sequence[Pass]) -> Finding:

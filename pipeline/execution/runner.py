@@ -192,13 +192,18 @@ class Runner:
 
     def _fail_blocked(self, p: Pass, blocked: Mapping[int, State]) -> None:
         """Records shards whose input is missing as failed; silent where making that input has just failed."""
-        reasons = {n: f"{state.why}; run the stage that makes it first" for n, state in blocked.items()}
+        reasons = {n: f"{state.why}; {self._advise(state)}" for n, state in blocked.items()}
         inputs = [q.title for q in self.state.passes if q.folder in p.depends_on]
         new = [n for n in blocked if not any(f"{title} {n:05d}" in self.outcome.failures for title in inputs)]
         if new:
             others = f" (and {format_quantity(len(new) - 1, 'shard')} more like it)" if new[1:] else ""
             say(f"recap: {p.title} {new[0]:05d} failed: {reasons[new[0]]}{others}")
         self.outcome.failures |= {f"{p.title} {n:05d}": why for n, why in reasons.items()}
+
+    def _advise(self, blocked: State) -> str:
+        """The command that makes the missing input of a blocked shard."""
+        first = next((q.title for q in self.state.passes if blocked.why.startswith(f"{q.folder}/")), "all")
+        return f"`recap run {first} --run {self.state.run.folder}` makes it"
 
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter) -> None:
         num_failed_in_row = num_made = 0

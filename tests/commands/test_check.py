@@ -9,8 +9,10 @@ import re
 import resource
 import shutil
 import socket
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipeline.engines import _inspection
 from pipeline.records import Planned
 from pipeline.storage.tables import Provenance, write_rows
 from tests.support.faults import Faulty
-from tests.support.runs import begin, corpus, recap, sections, write
+from tests.support.runs import begin, corpus, picture, recap, sections, write
 from tests.support.serving import serve_folder
 
 pytestmark = pytest.mark.slow
@@ -260,3 +262,21 @@ def test_finished_passes_are_not_checked(world: World) -> None:
     recap("run", "all", "--run", world.run)
     lose_corpus(world)
     assert recap("run", "all", "--run", world.run).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "warnings"), [(("a.txt", "b.jpg"), 0), (("a.txt",), 1)], ids=["an image comes later", "there is no image"]
+)
+def test_a_small_corpus_without_an_image_at_its_beginning_is_not_refused(
+    tmp_path: Path, names: tuple[str, ...], warnings: int
+) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        for name in names:
+            data = picture(1) if name.endswith(".jpg") else b"words"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    run = begin(tmp_path / "run", sections(tmp_path / "tars", source={"kind": "webdataset"}))
+    done = recap("run", "ingest", "--run", run)
+    assert done.stderr.count("none of 1 random images can be read") == warnings

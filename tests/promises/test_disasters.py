@@ -160,7 +160,7 @@ def test_a_changed_tar_of_images(run: Path, reference: Path) -> None:
 def test_a_stage_names_missing_images(run: Path, reference: Path) -> None:
     assert make(run, "ingest").exit_code == 0
     (run / "shards" / "00001.tar").unlink()
-    assert_clean_failure(recap(run, "caption"), run, "shards/00001.tar is missing; run the stage that makes it first")
+    assert_clean_failure(recap(run, "caption"), run, "shards/00001.tar is missing; `recap run all --run")
     assert [path.name for path in (run / "caption" / "dense").iterdir()] == ["00000.parquet"]
     assert_rerun_completes(run, reference)
 
