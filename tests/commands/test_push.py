@@ -91,7 +91,7 @@ def test_a_killed_upload_resumes_and_the_list_of_digests_comes_last(run: Path, s
     assert {name: data for name, data in read_store("killed").items() if list_export(run)[name] != data} == {}
     done = recap("push", url, "--run", run)
     assert read_store("killed") == list_export(run)
-    assert "0 already there" not in done.stderr
+    assert ", 0 already there" not in done.stderr
 
 
 def test_a_changed_export_replaces_the_earlier_one_and_nothing_else(
