@@ -76,7 +76,7 @@ def choose_columns(
 
 def report_alt_text(schema: pa.Schema, columns: Columns) -> None:
     """Prints which columns might be the alt text, where none is taken for it."""
-    texts = [field.name for field in schema if field.name in columns.metadata and _is_text(field.type)]
+    texts = [field.name for field in schema if field.name in columns.metadata and _holds_text(field.type)]
     if not columns.alt_text and "json" not in columns.metadata:  # which may hold the caption
         _common.report_alt_text("the corpus", columns.metadata, candidates=texts)
 
@@ -126,6 +126,14 @@ def _is_text(type: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type))
+
+
+def _holds_text(type: pa.DataType) -> bool:
+    """True also for lists of texts, such as several captions."""
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    return _is_text(type.value_type if is_list else type)
 
 
 def _is_null(type: pa.DataType) -> bool:

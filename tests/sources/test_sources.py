@@ -29,7 +29,7 @@ from pipeline.commands.init import guess_source
 from pipeline.errors import ConfigError, MachineError, UserError
 from pipeline.records import Raw
 from pipeline.sections import stamped
-from pipeline.sources import _parquet, folder, hf, img2dataset, parquet, webdataset
+from pipeline.sources import _columns, _parquet, folder, hf, img2dataset, parquet, webdataset
 from pipeline.storage import plan
 from tests.support.serving import serve_folder
 
@@ -941,3 +941,11 @@ def test_a_caption_of_any_type_in_a_table_is_read_as_text(value: object, alt_tex
     columns = choose_columns(table.schema, image="", source_key="", alt_text="", short=("caption",))
     assert columns.image == "jpg", "a column of nulls is the images' only if there is no other"
     assert [sample.alt_text for sample in read_samples(table, columns, first=0, name="t")] == [alt_text]
+
+
+@pytest.mark.parametrize("values", ["a cat", ["a cat", "a grey cat"]], ids=["text", "texts"])
+def test_columns_of_tables_that_may_be_alt_text_are_named(values: object, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = pa.table({"image": [b"\xff\xd8\xff"], "captions": [values], "rating": [3]}).schema
+    columns = _columns.choose_columns(schema, image="", source_key="", alt_text="")
+    _columns.report_alt_text(schema, columns)
+    assert capsys.readouterr().err.strip().endswith("set source.alt_text to one of captions")
