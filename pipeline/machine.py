@@ -29,7 +29,7 @@ GROUP_FILES = {  # of a control group, by its controllers in /proc/self/cgroup: 
     "": ("memory.max", "memory.current"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-# Arrow reads this when it is first imported. Its own allocators keep a tenth more memory and save no time here.
+# Arrow reads this when it is first imported. Its own allocators keep more memory: tests/support/answer_fuzzer.py.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 _alone = threading.RLock()  # held while something is tried a second time
 

@@ -117,6 +117,16 @@ class Section:
         config = self.parse(module.Config, ignore=common | {selector})
         return Plugin(kind=name, module=module, config=config, selector=selector, where=f"{self.file}: {self.field}")
 
+    def parse_with_plugin(self, cls: type[T], choice: PluginChoice) -> tuple[T, Plugin]:
+        """The keys of `cls` as a `cls`, and all others as the `Config` of the plugin that one of them names.
+
+        Raises:
+            ConfigError: as `plugin` and `parse`.
+        """
+        common = frozenset(f.name for f in dataclasses.fields(cast(Any, cls)))
+        plugin = self.plugin(choice, common=common)
+        return self.select_keys(common).parse(cls), plugin
+
     def _explain_problem(self, cls: Any, problem: str, path: Sequence[int | str]) -> ConfigError:
         """The error for pydantic's `problem` with the value at `path`."""
         name = str(path[0])

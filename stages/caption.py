@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request, find_no_loop
@@ -46,9 +47,10 @@ class Config:
     )
     given: Mapping[str, str] = key(
         factory=dict,
-        help='FIELD = "SQL" that fills {FIELD} of the recipe\'s prompt: over columns of the image, e.g. "alt_text" or'
-        " \"metadata->>'$.place'\", or a SELECT of key and text over usable captions of other passes, each a"
-        " relation by its name with its scores as columns; several texts become a numbered list",
+        help='FIELD = "SQL" that fills {FIELD} of the recipe\'s prompt: over columns of the image and finders, e.g.'
+        ' "metadata->>\'$.place\'" or "signs.text", or a SELECT of key and text over what finders found and usable'
+        " captions of other passes, each a relation by its name, with its scores as columns; several texts become a"
+        " numbered list",
         in_init=False,
     )
     num_candidates: int = key(1, "captions per image", least=1)
@@ -181,15 +183,12 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
     """Copies of an image have words of their own, so these rows are never shared."""
-    scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
     words = prepare_texts(run, {"words": config.words}, caption=name, field=f"caption.{name}")
-    finders = find_finders(run, config.where or "true")
-    where_tables = [*list_finder_folders(finders), *(f"score/{score}/{config.of}" for score in scores)]
     return Pass(
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        reads=tuple(dict.fromkeys([*(["curation"] if curated else []), *where_tables, *words.reads, "image"])),
+        **_build_inputs(run, name, config, words, shared=False),
         version=VERSION,
         slice={
             "words": config.words,
@@ -200,14 +199,6 @@ def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
         record=Caption,
         # a corpus may lack texts for most of its images
         max_error_share=1.0 if config.max_error_share is None else config.max_error_share,
-        inputs=partial(
-            inputs,
-            num_candidates=config.num_candidates,
-            query=_build_query(config, scores, finders),
-            curated=curated,
-            shared=False,
-            texts=words,
-        ),
         work=partial(write_words, name=name),
     )
 
@@ -247,19 +238,11 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         raise ConfigError(f"{section}.recipe", str(error)) from error
     sampling = _resolve_sampling(config, recipe, section)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
-    scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
-    finders = find_finders(run, config.where or "true")
     return Pass(
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        reads=(
-            *(["curation"] if curated else []),
-            *given.reads,
-            "image",
-            *(folder for folder in list_finder_folders(finders) if folder not in given.reads),
-            *(folder for score in scores if (folder := f"score/{score}/{config.of}") not in given.reads),
-        ),
+        **_build_inputs(run, name, config, given),
         engines=(config.engine,),
         shows_images=recipe.spec.image,
         version=VERSION,
@@ -275,15 +258,23 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
         },
         record=Caption,
         max_error_share=run.resolve_error_share(config.max_error_share),
-        inputs=partial(
-            inputs,
-            num_candidates=config.num_candidates,
-            query=_build_query(config, scores, finders),
-            curated=curated,
-            texts=given,
-        ),
         work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, sampling=sampling).run,
     )
+
+
+def _build_inputs(run: Run, name: str, config: Config, texts: GivenTexts, *, shared: bool = True) -> dict[str, Any]:
+    """What the rows of a pass are made from: `reads` and `inputs` of its Pass."""
+    scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
+    finders = find_finders(run, config.where or "true")
+    scored = (f"score/{score}/{config.of}" for score in scores)
+    reads = (*(["curation"] if curated else []), *texts.reads, "image", *list_finder_folders(finders), *scored)
+    query = _build_query(config, scores, finders)
+    return {
+        "reads": tuple(dict.fromkeys(reads)),
+        "inputs": partial(
+            inputs, num_candidates=config.num_candidates, query=query, curated=curated, shared=shared, texts=texts
+        ),
+    }
 
 
 def inputs(

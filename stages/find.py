@@ -11,7 +11,7 @@ from functools import partial
 
 from pipeline.engines import Engine
 from pipeline.execution.passes import Pass, Shard
-from pipeline.records import Finding, Image, column_names
+from pipeline.records import Finding, Image
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
 from stages.finders import Find, FinderInput, load_finder
@@ -41,9 +41,8 @@ def read_section(section: Section) -> FindSection:
     Raises:
         ConfigError: the kind is unknown, or a key belongs to neither the stage nor the finder.
     """
-    common = frozenset(column_names(Config))
-    plugin = section.plugin(PLUGINS, common=common)
-    return FindSection(**vars(section.select_keys(common).parse(Config)), finder=plugin)
+    config, plugin = section.parse_with_plugin(Config, PLUGINS)
+    return FindSection(**vars(config), finder=plugin)
 
 
 def passes(run: Run) -> Iterable[Pass]:

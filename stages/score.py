@@ -13,7 +13,7 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.execution.sharing import share_rows
-from pipeline.records import Score, column_names
+from pipeline.records import Score
 from pipeline.sections import Plugin, PluginChoice, Run, key
 from pipeline.validation import Section
 from stages.scorers import Sample, Scorer
@@ -52,9 +52,8 @@ def read_section(section: Section) -> ScoreSection:
     Raises:
         ConfigError: the kind is unknown, or a key belongs to neither the stage nor the scorer.
     """
-    common = frozenset(column_names(Config))
-    plugin = section.plugin(PLUGINS, common=common)
-    return ScoreSection(**vars(section.select_keys(common).parse(Config)), scorer=plugin)
+    config, plugin = section.parse_with_plugin(Config, PLUGINS)
+    return ScoreSection(**vars(config), scorer=plugin)
 
 
 def passes(run: Run) -> Iterable[Pass]:

@@ -107,11 +107,11 @@ def _check_source(state: RunState) -> Finding:
         return Finding(kind="fine", where=where, message="is remote and not read")
     try:
         drawn = sample.draw_pieces(local, NUM_PICTURES, random=Random(run.seed))
-        raws = [_read_sample(run, piece) for piece in drawn]
+        raws = [raw for piece in drawn if (raw := _read_sample(run, piece))]
     except (OSError, ValueError) as error:
         message = f"cannot be read: {error}; are its disks mounted, and may you read them?"
         return Finding(kind="wrong", where=where, message=message)
-    lost = [f"{raw.source_key}: {raw.error}" for raw in raws if raw and raw.data is None]
+    lost = [f"{raw.source_key}: {raw.error}" for raw in raws if raw.data is None]
     if lost and len(lost) == len(raws):
         message = f"none of {len(raws)} random images can be read, e.g. {lost[0]}; have they moved, may you read them?"
         return Finding(kind="wrong" if len(raws) >= NUM_PICTURES else "doubtful", where=where, message=message)

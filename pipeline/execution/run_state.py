@@ -60,7 +60,7 @@ class RunState:
     def finished(self) -> frozenset[str]:
         """The folders whose tables are all done; empty unless all of many shards are selected, and after `forget`.
 
-        It is found for all shards at once, which takes a small part of the time of asking shard by shard.
+        It is found for all shards at once, from cached footers, and not shard by shard (benchmarks/rerun.py).
         """
         if self._finished is None:
             index, num = StateIndex(self.states), self.plan.num_shards

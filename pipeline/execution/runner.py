@@ -7,6 +7,7 @@ when no further shard would succeed. pipeline/execution/attempt.py makes a singl
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import traceback
 from collections import deque
@@ -203,7 +204,7 @@ class Runner:
     def _advise(self, blocked: State) -> str:
         """The command that makes the missing input of a blocked shard."""
         first = next((q.title for q in self.state.passes if blocked.why.startswith(f"{q.folder}/")), "all")
-        return f"`recap run {first} --run {self.state.run.folder}` makes it"
+        return f"`recap run {first} --run {shlex.quote(str(self.state.run.folder))}` makes it"
 
     def _make_shards(self, p: Pass, shards: Sequence[int], engines: EnginePool, meter: ProgressMeter) -> None:
         num_failed_in_row = num_made = 0

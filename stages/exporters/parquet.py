@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CARD = CardEntry(image="image", caption="caption", data_files="parquet/*.parquet")
 IMAGE_BYTES = "image.bytes"  # of the leaves; compressed already, and no two are equal
 ROWS_PER_GROUP = 100  # the Hub's viewer fails on row groups of more than about 100 MB
-ROWS_PER_BATCH = 4  # after which a page may end; with Arrow's 1024, a group's images are one page, which takes long
+ROWS_PER_BATCH = 4  # after which a page may end; with Arrow's 1024, all images of a group are one page
 
 
 def open(run: Path, shard: int, work: Path, split: str = "") -> ImageParquet:

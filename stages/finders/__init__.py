@@ -24,7 +24,6 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding.images import PixelRule, decode_pixels
@@ -33,8 +32,8 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UndecodableError
 from pipeline.machine import num_cores
 from pipeline.records import FindingStatus, Found, Image
-from pipeline.sections import Plugin, Run, stamped
-from stages.text.prompts import engine_slice
+from pipeline.sections import Plugin
+from stages.text.loaded import LoadedPlugin, prepare_plugin
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -77,25 +76,8 @@ Find = Callable[..., Iterator[FinderResult]]  # (inputs, engines=)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finder:
+class Finder(LoadedPlugin):
     """A loaded finder with its settings."""
-
-    kind: str
-    module: ModuleType
-    settings: Any
-    engine_names: Mapping[str, str]  # key of run.toml -> name in [engines]
-
-    def slice(self, run: Run, *, field: str) -> dict[str, Any]:
-        """The part of the fingerprint that decides its results; the seed belongs to it only if a model is asked.
-
-        Raises:
-            ConfigError: run.toml has no engine of that name.
-        """
-        own = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.settings)}
-        if not self.engine_names:
-            return own
-        engines = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.engine_names.items()]
-        return {**own, "seed": run.seed, "engines": engines}
 
     def find(self, inputs: Iterable[FinderInput], engines: Mapping[str, Engine]) -> Iterator[FinderResult]:
         results: Iterator[FinderResult] = self.module.find(inputs, self.settings, engines)
@@ -103,21 +85,12 @@ class Finder:
 
 
 def load_finder(plugin: Plugin, *, run: Path | None, field: str) -> Finder:
-    """Loads the finder of a section.
-
-    Args:
-        plugin: its kind and config.
-        run: the folder whose finders/ override those that ship.
-        field: the section, for messages.
+    """Loads the finder of a section; finders/ of `run` override those that ship.
 
     Raises:
-        ConfigError: something that the section names is missing or wrong.
+        ConfigError: as `prepare_plugin`.
     """
-    module, settings = plugin.module, plugin.config
-    if hasattr(module, "prepare"):
-        settings = module.prepare(settings, run=run, field=field)
-    engine_names = module.engines(settings) if hasattr(module, "engines") else {}
-    return Finder(kind=plugin.kind, module=module, settings=settings, engine_names=engine_names)
+    return Finder(**vars(prepare_plugin(plugin, run=run, field=field)))
 
 
 def require_packages(*packages: str, field: str, kind: str) -> None:

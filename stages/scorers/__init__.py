@@ -25,14 +25,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from pipeline.engines import Engine
 from pipeline.records import Criterion, RubricCriterion, ScoreStatus
-from pipeline.sections import Plugin, Run, stamped
+from pipeline.sections import Plugin
 from stages.rubrics import UNASKED
-from stages.text.prompts import engine_slice
+from stages.text.loaded import LoadedPlugin, prepare_plugin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,36 +71,12 @@ class ScoreResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scorer:
+class Scorer(LoadedPlugin):
     """A loaded scorer with its settings."""
 
-    kind: str
-    module: ModuleType
-    settings: Any
-    engine_names: Mapping[str, str]  # key of run.toml -> name in [engines]
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
     shows_images: bool = False
     unasked: Collection[str] = UNASKED  # kinds of planted errors that it is not meant to notice
-
-    @property
-    def engines(self) -> tuple[str, ...]:
-        return tuple(self.engine_names.values())
-
-    def slice(self, run: Run, *, field: str) -> dict[str, Any]:
-        """The part of the fingerprint that decides its results; the seed belongs to it only if a model is used.
-
-        Args:
-            run: the run.
-            field: the section, for messages.
-
-        Raises:
-            ConfigError: run.toml has no engine of that name.
-        """
-        own = {"kind": self.kind, "version": getattr(self.module, "VERSION", 1), **stamped(self.settings)}
-        if not self.engine_names:
-            return own
-        engines = [engine_slice(run, engine, field=f"{field}.{key}") for key, engine in self.engine_names.items()]
-        return {**own, "seed": run.seed, "engines": engines}
 
     def score(self, samples: Iterable[Sample], engines: Mapping[str, Engine]) -> Iterator[ScoreResult]:
         results: Iterator[ScoreResult] = self.module.score(samples, self.settings, engines)
@@ -120,15 +94,10 @@ def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     Raises:
         ConfigError: something that the section names is missing or wrong.
     """
-    module, settings = plugin.module, plugin.config
-    if hasattr(module, "prepare"):
-        settings = module.prepare(settings, run=run, field=field)
-    engine_names = module.engines(settings) if hasattr(module, "engines") else {}
+    loaded = prepare_plugin(plugin, run=run, field=field)
+    module, settings = loaded.module, loaded.settings
     return Scorer(
-        kind=plugin.kind,
-        module=module,
-        settings=settings,
-        engine_names=engine_names,
+        **vars(loaded),
         rubric=module.rubric(settings) if hasattr(module, "rubric") else "",
         shows_images=module.shows_images(settings) if hasattr(module, "shows_images") else False,
         unasked=module.unasked(settings) if hasattr(module, "unasked") else UNASKED,
