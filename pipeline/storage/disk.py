@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 NUM_SYNCS = 8  # at once
-MANY = 100  # files from which one sync of their file system takes less time than one of each
 START = 2  # SYNC_FILE_RANGE_WRITE of Linux
 
 
@@ -38,26 +37,9 @@ def sync_path(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Makes a folder and everything below it survive a power failure."""
-    paths = list(_list_tree(folder))
-    if len(paths) >= MANY and _sync_file_system(folder):
-        return
     with ThreadPoolExecutor(NUM_SYNCS) as threads:
-        for _ in threads.map(sync_path, paths):
+        for _ in threads.map(sync_path, _list_tree(folder)):
             pass
-
-
-def _sync_file_system(folder: Path) -> bool:
-    """Syncs the file system that holds the folder; False where the system has no such call."""
-    if not (call := _find_call("syncfs", ctypes.c_int)):
-        return False
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if call(handle):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(folder))
-    finally:
-        os.close(handle)
-    return True
 
 
 def _list_tree(folder: Path) -> Iterator[Path]:
@@ -70,13 +52,13 @@ def start_writing(handle: int, offset: int = 0, num_bytes: int = 0) -> None:
 
     A hint: where the system has no such call, nothing happens.
     """
-    if call := _find_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint):
+    if call := _find_call():
         call(handle, offset, num_bytes, START)
 
 
 @cache
-def _find_call(name: str, *types: Any) -> Any:
-    call = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+def _find_call() -> Any:
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if call:
-        call.argtypes = types
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return call
