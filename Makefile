@@ -36,7 +36,7 @@ test-vllm: $(VENV)/.vllm  ## Run the tests that serve models with vLLM
 test-slurm: $(VENV)/.test  ## Run the tests on a real Slurm started here (root; apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m "slurm and not vllm"
 
-test-browser: $(VENV)/.test  ## Run the tests of the report in a real browser (apt-get install chromium)
+test-browser: $(VENV)/.test  ## Run the tests of the pages in a real browser (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser
 
 test-faults: $(VENV)/.test  ## Run the tests in which system calls and allocations fail (apt-get install strace gcc)

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,16 @@ class BrowserTab:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
+    def save_download(self, act: Callable[[], None], folder: Path) -> Path:
+        """The file that the page saves, when `act` has it do so."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder), eventsEnabled=True)
+        known = set(folder.iterdir())
+        act()
+        while not any(_ends_download(event) for event in self.events):
+            self.events.append(self._read_message())
+        (file,) = set(folder.iterdir()) - known
+        return file
+
     def take_screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
@@ -92,6 +102,12 @@ class BrowserTab:
         self.call("Browser.close")
         self._out.close()
         self._in.close()
+
+
+def _ends_download(event: dict[str, Any]) -> bool:
+    is_progress = event.get("method") == "Browser.downloadProgress"
+    assert not is_progress or event["params"]["state"] != "canceled", "the download was cancelled"
+    return is_progress and event["params"]["state"] == "completed"
 
 
 @contextmanager
