@@ -29,13 +29,13 @@ import numpy as np
 
 from benchmarks.held_out import CAPTIONER, JUDGE, STUDENT, generate_captions, list_scenes, make_samples, open_engine
 from pipeline.progress import say
+from pipeline.storage.sentences import split_sentences
 from stages.audit import PopulationAudit, build_features, collect_scores, drawing
 from stages.audit.drawing import NUM_BANDS, DrawnCaption, DrawnScore
 from stages.audit.intervals import Share, estimate_from_labels, estimate_share
 from stages.audit.thresholds import find_threshold
 from stages.scenes.measure import measure_caption
 from stages.scorers import judge, text
-from stages.text.sentences import split_sentences
 
 NUM_LABELS = (100, 200, 300)
 WRONG = (0.0, 0.05)  # shares of labels

@@ -44,9 +44,9 @@ from benchmarks.held_out import list_scenes, read_alt_text, render_image
 from benchmarks.worlds import TEST
 from pipeline.progress import say
 from pipeline.sources.scenes import Scene
+from pipeline.storage.sentences import split_sentences
 from stages.scenes.claims import group_claims, list_facts, write_sentence
 from stages.scenes.teachers import caption_scene, swap_word
-from stages.text.sentences import split_sentences
 
 RESULTS = Path(__file__).parent / "results" / "downstream.jsonl"
 TEST_WORLD, NUM_TEST = TEST[0], 1000

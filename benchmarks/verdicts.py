@@ -24,10 +24,10 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from benchmarks.held_out import CAPTIONER, JUDGE, generate_captions, list_scenes, make_samples, open_engine
 from pipeline.sources import scenes as scenes_source
+from pipeline.storage.sentences import split_sentences
 from stages.scenes.measure import measure_caption
 from stages.scenes.teachers import answer_statement
 from stages.scorers import ScoreResult, judge
-from stages.text.sentences import split_sentences
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "written": {},

@@ -5,6 +5,7 @@ Knows recipes and which images to caption; knows neither the model nor what make
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,7 +43,8 @@ class Config:
     words: str = key(
         "",
         'captions without a model: SQL over columns of the image, e.g. "alt_text" or "metadata->>\'$.title\'", or a'
-        " SELECT of key and text over usable captions of other passes; candidate n has the n-th of several texts",
+        " SELECT of key and text, and at will fields, over usable captions of other passes; candidate n has the n-th of"
+        " several texts",
         in_init=False,
     )
     given: Mapping[str, str] = key(
@@ -183,7 +185,7 @@ def passes(run: Run) -> Iterable[Pass]:
 
 def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
     """Copies of an image have words of their own, so these rows are never shared."""
-    words = prepare_texts(run, {"words": config.words}, caption=name, field=f"caption.{name}")
+    words = prepare_texts(run, {"words": config.words}, caption=name, field=f"caption.{name}", with_fields=True)
     return Pass(
         stage="caption",
         name=name,
@@ -199,21 +201,32 @@ def _build_words_pass(run: Run, name: str, config: Config) -> Pass:
         record=Caption,
         # a corpus may lack texts for most of its images
         max_error_share=1.0 if config.max_error_share is None else config.max_error_share,
-        work=partial(write_words, name=name),
+        work=partial(write_words, name=name, are_objects=words.are_objects),
     )
 
 
-def write_words(inputs: Iterator[CaptionInput], _: Mapping[str, Engine], *, name: str) -> Iterator[Caption]:
-    """One row per input: candidate n has the n-th of the image's words."""
+def write_words(
+    inputs: Iterator[CaptionInput], _: Mapping[str, Engine], *, name: str, are_objects: bool = False
+) -> Iterator[Caption]:
+    """One row per input: candidate n has the n-th of the image's words.
+
+    Args:
+        are_objects: as in GivenTexts.
+    """
     for item in inputs:
         words = item.texts.get("words", ())
-        text = words[item.candidate].strip() if item.candidate < len(words) else ""
+        text = words[item.candidate] if item.candidate < len(words) else ""
+        fields = None
+        if are_objects and text:
+            value = json.loads(text)
+            text, fields = value["text"] or "", json.dumps(value["fields"], ensure_ascii=False)
+        text = text.strip()
         yield Caption(
             key=item.image.key,
             name=name,
             candidate=item.candidate,
             text=text,
-            fields=None,
+            fields=fields,
             status="ok" if text else "empty",
             error=None if text else f"the SQL of words gives {len(words)} texts for this image",
             flags=(),

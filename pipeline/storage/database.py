@@ -34,7 +34,7 @@ from pipeline.records import (
     arrow_schema,
 )
 from pipeline.sections import Run
-from pipeline.storage import expressions
+from pipeline.storage import expressions, functions
 from pipeline.storage.compaction import list_current_files
 from pipeline.storage.words import MACRO, read_macro
 
@@ -75,6 +75,13 @@ class Connection:
         self.duck, self._handle = duck, handle
         self.views = {_view_name(statement): statement for statement in views}
         self._undefined, self._without_rows = dict(self.views), {record.table: record for record in RECORDS}
+        self._has_functions = False
+
+    def define_functions(self, names: Set[str]) -> None:
+        """Defines the functions for sentences if they are among these names, and not defined yet."""
+        if not self._has_functions and names & functions.NAMES:
+            functions.define_functions(self.duck)
+            self._has_functions = True
 
     def define(self, names: Set[str]) -> None:
         """Defines these views, if they are not defined yet; all of them without rows if a name is not a view's.
@@ -361,11 +368,12 @@ def _check_statement(connection: Connection, sql: str) -> duckdb.Statement:
     kinds = {kind for node in nodes if isinstance(kind := node.get("type"), str) and kind.endswith("_NODE")}
     if tree["error"] or not tree["statements"] or kinds - QUERY_NODES:
         raise QueryError(f"only one reading statement is allowed: {ALLOWED}")
-    functions = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
-    if unknown := sorted(name for name in functions if not TABLE_FUNCTIONS.fullmatch(name)):
+    readers = {node["function"]["function_name"].lower() for node in nodes if node.get("type") == "TABLE_FUNCTION"}
+    if unknown := sorted(name for name in readers if not TABLE_FUNCTIONS.fullmatch(name)):
         raise QueryError(f"FROM {unknown[0]}(...) is not allowed: it is none of those known to do no more than read")
+    connection.define_functions({node["function_name"].lower() for node in nodes if "function_name" in node})
     common = _list_common_names(nodes)
-    is_about_tables = any(name.startswith(("duckdb_", "pragma_")) for name in functions)
+    is_about_tables = any(name.startswith(("duckdb_", "pragma_")) for name in readers)
     connection.define((_list_tables(nodes) - common) | ({"*"} if is_about_tables else set()))
     return statements[0]
 

@@ -88,7 +88,7 @@ QUERY_FUNCTIONS = FUNCTIONS | set(
 
     cume_dist dense_rank first_value lag last_value lead nth_value ntile percent_rank rank row_number
 
-    count_words unnest
+    count_words sentences refused without_refused unnest
     """.split()  # noqa: SIM905
 )
 

@@ -20,6 +20,7 @@ from pipeline.records import Label
 from pipeline.sections import Run
 from pipeline.storage import database
 from pipeline.storage.layout import CERTIFICATE
+from pipeline.storage.sentences import split_sentences
 from stages.audit.canaries import describe_judges as describe_judges
 from stages.audit.certificates import describe_certificate as describe_certificate
 from stages.audit.certificates import write_certificate
@@ -29,7 +30,6 @@ from stages.audit.labels import combine_labels, fleiss_kappa, import_labels, mea
 from stages.audit.page import write_page
 from stages.audit.thresholds import find_threshold
 from stages.text.repetition import split_words
-from stages.text.sentences import split_sentences
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,12 +19,12 @@ from pipeline.records import Canary, Caption, Record, Score
 from pipeline.sections import Run
 from pipeline.storage import plan, tables
 from pipeline.storage.layout import table_path
+from pipeline.storage.sentences import split_sentences
 from pipeline.storage.words import count_words
 from stages.audit import drift
 from stages.audit.drift import Drift
 from stages.audit.health import Health, RatedCopy, examine_judge
 from stages.scorers._samples import ScorePass, list_score_passes
-from stages.text.sentences import split_sentences
 
 MAX_SHARDS = 100  # whose tables are read; of more, an even choice that depends on the plan alone
 SENTENCE = re.compile(r"/(\d+)$")  # the number of a sentence, from 1, ends the id of a criterion about it

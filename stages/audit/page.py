@@ -22,8 +22,8 @@ from pipeline.records import Image
 from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan
+from pipeline.storage.sentences import split_sentences
 from stages.audit.drawing import DrawnCaption
-from stages.text.sentences import split_sentences
 
 PICTURE = images.PixelRule(max_pixels=512 * 512, min_pixels=1, factor=1)
 FILE = "audit.html"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
+from pipeline.storage.sentences import split_sentences
 from stages.audit.words import (
     cut_sentence,
     find_colours,
@@ -39,7 +40,6 @@ from stages.audit.words import (
     replace_places,
     takes_sentences,
 )
-from stages.text.sentences import split_sentences
 
 VERSION = 2  # raised when equal captions get different copies
 _DIGITS = re.compile(r"(?<![\w.,:/$€£#–-])(?<!\d, )(?<!and )[1-9]\d?(?![\w:/%–,-]|\.\d| and \d)")

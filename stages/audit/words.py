@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from stages.text.sentences import split_sentences
+from pipeline.storage.sentences import split_sentences
 
 _QUOTED = re.compile(r"\"[^\"\n]+\"|“[^”\n]+”")
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")

@@ -18,12 +18,12 @@ from pipeline.engines import MAX_TOP_TOKENS, Engine, Reply, Request
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion, ScoreStatus
 from pipeline.sections import key
+from pipeline.storage.sentences import split_sentences
 from stages import rubrics
 from stages.rubrics import Question, Rubric
 from stages.scorers import Sample, ScoreResult, weighted_mean
 from stages.text.answers import read_value
 from stages.text.prompts import derive_seed, map_with_context
-from stages.text.sentences import split_sentences
 from stages.text.verdicts import read_probabilities
 
 VERSION = 1

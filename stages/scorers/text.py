@@ -16,11 +16,11 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.records import Criterion
 from pipeline.sections import key
+from pipeline.storage.sentences import split_sentences
 from pipeline.storage.words import count_words
 from stages.scorers import Sample, ScoreResult, combine_criteria
 from stages.text import flags
 from stages.text.repetition import find_loop, split_words
-from stages.text.sentences import split_sentences
 
 VERSION = 1
 WEIGHTS: Mapping[str, float] = {  # of the checks and the flags that ship; other flags weigh 1

@@ -29,6 +29,7 @@ from stages.text.conditions import (
 
 SELECT = re.compile(r"\s*(SELECT|FROM|WITH)\b", re.IGNORECASE)  # the beginning of what is not an expression
 IMAGE = "image"  # the view that every pass of captions depends on anyway
+FIELDS_COLUMN = "fields"  # of captions without a model: what else there is to know of one, stored as JSON
 VIEWS = frozenset(record.table for record in database.RECORDS)
 # The key of an image, the number of a field, and one of its texts, in the order in which the user's SQL gives them.
 TEXTS = """
@@ -47,6 +48,7 @@ class GivenTexts:
     reads: tuple[str, ...] = ()  # folders of the tables that it depends on, besides those of images
     query: str = ""  # for key, number of the field, and text
     where: str = ""  # the section of run.toml, for errors
+    are_objects: bool = False  # each text is JSON: {"text": ..., "fields": ...}
 
     def open(self, shard: Shard) -> Callable[[str], Texts]:
         """A function from an image's key to the texts of each field. Keys must be looked up in ascending order."""
@@ -72,7 +74,9 @@ class GivenTexts:
             raise ConfigError(self.where, f"fails on shard {shard.number:05d}: {error}") from error
 
 
-def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str) -> GivenTexts:
+def prepare_texts(
+    run: Run, sql: Mapping[str, str], *, caption: str, field: str, with_fields: bool = False
+) -> GivenTexts:
     """Checks SQL of a caption pass's section, and finds what it reads.
 
     Args:
@@ -80,6 +84,7 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
             images, what finders found, and usable captions of other passes, each a relation by the pass's name.
         caption: the caption pass.
         field: of run.toml that holds `sql`.
+        with_fields: a SELECT may have a third column, `fields`; see `GivenTexts.are_objects`.
 
     Raises:
         ConfigError: it is neither, or reads what it may not.
@@ -99,7 +104,10 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
     prefix = f"WITH {', '.join(relations)} " if relations else ""
     with database.connect(run.folder, files="none.parquet") as connection:
         selects = {name: _as_select(run, one) for name, one in sql.items()}
-        texts = [_find_text(connection, prefix, sql[name], selects[name], where[name]) for name in sql]
+        texts = [
+            _find_text(connection, prefix, sql[name], selects[name], where[name], with_fields=with_fields)
+            for name in sql
+        ]
     parts = [
         TEXTS.format(number=number, text=text, sql=select)
         for number, (select, text) in enumerate(zip(selects.values(), texts, strict=True))
@@ -111,6 +119,7 @@ def prepare_texts(run: Run, sql: Mapping[str, str], *, caption: str, field: str)
         reads=(*list_finder_folders(used), *(folder for some in folders for folder in some)),
         query=f"{prefix}SELECT * FROM ({' UNION ALL '.join(parts)}) ORDER BY key, field, place",
         where=f"{run.file}: {field}",
+        are_objects=with_fields and any(text.startswith("json_object") for text in texts),
     )
 
 
@@ -171,23 +180,32 @@ def _as_select(run: Run, sql: str) -> str:
     return f"SELECT key, (\n{sql}\n) AS text FROM {build_images(find_finders(run, sql))}"
 
 
-def _find_text(connection: database.Connection, prefix: str, sql: str, select: str, where: str) -> str:
+def _find_text(
+    connection: database.Connection, prefix: str, sql: str, select: str, where: str, *, with_fields: bool
+) -> str:
     """An expression for the text, or a list's texts, of a row of the user's SQL, which `select` makes a SELECT.
 
     Raises:
-        ConfigError: its columns are not `key` and one that has a text.
+        ConfigError: its columns are not `key` and one that has a text, nor these and `fields` where it may be.
     """
     try:
         result = database.run_query(connection, f"{prefix}SELECT * FROM ({select})")
     except QueryError as error:
         raise ConfigError(where, str(error)) from error
     types = {str(name): str(kind) for name, kind, *_ in result.description}
-    others = [name for name in types if name.lower() != "key"]
-    if len(others) != 1 or len(types) != 2:
-        raise ConfigError(where, f"{sql!r} has the columns {', '.join(types)}; it must have key and one more, the text")
+    extra = [name for name in types if name.lower() == FIELDS_COLUMN] if with_fields else []
+    others = [name for name in types if name.lower() != "key" and name not in extra]
+    if len(others) != 1 or len(types) != 2 + len(extra):
+        more = f", and may have {FIELDS_COLUMN}" if with_fields else ""
+        columns = ", ".join(types)
+        raise ConfigError(where, f"{sql!r} has the columns {columns}; it must have key and one more, the text{more}")
     column, kind = quote_identifier(others[0]), types[others[0]]
     if "JSON" in kind:
         raise ConfigError(where, f"{sql!r} gives JSON; write ->> instead of -> for text")
     if kind.startswith(("STRUCT", "MAP")):
         raise ConfigError(where, f"{sql!r} gives {kind}; name one of its fields")
+    if extra and kind.endswith("[]"):
+        raise ConfigError(where, f"{sql!r} gives lists of texts, which have no {FIELDS_COLUMN}; unnest them to rows")
+    if extra:
+        return f"json_object('text', {column}::VARCHAR, 'fields', {quote_identifier(extra[0])})"
     return f"unnest({column}::VARCHAR[])" if kind.endswith("[]") else f"{column}::VARCHAR"

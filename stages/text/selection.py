@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from pipeline.sections import key, plain_value
-from stages.text.sentences import split_sentences
+from pipeline.storage.sentences import split_sentences
 
 RAW = "raw"  # the alt text, among the names of caption passes
 Count = Callable[[str], int]  # tokens of a text

@@ -12,13 +12,13 @@ from random import Random
 import pytest
 
 from pipeline.sources.scenes import Scene, draw_scene
+from pipeline.storage.sentences import split_sentences
 from pipeline.storage.words import count_words
 from stages.audit.health import Cause, Health, RatedCopy, examine_judge
 from stages.audit.spoilers import spoil_text
 from stages.rubrics import UNASKED
 from stages.scenes.measure import measure_caption
 from stages.scenes.teachers import caption_scene
-from stages.text.sentences import split_sentences
 
 NUM_CAPTIONS = 40  # of which copies are judged: 2 % of 2,000
 POOL = 240

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.storage.sentences import split_sentences
 from stages.audit.spoilers import KINDS, SpoiledText, spoil_text
 from stages.audit.words import load_words
-from stages.text.sentences import split_sentences
 
 CAPTION = (
     "A red car and a blue bicycle stand in front of a white house. Two dogs sleep on the left. "

@@ -61,7 +61,9 @@ def test_examples_run_on_photographs(block: Block, tmp_path: Path) -> None:
     for name in values.get("caption", {}):
         (path,) = (run / "caption" / name).glob("*.parquet")
         rows = list(tables.read_rows(path, Caption))
-        assert {row.key for row in rows if row.status == "ok"} == {row.key for row in rows}
+        usable = {row.key for row in rows if row.status == "ok"}
+        # of a repaired caption nothing may be left: the judge `echo` refuses at random
+        assert usable == {row.key for row in rows} or ("without_refused" in block.text and usable)
         assert len({row.key for row in rows}) == NUM_PHOTOS
     verdicts = tables.read_rows(next((run / "verdict").glob("*.parquet")), Verdict)
     competing = values.get("filter", {}).get("captions") or {*BASE["caption"], *values["caption"]}

@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.engines import Engine, transformers
 from pipeline.sources import scenes
+from pipeline.storage.sentences import split_sentences
 from stages import rubrics
 from stages.scorers import Sample, judge
-from stages.text.sentences import split_sentences
 from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.slow

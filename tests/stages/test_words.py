@@ -41,9 +41,23 @@ def test_candidate_n_has_the_nth_text_of_a_list(tmp_path: Path) -> None:
     assert {(row.model, row.engine, row.num_output_tokens, row.attempt) for row in rows} == {("", "", None, 0)}
 
 
+def test_a_select_may_say_what_else_there_is_to_know(tmp_path: Path) -> None:
+    """The rows of an image stay in order, those without a text too."""
+    sql = "SELECT key, x.text, {n: x.n} AS fields FROM (SELECT key, unnest([{n: 1, text: 'a'}, {n: 2, text: ' '},"
+    sql += " {n: 3, text: NULL}, {n: 4, text: ' b '}]) AS x FROM image WHERE index = 1)"
+    with write_shard(tmp_path, [make_image(i) for i in range(2)]) as shard:
+        rows = run_pass(build_raw(tmp_path, words=sql, num_candidates=4), shard)
+    found = [(row.text, row.status, row.fields) for row in rows]
+    assert found[:4] == [("", "empty", None)] * 4
+    assert [(text, status) for text, status, _ in found[4:]] == [("a", "ok"), ("", "empty"), ("", "empty"), ("b", "ok")]
+    assert [json.loads(fields or "null") for _, _, fields in found[4:]] == [{"n": n} for n in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        ({"words": "SELECT key, ['a'] AS text, 1 AS fields FROM image"}, "gives lists of texts, which have no fields"),
+        ({"words": "SELECT key, 'a' AS text, 1 AS other FROM image"}, "key and one more, the text, and may have fields"),
         ({"words": "alt_text", "recipe": "dense"}, "caption.raw.recipe: is for a model, and .* asks none"),
         ({"words": "alt_text", "engine": "model"}, "caption.raw.engine: is for a model"),
         ({"words": "alt_text", "ladder": [0.5]}, "caption.raw.ladder: is for a model"),

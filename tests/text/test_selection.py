@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.storage.sentences import split_sentences
 from stages.text.selection import (
     RAW,
     ExportText,
@@ -19,7 +20,6 @@ from stages.text.selection import (
     excerpt_text,
     sample_sentences,
 )
-from stages.text.sentences import split_sentences
 
 KEYS = [f"{i:012d}" for i in range(10_000)]
 WORDS = st.lists(st.sampled_from(["A red cat.", "It sits!", "Mr. B sees 3.5 m", "Is it?", "猫。", "\n"]), max_size=8)

@@ -14,9 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.records import Caption, Criterion, Image, Score
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import tables
+from pipeline.storage.sentences import split_sentences
 from stages import rubrics
 from stages.rubrics import Rubric
-from stages.text.sentences import split_sentences
 from stages.training import supervised
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
 from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.text.sentences import split_sentences
+from pipeline.storage.sentences import split_sentences
 
 SPLIT_TEXTS = [
     "A cat sleeps.|A dog barks!|Is it raining?|Perhaps…",
