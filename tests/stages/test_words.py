@@ -57,7 +57,7 @@ def test_a_select_may_say_what_else_there_is_to_know(tmp_path: Path) -> None:
     ("section", "message"),
     [
         ({"words": "SELECT key, ['a'] AS text, 1 AS fields FROM image"}, "gives lists of texts, which have no fields"),
-        ({"words": "SELECT key, 'a' AS text, 1 AS other FROM image"}, "key and one more, the text, and may have fields"),
+        ({"words": "SELECT key, 'a' AS text, 1 AS other FROM image"}, "one more, the text, and may have fields"),
         ({"words": "alt_text", "recipe": "dense"}, "caption.raw.recipe: is for a model, and .* asks none"),
         ({"words": "alt_text", "engine": "model"}, "caption.raw.engine: is for a model"),
         ({"words": "alt_text", "ladder": [0.5]}, "caption.raw.ladder: is for a model"),
