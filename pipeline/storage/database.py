@@ -272,12 +272,28 @@ def find_column_paths(expression: str, *, clause: str, kind: str = "") -> frozen
     Raises:
         QueryError: as `find_columns`.
     """
+    tree = _parse_expression(expression, clause, kind)
+    return frozenset(tuple(node["column_names"]) for node in _walk(tree) if "column_names" in node)
+
+
+@cache
+def find_members(expression: str, *, clause: str) -> frozenset[tuple[tuple[str, ...], str]]:
+    """The texts that an SQL expression of the user's looks for in lists, each after the list's path:
+    (("signs", "labels"), "stop") for `list_contains(signs.labels, 'stop')`.
+
+    Raises:
+        QueryError: as `find_columns`.
+    """
+    return frozenset(expressions.list_members(_walk(_parse_expression(expression, clause, ""))))
+
+
+def _parse_expression(expression: str, clause: str, kind: str) -> Any:
     with _open_parser().cursor() as connection:
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
         kind = kind or ("order" if "ORDER BY" in clause else "condition")
         raise QueryError(f"{expression!r} is not a valid SQL {kind}: {problem}")
-    return frozenset(tuple(node["column_names"]) for node in _walk(tree) if "column_names" in node)
+    return tree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,16 @@ What is known to do so is allowed, and nothing else: DuckDB gains functions with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 UNKNOWN = "is not a function known to give the same value for the same row at all times"
 AGGREGATES_OF_LISTS = ("list_aggregate", "list_aggr", "array_aggregate", "array_aggr", "aggregate")
+MEMBERSHIP = {
+    f"{kind}_{name}"
+    for kind in ("array", "list")
+    for name in ("contains", "has", "has_all", "has_any", "indexof", "position")
+} | {"contains"}
 CLASSES = {  # of nodes in DuckDB's parse tree
     *(
         "BETWEEN",
@@ -126,7 +131,7 @@ def _find_problem(nodes: Iterable[dict[str, Any]], classes: Set[str], functions:
 
 
 def _find_function_problem(name: str, node: dict[str, Any], functions: Set[str]) -> str:
-    arguments = [one.get("expression", one) for one in node.get("arguments") or node.get("children") or []]
+    arguments = _list_arguments(node)
     if name.lower() == "age":
         return "" if len(arguments) == 2 else "age of one date reads the clock; age(date, date) does not"
     if name.lower() in AGGREGATES_OF_LISTS:
@@ -134,6 +139,25 @@ def _find_function_problem(name: str, node: dict[str, Any], functions: Set[str])
         is_known = f"list_{aggregate.lower()}" in FUNCTIONS
         return "" if is_known else f"{name} needs the name of an aggregate that also is a function, as sum in list_sum"
     return "" if name.lower() in functions else f"{name} {UNKNOWN}"
+
+
+def list_members(nodes: Iterable[dict[str, Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The texts that parsed SQL looks for in lists, each with the column's name and the fields after its dots.
+
+    Found in functions such as list_contains and list_has_any, and in `text IN list`, but not in text that SQL computes.
+    """
+    for node in nodes:
+        if str(node.get("function_name")).lower() not in MEMBERSHIP:
+            continue
+        parts = [part for one in _list_arguments(node) for part in (one, *_list_arguments(one))]
+        paths = [tuple(part["column_names"]) for part in parts if "column_names" in part]
+        if len(paths) == 1:
+            yield from ((paths[0], text) for part in parts if (text := _read_constant(part)))
+
+
+def _list_arguments(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of a function, in the trees of either version of DuckDB."""
+    return [one.get("expression", one) for one in node.get("arguments") or node.get("children") or []]
 
 
 def _read_constant(node: dict[str, Any]) -> str:

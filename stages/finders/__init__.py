@@ -9,6 +9,8 @@ and where needed
 
 - `prepare(config, *, run, field) -> settings`: loads the files that the keys name and checks the keys. Its result is
   passed to `find` in place of the config, and `pipeline.sections.stamped` of it goes into the fingerprint;
+- `labels` of the settings, or of the config: the labels that can be found; a condition on another one is an error.
+  None, or no such attribute: any label may be;
 - `engines(settings) -> Mapping[str, str]`: for each key that names an engine, the name in `[engines]`;
 - `VERSION`: an integer, raised when equal images get different results.
 

@@ -53,6 +53,20 @@ class QuestionSpec:
             raise ValueError("schema.properties has no label, the name of a thing")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of the finder that asks."""
+
+    engine: str = key(help="a name in [engines]", stamp=False)
+    spec: QuestionSpec = key(stamp="words")
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Those that the schema lists as an `enum`; None: any is allowed."""
+        names = self.spec.schema["properties"]["label"].get("enum")
+        return None if names is None else [str(name).strip() for name in names]
+
+
 def load(name: str, *, run: Path | None) -> QuestionSpec:
     """The question `name` of the run, else of those that ship.
 

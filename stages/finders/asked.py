@@ -10,7 +10,7 @@ from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.sections import key
 from stages.finders import FinderInput, FinderResult, _questions
-from stages.finders._questions import QuestionSpec
+from stages.finders._questions import Settings
 from stages.text.prompts import map_with_context
 
 
@@ -18,12 +18,6 @@ from stages.text.prompts import map_with_context
 class Config:
     engine: str = key(help="the model: a name in [engines]")
     question: str = key("objects", "its prompt and answer format: a file of finders/, your own or one that ships")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    engine: str = key(help="a name in [engines]", stamp=False)
-    spec: QuestionSpec = key(stamp="words")
 
 
 def prepare(config: Config, *, run: Path | None, field: str) -> Settings:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.engines import Engine
 from pipeline.records import Found
 from pipeline.sections import key
 from stages.finders import FinderInput, FinderResult, map_pictures, require_packages, scale_box
+from stages.finders._parts import PARTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -21,9 +22,8 @@ MAX_PIXELS = 2**20  # the model sees 320 x 320
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    min_confidence: float = key(
-        0.2, "parts with less confidence are not found; the least that NudeNet has is 0.2", most=1
-    )
+    labels: ClassVar = PARTS
+    min_confidence: float = key(0.2, "parts with less confidence are not found; NudeNet has none below 0.2", most=1)
 
 
 def prepare(config: Config, *, run: Path | None, field: str) -> Config:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.engines import Engine
 from pipeline.records import Found
@@ -17,6 +17,7 @@ from stages.finders import MAX_PIXELS, FinderInput, FinderResult, map_pictures, 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    labels: ClassVar = ("text",)
     min_confidence: float = key(0.5, "lines with less confidence are not found", least=0, most=1)
     max_pixels: int = key(MAX_PIXELS, "width times height; larger pictures are reduced first", least=2**12)
 
@@ -47,8 +48,7 @@ def read_lines(picture: Any, *, lock: Lock, min_confidence: float) -> Iterator[F
     lines = [] if read.boxes is None else zip(read.boxes.tolist(), read.txts, read.scores, strict=True)
     for corners, text, confidence in lines:
         if confidence >= min_confidence and text.strip():
-            (xs, ys) = zip(*corners, strict=True)
-            box = scale_box((min(xs), min(ys), max(xs), max(ys)), width, height)
+            box = scale_box((*map(min, *corners), *map(max, *corners)), width, height)
             yield Found(label="text", text=text, confidence=round(float(confidence), 4), **box)
 
 

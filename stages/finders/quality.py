@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.engines import Engine
 from pipeline.records import Found
@@ -18,14 +18,13 @@ from stages.finders import FinderInput, FinderResult, encode_other, map_pictures
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    labels: ClassVar = ("blurred", "dark", "bright", "low_entropy", "blank", "placeholder")
     blurred: float = key(0.006, "limit of the variance of the luminance's Laplacian by that of the luminance", least=0)
     dark: float = key(0.2, "limit of the luminance of the brightest tenth, 0 to 1", least=0)
     bright: float = key(0.15, "limit of 1 less the luminance of the darkest tenth, 0 to 1", least=0)
     low_entropy: float = key(2.5, "limit of the entropy of the luminance, 0 to 8 bits", least=0)
     blank: float = key(3.0, "limit of the standard deviation of the luminance, of 255", least=0)
-    placeholder: float = key(
-        0.15, "limit of the share of pixels that lack the commonest of at most 32 colours", least=0
-    )
+    placeholder: float = key(0.15, "limit of the share of pixels without the commonest of at most 32 colours", least=0)
     min_confidence: float = key(0.25, "faults with less confidence are not found", least=0, most=1)
 
 

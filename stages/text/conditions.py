@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, QueryError
 from pipeline.records import Caption, Image, column_names
 from pipeline.sections import Run
 from pipeline.storage import database
+from stages.text.loaded import prepare_plugin
 
 IMAGE_COLUMNS = tuple(name for name in column_names(Image) if name not in column_names(Caption))
 CRITERIA = "_criteria"  # after the name of a score: the column of its criteria
@@ -89,7 +90,39 @@ def find_scores(
     if unknown := sorted(names - known):
         message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
         raise ConfigError(f"{run.file}: {field}", f"{message}{suggest_quotes(run, sql)}")
+    check_labels(run, field, sql, clause=clause)
     return set(names & set(run.sections["score"]))
+
+
+def check_labels(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> None:
+    """Checks the labels that a piece of SQL of run.toml has of finders that declare theirs: others are never found.
+
+    Raises:
+        ConfigError: the finder cannot find a label.
+    """
+    members = database.find_members(sql, clause=clause)
+    for name, used in find_finders(run, sql, clause=clause).items():
+        labels = _list_labels(run, name)
+        if labels is None:
+            continue
+        known = {label.casefold() for label in labels} | FIELDS.keys()
+        wrong = [label for label in sorted(used) if label.casefold() not in known]
+        wrong += sorted(text for path, text in members if _is_labels(path, name) and text not in labels)
+        if wrong:
+            advice = plugins.explain_unknown(wrong[0], sorted(labels))
+            raise ConfigError(f"{run.file}: {field}", f"{sql!r} has a label that {name} never finds: {advice}")
+
+
+def _is_labels(path: tuple[str, ...], finder: str) -> bool:
+    return path[0] == finder and [field.casefold() for field in path[1:]] == ["labels"]
+
+
+def _list_labels(run: Run, name: str) -> Collection[str] | None:
+    """The labels that a finder can find; None where its module does not say."""
+    plugin = run.sections["find"][name].finder
+    loaded = prepare_plugin(plugin, run=run.file.parent, field=f"{run.file}: find.{name}")
+    labels: Collection[str] | None = getattr(loaded.settings, "labels", None)
+    return labels
 
 
 def find_finders(run: Run, *expressions: str, clause: str = CONDITION) -> dict[str, frozenset[str]]:

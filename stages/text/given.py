@@ -22,6 +22,7 @@ from stages.text.conditions import (
     CRITERIA,
     build_images,
     build_rows,
+    check_labels,
     find_finders,
     list_finder_folders,
     suggest_quotes,
@@ -137,6 +138,7 @@ def _find_sources(run: Run, sql: str, caption: str, where: str) -> database.Sour
                 known = ", ".join(sorted({*column_names(Image), *finders}))
                 advice = f"a SELECT of key and text may read {', '.join([IMAGE, *captions, *finders])}"
                 raise ConfigError(where, f"{sql!r} uses {', '.join(unknown)}; the columns are {known}; {advice}")
+            check_labels(run, where.removeprefix(f"{run.file}: "), sql)
             return database.Sources(tables={}, common=frozenset())
         sources = database.find_sources(sql.strip().rstrip(";"))
     except QueryError as error:

@@ -21,8 +21,8 @@ from pipeline.errors import ConfigError
 from pipeline.execution.pass_graph import list_passes
 from pipeline.sections import Plugin
 from stages import finders
-from stages.finders import FinderInput, FinderResult, asked, load_finder, metadata, quality, scale_box
-from stages.finders._questions import QuestionSpec, load
+from stages.finders import FinderInput, FinderResult, asked, load_finder, metadata, nudity, quality, scale_box
+from stages.finders._questions import QuestionSpec, Settings, load
 from tests.support.runs import picture, sections, write
 from tests.support.scoring import ScriptedEngine, image_row
 
@@ -261,9 +261,13 @@ def test_a_question_of_ones_own_has_its_own_schema(tmp_path: Path) -> None:
     (tmp_path / "finders" / "signs.toml").write_text(text)
     spec = load("signs", run=tmp_path)
     sign = {"label": "sign", "text": "STOP", "kind": 3}
+    assert Settings(engine="m", spec=spec).labels is None
     result, engine = ask(lambda request, attempt: json.dumps({"found": [sign]}), spec)
     assert [(one.text, one.other) for one in result.found] == [("STOP", '{"kind": 3}')]
     assert "````\nA ```sly``` text\n````" in engine.requests[0].prompt
+    listed = text.replace('label = { type = "string" }', 'label = { enum = ["stop", "no entry"] }')
+    (tmp_path / "finders" / "signs.toml").write_text(listed)
+    assert Settings(engine="m", spec=load("signs", run=tmp_path)).labels == ["stop", "no entry"]
     (tmp_path / "finders" / "signs.toml").write_text(text.replace("label = {", "name = {"))
     with pytest.raises(ConfigError, match=r"schema\.properties has no label"):
         load("signs", run=tmp_path)
@@ -297,6 +301,25 @@ def test_an_image_that_is_gone_is_the_machines_trouble() -> None:
         ({"find__Width": {"kind": "metadata"}}, r"find\.Width: width is the name of a column"),
         ({"filter": {"rules": {"r": "faults.blank < 1"}}}, r"filter\.rules\.r.*uses faults; the columns are"),
         (
+            {"find__faults": {"kind": "quality"}, "filter": {"rules": {"r": "faults.Dark < 1 OR faults.blured > 0"}}},
+            r"filter\.rules\.r: .* has a label that faults never finds: 'blured' is none of .* mean 'blurred'\?",
+        ),
+        (
+            {
+                "find__faults": {"kind": "quality"},
+                "caption__dense": {"where": "list_has_any(faults.labels, ['dark', 'blnk'])"},
+            },
+            r"caption\.dense\.where: .* that faults never finds: 'blnk' is none of .* mean 'blank'\?",
+        ),
+        (
+            {"find__lines": {"kind": "ocr"}, "filter": {"choose": "lines.num_found, lines.sign DESC"}},
+            r"filter\.choose: .* that lines never finds: 'sign' is none of text",
+        ),
+        (
+            {"find__bare": {"kind": "nudity"}, "export": {"weight": "1 - bare.face"}},
+            r"export\.weight: .* that bare never finds: 'face' is none of .*face_female",
+        ),
+        (
             {"find__a-b": {"kind": "metadata"}, "filter": {"rules": {"r": "a-b.num_found < 1"}}},
             r"the finder a-b needs double quotes in SQL.*'\"a-b\"\.num_found < 1'",
         ),
@@ -314,6 +337,14 @@ def test_a_missing_package_is_named(kind: str, package: str, tmp_path: Path, mon
     write(tmp_path, sections(tmp_path, find__x={"kind": kind}))
     with pytest.raises(ConfigError, match=rf"find\.x\.kind: '{kind}' needs {package}.*recap-pipeline\[{kind}\]"):
         list_passes(config.load(tmp_path))
+
+
+def test_the_labels_that_a_finder_declares_are_those_that_it_can_find() -> None:
+    from nudenet import nudenet
+
+    assert quality.measure_picture(Image.new("RGB", (8, 8))).keys() == {*quality.Config.labels}
+    assert {label.lower() for label in vars(nudenet)["__labels"]} == {*nudity.Config.labels}
+    assert len(nudity.Config.labels) == len({*nudity.Config.labels})
 
 
 def test_every_finder_is_short() -> None:

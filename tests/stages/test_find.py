@@ -149,6 +149,7 @@ def test_given_reads_what_finders_found(run: Path) -> None:
     [
         ("SELECT key, label FROM glasses", r"reads glasses: 'glasses' is none of image, .*seen"),
         ("glasses.text", r"uses glasses; the columns are .*seen.* may read image, .*seen"),
+        ("faults.sharp::VARCHAR", r"dense\.given\.x: .* a label that faults never finds: 'sharp' is none of .*blurred"),
         ("SELECT key, * FROM seen", r"has the columns key, .*it must have key and one more"),
         ("SELECT key, label FROM twin", r"twin is the name of a caption pass and of a finder"),
     ],
