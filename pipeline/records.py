@@ -251,6 +251,28 @@ class Caption(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionStep:
+    """One question of a chain, and its answer."""
+
+    name: str  # the step
+    item: str | None  # what the question is about: a tile, a sentence, a thing; null for a step that asks once
+    text: str  # the answer, or one of the answers that the step allows; the raw answer when the status is not ok
+    status: CaptionStatus
+    attempt: int  # rung of the sampling ladder, from 1; 0 when nothing was generated
+    num_prompt_tokens: int | None
+    num_output_tokens: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainedCaption(Caption):
+    """A caption row of a pass whose recipe is a chain of steps. Its tokens are those of all steps."""
+
+    version: ClassVar[int] = 3
+
+    steps: tuple[CaptionStep, ...] = added(3, ())  # in the order in which they were asked
+
+
+@dataclass(frozen=True, kw_only=True)
 class Criterion:
     """A judge's verdict on one criterion of a rubric."""
 
@@ -335,6 +357,15 @@ class SharedCaption(Caption):
     version: ClassVar[int] = 2
 
     shared_from: str | None = added(2, None)  # the key of the image that was captioned; null: this one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedChainedCaption(SharedCaption):
+    """A row of a chain of steps in a run whose copies share captions."""
+
+    version: ClassVar[int] = 3
+
+    steps: tuple[CaptionStep, ...] = added(3, ())
 
 
 @dataclass(frozen=True, kw_only=True)

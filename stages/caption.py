@@ -6,7 +6,7 @@ Knows recipes and which images to caption; knows neither the model nor what make
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 from pipeline import plugins
 from pipeline.engines import Engine, Reply, Request, find_no_loop
 from pipeline.errors import ConfigError, UnknownNameError
-from pipeline.execution.passes import Pass, Shard
+from pipeline.execution.passes import Pass, Shard, Work
 from pipeline.execution.sharing import is_copy, share_rows, shares_rows
-from pipeline.records import Caption, Curation, Image, column_names
+from pipeline.records import Caption, ChainedCaption, Curation, Finding, Image, column_names
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.validation import Section
 from stages import recipes
-from stages.recipes import Recipe
+from stages.recipes import ChainRecipe, Recipe
 from stages.text.answers import read_answer
+from stages.text.chains import Chain, ChainSetup, Outcome, Subject, ask_chains
 from stages.text.conditions import build_images, check_query, find_finders, find_scores, list_finder_folders
 from stages.text.given import GivenTexts, Texts, prepare_texts
 from stages.text.prompts import SamplingConfig, derive_seed, encode_sampling, engine_slice, map_where
@@ -55,6 +56,11 @@ class Config:
         " numbered list",
         in_init=False,
     )
+    engines: Mapping[str, str] = key(
+        factory=dict,
+        help='STEP = "NAME" asks a step of the recipe of another engine, overriding its own `engine`',
+        in_init=False,
+    )
     num_candidates: int = key(1, "captions per image", least=1)
     where: str | None = key(
         None, "caption only these images: an SQL condition over image columns, finders and, with `of`, scores"
@@ -80,6 +86,7 @@ class CaptionInput:
     data: Callable[[], bytes]  # reads the image file
     retry_of: tuple[str, ...] = ()  # see Shard
     texts: Texts = field(default_factory=dict)  # about the image, by field
+    findings: Mapping[str, Finding] = field(default_factory=dict)  # what its recipe's finders found, by finder
 
     @property
     def id(self) -> tuple[str | int, ...]:
@@ -152,6 +159,68 @@ class CaptionWork:
             sampling=encode_sampling(reply.sampling),
             engine=self.engine,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainWork:
+    """The work of a caption pass whose recipe is a chain of steps."""
+
+    name: str
+    engine: str  # of steps that name none
+    seed: int  # the run's
+    recipe: ChainRecipe
+    sampling: SamplingConfig  # of steps without their own
+
+    def run(self, inputs: Iterator[CaptionInput], engines: Mapping[str, Engine]) -> Iterator[Caption]:
+        """Asks each input's questions in turn, and those of many inputs at once.
+
+        Raises:
+            OSError: an image file has gone.
+        """
+        used = {name: engines[name] for name in list_engines(self.recipe, self.engine)}
+        for item, outcome in ask_chains(inputs, self._start_chain, used):
+            yield self._build_row(item, outcome, engines[self.engine])
+
+    def _start_chain(self, item: CaptionInput) -> Chain:
+        subject = Subject(image=item.image, candidate=item.candidate, texts=item.texts, findings=item.findings)
+        setup = ChainSetup(
+            id=f"{item.image.key}/{item.candidate}",
+            source_key=item.image.source_key,
+            data=item.data,
+            seed=(self.seed, item.image.key, self.name, item.candidate, *item.retry_of),
+            engine=self.engine,
+            ladder=self.sampling.rungs,
+        )
+        return Chain(self.recipe.open(subject, self.sampling), setup)
+
+    def _build_row(self, item: CaptionInput, outcome: Outcome, engine: Engine) -> ChainedCaption:
+        answer, reply = outcome.answer, outcome.reply
+        return ChainedCaption(
+            key=item.image.key,
+            name=self.name,
+            candidate=item.candidate,
+            text=answer.text,
+            fields=answer.fields,
+            status=answer.status,
+            error=answer.error,
+            flags=self.recipe.find_flags(answer.text),
+            finish_reason=reply.finish_reason,
+            attempt=outcome.attempt,
+            seed=reply.seed,
+            num_prompt_tokens=outcome.num_prompt_tokens,
+            num_output_tokens=outcome.num_output_tokens,
+            model=engine.model,
+            revision=engine.revision,
+            prompt_hash=self.recipe.prompt_hash,
+            sampling=encode_sampling(reply.sampling),
+            engine=self.engine,
+            steps=outcome.steps,
+        )
+
+
+def list_engines(recipe: Recipe | ChainRecipe, engine: str) -> tuple[str, ...]:
+    """The engines of a pass: its own, then those that steps name."""
+    return tuple(dict.fromkeys((engine, *(name for kind, name, _ in recipe.list_names() if kind == "engine"))))
 
 
 def read_section(section: Section) -> Config:
@@ -246,18 +315,27 @@ def write_words(
 def _build_pass(run: Run, name: str, config: Config) -> Pass:
     section = f"{run.file}: caption.{name}"
     try:
-        recipe, given = recipes.load_for_pass(run, name)
+        recipe, given = recipes.load_any_for_pass(run, name)
     except UnknownNameError as error:
         raise ConfigError(f"{section}.recipe", str(error)) from error
+    recipe = _assign_engines(config, recipe, section)
     sampling = _resolve_sampling(config, recipe, section)
     engine = engine_slice(run, config.engine, field=f"caption.{name}.engine")
+    work, record = _make_work(recipe, name=name, engine=config.engine, seed=run.seed, sampling=sampling)
+    _check_names(run, name, config, recipe)
+    own = {place: engine_slice(run, one, field=name) for kind, one, place in recipe.list_names() if kind == "engine"}
+    seeing = {one or config.engine for one, show in recipe.list_shown() if show != "none"}
+    engines = list_engines(recipe, config.engine)
     return Pass(
         stage="caption",
         name=name,
         folder=f"caption/{name}",
-        **_build_inputs(run, name, config, given),
-        engines=(config.engine,),
-        shows_images=recipe.spec.image,
+        **_build_inputs(
+            run, name, config, given, finders=[one for kind, one, _ in recipe.list_names() if kind == "finder"]
+        ),
+        engines=engines,
+        shows_images=bool(seeing),
+        blind_engines=tuple(one for one in engines if one not in seeing),
         version=VERSION,
         slice={
             "recipe": recipe.slice,
@@ -267,25 +345,73 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
             "of": config.of,
             "seed": run.seed,
             "engine": engine,
+            **({"engines": own} if own else {}),
             **({"given": dict(config.given)} if config.given else {}),
         },
-        record=Caption,
+        record=record,
         max_error_share=run.resolve_error_share(config.max_error_share),
-        work=CaptionWork(name=name, engine=config.engine, seed=run.seed, recipe=recipe, sampling=sampling).run,
+        work=work,
     )
 
 
-def _build_inputs(run: Run, name: str, config: Config, texts: GivenTexts, *, shared: bool = True) -> dict[str, Any]:
-    """What the rows of a pass are made from: `reads` and `inputs` of its Pass."""
+def _make_work(recipe: Recipe | ChainRecipe, **settings: Any) -> tuple[Work, type[Caption]]:
+    if isinstance(recipe, Recipe):
+        return CaptionWork(recipe=recipe, **settings).run, Caption
+    return ChainWork(recipe=recipe, **settings).run, ChainedCaption
+
+
+def _assign_engines(config: Config, recipe: Recipe | ChainRecipe, section: str) -> Recipe | ChainRecipe:
+    """The recipe with the engines that the section sets for its steps.
+
+    Raises:
+        ConfigError: it has no such step.
+    """
+    names = [] if isinstance(recipe, Recipe) else [step.name for step in recipe.steps]
+    for step in config.engines:
+        if step not in names:
+            advice = f"{plugins.explain_unknown(step, names)}, the steps of recipe {config.recipe!r}"
+            raise ConfigError(f"{section}.engines.{step}", advice)
+    return recipe if isinstance(recipe, Recipe) else recipe.assign_engines(config.engines)
+
+
+def _check_names(run: Run, name: str, config: Config, recipe: Recipe | ChainRecipe) -> None:
+    """
+    Raises:
+        ConfigError: a step names an engine or a finder that run.toml does not have, or shows an engine too many images.
+    """
+    for kind, one, place in recipe.list_names():
+        section, known = ("engines", [*run.engines]) if kind == "engine" else ("find", [*run.sections["find"]])
+        if one not in known:
+            advice = f"{plugins.explain_unknown(one, sorted(known))}; {run.file} needs [{section}.{one}]"
+            step = next((step for step, engine in config.engines.items() if kind == "engine" and engine == one), None)
+            own = f"{run.file}: caption.{name}.engines.{step}"
+            raise ConfigError(own if step else f"recipes/{config.recipe}.toml: {place}", advice)
+    for engine in {one or config.engine for one, show in recipe.list_shown() if show == "both"}:
+        if getattr(run.engines[engine].config, "images_per_prompt", 2) < 2:
+            advice = f"is 1, and a step of recipe {config.recipe!r} shows two images (both); set images_per_prompt = 2"
+            raise ConfigError(f"{run.file}: engines.{engine}.images_per_prompt", advice)
+
+
+def _build_inputs(
+    run: Run, name: str, config: Config, texts: GivenTexts, *, shared: bool = True, finders: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the rows of a pass are made from: `reads` and `inputs` of its Pass; `finders` are those of its recipe."""
     scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
-    finders = find_finders(run, config.where or "true")
+    selecting = find_finders(run, config.where or "true")
     scored = (f"score/{score}/{config.of}" for score in scores)
-    reads = (*(["curation"] if curated else []), *texts.reads, "image", *list_finder_folders(finders), *scored)
-    query = _build_query(config, scores, finders)
+    found = list_finder_folders([*selecting, *finders])
+    reads = (*(["curation"] if curated else []), *texts.reads, "image", *found, *scored)
+    query = _build_query(config, scores, selecting)
     return {
         "reads": tuple(dict.fromkeys(reads)),
         "inputs": partial(
-            inputs, num_candidates=config.num_candidates, query=query, curated=curated, shared=shared, texts=texts
+            inputs,
+            num_candidates=config.num_candidates,
+            query=query,
+            curated=curated,
+            shared=shared,
+            texts=texts,
+            finders=finders,
         ),
     }
 
@@ -298,6 +424,7 @@ def inputs(
     curated: bool = False,
     shared: bool = True,
     texts: GivenTexts = NO_TEXTS,
+    finders: Sequence[str] = (),
 ) -> Iterator[CaptionInput]:
     """The candidates to generate, in order of key and candidate.
 
@@ -308,6 +435,7 @@ def inputs(
         curated: whether images that curation drops are left out.
         shared: whether images that have their rows from another one are left out too.
         texts: about each image.
+        finders: those whose findings the recipe goes through.
     """
     rows = shard.read_table("image", Image)
     if query is None:
@@ -316,10 +444,12 @@ def inputs(
         images = (next(row for row in rows if row.key == image_key) for (image_key,) in shard.query(query))
     curation = shard.lookup("curation", Curation) if curated else None
     find_texts = texts.open(shard)
+    lookups = {name: shard.lookup(f"finding/{name}", Finding) for name in finders}
     for image in images:
         if curation and any(row.drop or (shared and is_copy(row)) for row in curation(image.key)):
             continue
         given = find_texts(image.key)
+        findings = {name: finding for name, lookup in lookups.items() for finding in lookup(image.key)}
         for candidate in range(num_candidates):
             yield CaptionInput(
                 image=image,
@@ -327,17 +457,18 @@ def inputs(
                 data=partial(shard.read_image, image),
                 retry_of=shard.retry_of,
                 texts=given,
+                findings=findings,
             )
 
 
-def _resolve_sampling(config: Config, recipe: Recipe, section: str) -> SamplingConfig:
+def _resolve_sampling(config: Config, recipe: Recipe | ChainRecipe, section: str) -> SamplingConfig:
     """The recipe's sampling with the overrides of the section."""
     overrides = {name: value for name in column_names(SamplingConfig) if (value := getattr(config, name)) is not None}
     try:
         sampling = replace(recipe.spec.sampling, **overrides)
     except ValueError as error:
         raise ConfigError(section, str(error)) from error
-    if config.num_candidates > 1 and sampling.temperature == 0:
+    if config.num_candidates > 1 and not any(recipe.list_temperatures(sampling)):
         raise ConfigError(
             f"{section}.num_candidates", f"{config.num_candidates} candidates would be equal: the temperature is 0"
         )

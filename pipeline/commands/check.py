@@ -140,7 +140,7 @@ def _check_engine(run: Run, name: str, passes: Sequence[Pass]) -> Finding:
         return Finding(kind="wrong", where=plugin.where, message=str(error))
     except EngineDiedError as error:
         return Finding(kind="doubtful", where=plugin.where, message=str(error))
-    shown = [p.title for p in passes if p.shows_images]
+    shown = [p.title for p in passes if p.shows_images and name not in p.blind_engines]
     if shown and found.takes_images is False:
         message = f"{found.summary}, but takes no images, and {shown[0]} shows it some; name a vision-language model"
         return Finding(kind="wrong", where=plugin.where, message=message)

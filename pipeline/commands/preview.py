@@ -35,7 +35,7 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
         MachineError: a shard failed.
     """
     for p in _select_shown(list_passes(run), name):
-        if p.record not in (Finding, Caption, ImageRubric, Score):
+        if not issubclass(p.record, Finding | Caption | ImageRubric | Score):
             shown = "findings, captions, rubrics and scores"
             raise UserError(f"STAGE: `recap try` shows {shown}; {p.title} makes none of them")
     with sample.open_folder(run) as copy:
@@ -124,11 +124,15 @@ def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str]) 
 
 def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
     """(key of an image, lines of text) for each row of a pass."""
-    if p.record is Caption:
-        for caption in shard.read_table(p.folder, Caption):
+    if issubclass(p.record, Caption):
+        for caption in shard.read_table(p.folder, p.record):
             status = "" if caption.status == "ok" else f" [{caption.status}: {caption.error}]"
             flags = f" {','.join(caption.flags)}" if caption.flags else ""
             yield caption.key, _wrap_text(f"{p.name} {caption.candidate}{status}{flags}", caption.text)
+            for step in getattr(caption, "steps", ()):
+                item = f" ({step.item})" if step.item else ""
+                status = "" if step.status == "ok" else f" [{step.status}]"
+                yield caption.key, _wrap_text(f"  {step.name}{item}{status}", step.text)
     elif p.record is Finding:
         for finding in shard.read_table(p.folder, Finding):
             yield finding.key, _wrap_text(p.title, finding.error or f"{len(finding.found)} found")

@@ -316,6 +316,24 @@ def _count_frames(image: ImageFile) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """A rectangle of an image file, which a model is shown like an image of its own."""
+
+    data: bytes
+    box: tuple[float, float, float, float]  # left, top, right, bottom; [0, 1] of the picture as displayed
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"{self.box} is no part of a picture: left, top, right, bottom, from 0 to 1")
+
+    def place(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Returns its left, top, right and bottom in pixels, where the whole picture has `width` x `height`."""
+        left, top = (min(round(at * side), side - 1) for at, side in zip(self.box[:2], (width, height), strict=True))
+        return left, top, max(left + 1, round(self.box[2] * width)), max(top + 1, round(self.box[3] * height))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PixelRule:
     """The sizes at which a model sees images. The defaults are Qwen2-VL's."""
 
@@ -371,8 +389,8 @@ class PixelRule:
         return w, h
 
 
-def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
-    """Decodes the first frame of `data` in RGB, upright, on white, at the rule's `target_size`.
+def decode_pixels(image: bytes | Region, rule: PixelRule) -> Picture:
+    """Decodes the first frame of an image file, or a region of it, in RGB, upright, on white, at `rule.target_size`.
 
     A JPEG is decoded at the smallest of its own scales (1, 1/2, 1/4, 1/8) that covers the target.
 
@@ -380,7 +398,9 @@ def decode_pixels(data: bytes, rule: PixelRule) -> Picture:
         UndecodableError: the file is not an image, is corrupt, or is larger than `Limits` allows.
         OutOfMemoryError: there is less memory than an image may need.
     """
-    return _decode(data, partial(_decode_image, rule=rule))
+    if isinstance(image, Region):
+        return _decode(image.data, partial(_decode_region, region=image, rule=rule))
+    return _decode(image, partial(_decode_image, rule=rule))
 
 
 def decode_upright(data: bytes) -> tuple[Picture, str]:
@@ -450,6 +470,26 @@ def _decode_image(image: ImageFile, name: str, rule: PixelRule) -> Picture:
     if picture.size != stored:
         picture = picture.resize(stored, Resampling.BICUBIC, reducing_gap=3.0)
     return picture if name == "TIFF" else _turn_upright(picture, orientation)
+
+
+def _decode_region(image: ImageFile, name: str, region: Region, rule: PixelRule) -> Picture:
+    from PIL.Image import Resampling
+
+    _check_size(image.size, Limits(min_side=1))
+    if name == "PNG":
+        _load_pixels(image)
+    orientation = _read_orientation(image)
+    displayed = _apply_orientation(image.size, orientation, name)
+    left, top, right, bottom = region.place(*displayed)
+    size = rule.target_size(right - left, bottom - top)
+    if name == "JPEG":
+        whole = math.ceil(displayed[0] * size[0] / (right - left)), math.ceil(displayed[1] * size[1] / (bottom - top))
+        image.draft(None, _apply_orientation(whole, orientation, name))
+    _load_pixels(image)
+    picture = _convert_to_rgb(image)
+    picture = picture if name == "TIFF" else _turn_upright(picture, orientation)
+    part = picture.crop(region.place(*picture.size))
+    return part if part.size == size else part.resize(size, Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _turn_upright(picture: Picture, orientation: int) -> Picture:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+from pipeline.decoding.images import Region
 from pipeline.engines import _output
 
 LOOP = _output.LOOP
@@ -76,7 +77,7 @@ class Request:
     id: str  # for messages
     prompt: str
     system: str = ""
-    images: tuple[bytes, ...] = ()  # unchanged image files: the engine decodes what the model will see
+    images: tuple[bytes | Region, ...] = ()  # unchanged files, or parts: the engine decodes what the model will see
     source_key: str = ""  # the sample's name in the corpus
     schema: str | None = None  # a JSON schema that the answer must follow, as text
     ladder: tuple[Sampling, ...] = (Sampling(),)  # tried in turn until `accept` returns ""
@@ -95,6 +96,8 @@ class Engine(Protocol):
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Yields as many replies as requests, in order. Draws requests lazily, only as the engine has room.
+
+        Every request that was drawn is answered without waiting for the next one, which may depend on its answer.
 
         Raises:
             EngineDiedError: the engine cannot answer any more requests.

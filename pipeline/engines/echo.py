@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from pipeline.decoding.images import Region
 from pipeline.engines import Reply, Request, Sampling, TokenChoice, finish_attempt
 from pipeline.errors import EngineDiedError
 from pipeline.sections import key
@@ -109,7 +110,7 @@ class Echo:
                 raise EngineDiedError(f"the echo engine dies after {self._config.die_after} attempts (die_after)")
 
     def _make_attempt(self, request: Request, sampling: Sampling, draw: str) -> Reply:
-        if b"" in request.images:
+        if any(not _read_bytes(image) for image in request.images):
             return Reply(error="an image has no bytes")
         try:
             text = self._write_text(request, sampling, Random(draw))
@@ -139,8 +140,14 @@ def _hash_request(request: Request) -> str:
     """Returns a hash of everything in the request except the seed, as hex."""
     digest = hashlib.sha256(repr((request.system, request.prompt, request.schema)).encode())
     for image in request.images:
-        digest.update(hashlib.sha256(image).digest())
+        digest.update(hashlib.sha256(_read_bytes(image)).digest())
+        if isinstance(image, Region):
+            digest.update(repr(image.box).encode())
     return digest.hexdigest()
+
+
+def _read_bytes(image: bytes | Region) -> bytes:
+    return image.data if isinstance(image, Region) else image
 
 
 def _apply_failure(failure: str, text: str, request: Request, random: Random) -> Reply:

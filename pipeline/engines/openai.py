@@ -162,9 +162,9 @@ class OpenAI(ScheduledEngine):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return json.dumps(body)[:-1]
 
-    def _encode_image(self, image: bytes) -> str:
+    def _encode_image(self, image: bytes | images.Region) -> str:
         """Returns a data URL: the original bytes if the model sees just those pixels, else a lossless smaller copy."""
-        if not images.can_send_unchanged(image, self._rule):
+        if isinstance(image, images.Region) or not images.can_send_unchanged(image, self._rule):
             image = images.encode_lossless(images.decode_pixels(image, self._rule))
         kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
         return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import machine
+from pipeline.decoding.images import Region
 from pipeline.engines import Inspection, Reply, Request, Sampling, TokenChoice, _chat, find_no_loop
 from pipeline.engines._inspection import check_installed, inspect_model
 from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
@@ -150,11 +151,12 @@ class Vllm(ScheduledEngine):
             raise BadRequestError(f"{type(error).__name__}: {error}") from error
 
 
-def _hash_image(image: bytes, picture: Picture) -> str:
+def _hash_image(image: bytes | Region, picture: Picture) -> str:
     """Hashes an image for vLLM's cache, by its file or by its pixels, whichever is smaller."""
     width, height = picture.size
-    file_is_smaller = len(image) <= 3 * width * height
-    return hashlib.sha256(image if file_is_smaller else b"%d x %d " % (width, height) + picture.tobytes()).hexdigest()
+    if isinstance(image, bytes) and len(image) <= 3 * width * height:
+        return hashlib.sha256(image).hexdigest()
+    return hashlib.sha256(b"%d x %d " % (width, height) + picture.tobytes()).hexdigest()
 
 
 class _Core:

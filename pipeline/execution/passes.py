@@ -260,6 +260,7 @@ class Pass:
     engines: tuple[str, ...] = ()  # names in [engines] that it uses
     overlaps: bool = False  # two shards are made at a time though it uses no engine, since each waits for the disk
     shows_images: bool = False  # whether its requests hold images, which its engines must then take
+    blind_engines: tuple[str, ...] = ()  # those of its engines that are sent none all the same
     version: int  # of the stage; raised when equal inputs give different rows
     slice: Mapping[str, Any]  # JSON values: the part of the configuration that decides rows
     record: type[Record]

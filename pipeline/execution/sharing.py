@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.engines import Engine
 from pipeline.execution.passes import COPIES, AllShards, Pass, Shard
-from pipeline.records import Caption, Curation, Record, Score, SharedCaption, SharedScore, column_names
+from pipeline.records import (
+    Caption,
+    ChainedCaption,
+    Curation,
+    Record,
+    Score,
+    SharedCaption,
+    SharedChainedCaption,
+    SharedScore,
+    column_names,
+)
 from pipeline.sections import Run
 from pipeline.storage import tables
 
@@ -23,7 +33,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CURATION = "curation"
-RECORDS: Mapping[type[Record], type[Record]] = {Caption: SharedCaption, Score: SharedScore}
+RECORDS: Mapping[type[Record], type[Record]] = {
+    Caption: SharedCaption,
+    ChainedCaption: SharedChainedCaption,
+    Score: SharedScore,
+}
 SPENT = ("num_prompt_tokens", "num_output_tokens")  # by the row that was asked
 NAME = "rows"  # of the files that hold the rows which other shards need
 

@@ -1,4 +1,4 @@
-"""Recipes for captions: the prompt, the format of the answer and the sampling.
+"""Recipes for captions: the prompt, the format of the answer and the sampling, or a chain of steps.
 
 Recipes are the TOML files of this directory and of `<run>/recipes`. They know neither engines nor pixels; of a sample
 they see the alt text and what `given` of its caption pass has about it.
@@ -7,7 +7,7 @@ they see the alt text and what `given` of its caption pass has about it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import Any
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.sections import Run, key
 from pipeline.validation import read_toml
+from stages.recipes import _steps
 from stages.text import flags, json_schema
 from stages.text.answers import AnswerFormat
+from stages.text.chains import Show
 from stages.text.given import GivenTexts, Texts, prepare_texts
 from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
 
-ALT_TEXT = "alt_text"  # the field that every pass fills
+ChainRecipe = _steps.ChainRecipe
+ALT_TEXT = _steps.ALT_TEXT  # the field that every pass fills
 NOTHING: Texts = {}
 
 
@@ -94,6 +97,10 @@ class Recipe:
     flags: flags.Patterns
 
     @property
+    def fields(self) -> frozenset[str]:
+        return self.spec.fields
+
+    @property
     def slice(self) -> dict[str, Any]:
         """All that decides a caption except the sampling, as JSON values; the order of the schema's fields counts."""
         return {
@@ -121,7 +128,7 @@ class Recipe:
 
     def build_prompt(self, alt_text: str | None, given: Texts = NOTHING) -> CaptionPrompt:
         """The prompt for an image with this alt text, unless it is given too, and these texts."""
-        template, texts = self.spec.prompt, _add_alt_text(given, alt_text)
+        template, texts = self.spec.prompt, _steps.add_alt_text(given, alt_text)
         if ALT_TEXT in list_fields(template) and not texts[ALT_TEXT] and self.spec.prompt_without_alt_text is not None:
             template = self.spec.prompt_without_alt_text
         limits = {ALT_TEXT: self.spec.max_alt_text}
@@ -135,9 +142,19 @@ class Recipe:
             hash=hash_prompt(self.spec.system, template, self.schema or ""),
         )
 
+    def list_names(self) -> Iterator[tuple[str, str, str]]:
+        """As `ChainRecipe` has it: what it needs of run.toml besides the engine of its pass."""
+        return iter(())
+
+    def list_shown(self) -> Iterator[tuple[str, Show]]:
+        yield "", "whole" if self.spec.image else "none"
+
+    def list_temperatures(self, base: SamplingConfig) -> list[float]:
+        return [base.temperature]
+
     def find_missing(self, alt_text: str | None, given: Texts = NOTHING) -> str:
         """The first required field that has no text; "" if there is none."""
-        texts = _add_alt_text(given, alt_text) if self.spec.required else NOTHING
+        texts = _steps.add_alt_text(given, alt_text) if self.spec.required else NOTHING
         return next((name for name in self.spec.required if not texts.get(name)), "")
 
     def find_flags(self, text: str, prompt: CaptionPrompt) -> tuple[str, ...]:
@@ -149,48 +166,79 @@ class Recipe:
 
 
 def load(name: str, *, run: Path | None) -> Recipe:
-    """The recipe `name` of the run, else of those that ship.
+    """The recipe `name` of the run, else of those that ship, which asks one question.
 
     Raises:
         UnknownNameError: no such recipe exists.
-        ConfigError: its file is not a valid recipe.
+        ConfigError: its file is not a valid recipe, or is a chain of steps.
     """
+    return require_single(load_any(name, run=run))
+
+
+def load_any(name: str, *, run: Path | None) -> Recipe | ChainRecipe:
+    """As `load`, also of chains."""
     section = read_toml(name, folder="recipes", run=run)
+
+    def load_flags(own: str) -> flags.Patterns:
+        try:
+            return flags.load(own, run=run)
+        except UnknownNameError as error:
+            raise section.error("flags", str(error)) from error
+
+    if section.values.keys() & {"steps", "program"}:
+        return _steps.parse_chain(section, load_flags)
     spec = section.parse(RecipeSpec)
-    try:
-        return Recipe(spec=spec, flags=flags.load(spec.flags, run=run))
-    except UnknownNameError as error:
-        raise section.error("flags", str(error)) from error
+    return Recipe(spec=spec, flags=load_flags(spec.flags))
+
+
+def require_single(recipe: Recipe | ChainRecipe) -> Recipe:
+    """
+    Raises:
+        ConfigError: the recipe is a chain of steps.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    part = "steps" if recipe.steps else "program"
+    advice = "name a recipe with one prompt, which a model can learn to answer"
+    raise ConfigError(f"recipes/{recipe.name}.toml: {part}", f"asks several questions; {advice}")
 
 
 def load_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe, GivenTexts]:
-    """The recipe of a caption pass, or another one by `name`, and what `given` of the pass fills of its prompt.
+    """As `load_any_for_pass`, of a recipe that asks one question.
+
+    Raises:
+        ConfigError: it is a chain of steps.
+    """
+    recipe, given = load_any_for_pass(run, caption, name=name)
+    return require_single(recipe), given
+
+
+def load_any_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe | ChainRecipe, GivenTexts]:
+    """The recipe of a caption pass, or another one by `name`, and what `given` of the pass fills of its prompts.
 
     Raises:
         UnknownNameError: no such recipe exists.
         ConfigError: `given` is not valid, or leaves a field of the prompt open.
     """
     config, field = run.sections["caption"][caption], f"caption.{caption}.given"
-    recipe, where = load(name or config.recipe, run=run.file.parent), f"{run.file}: {field}"
+    recipe, where = load_any(name or config.recipe, run=run.file.parent), f"{run.file}: {field}"
     others = [other for other in run.sections["caption"] if other != caption]
-    for missing in sorted(recipe.spec.fields - {ALT_TEXT, *recipe.spec.optional} - config.given.keys()):
+    for missing in sorted(recipe.fields - {ALT_TEXT, *recipe.spec.optional} - config.given.keys()):
+        steps = [step.name for step in recipe.steps] if isinstance(recipe, ChainRecipe) else []
+        no_step = f", which is none of its steps ({', '.join(steps)})" if steps else ""
         raise ConfigError(
             f"{where}.{missing}",
-            f"is missing: the prompt of recipe {name or config.recipe!r} has {{{missing}}}; fill it with SQL over"
-            f' columns of the image, e.g. "alt_text" or "metadata->>\'$.{missing}\'", or with a SELECT of key and text'
-            f" over {' or '.join(['image', *others])}",
+            f"is missing: the prompt of recipe {name or config.recipe!r} has {{{missing}}}{no_step}; fill it with SQL"
+            f' over columns of the image, e.g. "alt_text" or "metadata->>\'$.{missing}\'", or with a SELECT of key'
+            f" and text over {' or '.join(['image', *others])}",
         )
-    used = {one: sql for one, sql in config.given.items() if one in recipe.spec.fields}
+    used = {one: sql for one, sql in config.given.items() if one in recipe.fields}
     for unused in sorted(config.given.keys() - used.keys()) if not name else ():
-        fields = ", ".join(f"{{{one}}}" for one in sorted(recipe.spec.fields)) or "none"
+        fields = ", ".join(f"{{{one}}}" for one in sorted(recipe.fields)) or "none"
         raise ConfigError(
             f"{where}.{unused}", f"the prompt of recipe {config.recipe!r} has no {{{unused}}}; it has {fields}"
         )
     return recipe, prepare_texts(run, used, caption=caption, field=field)
-
-
-def _add_alt_text(given: Texts, alt_text: str | None) -> Texts:
-    return {ALT_TEXT: (alt_text,) if alt_text and alt_text.strip() else (), **given}
 
 
 def _join_values(value: Any) -> str:

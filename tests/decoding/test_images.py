@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.decoding import formats
-from pipeline.decoding.images import Limits, PixelRule, can_send_unchanged, decode_pixels, encode_lossless, probe
+from pipeline.decoding.images import (
+    Limits,
+    PixelRule,
+    Region,
+    can_send_unchanged,
+    decode_pixels,
+    encode_lossless,
+    probe,
+)
 from pipeline.decoding.upright import copy_upright
 from pipeline.errors import UndecodableError
 
@@ -147,6 +155,49 @@ def test_a_target_size_is_its_own_target(width: int, height: int, tokens: int, f
         return
     assert size == PixelRule(max_pixels=most, factor=factor).target_size(*size)
     assert size[0] % factor == size[1] % factor == 0 and 56 * 56 <= size[0] * size[1] <= most
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_region_is_that_part_of_the_upright_picture(format: str, orientation: int) -> None:
+    undo = {3: 3, 6: 2, 8: 4}
+    picture = corners(224, 168)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else picture
+    data = encoded(stored, format, exif=exif)
+    quarters = {  # left, top, right, bottom
+        (0.0, 0.0, 0.5, 0.5): (255, 0, 0),
+        (0.5, 0.0, 1.0, 0.5): (0, 255, 0),
+        (0.5, 0.5, 1.0, 1.0): (0, 0, 255),
+        (0.0, 0.5, 0.5, 1.0): (255, 255, 0),
+    }
+    for box, colour in quarters.items():
+        shown = decode_pixels(Region(data=data, box=box), PixelRule(max_pixels=10**6))
+        assert shown.size == (112, 84) and is_near(shown, Image.new("RGB", (112, 84), colour))
+        small = decode_pixels(Region(data=data, box=box), PixelRule(max_pixels=56 * 56))
+        assert small.size == PixelRule(max_pixels=56 * 56).target_size(112, 84)
+        assert is_near(small, Image.new("RGB", small.size, colour))
+
+
+def test_a_region_has_the_pixels_of_its_crop() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    crop = noise.crop((40, 60, 264, 228))
+    region = Region(data=encoded(noise, "PNG"), box=(0.1, 0.2, 0.66, 0.76))
+    for rule in (PixelRule(max_pixels=10**6), PixelRule(max_pixels=56 * 56)):
+        assert decode_pixels(region, rule).tobytes() == decode_pixels(encoded(crop, "PNG"), rule).tobytes()
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(1, 500), st.integers(1, 500))
+def test_a_region_has_a_pixel_at_least_and_is_within_the_picture(
+    left: float, top: float, right: float, bottom: float, width: int, height: int
+) -> None:
+    if left >= right or top >= bottom:
+        with pytest.raises(ValueError, match="no part of a picture"):
+            Region(data=b"", box=(left, top, right, bottom))
+        return
+    x0, y0, x1, y1 = Region(data=b"", box=(left, top, right, bottom)).place(width, height)
+    assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
 
 
 def test_a_jpeg_is_decoded_no_larger_than_needed() -> None:

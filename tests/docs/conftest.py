@@ -61,7 +61,7 @@ def documented_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "curate": {},
         "canary": {},
         "source": {**BASE["source"], "path": str(photos)},
-        "caption": {"headline": {"recipe": "headline", "engine": "captioner"}},
+        "caption": {name: {"recipe": name, "engine": "captioner"} for name in ("headline", "checked")},
         "rubric": rubric,
         "score": {"committee": {"kind": "rubric", "rubric": "committee", "captions": ["dense"]}},
     }

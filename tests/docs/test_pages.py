@@ -107,14 +107,15 @@ def test_every_command_is_in_the_readme() -> None:
 @pytest.mark.parametrize("block", TOML_BLOCKS, ids=lambda block: block.id)
 def test_toml_parses_as_what_it_is(block: Block, tmp_path: Path, documented_run: Path) -> None:
     values = tomllib.loads(block.text)
+    if "my_recap." in block.text:
+        return  # run by test_extending
     if block.file:
         folder, name = Path(block.file).parent.name, Path(block.file).stem
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{name}.toml").write_text(block.text)
-        {"recipes": recipes, "rubrics": rubrics, "finders": finder_questions}[folder].load(name, run=tmp_path)  # type: ignore[attr-defined]
+        load = {"recipes": recipes.load_any, "rubrics": rubrics.load, "finders": finder_questions.load}[folder]
+        load(name, run=tmp_path)
         return
-    if "my_recap." in block.text:
-        return  # run by test_extending
     for other in TOML_BLOCKS:
         if other.file:
             target = tmp_path / Path(other.file).parent.name / Path(other.file).name

@@ -16,7 +16,7 @@ from tests.support.pages import Block, list_blocks
 from tests.support.runs import ROOT, make, recap
 
 PAGE = ROOT / "docs" / "recipes-and-rubrics.md"
-MECHANISMS = ("words", "given", "filter")
+MECHANISMS = ("words", "given", "filter", "engines")  # the last: of the steps of a chain
 NUM_PHOTOS = 4
 METADATA = {"place": "Rome", "captions": ["a", "b"], "article": "Ada Byron visits.", "question": "Who is it?"}
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import multiprocessing
+import queue
 import string
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.decoding.images import Region
 from pipeline.engines import Engine, Reply, Request, Sampling, echo, openai, transformers, vllm
 from pipeline.errors import EngineDiedError
 from stages.text.repetition import find_lasting_loop
@@ -162,6 +164,28 @@ def test_every_request_gets_one_reply_in_order(engine: Engine) -> None:
     assert [reply.text for reply in ask(engine, *(request(n) for n in range(12)))] == alone
     assert len(set(alone)) > 6
     assert ask(engine) == []
+
+
+def test_a_request_may_wait_for_the_answer_to_the_one_before(engine: Engine) -> None:
+    answered: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+
+    def requests() -> Iterator[Request]:
+        yield request(0)
+        for n in range(1, 4):
+            yield request(n, prompt=f"Describe it. {answered.get(timeout=60).text}")
+
+    replies = []
+    for reply in engine.generate(requests()):
+        replies.append(reply)
+        answered.put(reply)
+    assert [reply.error for reply in replies] == [None] * 4
+
+
+def test_a_part_of_an_image_is_answered_like_an_image(engine: Engine) -> None:
+    left, right = (Region(data=picture(0), box=box) for box in ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)))
+    one, again, other = ask(engine, *(request(0, images=(image,)) for image in (left, left, right)))
+    assert one.error is other.error is None
+    assert one.text == again.text
 
 
 def test_a_bad_request_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.records import Caption
+from pipeline.records import Caption, ChainedCaption
 from pipeline.storage import tables
 from stages import recipes
 from tests.support import corpora
@@ -21,7 +21,7 @@ NUM_PHOTOS = 4
 
 def configure(name: str) -> dict[str, Any]:
     """The section of a caption pass that fills each field of a recipe, by name of the field."""
-    fields = recipes.load(name, run=None).spec.fields - {recipes.ALT_TEXT}
+    fields = recipes.load_any(name, run=None).fields - {recipes.ALT_TEXT}
     metadata = {field: f"metadata->>'$.{field}'" for field in fields}
     given = metadata | dict.fromkeys(fields & {*EARLIER}, "SELECT key, text FROM draft")
     return {"recipe": name, "engine": "captioner", **({"given": given} if given else {})}
@@ -51,7 +51,13 @@ def test_every_recipe_captions_every_photograph(tmp_path: Path) -> None:
         rows = list(tables.read_rows(path, Caption))
         assert [row.status for row in rows] == ["ok"] * NUM_PHOTOS, file.stem
         assert len({row.text for row in rows}) > 1
-        assert all(bool(row.fields) == bool(recipes.load(file.stem, run=None).schema) for row in rows)
+        recipe = recipes.load_any(file.stem, run=None)
+        is_structured = isinstance(recipe, recipes.Recipe) and bool(recipe.schema)
+        assert {bool(row.fields) for row in rows} == {is_structured}
+        if isinstance(recipe, recipes.ChainRecipe):
+            names = [step.name for step in recipe.steps]
+            for row in tables.read_rows(path, ChainedCaption):
+                assert sorted({step.name for step in row.steps}, key=names.index) == names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

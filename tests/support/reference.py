@@ -23,6 +23,7 @@ from pipeline.validation import describe_type
 from stages import canary, caption, curate, export, find, recipes, rubric, rubrics, score
 from stages import filter as filter_stage
 from stages.finders import _questions as finder_questions
+from stages.recipes import _steps as recipe_steps
 from stages.rubric_writers import llm
 from stages.text.prompts import SamplingConfig
 
@@ -132,6 +133,13 @@ def configuration_parts() -> Iterator[Part]:
         decides=False,
     )
     yield Part(title="A recipe", classes=(recipes.RecipeSpec,), text="A file of `recipes/`.")
+    yield Part(
+        title="A recipe of several questions",
+        classes=(recipe_steps.ChainSpec,),
+        text="A file of `recipes/` with `[[steps]]`, or with `program`. See"
+        " [Several questions for one caption](recipes-and-rubrics.md#several-questions-for-one-caption).",
+    )
+    yield Part(title="`[[steps]]` of a recipe", classes=(recipe_steps.StepSpec,), level=3)
     yield Part(title="A rubric", classes=(rubrics.RubricSpec,), text="A file of `rubrics/`.")
     yield Part(title="`[[criteria]]` of a rubric", classes=(rubrics.Question,), level=3)
     yield Part(title="A finder's question", classes=(finder_questions.QuestionSpec,), text="A file of `finders/`.")
@@ -193,7 +201,14 @@ def render_configuration(parts: Iterable[Part]) -> str:
 
 def render_tables() -> str:
     """Every table's columns, then the structs that are columns of them."""
-    structs = (records.Found, records.Criterion, records.RubricCriterion, records.NamedScore, records.ExportedText)
+    structs = (
+        records.Found,
+        records.CaptionStep,
+        records.Criterion,
+        records.RubricCriterion,
+        records.NamedScore,
+        records.ExportedText,
+    )
     return "\n".join(
         [
             *(line for record in RECORDS for line in _columns(f"`{record.table}`", record)),
