@@ -73,9 +73,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1000)
     args = parser.parse_args()
     run = create_run(args.folder, num_scenes=args.scenes)
-    for stage in ("ingest", "caption", "score", "filter"):
-        state = RunState(run)
-        assert Runner(state).execute(select_passes(state.passes, stage)).exit_code == 0, f"{stage} failed"
+    state = RunState(run)
+    assert Runner(state).execute(select_passes(state.passes, "all")).exit_code == 0
     with database.connect_run(run) as connection:
         rows = list(database.query_rows(connection, KEPT))
     after = [measure_caption(text, find_scene(key)) if text else None for key, text, *_ in rows]

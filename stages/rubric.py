@@ -17,6 +17,7 @@ from pipeline.execution.passes import Pass, Shard
 from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run, key, stamped
 from stages.rubric_writers import Evidence, WrittenRubric, count_majority
+from stages.text.given import GivenTexts, OpenFields, fill_fields
 from stages.text.prompts import derive_seed, engine_slice, map_where
 
 NAMED = True
@@ -33,6 +34,11 @@ class Config:
     engine: str = key("", "the model of a writer that uses one: a name in [engines]")
     words: str = key("", "its prompt: a file of writers/, your own or one that ships")
     agree: int = key(0, "the number of teachers that must agree; 0: at least half of them", least=0)
+    given: Mapping[str, str] = key(
+        factory=dict,
+        help='FIELD = "SQL" that fills {FIELD} of the writer\'s prompt, as `given` of a caption pass does',
+        in_init=False,
+    )
     max_error_share: float | None = key(None, "overrides the run's max_error_share", stamp=False, least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -53,9 +59,10 @@ def passes(run: Run) -> Iterable[Pass]:
     return [_build_pass(run, name, config) for name, config in run.sections["rubric"].items()]
 
 
-def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Evidence]:
+def inputs(shard: Shard, *, name: str, config: Config, seed: int, given: GivenTexts) -> Iterator[Evidence]:
     """The captions of every image of which the student has a usable one, in key order."""
     images = shard.read_table("image", Image)
+    find_texts = given.open(shard)
     lookups = [shard.lookup(f"caption/{teacher}", Caption) for teacher in config.teachers]
     usable = (row for row in shard.read_table(f"caption/{config.student}", Caption) if row.status == "ok")
     for image_key, candidates in groupby(usable, lambda row: row.key):
@@ -67,6 +74,7 @@ def inputs(shard: Shard, *, name: str, config: Config, seed: int) -> Iterator[Ev
             student=tuple(row.text for row in candidates),
             num_agree=config.agree or count_majority(len(config.teachers)),
             alt_text=image.alt_text,
+            texts=find_texts(image_key),
             source_key=image.source_key,
             data=partial(shard.read_image, image),
             seed=derive_seed(seed, image_key, name, *shard.retry_of),
@@ -99,13 +107,16 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
     except UnknownNameError as error:
         raise ConfigError(f"{field}.writer", str(error)) from error
     settings = module.prepare(config, run=run.file.parent, field=field)
+    open_fields = module.open_fields(settings) if hasattr(module, "open_fields") else OpenFields()
+    given = fill_fields(run, open_fields, config.given, field=f"rubric.{name}.given")
+    captions = [f"caption/{caption}" for caption in (config.student, *config.teachers)]
     engines = tuple(module.engines(settings))
     engine_slices = [engine_slice(run, engine, field=f"rubric.{name}.engine") for engine in engines]
     return Pass(
         stage="rubric",
         name=name,
         folder=f"rubric/{name}",
-        reads=(*(f"caption/{caption}" for caption in (config.student, *config.teachers)), "image"),
+        reads=(*dict.fromkeys([*captions, *given.reads]), "image"),
         engines=engines,
         version=VERSION,
         slice={
@@ -114,11 +125,12 @@ def _build_pass(run: Run, name: str, config: Config) -> Pass:
             "agree": config.agree,
             "writer": {"name": config.writer, "version": getattr(module, "VERSION", 1), **stamped(settings)},
             # the seed decides something only where a model is used
+            **({"given": dict(config.given)} if config.given else {}),
             **({"seed": run.seed, "engines": engine_slices} if engine_slices else {}),
         },
         record=ImageRubric,
         max_error_share=run.resolve_error_share(config.max_error_share),
-        inputs=partial(inputs, name=name, config=config, seed=run.seed),
+        inputs=partial(inputs, name=name, config=config, seed=run.seed, given=given),
         work=partial(work, name=name, writer=config.writer, write=partial(module.write, settings=settings)),
     )
 

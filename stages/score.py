@@ -30,6 +30,11 @@ class Config:
     """The keys of `[score.NAME]` that every kind has."""
 
     captions: tuple[str, ...] | None = key(None, "the caption passes to score; default: all")
+    given: Mapping[str, str] = key(
+        factory=dict,
+        help='FIELD = "SQL" that fills {FIELD} of the rubric\'s prompt, as `given` of a caption pass does',
+        in_init=False,
+    )
     max_error_share: float | None = key(None, "overrides the run's max_error_share", stamp=False, least=0, most=1)
     min_detection: float | None = key(
         None,

@@ -20,7 +20,7 @@ from stages.recipes import _steps
 from stages.text import flags, json_schema
 from stages.text.answers import AnswerFormat
 from stages.text.chains import Show
-from stages.text.given import GivenTexts, Texts, prepare_texts
+from stages.text.given import GivenTexts, OpenFields, Texts, fill_fields
 from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
 
 ChainRecipe = _steps.ChainRecipe
@@ -220,25 +220,17 @@ def load_any_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe
         UnknownNameError: no such recipe exists.
         ConfigError: `given` is not valid, or leaves a field of the prompt open.
     """
-    config, field = run.sections["caption"][caption], f"caption.{caption}.given"
-    recipe, where = load_any(name or config.recipe, run=run.file.parent), f"{run.file}: {field}"
-    others = [other for other in run.sections["caption"] if other != caption]
-    for missing in sorted(recipe.fields - {ALT_TEXT, *recipe.spec.optional} - config.given.keys()):
-        steps = [step.name for step in recipe.steps] if isinstance(recipe, ChainRecipe) else []
-        no_step = f", which is none of its steps ({', '.join(steps)})" if steps else ""
-        raise ConfigError(
-            f"{where}.{missing}",
-            f"is missing: the prompt of recipe {name or config.recipe!r} has {{{missing}}}{no_step}; fill it with SQL"
-            f' over columns of the image, e.g. "alt_text" or "metadata->>\'$.{missing}\'", or with a SELECT of key'
-            f" and text over {' or '.join(['image', *others])}",
-        )
-    used = {one: sql for one, sql in config.given.items() if one in recipe.fields}
-    for unused in sorted(config.given.keys() - used.keys()) if not name else ():
-        fields = ", ".join(f"{{{one}}}" for one in sorted(recipe.fields)) or "none"
-        raise ConfigError(
-            f"{where}.{unused}", f"the prompt of recipe {config.recipe!r} has no {{{unused}}}; it has {fields}"
-        )
-    return recipe, prepare_texts(run, used, caption=caption, field=field)
+    config = run.sections["caption"][caption]
+    recipe = load_any(name or config.recipe, run=run.file.parent)
+    steps = [step.name for step in recipe.steps] if isinstance(recipe, ChainRecipe) else []
+    open_fields = OpenFields(
+        prompt=f"recipe {name or config.recipe!r}",
+        fields=recipe.fields,
+        optional=frozenset({ALT_TEXT, *recipe.spec.optional}),
+        remark=f", which is none of its steps ({', '.join(steps)})" if steps else "",
+    )
+    field = f"caption.{caption}.given"
+    return recipe, fill_fields(run, open_fields, config.given, field=field, caption=caption, partly=bool(name))
 
 
 def _join_values(value: Any) -> str:

@@ -6,6 +6,7 @@ A writer has
   settings goes into the fingerprint;
 - `engines(settings) -> tuple[str, ...]`: the names in `[engines]` that it uses;
 - `write(inputs, *, settings, engines) -> Iterator[WrittenRubric]`: one for each `Evidence`, in order, lazily;
+- `open_fields(settings) -> OpenFields`: the fields of its prompt that `given` of the section fills; by default none;
 - `VERSION`: an integer, raised when equal inputs get other rubrics.
 
 A writer knows no tables. Each input has at least as many teachers as must agree.
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.records import RubricCriterion, RubricStatus
+from stages.text.given import Texts
 
 
 class WriterOptions(Protocol):
@@ -40,6 +42,7 @@ class Evidence:
     student: tuple[str, ...]  # its captions, at least one
     num_agree: int  # teachers that must agree
     alt_text: str | None = None
+    texts: Texts = field(default_factory=dict)  # about the image, by field of the prompt: what `given` has
     source_key: str = ""
     data: Callable[[], bytes]  # the bytes of the image file, read when called
     seed: int = 0

@@ -19,11 +19,12 @@ from pipeline.sections import key
 from pipeline.validation import read_toml
 from stages.rubric_writers import Evidence, WriterOptions, WrittenRubric
 from stages.text.answers import read_value
+from stages.text.given import OpenFields
 from stages.text.json_schema import object_schema
 from stages.text.prompts import (
     SamplingConfig,
-    check_fields,
     fence_text,
+    fence_texts,
     fill_template,
     hash_prompt,
     join_lines,
@@ -33,7 +34,7 @@ from stages.text.prompts import (
 
 VERSION = 1
 DEFAULT_SPEC = "committee"
-FIELDS = ("num_teachers", "num_agree", "max_criteria", "teachers", "student")
+OWN_FIELDS = frozenset({"num_teachers", "num_agree", "max_criteria", "teachers", "student"})
 SEVERITIES: tuple[Severity, ...] = tuple(SEVERITY_WEIGHTS)  # most severe first
 
 
@@ -42,7 +43,14 @@ class WriterSpec:
     """The keys of a writer's TOML file, in this directory or in `<run>/writers`."""
 
     system: str = key("", "the system message; empty: none")
-    prompt: str = key(help="the prompt; {teachers} and {student} are the numbered captions, fenced")
+    prompt: str = key(
+        help="the prompt; {teachers} and {student} are the numbered captions, fenced; any other {field} is filled by"
+        " `given` of the rubric pass"
+    )
+    max_given: int = key(6000, "characters of each other field to show", least=100, stamp_default=False)
+    optional: tuple[str, ...] = key(
+        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
+    )
     with_image: bool = key(True, "whether the writer sees the image")
     min_criteria: int = key(0, "criteria of a rubric, at least; 0: a student may miss nothing", least=0)
     max_criteria: int = key(12, "criteria of a rubric, at most", least=1)
@@ -50,12 +58,19 @@ class WriterSpec:
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self.prompt, FIELDS, where="prompt")
         for name in ("teachers", "student"):
             if name not in list_fields(self.prompt):
-                raise ValueError(f"prompt: must have {{{name}}}")
+                fields = ", ".join(f"{{{one}}}" for one in list_fields(self.prompt)) or "none"
+                raise ValueError(f"prompt: must have {{{name}}}; it has {fields}")
         if self.min_criteria > self.max_criteria:
             raise ValueError(f"min_criteria = {self.min_criteria} is more than max_criteria = {self.max_criteria}")
+        if unknown := [name for name in self.optional if name not in self.open_fields.fields]:
+            raise ValueError(f"optional: the prompt has no {{{unknown[0]}}}")
+
+    @property
+    def open_fields(self) -> OpenFields:
+        fields = frozenset(list_fields(self.prompt)) - OWN_FIELDS
+        return OpenFields(prompt="its writer", fields=fields, optional=frozenset(self.optional))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,10 @@ def prepare(config: WriterOptions, *, run: Path, field: str) -> Settings:
 
 def engines(settings: Settings) -> tuple[str, ...]:
     return (settings.engine,)
+
+
+def open_fields(settings: Settings) -> OpenFields:
+    return settings.spec.open_fields
 
 
 def write(inputs: Iterable[Evidence], *, settings: Settings, engines: Mapping[str, Engine]) -> Iterator[WrittenRubric]:
@@ -119,9 +138,11 @@ def build_schema(evidence: Evidence, spec: WriterSpec) -> dict[str, Any]:
 
 
 def _build_prompt(evidence: Evidence, spec: WriterSpec) -> str:
+    fields = spec.open_fields.fields
     return fill_template(
         spec.prompt,
         {
+            **{name: fence_texts(evidence.texts.get(name, ()), limit=spec.max_given) for name in fields},
             "num_teachers": str(len(evidence.teachers)),
             "num_agree": str(evidence.num_agree),
             "max_criteria": str(spec.max_criteria),

@@ -17,13 +17,15 @@ from typing import Any, Literal
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section, read_toml
+from stages.text.given import OpenFields, Texts
 from stages.text.json_schema import object_schema
-from stages.text.prompts import SamplingConfig, check_fields, fence_text, fill_template, join_lines, list_fields
+from stages.text.prompts import NO_TEXT, SamplingConfig, fence_text, fence_texts, fill_template, join_lines, list_fields
 
-FIELDS = ("criteria", "alt_text", "caption", "before", "sentence")
+ALT_TEXT = "alt_text"  # the field that needs no `given`
+OWN_FIELDS = frozenset({"criteria", "caption", "before", "sentence"})
 JUDGED = {"caption": "caption", "sentence": "sentence"}  # unit -> the prompt's field that holds it
 UNASKED = ("dropped", "repeated")  # kinds of planted errors that a rubric is not about unless it names others
-NO_ALT_TEXT = "(none)"
+NOTHING: Texts = {}
 NO_REASONS = "Leave out all reasons: give the verdicts only."
 
 
@@ -65,7 +67,14 @@ class RubricSpec:
     """The keys of a rubric's TOML file, except its criteria."""
 
     system: str = key("", "the system message; empty: none")
-    prompt: str = key(help="the prompt; {criteria}, {alt_text} and {before} come first, {caption} or {sentence} last")
+    prompt: str = key(
+        help="the prompt; {caption} or {sentence} comes last, before it {criteria}, {alt_text}, {before} and any other"
+        " {field}, which `given` of the score pass fills"
+    )
+    max_given: int = key(6000, "characters of each other field to show", least=100, stamp_default=False)
+    optional: tuple[str, ...] = key(
+        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
+    )
     with_image: bool = key(True, "whether the judge sees the image")
     unit: Literal["caption", "sentence"] = key("caption", "what one request judges")
     aggregate: Literal["mean", "min", "product"] = key("mean", "of a caption's sentences: their mean, worst or product")
@@ -77,10 +86,21 @@ class RubricSpec:
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self.prompt, FIELDS, where="prompt")
         last = JUDGED[self.unit]
-        if list_fields(self.prompt)[-1:] != [last]:
-            raise ValueError(f"prompt: {{{last}}} must be its last field: requests about one image share a prefix")
+        found = list_fields(self.prompt)[-1:]
+        if found != [last]:
+            why = f"it is {{{found[0]}}}" if found else "it has none"
+            raise ValueError(
+                f"prompt: its last field must be {{{last}}}, so that requests about an image share a prefix; {why}"
+            )
+        if unknown := [name for name in self.optional if name not in self.open_fields.fields]:
+            raise ValueError(f"optional: the prompt has no {{{unknown[0]}}}")
+
+    @property
+    def open_fields(self) -> OpenFields:
+        """Those that `given` fills; that of the alt text may be."""
+        fields = frozenset(list_fields(self.prompt)) - OWN_FIELDS
+        return OpenFields(prompt="its rubric", fields=fields, optional=frozenset({ALT_TEXT, *self.optional}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +146,9 @@ class Rubric:
         """The reason and verdict of each question, by id, in an answer that follows the schema."""
         return value if len(self.criteria) > 1 else dict.fromkeys(self.criteria, value)
 
-    def build_prompt(self, *, caption: str, sentence: str, alt_text: str | None, before: str = "") -> str:
+    def build_prompt(
+        self, *, caption: str, sentence: str, alt_text: str | None, before: str = "", given: Texts = NOTHING
+    ) -> str:
         """The prompt about one caption.
 
         Args:
@@ -134,11 +156,14 @@ class Rubric:
             sentence: the part to judge when the unit is a sentence; joined to one line.
             alt_text: the image's alt text.
             before: the sentences of the caption that precede the part to judge.
+            given: texts about the image for the other fields; of the alt text, too.
         """
         no_reasons = () if self.with_reasons else (NO_REASONS,)
+        names, limit = self.spec.open_fields.fields, self.spec.max_given
         fields = {
+            ALT_TEXT: fence_text(alt_text) if alt_text and alt_text.strip() else NO_TEXT,
+            **{name: fence_texts(given.get(name, ()), limit=limit) for name in names - {ALT_TEXT} | given.keys()},
             "criteria": "\n".join([*map(self._list_answers, self.criteria.values()), *no_reasons]),
-            "alt_text": fence_text(alt_text) if alt_text and alt_text.strip() else NO_ALT_TEXT,
             "caption": fence_text(caption),
             "before": fence_text(before),
             "sentence": join_lines(sentence),

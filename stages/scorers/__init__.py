@@ -13,6 +13,7 @@ and where needed
 - `shows_images(settings) -> bool`: whether its engines see the images;
 - `unasked(settings) -> Collection[str]`: the kinds of planted errors (`[canary]`) that it is not meant to notice; by
   default, a sentence that is missing or repeated;
+- `open_fields(settings) -> OpenFields`: the fields of its prompt that `given` of the section fills; by default none;
 - `rubric(settings) -> str`: the `[rubric]` pass whose criteria the samples carry;
 - `VERSION`: an integer, raised when equal samples get different results.
 
@@ -23,13 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.engines import Engine
 from pipeline.records import Criterion, RubricCriterion, ScoreStatus
 from pipeline.sections import Plugin
 from stages.rubrics import UNASKED
+from stages.text.given import OpenFields, Texts
 from stages.text.loaded import LoadedPlugin, prepare_plugin
 
 
@@ -44,6 +46,7 @@ class Sample:
     source_key: str = ""  # the image's name in the corpus
     data: Callable[[], bytes]  # reads the image file; only scorers that look at the image call it
     seed: int = 0
+    texts: Texts = field(default_factory=dict)  # about the image, by field of the prompt: what `given` has
     rubric_criteria: tuple[RubricCriterion, ...] | None = None  # of the image's own rubric; None: it has none
 
     @property
@@ -74,6 +77,7 @@ class ScoreResult:
 class Scorer(LoadedPlugin):
     """A loaded scorer with its settings."""
 
+    open_fields: OpenFields  # of its prompt: those that `given` fills
     rubric: str = ""  # the rubric pass whose criteria its samples carry; "": none
     shows_images: bool = False
     unasked: Collection[str] = UNASKED  # kinds of planted errors that it is not meant to notice
@@ -99,6 +103,7 @@ def load_scorer(plugin: Plugin, *, run: Path | None, field: str) -> Scorer:
     return Scorer(
         **vars(loaded),
         rubric=module.rubric(settings) if hasattr(module, "rubric") else "",
+        open_fields=module.open_fields(settings) if hasattr(module, "open_fields") else OpenFields(),
         shows_images=module.shows_images(settings) if hasattr(module, "shows_images") else False,
         unasked=module.unasked(settings) if hasattr(module, "unasked") else UNASKED,
     )

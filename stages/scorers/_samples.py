@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run
 from stages import scorers
 from stages.scorers import Sample, Scorer
+from stages.text.given import GivenTexts, fill_fields
 from stages.text.prompts import derive_seed
 
 
@@ -27,6 +28,8 @@ class ScorePass:
     caption: str
     scorer: Scorer
     captions: str  # the folder of the captions: of those that an engine was asked for
+    given: Mapping[str, str]  # SQL, by field of the scorer's prompt
+    texts: GivenTexts  # the same, checked
     max_error_share: float | None  # None: the run's
 
     @property
@@ -37,11 +40,13 @@ class ScorePass:
     @property
     def reads(self) -> tuple[str, ...]:
         """Folders of the tables that its samples come from."""
-        return ("image", *([f"rubric/{self.scorer.rubric}"] if self.scorer.rubric else []), self.captions)
+        rubrics = [f"rubric/{self.scorer.rubric}"] if self.scorer.rubric else []
+        return tuple(dict.fromkeys(("image", *rubrics, *self.texts.reads, self.captions)))
 
     def slice(self, run: Run) -> dict[str, Any]:
         """The part of the fingerprint that decides the scores of equal samples."""
-        return self.scorer.slice(run, field=f"score.{self.name}")
+        given = {"given": dict(self.given)} if self.given else {}
+        return {**self.scorer.slice(run, field=f"score.{self.name}"), **given}
 
     def build_pass(self, run: Run, *, stage: str, **more: Any) -> Pass:
         """The pass of a stage that scores these captions, or copies of them; `more` are its other fields."""
@@ -70,6 +75,7 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
         scorer = scorers.load_scorer(config.scorer, run=run.file.parent, field=field)
         if scorer.rubric and scorer.rubric not in (rubrics := sorted(run.sections["rubric"])):
             raise ConfigError(f"{field}.rubric", plugins.explain_unknown(scorer.rubric, rubrics))
+        texts = fill_fields(run, scorer.open_fields, config.given, field=f"score.{name}.given")
         for caption in config.captions or known:
             if caption not in known:
                 raise ConfigError(f"{field}.captions", plugins.explain_unknown(caption, sorted(known)))
@@ -79,6 +85,8 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
                 caption=caption,
                 scorer=scorer,
                 captions=asked_folder(folder) if shared and not run.sections["caption"][caption].words else folder,
+                given=config.given,
+                texts=texts,
                 max_error_share=config.max_error_share,
             )
 
@@ -86,12 +94,14 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
 def read_samples(shard: Shard, p: ScorePass, *, seed: int) -> Iterator[Sample]:
     """The usable captions of a shard, in order; of those that images share, one."""
     images = shard.read_table("image", Image)
+    find_texts = p.texts.open(shard)
     rubrics = shard.lookup(f"rubric/{p.scorer.rubric}", ImageRubric) if p.scorer.rubric else None
     usable = (row for row in shard.read_table(p.captions, Caption) if row.status == "ok")
     for image_key, candidates in groupby(usable, lambda row: row.key):
         image = next(image for image in images if image.key == image_key)
         rows = rubrics(image_key) if rubrics else ()
         criteria = next((row.criteria for row in rows if row.status != "error"), None)
+        texts = find_texts(image_key)
         for row in candidates:
             yield Sample(
                 key=row.key,
@@ -101,5 +111,6 @@ def read_samples(shard: Shard, p: ScorePass, *, seed: int) -> Iterator[Sample]:
                 source_key=image.source_key,
                 data=partial(shard.read_image, image),
                 seed=derive_seed(seed, row.key, p.name, p.caption, row.candidate, *shard.retry_of),
+                texts=texts,
                 rubric_criteria=criteria,
             )

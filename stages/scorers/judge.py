@@ -23,6 +23,7 @@ from stages import rubrics
 from stages.rubrics import Question, Rubric
 from stages.scorers import Sample, ScoreResult, weighted_mean
 from stages.text.answers import read_value
+from stages.text.given import OpenFields
 from stages.text.prompts import derive_seed, map_with_context
 from stages.text.verdicts import read_probabilities
 
@@ -97,6 +98,10 @@ def shows_images(settings: Settings) -> bool:
     return settings.rubric.spec.with_image
 
 
+def open_fields(settings: Settings) -> OpenFields:
+    return settings.rubric.spec.open_fields
+
+
 def unasked(settings: Settings) -> Collection[str]:
     return settings.rubric.spec.unasked
 
@@ -151,7 +156,11 @@ def _build_request(passage: Passage, *, top_tokens: int) -> Request:
         id=f"{sample.key}/{sample.candidate}{passage.suffix}",
         system=rubric.spec.system,
         prompt=rubric.build_prompt(
-            caption=sample.text, sentence=passage.text, alt_text=sample.alt_text, before=passage.before
+            caption=sample.text,
+            sentence=passage.text,
+            alt_text=sample.alt_text,
+            before=passage.before,
+            given=sample.texts,
         ),
         images=passage.images,
         source_key=sample.source_key,

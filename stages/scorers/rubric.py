@@ -22,6 +22,7 @@ from stages.rubrics import RubricSpec
 from stages.scenes import claim_checks
 from stages.scenes.claim_checks import CaptionClaims
 from stages.scorers import Sample, ScoreResult, combine_criteria, judge
+from stages.text.given import OpenFields
 from stages.text.prompts import map_where
 
 VERSION = 4
@@ -75,6 +76,10 @@ def engines(settings: Settings) -> Mapping[str, str]:
 
 def rubric(settings: Settings) -> str:
     return settings.rubric
+
+
+def open_fields(settings: Settings) -> OpenFields:
+    return settings.spec.open_fields if settings.spec else OpenFields(prompt="no judge")
 
 
 def unasked(settings: Settings) -> Collection[str]:

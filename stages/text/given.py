@@ -1,6 +1,7 @@
 """`given` and `words` of run.toml: SQL for texts about an image, from its own row, finders and earlier passes.
 
-Decides what such SQL may read, and so what a pass depends on. It does not know what the texts are for.
+Decides what such SQL may read, and so what a pass depends on, and which fields of a prompt it must fill. It does not
+know what the texts are for.
 """
 
 from __future__ import annotations
@@ -75,15 +76,54 @@ class GivenTexts:
             raise ConfigError(self.where, f"fails on shard {shard.number:05d}: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenFields:
+    """The fields of a prompt that `given` fills."""
+
+    prompt: str = "this kind"  # what has the prompt, for errors
+    fields: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()  # of them: those that may be left out
+    remark: str = ""  # in the error about one that is left open, after its name
+
+
+def fill_fields(
+    run: Run, open_fields: OpenFields, given: Mapping[str, str], *, field: str, caption: str = "", partly: bool = False
+) -> GivenTexts:
+    """Checks that `given` of a section fills the fields of its prompt, and prepares the SQL.
+
+    Args:
+        field: of run.toml that holds `given`.
+        caption: the caption pass that the section is of, which the SQL may not read.
+        partly: `given` may have fields that the prompt has not.
+
+    Raises:
+        ConfigError: `given` leaves a field open, has one that the prompt has not, or is not valid.
+    """
+    where = f"{run.file}: {field}"
+    others = [other for other in run.sections["caption"] if other != caption]
+    for missing in sorted(open_fields.fields - open_fields.optional - given.keys()):
+        raise ConfigError(
+            f"{where}.{missing}",
+            f"is missing: the prompt of {open_fields.prompt} has {{{missing}}}{open_fields.remark}; fill it with SQL"
+            f' over columns of the image, e.g. "alt_text" or "metadata->>\'$.{missing}\'", or with a SELECT of key and'
+            f" text over {' or '.join([IMAGE, *others])}",
+        )
+    used = {one: sql for one, sql in given.items() if one in open_fields.fields}
+    for unused in sorted(given.keys() - used.keys()) if not partly else ():
+        has = ", ".join(f"{{{one}}}" for one in sorted(open_fields.fields)) or "none"
+        raise ConfigError(f"{where}.{unused}", f"the prompt of {open_fields.prompt} has no {{{unused}}}; it has {has}")
+    return prepare_texts(run, used, caption=caption, field=field)
+
+
 def prepare_texts(
     run: Run, sql: Mapping[str, str], *, caption: str, field: str, with_fields: bool = False
 ) -> GivenTexts:
-    """Checks SQL of a caption pass's section, and finds what it reads.
+    """Checks SQL of a section, and finds what it reads.
 
     Args:
         sql: by field, an expression over columns of an image and finders, or a SELECT of `key` and one more column over
             images, what finders found, and usable captions of other passes, each a relation by the pass's name.
-        caption: the caption pass.
+        caption: the caption pass that the section is of, which the SQL may not read; "": it is of none.
         field: of run.toml that holds `sql`.
         with_fields: a SELECT may have a third column, `fields`; see `GivenTexts.are_objects`.
 

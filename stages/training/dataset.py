@@ -5,6 +5,7 @@ It refuses to know where answers come from: a teacher's captions and a judge's v
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,13 @@ from pipeline.records import Image, Record, arrow_schema
 from pipeline.sections import Run
 from pipeline.storage import tables
 from pipeline.storage.plan import Plan
+from stages.text.given import Texts
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+NO_TEXTS: Mapping[str, Texts] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class TrainExample(Record):
     system: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    texts: str = "{}"  # JSON by reward: what `given` of its section has about the image
     shows_image: bool = True  # whether the model sees the image, or the questions alone
 
 
@@ -67,7 +72,9 @@ def _read_usable_images(shard: Shard, table: Path) -> Iterator[Image]:
             yield replace(image, file=str(shard.locate(image)))
 
 
-def make_example(image: Image, turns: Sequence[Turn], *, shows_image: bool = True) -> TrainExample:
+def make_example(
+    image: Image, turns: Sequence[Turn], *, shows_image: bool = True, texts: Mapping[str, Texts] = NO_TEXTS
+) -> TrainExample:
     assert image.file is not None and image.offset is not None and image.num_bytes is not None
     assert image.width is not None and image.height is not None and image.sha256 is not None
     return TrainExample(
@@ -83,6 +90,7 @@ def make_example(image: Image, turns: Sequence[Turn], *, shows_image: bool = Tru
         system=turns[0].system if turns else "",
         questions=tuple(turn.question for turn in turns),
         answers=tuple(turn.answer for turn in turns),
+        texts=json.dumps(texts, ensure_ascii=False),
         shows_image=shows_image,
     )
 

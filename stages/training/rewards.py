@@ -7,6 +7,7 @@ no reward, never 0.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -142,6 +143,7 @@ class Reward:
                 alt_text=columns["alt_text"][number],
                 source_key=columns["source_key"][number],
                 data=partial(read_image_file, {name: columns[name][number] for name in FILE_COLUMNS}),
+                texts=json.loads(columns["texts"][number]).get(self.__name__, {}),
                 rubric_criteria=self._rubrics.get(key[number]),
             )
             for number, answer in enumerate(answers)

@@ -104,7 +104,10 @@ def test_no_criteria_is_an_empty_rubric_and_a_failed_request_is_an_error() -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("prompt = '{teacher} {student}'", "writers/mine.toml: prompt: {teacher} is not a field"),
+        (
+            "prompt = '{teacher} {student}'",
+            "writers/mine.toml: prompt: must have {teachers}; it has {teacher}, {student}",
+        ),
         ("prompt = '{teachers}'", "writers/mine.toml: prompt: must have {student}"),
         ("prompt = '{teachers}{student}'\nmin_criteria = 13", "min_criteria = 13 is more than max_criteria = 12"),
         ("promt = ''", "writers/mine.toml: promt: unknown key; did you mean 'prompt'"),

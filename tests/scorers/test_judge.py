@@ -222,8 +222,11 @@ def test_text_only_judge_reads_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("{sentence}", "{sentense}"), "rubrics/mine.toml: prompt: {sentense} is not a field"),
-        (("{sentence}'''", "{sentence} {caption}'''"), "prompt: {sentence} must be its last field"),
+        (("{sentence}", "{sentense}"), "rubrics/mine.toml: prompt: its last field .* it is {sentense}"),
+        (
+            ("{sentence}'''", "{sentence} {caption}'''"),
+            "prompt: its last field must be {sentence}, .*; it is {caption}",
+        ),
         (('unit = "sentence"', 'unit = "word"'), 'unit: \'word\' is not one of "caption", "sentence"'),
         (("question =", "quetsion ="), "criteria\\[0\\].quetsion: unknown key; did you mean 'question'"),
         (('id = "true"', 'id = "is true"'), "criteria\\[0\\]: id is 'is true'"),

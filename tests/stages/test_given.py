@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -285,3 +286,139 @@ def test_training_sees_the_prompts_of_the_caption_pass(tmp_path: Path) -> None:
     (run / "recipes" / "merge.toml").write_text(f"image = false\n{PROMPT}")
     with pytest.raises(ConfigError, match=r"train\.captions: the recipe of merged shows .*, which grpo needs"):
         settings.options.module.open(config.load(run), settings)
+
+
+RUBRIC = """
+prompt = '''
+The place: {place}
+Others say: {drafts}
+{criteria}
+{caption}'''
+
+[[criteria]]
+id = "fits"
+question = "Does it fit?"
+"""
+FITS = {
+    "kind": "judge",
+    "engine": "judge",
+    "rubric": "fits",
+    "captions": ["dense"],
+    "given": {"drafts": "SELECT key, text FROM other", "place": "'Rome'"},
+}
+
+
+def start_judged(folder: Path, **changes: Any) -> Path:
+    run = start(folder)
+    (run / "rubrics").mkdir()
+    (run / "rubrics" / "fits.toml").write_text(RUBRIC)
+    write(run, configure(folder / "photos", score__fits=FITS, **changes))
+    return run
+
+
+def list_prompts(run: Path, folder: str) -> list[str]:
+    """Those that a pass sends to its judge."""
+    state, engine = RunState(config.load(run)), Recorder()
+    (p,) = (p for p in state.passes if p.folder == folder)
+    with closing(Shard(run=state.run, number=0, pieces=state.plan.pieces(0))) as shard:
+        list(p.work(p.inputs(shard), {"judge": engine}))
+    return [request.prompt for request in engine.requests]
+
+
+@pytest.mark.slow
+def test_a_judge_is_given_texts_too(tmp_path: Path) -> None:
+    """So are a canary's copies, a judge in training, and a reward."""
+    run = start_judged(tmp_path, canary={"share": 1.0})
+    assert make(run).exit_code == 0
+    others = {row.key: row.text for row in read(run, "caption/other")}
+    dense = read(run, "caption/dense")
+    expected = [
+        f"The place: ```\nRome\n```\nOthers say: ```\n{others[row.key]}\n```\n" for row in dense if row.status == "ok"
+    ]
+    prompts = list_prompts(run, "score/fits/dense")
+    assert [prompt[: len(start)] for prompt, start in zip(prompts, expected, strict=True)] == expected
+    spoiled = list_prompts(run, "canary/fits/dense")
+    assert spoiled and all(any(prompt.startswith(start) for start in expected) for prompt in spoiled)
+    for train in ({"method": "sft", "scores": "fits"}, {"method": "grpo", "rewards": {"fits": 1.0}}):
+        train |= {"captions": ["dense"], "model": "m", "output": "models/x"}
+        write(run, configure(tmp_path / "photos", score__fits=FITS, train=train))
+        settings = config.load(run).sections["train"][""]
+        method = settings.options.module.open(config.load(run), settings)
+        assert "caption/other" in method.list_tables() and "SELECT key, text FROM other" in str(method.slice())
+        examples = list(method.read_examples())
+        if train["method"] == "sft":
+            learnt = {question for one in examples for question in one.questions}
+            assert learnt and learnt <= set(prompts)
+        else:
+            texts = {one.key: {"fits": {"drafts": [others[one.key]], "place": ["Rome"]}} for one in examples}
+            assert texts and {one.key: json.loads(one.texts) for one in examples} == texts
+
+
+@pytest.mark.slow
+def test_a_score_follows_what_it_is_given(tmp_path: Path) -> None:
+    run = start_judged(tmp_path)
+    assert make(run).exit_code == 0 and make(run).done == 0
+    text = (Path(recipes.__file__).parent / "short.toml").read_text()
+    (run / "recipes" / "short.toml").write_text(text.replace("plain sentence", "simple sentence"))
+    refused = recap("run", "score:fits", "--run", run, check=False)
+    assert "score:fits:dense: its input caption/other is stale: recipe.prompt: " in refused.stderr
+    (run / "recipes" / "short.toml").write_text(text)
+    assert make(run).done == 0
+    given = {**FITS["given"], "place": "'Oslo'"}
+    write(run, configure(tmp_path / "photos", score__fits={**FITS, "given": given}))
+    refused = recap("run", "score:fits", "--run", run, check=False)
+    assert "score:fits:dense: given.place: ['Rome'] -> ['Oslo']" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given": {"place": "'x'"}}, r"score\.fits\.given\.drafts: is missing: the prompt of its rubric has {drafts}"),
+        ({"rubric": "dense"}, r"score\.fits\.given\.drafts: the prompt of its rubric has no {drafts}; it has none"),
+        ({"given": {"drafts": "key", "place": "plaec"}}, r"score\.fits\.given\.place: 'plaec' uses plaec"),
+        (
+            {"given": {"drafts": "SELECT key, text FROM dense WHERE fits > 0", "place": "key"}},
+            r"passes wait for each other: score/fits/dense",
+        ),
+    ],
+)
+def test_errors_of_a_score_name_the_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    run = start_judged(tmp_path)
+    write(run, configure(tmp_path / "photos", score__fits={**FITS, **changes}))
+    with pytest.raises(ConfigError, match=message):
+        RunState(config.load(run))
+
+
+@pytest.mark.slow
+def test_a_writer_of_rubrics_is_given_texts_too(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    (run / "writers").mkdir()
+    (run / "writers" / "placed.toml").write_text('prompt = "In {place}: {teachers} {student}"\noptional = ["drafts"]')
+    with pytest.raises(ConfigError, match=r"writers/placed\.toml: optional: the prompt has no {drafts}"):
+        write_rubric(run, tmp_path / "photos", {})
+    (run / "writers" / "placed.toml").write_text('prompt = "In {place}: {teachers} {student}"')
+    with pytest.raises(ConfigError, match=r"rubric\.mine\.given\.place: is missing: the prompt of its writer has"):
+        write_rubric(run, tmp_path / "photos", {})
+    write_rubric(run, tmp_path / "photos", {"place": "SELECT key, text FROM merged"})
+    for what in ("ingest", "caption:dense", "caption:other", "score:judge:dense", "caption:merged"):
+        assert make(run, what).exit_code == 0
+    merged = [f"In ```\n{row.text}\n```: Expert 1:" for row in read(run, "caption/merged")]
+    prompts = list_prompts(run, "rubric/mine")
+    assert [prompt[: len(start)] for prompt, start in zip(prompts, merged, strict=True)] == merged
+    (p,) = (p for p in RunState(config.load(run)).passes if p.folder == "rubric/mine")
+    assert "caption/merged" in p.reads and p.slice["given"] == {"place": "SELECT key, text FROM merged"}
+
+
+def write_rubric(run: Path, photos: Path, given: dict[str, str]) -> None:
+    section = {"writer": "llm", "engine": "judge", "words": "placed", "teachers": ["other"], "student": "dense"}
+    write(run, configure(photos, rubric__mine={**section, "given": given}))
+    RunState(config.load(run))
+
+
+def test_a_kind_without_a_prompt_is_given_nothing(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    write(run, configure(tmp_path / "photos", score__form={"kind": "text", "given": {"place": "key"}}))
+    with pytest.raises(
+        ConfigError, match=r"score\.form\.given\.place: the prompt of this kind has no {place}; it has none"
+    ):
+        RunState(config.load(run))

@@ -47,6 +47,7 @@ def make_reward(
         "completion_ids": [[7, END]] * len(captions),
         "key": [row.key for row in captions],
         **{name: [""] * len(captions) for name in ("alt_text", "source_key", "file", "offset", "num_bytes")},
+        "texts": ["{}"] * len(captions),
     }
     read_completion = make_completion_reader(None, end_tokens={END}, max_tokens=64)
     reward = Reward(

@@ -20,10 +20,12 @@ from zlib import crc32
 from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, UserError
+from pipeline.execution.passes import Shard
 from pipeline.sections import Run, key
 from stages import scorers
 from stages.scorers import Scorer
 from stages.text import flags
+from stages.text.given import GivenTexts, fill_fields
 from stages.training import trainer
 from stages.training.collator import Collator
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
@@ -125,6 +127,11 @@ def _load_scorer(run: Run, name: str) -> Scorer:
     return scorer
 
 
+def _prepare_given(run: Run, name: str, scorer: Scorer) -> GivenTexts:
+    given = run.sections["score"][name].given
+    return fill_fields(run, scorer.open_fields, given, field=f"score.{name}.given")
+
+
 class Grpo:
     """The method `grpo`."""
 
@@ -133,17 +140,21 @@ class Grpo:
     def __init__(self, run: Run, config: TrainConfig, scorers: Mapping[str, Scorer]) -> None:
         self._run, self._config, self._scorers = run, config, scorers
         self._own: Config = config.options.config
+        self._texts = {name: _prepare_given(run, name, scorer) for name, scorer in scorers.items()}
         self.answers_per_example = self._own.group_size
 
     def list_tables(self) -> Sequence[str]:
         rubrics = [f"rubric/{scorer.rubric}" for scorer in self._scorers.values() if scorer.rubric]
-        return ["image", *rubrics, *list_given_tables(self._run, self._config)]
+        given = [folder for texts in self._texts.values() for folder in texts.reads]
+        return list(dict.fromkeys(["image", *rubrics, *list_given_tables(self._run, self._config), *given]))
 
     def slice(self) -> Mapping[str, Any]:
         rewards = {
             f"score.{name}": scorer.slice(self._run, field=f"score.{name}") for name, scorer in self._scorers.items()
         }
-        return {**rewards, "asks": slice_recipes(self._run, self._config)}
+        sections = self._run.sections["score"]
+        given = {f"score.{name}.given": dict(sections[name].given) for name in self._scorers if sections[name].given}
+        return {**rewards, **given, "asks": slice_recipes(self._run, self._config)}
 
     def read_examples(self) -> Iterator[TrainExample]:
         """The images that every reward can score.
@@ -156,13 +167,16 @@ class Grpo:
         any_image = any_usable = False
         for file, images in read_images(self._run):
             build_prompt = open_prompts(self._run, self._config, caption, file.name)
+            shard = Shard(run=self._run, number=int(file.stem), pieces=())
+            find_texts = {name: texts.open(shard) for name, texts in self._texts.items() if texts.fields}
             for image in images:
                 any_image = True
+                texts = {name: find(image.key) for name, find in find_texts.items()}
                 question = build_prompt(image)
                 if question is not None and all(image.key in rubrics for rubrics in self._rubrics.values()):
                     any_usable = True
                     turn = Turn(key=image.key, system=recipe.spec.system, question=question, answer="")
-                    yield make_example(image, [turn])
+                    yield make_example(image, [turn], texts=texts)
         if any_image and not any_usable and not self._rubrics:
             required = ", ".join(recipe.spec.required)
             raise UserError(

@@ -6,17 +6,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError
+from pipeline.execution.passes import Shard
 from pipeline.records import Caption, Criterion, Image, Score
 from pipeline.sections import Run, key, stamped
 from pipeline.storage import tables
 from pipeline.storage.sentences import split_sentences
 from stages import rubrics
 from stages.rubrics import Rubric
+from stages.text.given import GivenTexts, fill_fields
 from stages.training import supervised
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
 from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes
@@ -64,11 +67,14 @@ class Sft:
     def list_tables(self) -> Sequence[str]:
         captions = [f"caption/{name}" for name in self._config.captions]
         scores = [f"score/{self._own.scores}/{name}" for name in self._config.captions if self._own.scores]
-        given = [] if self._own.scores else list_given_tables(self._run, self._config)
+        given = self._prepare_given().reads if self._own.scores else list_given_tables(self._run, self._config)
         return list(dict.fromkeys(["image", *captions, *scores, *given]))
 
     def slice(self) -> Mapping[str, Any]:
-        return {"asks": stamped(self._load_rubric()) if self._own.scores else slice_recipes(self._run, self._config)}
+        if not self._own.scores:
+            return {"asks": slice_recipes(self._run, self._config)}
+        given = dict(self._run.sections["score"][self._own.scores].given)
+        return {"asks": {**stamped(self._load_rubric()), **({"given": given} if given else {})}}
 
     def read_examples(self) -> Iterator[TrainExample]:
         read = self._read_verdicts if self._own.scores else self._read_texts
@@ -96,19 +102,22 @@ class Sft:
     def _read_verdicts(self, name: str, file: str) -> Iterator[Turn]:
         """Every verdict of the score pass, as the answer to its rubric's prompt."""
         rubric = self._load_rubric()
-        alt_texts = self._read_alt_texts(file)
+        images = tables.read_rows(self._run.folder / "image" / file, Image)
+        alt_texts = {image.key: image.alt_text for image in images}
+        find_texts = self._prepare_given().open(Shard(run=self._run, number=int(Path(file).stem), pieces=()))
         captions = {caption.id: caption for caption in self._read_captions(name, file)}
-        for score in tables.read_rows(self._run.folder / "score" / self._own.scores / name / file, Score):
-            if score.status != "ok" and not (self._own.unsure and score.status == "unknown"):
-                continue
-            text = captions[score.key, score.candidate].text
-            parts = split_sentences(text) if rubric.spec.unit == "sentence" else [text]
-            batches = tables.split_batches(score.criteria, len(rubric.criteria))
-            for number, (part, criteria) in enumerate(zip(parts, batches, strict=True)):
-                if all(self._is_answered(criterion, rubric) for criterion in criteria):
-                    before = " ".join(parts[:number])
+        rows = tables.read_rows(self._run.folder / "score" / self._own.scores / name / file, Score)
+        usable = (row for row in rows if row.status == "ok" or (self._own.unsure and row.status == "unknown"))
+        for image_key, scores in groupby(usable, key=lambda score: score.key):
+            texts = find_texts(image_key)
+            for score in scores:
+                text = captions[score.key, score.candidate].text
+                for criteria in tables.split_batches(score.criteria, len(rubric.criteria)):
+                    if not all(self._is_answered(criterion, rubric) for criterion in criteria):
+                        continue
+                    before, part = _find_passage(text, criteria[0])
                     question = rubric.build_prompt(
-                        caption=text, sentence=part, alt_text=alt_texts[score.key], before=before
+                        caption=text, sentence=part, alt_text=alt_texts[score.key], before=before, given=texts
                     )
                     answer = format_verdicts(rubric, criteria)
                     yield Turn(key=score.key, system=rubric.spec.system, question=question, answer=answer)
@@ -123,8 +132,10 @@ class Sft:
         scorer = self._run.sections["score"][self._own.scores].scorer
         return rubrics.load(scorer.config.rubric, run=self._run.folder)
 
-    def _read_alt_texts(self, file: str) -> dict[str, str | None]:
-        return {image.key: image.alt_text for image in tables.read_rows(self._run.folder / "image" / file, Image)}
+    def _prepare_given(self) -> GivenTexts:
+        given = self._run.sections["score"][self._own.scores].given
+        open_fields = self._load_rubric().spec.open_fields
+        return fill_fields(self._run, open_fields, given, field=f"score.{self._own.scores}.given")
 
     def _read_captions(self, name: str, file: str) -> Iterator[Caption]:
         rows = tables.read_rows(self._run.folder / "caption" / name / file, Caption)
@@ -147,6 +158,15 @@ class Sft:
         if self._own.scores:
             return f"on the verdicts of {self._own.scores} on the captions of {captions}"
         return f"on the texts of {captions}"
+
+
+def _find_passage(text: str, criterion: Criterion) -> tuple[str, str]:
+    """What precedes a criterion's sentence, and the sentence: its id ends in a number; else it is of the whole text."""
+    _, slash, number = criterion.id.rpartition("/")
+    if not slash:
+        return "", text
+    sentences = split_sentences(text)
+    return " ".join(sentences[: int(number) - 1]), sentences[int(number) - 1]
 
 
 def format_verdicts(rubric: Rubric, criteria: Sequence[Criterion]) -> str:
