@@ -24,6 +24,7 @@ from stages.text.given import GivenTexts, OpenFields, Texts, fill_fields
 from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
 
 ChainRecipe = _steps.ChainRecipe
+list_tiles = _steps.list_tiles
 ALT_TEXT = _steps.ALT_TEXT  # the field that every pass fills
 NOTHING: Texts = {}
 
