@@ -127,7 +127,8 @@ class CaptionWork:
             id=f"{item.image.key}/{item.candidate}",
             system=self.recipe.spec.system,
             prompt=self.recipe.build_prompt(item.image.alt_text, item.texts).prompt,
-            images=(item.data(),) if self.recipe.spec.image else (),
+            images=(*(one.image for one in self.recipe.examples), *((item.data(),) if self.recipe.spec.image else ())),
+            examples=self.recipe.shown_examples,
             source_key=item.image.source_key,
             schema=self.recipe.schema,
             ladder=self.sampling.rungs,
@@ -386,9 +387,15 @@ def _check_names(run: Run, name: str, config: Config, recipe: Recipe | ChainReci
             step = next((step for step, engine in config.engines.items() if kind == "engine" and engine == one), None)
             own = f"{run.file}: caption.{name}.engines.{step}"
             raise ConfigError(own if step else f"recipes/{config.recipe}.toml: {place}", advice)
-    for engine in {one or config.engine for one, show in recipe.list_shown() if show == "both"}:
-        if getattr(run.engines[engine].config, "images_per_prompt", 2) < 2:
-            advice = f"is 1, and a step of recipe {config.recipe!r} shows two images (both); set images_per_prompt = 2"
+    for engine, show in {(one or config.engine, show) for one, show in recipe.list_shown()}:
+        num_examples = len(recipe.examples) if isinstance(recipe, Recipe) else 0
+        num_shown = num_examples + {"none": 0, "both": 2}.get(show, 1)
+        settings = run.engines[engine].config if engine in run.engines else None
+        limit = getattr(settings, "images_per_prompt", num_shown)
+        if limit < num_shown:
+            what = "examples with the image" if num_examples else "both, the image and a part"
+            advice = f"is {limit}, and recipe {config.recipe!r} shows {num_shown} images at once: {what}"
+            advice += f"; set images_per_prompt = {num_shown}"
             raise ConfigError(f"{run.file}: engines.{engine}.images_per_prompt", advice)
 
 

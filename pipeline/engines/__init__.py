@@ -13,9 +13,9 @@ error; an engine that cannot answer at all raises `EngineDiedError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from pipeline.decoding.images import Region
 from pipeline.engines import _output
@@ -78,6 +78,7 @@ class Request:
     prompt: str
     system: str = ""
     images: tuple[bytes | Region, ...] = ()  # unchanged files, or parts: the engine decodes what the model will see
+    examples: tuple[tuple[str, str], ...] = ()  # earlier prompts and answers, each about one of the first images
     source_key: str = ""  # the sample's name in the corpus
     schema: str | None = None  # a JSON schema that the answer must follow, as text
     ladder: tuple[Sampling, ...] = (Sampling(),)  # tried in turn until `accept` returns ""
@@ -111,6 +112,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees memory and ends processes. Idempotent."""
         ...
+
+
+def build_messages(request: Request, images: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a request as chat messages, images before text, so that prompts about one image share a prefix.
+
+    Args:
+        request: the request.
+        images: for each of its images the part of a message that shows it.
+    """
+    parts = list(images)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
+    for number, (prompt, answer) in enumerate(request.examples):
+        messages.append({"role": "user", "content": [parts[number], {"type": "text", "text": prompt}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    shown = parts[len(request.examples) :]
+    return [*messages, {"role": "user", "content": [*shown, {"type": "text", "text": request.prompt}]}]
 
 
 def finish_attempt(request: Request, reply: Reply, attempt: int) -> tuple[Reply, bool]:

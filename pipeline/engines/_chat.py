@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
-from pipeline.engines import Request, TokenChoice
+from pipeline.engines import Request, TokenChoice, build_messages
 from pipeline.engines._options import Model
 from pipeline.engines._output import build_choice
 from pipeline.engines._scheduler import SingleFlightCache
@@ -44,9 +44,8 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            rendered = self.processor.apply_chat_template(
-                build_messages(request), add_generation_prompt=True, tokenize=False
-            )
+            messages = build_messages(request, ({"type": "image"} for _ in request.images))
+            rendered = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise BadRequestError(f"the chat template rejects it: {error}") from error
         return str(rendered)
@@ -85,13 +84,6 @@ def decode_choices(
         build_choice(decode(token), ((decode(other), logprob) for other, logprob in alternatives.items()))
         for token, alternatives in zip(tokens, choices, strict=True)
     )
-
-
-def build_messages(request: Request) -> list[dict[str, Any]]:
-    """Returns the request as chat messages, images before text, so that prompts about one image share a prefix."""
-    system = [{"role": "system", "content": request.system}] if request.system else []
-    parts = [*({"type": "image"} for _ in request.images), {"type": "text", "text": request.prompt}]
-    return [*system, {"role": "user", "content": parts}]
 
 
 def _load_processor(config: Model) -> Any:

@@ -138,7 +138,8 @@ class Echo:
 
 def _hash_request(request: Request) -> str:
     """Returns a hash of everything in the request except the seed, as hex."""
-    digest = hashlib.sha256(repr((request.system, request.prompt, request.schema)).encode())
+    texts = (request.system, request.prompt, request.schema, *request.examples)
+    digest = hashlib.sha256(repr(texts).encode())
     for image in request.images:
         digest.update(hashlib.sha256(_read_bytes(image)).digest())
         if isinstance(image, Region):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.decoding import images
-from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, _output, find_no_loop
+from pipeline.engines import Inspection, Reply, Request, Sampling, _chat, _output, build_messages, find_no_loop
 from pipeline.engines._http import ENCODINGS, MAX_BYTES, bound_bytes, read_body
 from pipeline.engines._inspection import check_installed, inspect_server, read_endpoint
 from pipeline.engines._options import LOOP_DETECTION, Loops, Model, Serving, require_module
@@ -153,7 +153,8 @@ class OpenAI(ScheduledEngine):
             urls = [self._url_cache(image, partial(self._encode_image, image)) for image in request.images]
         except UndecodableError as error:
             raise BadRequestError(f"an image cannot be decoded: {error}") from error
-        body = {"model": self.model, "messages": _build_messages(request, urls), **self._config.extra}
+        parts = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+        body = {"model": self.model, "messages": build_messages(request, parts), **self._config.extra}
         if request.schema is not None:
             try:
                 schema = {"name": "answer", "strict": True, "schema": json.loads(request.schema)}
@@ -183,12 +184,6 @@ class OpenAI(ScheduledEngine):
 
     async def _send(self, prepared: str, fields: dict[str, Any], *, max_bytes: int) -> Reply:
         return await self._client.send_request(f"{prepared}, {json.dumps(fields)[1:]}".encode(), max_bytes=max_bytes)
-
-
-def _build_messages(request: Request, urls: list[str]) -> list[dict[str, Any]]:
-    images = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
-    system = [{"role": "system", "content": request.system}] if request.system else []
-    return [*system, {"role": "user", "content": [*images, {"type": "text", "text": request.prompt}]}]
 
 
 def _build_attempt_fields(sampling: Sampling, seed: int, request: Request, *, vllm: bool) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class Vllm(ScheduledEngine):
     def _prepare(self, request: Request) -> Any:
         """Returns vLLM's processed prompt, tokens and pixel values, which candidates of one image share."""
         return self._prompt_cache(
-            (request.system, request.prompt, request.images), partial(self._render_prompt, request)
+            (request.system, request.examples, request.prompt, request.images), partial(self._render_prompt, request)
         )
 
     def _render_prompt(self, request: Request) -> Any:

@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.engines import Reply
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.sections import Run, key
 from pipeline.validation import read_toml
 from stages.recipes import _steps
+from stages.recipes._examples import RecipeExample, read_examples
 from stages.text import flags, json_schema
-from stages.text.answers import AnswerFormat
+from stages.text.answers import AnswerFormat, read_answer
 from stages.text.chains import Show
 from stages.text.given import GivenTexts, OpenFields, Texts, fill_fields
 from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
@@ -56,6 +58,12 @@ class RecipeSpec:
     optional: tuple[str, ...] = key(
         (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
     )
+    examples: str = key(
+        "",
+        "a folder of pictures, each with its text in NAME.txt beside it, shown as earlier questions and answers; a"
+        " relative path begins at the run's folder",
+        stamp=False,
+    )
     image: bool = key(True, "whether the model is shown the image")
     schema: dict[str, Any] | None = key(None, "JSON Schema of a structured answer, an object")
     text: str = key("", "a template that turns the fields of a structured answer into prose")
@@ -78,6 +86,8 @@ class RecipeSpec:
             raise ValueError(f"{min(both)} is required and optional; it is one of them")
         if not self.image and not self.fields:
             raise ValueError("image = false: the prompt has no {field}, so the model would know nothing of the image")
+        if self.examples and not self.image:
+            raise ValueError("examples are pictures with texts, and image = false shows none; remove one of the keys")
         if self.schema is not None:
             json_schema.check_schema(self.schema)
             check_fields(self.text, self.schema.get("properties", {}), where="text")
@@ -96,6 +106,7 @@ class Recipe:
 
     spec: RecipeSpec
     flags: flags.Patterns
+    examples: tuple[RecipeExample, ...] = ()
 
     @property
     def fields(self) -> frozenset[str]:
@@ -116,6 +127,7 @@ class Recipe:
             **({"max_given": self.spec.max_given} if self.spec.fields - {ALT_TEXT} else {}),
             **({"required": sorted(self.spec.required)} if self.spec.required else {}),
             **({} if self.spec.image else {"image": False}),
+            **({"examples": [one.stamp for one in self.examples]} if self.examples else {}),
         }
 
     @cached_property
@@ -142,6 +154,12 @@ class Recipe:
             template=template,
             hash=hash_prompt(self.spec.system, template, self.schema or ""),
         )
+
+    @cached_property
+    def shown_examples(self) -> tuple[tuple[str, str], ...]:
+        """The examples as earlier questions, about an image of which there are no texts, and their answers."""
+        prompt = self.build_prompt(None).prompt
+        return tuple((prompt, one.text) for one in self.examples)
 
     def list_names(self) -> Iterator[tuple[str, str, str]]:
         """As `ChainRecipe` has it: what it needs of run.toml besides the engine of its pass."""
@@ -189,7 +207,11 @@ def load_any(name: str, *, run: Path | None) -> Recipe | ChainRecipe:
     if section.values.keys() & {"steps", "program"}:
         return _steps.parse_chain(section, load_flags)
     spec = section.parse(RecipeSpec)
-    return Recipe(spec=spec, flags=load_flags(spec.flags))
+    recipe = Recipe(spec=spec, flags=load_flags(spec.flags), examples=read_examples(section, run=run))
+    for example in recipe.examples if recipe.answer_format else ():
+        if problem := read_answer(Reply(text=example.text), recipe.answer_format).error:
+            raise section.error("examples", f"{example.text[:60]!r} is no answer of this recipe's schema: {problem}")
+    return recipe
 
 
 def require_single(recipe: Recipe | ChainRecipe) -> Recipe:

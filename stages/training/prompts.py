@@ -73,6 +73,9 @@ def check_captions(run: Run, config: TrainConfig, *, without_image: bool) -> Non
             recipe = load_recipe(run, config, name)
         except UnknownNameError as error:
             raise ConfigError(f"{run.file}: train.recipe", str(error)) from error
+        if recipe.examples:
+            advice = f"the recipe of {name} shows examples, which a model in training does not see; name another recipe"
+            raise ConfigError(f"{run.file}: train.recipe", advice)
         if not (recipe.spec.image or without_image):
             advice = f"the recipe of {name} shows its model no image (image = false), which {config.options.kind} needs"
             raise ConfigError(f"{run.file}: train.captions", advice)

@@ -74,7 +74,8 @@ class SharedVllm:
 
 @pytest.fixture(scope="module")
 def shared_vllm(tiny_model: Path, vllm_flags: dict[str, Any]) -> Iterator[SharedVllm]:
-    shared = SharedVllm(vllm.Config(model=str(tiny_model), **vllm_flags, max_in_flight=8, num_restarts=1))
+    flags = {**vllm_flags, "images_per_prompt": 2, "max_in_flight": 8, "num_restarts": 1}
+    shared = SharedVllm(vllm.Config(model=str(tiny_model), **flags))
     yield shared
     if shared._engine is not None:
         with shared.take():
@@ -186,6 +187,18 @@ def test_a_part_of_an_image_is_answered_like_an_image(engine: Engine) -> None:
     one, again, other = ask(engine, *(request(0, images=(image,)) for image in (left, left, right)))
     assert one.error is other.error is None
     assert one.text == again.text
+
+
+@pytest.mark.parametrize(
+    "opened", [one for one in ENGINES if one.id in ("echo", "transformers", "vllm")], indirect=True
+)
+def test_an_example_before_the_image_changes_the_answer(engine: Engine) -> None:
+    shown = {"images": (picture(5), picture(0)), "examples": (("Describe it.", "A word."),)}
+    requests = [request(0), request(0, **shown), request(0, **{**shown, "examples": (("Describe it.", "Two words."),)})]
+    replies = ask(engine, *requests, *requests)
+    assert [reply.error for reply in replies] == [None] * 6
+    assert [reply.text for reply in replies[:3]] == [reply.text for reply in replies[3:]]
+    assert len({reply.text for reply in replies}) == 3
 
 
 def test_a_bad_request_is_an_error_and_its_neighbours_are_answered(opened: Opened) -> None:
@@ -366,7 +379,15 @@ def test_echo_dies_after_die_after_attempts() -> None:
 
 def test_every_part_of_a_request_changes_echos_answer() -> None:
     engine = echo.open(echo.Config())
-    changes = [{"prompt": "x"}, {"system": "x"}, {"images": (b"x",)}, {"images": (b"y",)}, {"seed": 1}, {}]
+    changes = [
+        {"prompt": "x"},
+        {"system": "x"},
+        {"examples": (("x", "y"),)},
+        {"images": (b"x",)},
+        {"images": (b"y",)},
+        {"seed": 1},
+        {},
+    ]
     assert len({ask(engine, request(0, **change))[0].text for change in changes}) == len(changes)
 
 

@@ -205,6 +205,19 @@ def _url(body: dict[str, Any]) -> str:
     return str(body["messages"][-1]["content"][0]["image_url"]["url"])
 
 
+def test_examples_are_earlier_turns_of_the_chat() -> None:
+    other = tiny.make_picture(3)
+    shown = request(0, system="Be brief.", images=(other, PICTURE), examples=(("And this?", "A cat."),))
+    with Faulty() as server, opened(server, max_pixels=224 * 224) as engine:
+        list(engine.generate([shown]))
+    (body,) = server.bodies
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "user"]
+    sent = [message["content"] for message in body["messages"][1:]]
+    images = [base64.b64decode(sent[n][0]["image_url"]["url"].partition(",")[2]) for n in (0, 2)]
+    assert images == [other, PICTURE]
+    assert [content[-1]["text"] for content in sent] == ["And this?", "A cat.", shown.prompt]
+
+
 def test_all_sampling_parameters_are_sent() -> None:
     with Faulty() as server, opened(server) as engine:
         list(engine.generate([request(7, system="Be brief.", ladder=(Sampling(temperature=0.5, top_k=9),))]))
