@@ -17,17 +17,17 @@ from pipeline.engines import Reply
 from pipeline.errors import ConfigError, UnknownNameError
 from pipeline.sections import Run, key
 from pipeline.validation import read_toml
-from stages.recipes import _steps
+from stages.recipes import _chains, _items
 from stages.recipes._examples import RecipeExample, read_examples
+from stages.recipes._steps import ALT_TEXT
 from stages.text import flags, json_schema
 from stages.text.answers import AnswerFormat, read_answer
 from stages.text.chains import Show
 from stages.text.given import GivenTexts, OpenFields, Texts, fill_fields
 from stages.text.prompts import SamplingConfig, check_fields, fence_texts, fill_template, hash_prompt, list_fields
 
-ChainRecipe = _steps.ChainRecipe
-list_tiles = _steps.list_tiles
-ALT_TEXT = _steps.ALT_TEXT  # the field that every pass fills
+ChainRecipe = _chains.ChainRecipe
+list_tiles = _items.list_tiles
 NOTHING: Texts = {}
 
 
@@ -141,7 +141,7 @@ class Recipe:
 
     def build_prompt(self, alt_text: str | None, given: Texts = NOTHING) -> CaptionPrompt:
         """The prompt for an image with this alt text, unless it is given too, and these texts."""
-        template, texts = self.spec.prompt, _steps.add_alt_text(given, alt_text)
+        template, texts = self.spec.prompt, _chains.add_alt_text(given, alt_text)
         if ALT_TEXT in list_fields(template) and not texts[ALT_TEXT] and self.spec.prompt_without_alt_text is not None:
             template = self.spec.prompt_without_alt_text
         limits = {ALT_TEXT: self.spec.max_alt_text}
@@ -173,7 +173,7 @@ class Recipe:
 
     def find_missing(self, alt_text: str | None, given: Texts = NOTHING) -> str:
         """The first required field that has no text; "" if there is none."""
-        texts = _steps.add_alt_text(given, alt_text) if self.spec.required else NOTHING
+        texts = _chains.add_alt_text(given, alt_text) if self.spec.required else NOTHING
         return next((name for name in self.spec.required if not texts.get(name)), "")
 
     def find_flags(self, text: str, prompt: CaptionPrompt) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def load_any(name: str, *, run: Path | None) -> Recipe | ChainRecipe:
             raise section.error("flags", str(error)) from error
 
     if section.values.keys() & {"steps", "program"}:
-        return _steps.parse_chain(section, load_flags)
+        return _chains.parse_chain(section, load_flags)
     spec = section.parse(RecipeSpec)
     recipe = Recipe(spec=spec, flags=load_flags(spec.flags), examples=read_examples(section, run=run))
     for example in recipe.examples if recipe.answer_format else ():

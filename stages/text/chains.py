@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pipeline.decoding.images import Region
 from pipeline.engines import Engine, Reply, Request, Sampling, find_no_loop
-from pipeline.errors import UserError
+from pipeline.errors import EngineDiedError, UserError
 from pipeline.records import CaptionStatus, CaptionStep, Finding, Image
 from stages.text.answers import Answer, AnswerFormat, read_answer
 from stages.text.given import Texts
@@ -330,6 +330,8 @@ class _Window(Generic[T]):
                 if self._is_stopped:
                     return
                 self._receive(name, reply)
+            if not (self._is_stopped or self._has_ended):
+                raise EngineDiedError(f"the engine {name} gave fewer replies than it was sent requests")
         except BaseException as error:  # re-raised in the caller's thread
             self._stop(error)
 

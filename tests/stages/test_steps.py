@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.decoding.images import Region
-from pipeline.engines import Reply, Request
+from pipeline.engines import Reply, Request, echo
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.records import Caption, CaptionStep, ChainedCaption, Finding, Found, Image, SharedChainedCaption, Verdict
 from pipeline.storage import tables
 from pipeline.storage.layout import table_path
 from stages import caption
-from stages.recipes import _steps
+from stages.recipes import _items
 from stages.training.prompts import load_recipe
 from tests.stages.test_caption import make_image, parse_run, write_shard
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections
@@ -197,6 +199,25 @@ def test_required_texts_are_asked_for_first(tmp_path: Path) -> None:
     assert rows[0].error == "a required field has no text: alt_text"
 
 
+@settings(max_examples=15)
+@given(st.integers(0, 6), st.integers(1, 3), st.integers(1, 9), st.floats(0, 0.1), st.floats(0, 0.1))
+def test_every_candidate_has_one_row_whatever_fails_and_whatever_is_in_flight(
+    tmp_path_factory: pytest.TempPathFactory, num: int, num_candidates: int, size: int, errors: float, cut: float
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    write_recipe(folder)
+    p = build_pass(folder, {**GIVEN, "num_candidates": num_candidates})
+    failing = echo.open(echo.Config(error_share=errors, truncated_share=cut, empty_share=0.05))
+    images = [make_image(n, metadata=json.dumps({"title": str(n)})) for n in range(num)]
+    with write_shard(folder, images) as shard:
+        rows = list(p.work(p.inputs(shard), {"model": failing}))
+        window = Window(size, lambda request: next(failing.generate([request])))
+        others = [replace(row, model="echo") for row in p.work(p.inputs(shard), {"model": window})]
+    assert others == rows
+    assert [row.id for row in rows] == [(one.key, n) for one in images for n in range(num_candidates)]
+    assert all((row.status == "ok") == (row.error is None) and row.steps for row in rows)
+
+
 def write_findings(folder: Path, findings: list[Finding]) -> None:
     tables.write_rows(table_path(folder, "finding/things", 0), Finding, findings, PROVENANCE)
 
@@ -239,15 +260,15 @@ def test_the_boxes_of_a_finder_are_asked_about(tmp_path: Path) -> None:
 
 def test_tiles_cover_the_picture_and_overlap() -> None:
     for columns, rows in ((1, 1), (2, 2), (3, 1), (1, 4), (8, 8)):
-        tiles = list(_steps.list_tiles(columns, rows))
+        tiles = list(_items.list_tiles(columns, rows))
         assert len({tile.text for tile in tiles}) == len({tile.box for tile in tiles}) == columns * rows
         boxes = [tile.box for tile in tiles if tile.box]
         assert min(box[0] for box in boxes) == min(box[1] for box in boxes) == 0
         assert max(box[2] for box in boxes) == max(box[3] for box in boxes) == 1
         across = sorted({(box[0], box[2]) for box in boxes})
         assert all(left[1] > right[0] for left, right in pairwise(across))
-    assert [tile.text for tile in _steps.list_tiles(2, 2)] == ["top left", "top right", "bottom left", "bottom right"]
-    assert [tile.text for tile in _steps.list_tiles(3, 3)][3:6] == ["left", "centre", "right"]
+    assert [tile.text for tile in _items.list_tiles(2, 2)] == ["top left", "top right", "bottom left", "bottom right"]
+    assert [tile.text for tile in _items.list_tiles(3, 3)][3:6] == ["left", "centre", "right"]
 
 
 def test_a_list_of_an_answer_is_gone_through(tmp_path: Path) -> None:

@@ -200,6 +200,15 @@ def test_an_engine_that_dies_ends_all_of_them(name: str) -> None:
     assert found == [*range(len(found))] and len(found) <= 20
 
 
+def test_an_engine_that_forgets_a_request_is_an_error() -> None:
+    class Forgetful(Window):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+            return islice(super().generate(requests), 5)
+
+    with pytest.raises(EngineDiedError, match="the engine main gave fewer replies"):
+        run(range(20), branch, main=Forgetful(3))
+
+
 def test_an_image_that_has_gone_and_inputs_that_fail_are_raised() -> None:
     def gone() -> bytes:
         raise FileNotFoundError("a.jpg")
