@@ -4,10 +4,11 @@ them are there.
 Each scene of a held-out world goes through one chain, which is a program because TOML does not know when two sentences
 are about one thing: the captioner describes the picture and 2 x 2 tiles of it; sentences about things that the whole
 picture's caption does not name are added without a size, which a tile cannot show; the judge that ships then decides
-each of them with the whole picture in view. Printed are the share of things named and the precision of the whole
-picture's caption, of all that was added, and of what the judge kept, by one-to-one matching, with the differences from
-the whole picture's caption and their bootstrap 95 % intervals over scenes. No stage reads the truth of a scene; only
-the figures do. The last line is JSON.
+each of them with the whole picture in view, and each sentence of the whole picture's caption that is not about one
+thing. What it is not sure of is left out, and so is a count of fewer things than are named. Printed are the share of
+things named and the precision of the whole picture's caption, of all that was added, and of what the judge kept, by
+one-to-one matching, with the differences from the whole picture's caption and their bootstrap 95 % intervals over
+scenes. No stage reads the truth of a scene; only the figures do. The last line is JSON.
 
     python -m benchmarks.tiles FOLDER [--scenes 300] [--world 91001]
 """
@@ -35,13 +36,14 @@ from pipeline.sources.scenes import Scene, find_scene
 from pipeline.storage import tables
 from stages import rubrics
 from stages.recipes import list_tiles
-from stages.scenes.claims import parse_caption
+from stages.scenes.claims import is_exceeded, parse_caption
 from stages.scenes.measure import Tally, measure_caption
 from stages.text.answers import AnswerFormat
 from stages.text.chains import Question, Questions, Subject
 
 ENGINES = ("judge",)
 VERSION = 1
+LEAST_ADDED, LEAST_OTHER = 0.85, 0.5  # probability of "yes"; chosen on the first 150 scenes of worlds.CHOICE
 PROMPT = "Describe the picture."
 TILE = (Sampling(max_tokens=96), Sampling(temperature=0.5, max_tokens=96), Sampling(temperature=1.0, max_tokens=192))
 SIZES = ("small ", "large ")
@@ -62,10 +64,36 @@ def ask(_: Subject) -> Questions:
         Question(step="tiles", prompt=PROMPT, item=tile.text, show="crop", box=tile.box, ladder=TILE)
         for tile in list_tiles(2, 2)
     ]
-    added = find_added(whole.text, [tile.text for tile in tiles])
-    verdicts = yield [ask_judge(sentence) for sentence in added]
-    kept = [sentence for sentence, verdict in zip(added, verdicts, strict=True) if verdict.text == "yes"]
-    return " ".join([whole.text, *kept])
+    things, others = divide_sentences(whole.text)
+    checked = [*others, *find_added(whole.text, [tile.text for tile in tiles])]
+    verdicts = yield [ask_judge(sentence) for sentence in checked]
+    least = [*[LEAST_OTHER] * len(others), *[LEAST_ADDED] * (len(checked) - len(others))]
+    kept = [
+        sentence
+        for sentence, verdict, bound in zip(checked, verdicts, least, strict=True)
+        if verdict.probabilities and verdict.probabilities["yes"] >= bound
+    ]
+    return " ".join(drop_low_counts([*things, *kept]))
+
+
+def divide_sentences(text: str) -> tuple[list[str], list[str]]:
+    """The sentences about one thing each, and the others."""
+    things, others = list[str](), list[str]()
+    for sentence in parse_caption(text).sentences:
+        is_thing = bool(sentence.claims) and sentence.claims[0].kind == "object"
+        (things if is_thing else others).append(sentence.text)
+    return things, others
+
+
+def drop_low_counts(sentences: Sequence[str]) -> list[str]:
+    """The sentences without counts of fewer things than the others name."""
+    parsed = [parse_caption(sentence).sentences[0].claims for sentence in sentences]
+    named = [claims for claims in parsed if claims and claims[0].kind == "object"]
+    return [
+        sentence
+        for sentence, claims in zip(sentences, parsed, strict=True)
+        if not (claims and claims[0].kind == "count" and is_exceeded(claims[0], named))
+    ]
 
 
 def find_added(whole: str, tiles: Sequence[str]) -> list[str]:
@@ -92,6 +120,7 @@ def ask_judge(sentence: str) -> Question:
         prompt=rubric.build_prompt(caption=sentence, sentence=sentence, alt_text=None),
         item=sentence,
         engine="judge",
+        verdicts=("no", "yes"),
         answer_format=AnswerFormat(schema=rubric.schema, to_prose=lambda value: str(value["verdict"])),
         ladder=rubric.spec.sampling.rungs,
     )

@@ -54,21 +54,27 @@ class StepResult:
     @property
     def texts(self) -> tuple[str, ...]:
         """What later prompts show of it: what it kept, or else its answers."""
+        pairs = zip(self.items, self.answers, strict=True)
         if self.spec.keep:
-            pairs = zip(self.items, self.answers, strict=True)
-            return tuple(item.text for item, answer in pairs if answer.text in self.spec.keep)
+            return tuple(item.text for item, answer in pairs if self._is_kept(answer))
         return tuple(answer.text for answer in self.answers)
 
     def list_items(self, part: str) -> Iterator[Item]:
         """Its sentences, or the values of a list of its structured answers, each with the box that it is about."""
         for item, answer in zip(self.items, self.answers, strict=True):
-            if self.spec.keep and answer.text not in self.spec.keep:
+            if self.spec.keep and not self._is_kept(answer):
                 continue
             if part == SENTENCES:
                 texts = split_sentences(item.text if self.spec.keep else answer.text)
             else:
                 texts = [join_values(value) for value in answer.value.get(part, [])]
             yield from (Item(text=text, box=item.box) for text in texts if text.strip())
+
+    def _is_kept(self, answer: Answered) -> bool:
+        """As the judge does, it goes by the written answer where the engine gives no probabilities of this one."""
+        if not self.spec.min_probability or answer.probabilities is None:
+            return answer.text in self.spec.keep
+        return sum(answer.probabilities[name] for name in self.spec.keep) >= self.spec.min_probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +186,7 @@ class ChainRecipe:
                     system=system,
                     engine=step.engine,
                     answer_format=step.answer_format,
+                    verdicts=step.answers if step.min_probability else (),
                     ladder=ladder,
                 )
                 for item in items

@@ -48,6 +48,13 @@ class StepSpec:
     keep: tuple[str, ...] = key(
         (), "the answers with which what `each` goes through is kept; {name} is then what was kept"
     )
+    min_probability: float = key(
+        0.0,
+        "with `keep`: keeps what has these answers with at least this probability, all together, by the engine's"
+        " log-probabilities; 0: the answer that was written decides",
+        least=0,
+        most=1,
+    )
     schema: dict[str, Any] | None = key(None, "JSON Schema of a structured answer, an object")
     text: str = key("", "a template that turns the fields of a structured answer into prose; empty: all, in order")
     engine: str = key("", "a name in [engines]; empty: the engine of the pass", stamp=False)
@@ -68,6 +75,8 @@ class StepSpec:
             )
         if self.keep and not self.each:
             raise ValueError("keep: needs `each`, whose things it chooses from")
+        if self.min_probability and not self.keep:
+            raise ValueError("min_probability: needs `keep`, the answers whose probability it bounds")
         if self.answers and self.schema is not None:
             raise ValueError("answers and schema exclude each other")
         if self.schema is not None:

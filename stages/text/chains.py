@@ -15,13 +15,14 @@ from itertools import islice
 from typing import Any, Generic, Literal, TypeVar
 
 from pipeline.decoding.images import Region
-from pipeline.engines import Engine, Reply, Request, Sampling, find_no_loop
+from pipeline.engines import MAX_TOP_TOKENS, Engine, Reply, Request, Sampling, find_no_loop
 from pipeline.errors import EngineDiedError, UserError
 from pipeline.records import CaptionStatus, CaptionStep, Finding, Image
 from stages.text.answers import Answer, AnswerFormat, read_answer
 from stages.text.given import Texts
 from stages.text.prompts import derive_seed
 from stages.text.repetition import find_lasting_loop
+from stages.text.verdicts import read_probabilities
 
 T = TypeVar("T")
 Show = Literal["whole", "none", "crop", "both"]
@@ -54,6 +55,7 @@ class Question:
     system: str = ""
     engine: str = ""  # a name in [engines]; "": the engine of the pass
     answer_format: AnswerFormat | None = None  # None: prose
+    verdicts: tuple[str, ...] = ()  # the values of "verdict" in a structured answer whose probabilities are wanted
     ladder: tuple[Sampling, ...] = ()  # (): the recipe's
 
 
@@ -63,6 +65,7 @@ class Answered:
 
     text: str
     fields: str | None = None  # the JSON of a structured answer
+    probabilities: Mapping[str, float] | None = None  # of the question's verdicts; None: the engine does not say
 
     @property
     def value(self) -> Any:
@@ -141,7 +144,10 @@ class Chain:
             if answer.status != "ok":
                 self._end(replace(answer, error=f"step {one.question.step}: {answer.error}"), one.reply)
                 return ()
-        usable = [Answered(text=answer.text, fields=answer.fields) for _, answer in answers]
+        usable = [
+            Answered(text=answer.text, fields=answer.fields, probabilities=_find_probabilities(one))
+            for one, answer in answers
+        ]
         return self._advance(lambda: self._questions.send(usable if self._is_list else usable[0]))
 
     def _advance(self, go_on: Callable[[], Any]) -> Sequence[Asked]:
@@ -185,6 +191,11 @@ class Chain:
         self._asked, self._together = [], []
 
 
+def _find_probabilities(asked: Asked) -> Mapping[str, float] | None:
+    tokens, verdicts = asked.reply.tokens, asked.question.verdicts
+    return None if tokens is None or not verdicts else next(read_probabilities(tokens, [verdicts]))
+
+
 def _build_step(asked: Asked, answer: Answer) -> CaptionStep:
     question, reply = asked.question, asked.reply
     return CaptionStep(
@@ -217,6 +228,7 @@ def _build_request(asked: Asked) -> Request:
         accept=lambda reply: read_answer(reply, answer_format).error or "",
         find_loop=find_no_loop if answer_format else find_lasting_loop,  # JSON repeats its keys
         seed=derive_seed(*setup.seed, question.step, asked.number),
+        top_tokens=MAX_TOP_TOKENS if question.verdicts else 0,
     )
 
 

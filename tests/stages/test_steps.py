@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.decoding.images import Region
-from pipeline.engines import Reply, Request, echo
+from pipeline.engines import Reply, Request, TokenChoice, echo
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.records import Caption, CaptionStep, ChainedCaption, Finding, Found, Image, SharedChainedCaption, Verdict
@@ -187,6 +188,25 @@ def test_a_step_that_keeps_nothing_leaves_nothing_to_later_ones(tmp_path: Path) 
     assert (row.status, row.text, row.error) == ("empty", "", "the chain gives no text")
 
 
+def test_what_is_kept_may_be_bounded_by_its_probability(tmp_path: Path) -> None:
+    def write(request: Request) -> Reply:
+        reply = answer(request)
+        if not request.top_tokens:
+            return reply
+        chance = 0.6 if "Part" in request.prompt else 0.9
+        texts = ['{"reason":"seen","verdict":"', "yes", '"}']
+        logprobs = [{texts[0]: 0.0}, {"yes": math.log(chance), "no": math.log(1 - chance)}, {texts[2]: 0.0}]
+        tokens = tuple(TokenChoice(text=text, logprobs=one) for text, one in zip(texts, logprobs, strict=True))
+        return replace(reply, text="".join(texts), tokens=tokens)
+
+    last = CHAIN.index('[[steps]]\nname = "merged"')
+    write_recipe(tmp_path, CHAIN[:last].replace('keep = ["yes"]', 'keep = ["yes"]\nmin_probability = 0.8'))
+    engine = Window(4, write)
+    (row,) = run_pass(build_pass(tmp_path, GIVEN), tmp_path, engine, [make_image(0)])
+    assert {bool(request.top_tokens) for request in engine.seen if request.schema} == {True}
+    assert row.text == "Both B show it." and [step.text for step in row.steps[3:]] == ["yes", "yes", "yes"]
+
+
 def replace_item(request: Request) -> Request:
     return replace(request, prompt=request.prompt.replace("B", "C"))
 
@@ -314,6 +334,7 @@ CHANGES = [
     ("Describe the picture. The", "{merged} The", r"steps\[0\].prompt: \{merged\} is a later step"),
     ("Describe the picture. The", "{whole} The", r"steps\[0\].prompt: \{whole\} is the step itself"),
     ('keep = ["yes"]', 'keep = ["maybe"]', r"steps\[2\]: keep: 'maybe' is none of no, yes"),
+    ('keep = ["yes"]', "min_probability = 0.5", r"steps\[2\]: min_probability: needs `keep`"),
     ('answers = ["no", "yes"]', 'answers = ["yes"]', r"steps\[2\]: answers are \['yes'\]; at least two"),
     ("max_tokens = 20", "max_token = 20", r"steps\[2\].sampling.max_token: unknown key; did you mean 'max_tokens'"),
     ("max_tokens = 20", "top_p = 0.0", r"steps\[2\].sampling: top_p = 0 leaves no token"),
