@@ -22,9 +22,11 @@ from pipeline.records import CaptionStatus, Record, Verdict
 from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.database import list_score_folders
+from stages import recipes
 from stages.text.conditions import (
     ORDER_BY,
     build_rows,
+    check_flags,
     check_query,
     find_finders,
     find_rule_scores,
@@ -114,6 +116,10 @@ def passes(run: Run) -> Iterable[Pass]:
     if taken := sorted(set(settings.rules) & set(get_args(CaptionStatus))):
         raise ConfigError(f"{run.file}: filter.rules.{taken[0]}", "is the name of a caption status too; choose another")
     scores_by_rule = find_rule_scores(run)
+    known = recipes.list_flags(run, captions)
+    for rule, condition in settings.rules.items():
+        check_flags(run, f"filter.rules.{rule}", condition, known)
+    check_flags(run, "filter.choose", settings.choose, known, clause=ORDER_BY)
     scores = find_scores(run, "filter.choose", settings.choose, clause=ORDER_BY).union(*scores_by_rule.values())
     balanced = set[str]()  # scores
     for name in ("balance", "balance_by") if settings.balance else ():

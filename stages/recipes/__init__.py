@@ -7,7 +7,7 @@ they see the alt text and what `given` of its caption pass has about it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,6 +254,18 @@ def load_any_for_pass(run: Run, caption: str, *, name: str = "") -> tuple[Recipe
     )
     field = f"caption.{caption}.given"
     return recipe, fill_fields(run, open_fields, config.given, field=field, caption=caption, partly=bool(name))
+
+
+def list_flags(run: Run, captions: Iterable[str]) -> set[str]:
+    """All flags that captions of these passes can have.
+
+    Raises:
+        UnknownNameError: no such recipe exists.
+        ConfigError: the file of a recipe is not valid.
+    """
+    configs = (run.sections["caption"][name] for name in captions)
+    made = (load_any(config.recipe, run=run.file.parent) for config in configs if not config.words)
+    return {flags.PROMPT_LEAK}.union(*(recipe.flags for recipe in made))
 
 
 def _join_values(value: Any) -> str:

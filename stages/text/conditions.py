@@ -113,6 +113,18 @@ def check_labels(run: Run, field: str, sql: str, *, clause: str = CONDITION) -> 
             raise ConfigError(f"{run.file}: {field}", f"{sql!r} has a label that {name} never finds: {advice}")
 
 
+def check_flags(run: Run, field: str, sql: str, known: Collection[str], *, clause: str = CONDITION) -> None:
+    """
+    Raises:
+        ConfigError: a piece of SQL of run.toml looks for a flag that no caption can have.
+    """
+    members = database.find_members(sql, clause=clause)
+    names = {text for path, text in members if [one.casefold() for one in path] == ["flags"]}
+    if unknown := sorted(names.difference(known)):
+        advice = plugins.explain_unknown(unknown[0], sorted(known))
+        raise ConfigError(f"{run.file}: {field}", f"{sql!r} has a flag that no caption can have: {advice}")
+
+
 def _is_labels(path: tuple[str, ...], finder: str) -> bool:
     return path[0] == finder and [field.casefold() for field in path[1:]] == ["labels"]
 

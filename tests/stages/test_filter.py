@@ -83,11 +83,26 @@ def test_what_a_rule_is_balanced_by_is_part_of_its_fingerprint(captioned: Path) 
         ({"balance": "source"}, "balance and balance_by are both needed"),
         ({"balance": "source", "balance_by": "judgment"}, "filter.balance_by: 'judgment' uses judgment"),
         ({"balance": "count(*) OVER ()", "balance_by": "judge"}, "is not a valid SQL condition"),
+        (
+            {"rules": {"clean": "NOT list_contains(flags, 'refusl')"}},
+            "filter.rules.clean: .* a flag that no caption can have: 'refusl' is none of .*; did you mean 'refusal'",
+        ),
+        ({"choose": "'prompt leak' IN flags"}, "filter.choose: .* 'prompt leak' is none of .* mean 'prompt_leak'"),
     ],
 )
 def test_unusable_settings_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(begin(tmp_path / "run", configure(corpus(tmp_path / "photos", ["jpg"]), **settings)), "ingest")
+
+
+def test_flags_of_every_competing_recipe_are_known(tmp_path: Path) -> None:
+    parts = configure(corpus(tmp_path / "photos", ["jpg"]), rules={"clean": "NOT list_has(flags, 'shouting')"})
+    run = begin(tmp_path / "run", {**parts, "caption.own": {"recipe": "mine", "engine": "captioner"}})
+    (run / "flags").mkdir()
+    (run / "flags" / "loud.toml").write_text("shouting = ['!!!']")
+    (run / "recipes").mkdir()
+    (run / "recipes" / "mine.toml").write_text('prompt = "Describe it."\nflags = "loud"')
+    assert any(p.stage == "filter" for p in RunState(config.load(run)).passes)
 
 
 def add_drafts(photos: Path, **settings: Any) -> dict[str, Any]:

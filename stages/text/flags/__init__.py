@@ -14,6 +14,7 @@ from pipeline.validation import Section, read_toml
 from stages.text.repetition import split_words
 
 LEAK = 8  # words in a row that an answer shares with its prompt
+PROMPT_LEAK = "prompt_leak"  # the flag of an answer that does
 Patterns = Mapping[str, tuple[str, ...]]  # flag -> regular expressions, case-insensitive
 
 _STRAIGHT_QUOTES = str.maketrans("‘’“”", "''\"\"")
@@ -40,8 +41,8 @@ def find_flags(text: str, patterns: Patterns, *, prompt: str = "") -> tuple[str,
     """
     plain = "\n".join(" ".join(line.split()) for line in text.translate(_STRAIGHT_QUOTES).splitlines())
     flags = [flag for flag, expressions in patterns.items() if _compile_all(expressions).search(plain)]
-    if "prompt_leak" not in flags and _split_grams(text) & _split_prompt(prompt):
-        flags.append("prompt_leak")
+    if PROMPT_LEAK not in flags and _split_grams(text) & _split_prompt(prompt):
+        flags.append(PROMPT_LEAK)
     return tuple(flags)
 
 
