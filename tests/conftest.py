@@ -23,7 +23,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-WITH_MODELS = ("tests/engines/test_engines.py", "tests/stages/test_rubric.py", "tests/training/")
+WITH_MODELS = (
+    "tests/engines/test_engines.py",
+    "tests/stages/test_rubric.py",
+    "tests/stages/test_steps_on_vllm.py",
+    "tests/training/",
+)
 LOADING_TORCH = {"processor", "tokenizer", "tiny_model"}  # fixtures
 APART = {"test_disasters"}  # each takes long, and they share little
 

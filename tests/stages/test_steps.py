@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config
 from pipeline.decoding.images import Region
-from pipeline.engines import Reply, Request, TokenChoice, echo
+from pipeline.engines import Inspection, Reply, Request, TokenChoice, echo
 from pipeline.errors import ConfigError
 from pipeline.execution.passes import Pass
 from pipeline.records import Caption, CaptionStep, ChainedCaption, Finding, Found, Image, SharedChainedCaption, Verdict
@@ -32,7 +30,6 @@ from stages.training.prompts import load_recipe
 from tests.stages.test_caption import make_image, parse_run, write_shard
 from tests.support.runs import ROOT, begin, corpus, make, recap, sections
 from tests.support.scoring import PROVENANCE
-from tests.support.served import serve_model
 from tests.support.window import Window
 
 CHAIN = """
@@ -434,7 +431,8 @@ def test_a_model_in_training_learns_one_prompt(tmp_path: Path) -> None:
 def start(folder: Path, toml: str = CHAIN, num: int = 15, **changes: Any) -> Path:
     photos = corpus(folder / "photos", ["jpg", "png", "cut"] * (num // 3))
     write_recipe(folder / "run", toml)
-    section = {"recipe": "mine", "engine": "captioner", "num_candidates": 2, **GIVEN}
+    texts = GIVEN if "{title}" in toml else {}
+    section = {"recipe": "mine", "engine": "captioner", "num_candidates": 2, "temperature": 0.5, **texts}
     parts = {name: part for name, part in sections(photos, **changes).items() if name != "caption.dense"}
     return begin(folder / "run", {**parts, "caption.mine": section})
 
@@ -532,63 +530,19 @@ def test_an_edited_step_makes_the_table_stale(tmp_path: Path) -> None:
     assert done.returncode == 2 and "recipe.steps" in done.stderr and "them" in done.stderr
 
 
-def test_check_accepts_a_text_model_for_steps_without_pictures(tmp_path: Path) -> None:
-    run = start(tmp_path)
-    assert "caption:mine" in recap("check", "--run", run).stdout
-    assert config.load(run).sections["caption"]["mine"].recipe == "mine"
+@pytest.mark.parametrize("show", ["none", "whole"])
+def test_check_accepts_a_text_model_for_steps_that_show_it_nothing(
+    tmp_path: Path, show: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inspect(loaded: echo.Config) -> Inspection:
+        return Inspection(summary="a model", takes_images=loaded.text is None)
 
-
-SHIPPED = ROOT / "stages" / "scenes" / "models" / "scenes-captioner"
-TILES = """
-text = "{whole} {tiles}"
-
-[[steps]]
-name = "whole"
-prompt = "Describe the picture."
-
-[[steps]]
-name = "tiles"
-prompt = "Describe the picture."
-each = "2x2"
-show = "crop"
-sampling = { max_tokens = 64, ladder = [0.8, 0.8, 1.0, 1.0, 1.0] }
-
-[sampling]
-temperature = 0.0
-max_tokens = 192
-ladder = [0.5, 0.8, 1.0]
-"""
-
-
-@pytest.fixture(params=["vllm", "openai"])
-def vllm_section(request: pytest.FixtureRequest, vllm_flags: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`[engines.captioner]` of the captioner that ships, in process or as a server."""
-    if request.param == "vllm":
-        yield {"kind": "vllm", "model": str(SHIPPED), **vllm_flags}
-    else:
-        with serve_model(SHIPPED, **vllm_flags) as server:
-            yield {"kind": "openai", "model": "tiny", "base_url": f"{server.address}/v1", "max_in_flight": 8}
-
-
-@pytest.mark.vllm
-def test_a_chain_on_vllm(tmp_path: Path, vllm_section: dict[str, Any]) -> None:
-    write_recipe(tmp_path, TILES)
-    section = {"engine": "captioner"}
-    parts = {
-        "source": {"kind": "scenes", "num_images": 40, "broken_share": 0.0, "duplicate_share": 0.0},
-        "engines.captioner": vllm_section,
-        "caption.single": {"recipe": "scenes", **section},
-        "caption.mine": {"recipe": "mine", **section},
-    }
-    run = begin(tmp_path, parts)
-    make(run, "ingest")
-    assert make(run, "caption").exit_code == 0
-    rows, single = read(run), read(run, "caption/single", Caption)
-    assert [row.key for row in rows] == [row.key for row in single] and len(rows) == 40
-    assert sum(row.status == "ok" for row in rows) >= 36, [row.error for row in rows]
-    sound = [row for row in rows if row.status == "ok"]
-    assert all([step.name for step in row.steps] == ["whole", *["tiles"] * 4] for row in sound)
-    assert all((row.num_output_tokens or 0) > 5 * 5 and row.text.startswith(row.steps[0].text) for row in sound)
-    # The first step is the same question as that of the single pass; only the company in its batch differs.
-    assert sum(row.steps[0].text == one.text for row, one in zip(rows, single, strict=True)) >= 36
-    assert len({step.text for row in sound for step in row.steps[1:]}) > 2 * len(sound)
+    monkeypatch.setattr(echo, "inspect", inspect, raising=False)
+    run = start(
+        tmp_path,
+        TWO_STEPS + f'show = "{show}"\nengine = "writer"\n',
+        engines__writer={"kind": "echo", "text": "A cat."},
+    )
+    found = recap("check", "--run", run, check=False)
+    assert (found.returncode == 0) == (show == "none")
+    assert ("takes no images, and caption:mine shows it some" in found.stdout + found.stderr) == (show == "whole")
