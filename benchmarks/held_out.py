@@ -52,7 +52,9 @@ def open_engine(model: str) -> Engine:
     return transformers.open(transformers.Config(model=model, batch_size=32))
 
 
-def generate_captions(model: str, num_scenes: int, *, world: int = SEED) -> list[str]:
+def generate_captions(
+    model: str, num_scenes: int, *, world: int = SEED, open_model: Callable[[str], Engine] = open_engine
+) -> list[str]:
     """A captioner's captions of the held-out images, prompted by its own recipe."""
     recipe = recipes.load("scenes", run=None)
     rungs = recipe.spec.sampling.rungs[:1]
@@ -67,7 +69,7 @@ def generate_captions(model: str, num_scenes: int, *, world: int = SEED) -> list
                 seed=index,
             )
 
-    engine = open_engine(model)
+    engine = open_model(model)
     try:
         return [reply.text for reply in engine.generate(requests())]
     finally:

@@ -1,7 +1,9 @@
-"""The arms of benchmarks/miniature are valid, recorded ones are not trained again, and the adversary finds nothing."""
+"""The arms of benchmarks/miniature are valid, recorded ones are not trained again, the adversary finds nothing, and
+what other benchmarks compare is comparable."""
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from random import Random
@@ -9,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import adversary, coverage, details, downstream, miniature
+from benchmarks import adversary, coverage, details, downstream, miniature, verdicts
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
+from pipeline.engines import echo
 from stages.audit.drawing import DrawnCaption, DrawnScore
 from stages.scenes.claims import list_facts, write_caption
 from stages.scenes.measure import measure_caption
@@ -127,3 +131,25 @@ def test_true_descriptions_are_true_and_wrong_ones_the_more_so() -> None:
         for dose in (0.0, 0.2, 0.6)
     ]
     assert wrong[0] == 0 < wrong[1] < wrong[2]
+
+
+def test_forms_of_verdicts_take_turns_over_all_captions() -> None:
+    captions = [f"A red circle. There are {number} objects." for number in range(2 * verdicts.BLOCK + 1)]
+    found = verdicts.judge_in_turns(captions, echo.open(echo.Config()))
+    assert found.keys() == verdicts.FORMS.keys()
+    for form in found.values():
+        assert [len(result.criteria) for result in form.results] == [2] * len(captions)
+        assert form.cost.cpu > 0 and form.cost.num_tokens > 0
+    reasons = {name: {one.reason is None for r in form.results for one in r.criteria} for name, form in found.items()}
+    assert reasons == {"written": {False}, "logprob": {False}, "logprob, no reasons": {True}}
+
+
+def test_candidates_of_an_image_are_adjacent_and_no_other_turn_has_it() -> None:
+    turns = [list(verdicts.draw_candidates(["a", "b", "c"], turn=turn, num=4, edge=64)) for turn in (0, 1)]
+    keys = [[sample.key for sample in turn] for turn in turns]
+    assert keys[0] == sorted(keys[0]) and len(set(keys[0])) == verdicts.PICTURES == len(keys[0]) / 4
+    assert not set(keys[0]) & set(keys[1])
+    pictures = [sample.data() for sample in turns[0][:8]]
+    assert len(set(pictures[:4])) == 1 and pictures[0] != pictures[4]
+    with Image.open(io.BytesIO(pictures[0])) as picture:
+        assert picture.size == (64, 64)

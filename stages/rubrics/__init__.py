@@ -117,14 +117,19 @@ class Rubric:
         unsure = [self.spec.unsure] if self.spec.unsure else []
         return {name: [*question.answers, *unsure] for name, question in self.criteria.items()}
 
+    @property
+    def is_bare(self) -> bool:
+        """True if the answer is one verdict and nothing else: an object around it would cost more tokens than it."""
+        return not self.with_reasons and len(self.criteria) == 1
+
     @cached_property
     def schema(self) -> dict[str, Any]:
         """JSON Schema of the answer: a reason, then a verdict; for several questions, by id."""
+        verdicts = {name: {"type": "string", "enum": names} for name, names in self.allowed_verdicts.items()}
+        if self.is_bare:
+            return next(iter(verdicts.values()))
         reason = {"reason": {"type": "string"}} if self.with_reasons else {}
-        answers = {
-            name: object_schema({**reason, "verdict": {"type": "string", "enum": verdicts}})
-            for name, verdicts in self.allowed_verdicts.items()
-        }
+        answers = {name: object_schema({**reason, "verdict": verdict}) for name, verdict in verdicts.items()}
         return next(iter(answers.values())) if len(answers) == 1 else object_schema(answers)
 
     def is_echo(self, sentence: str) -> bool:
@@ -142,9 +147,10 @@ class Rubric:
         questions = (question.question for question in self.criteria.values())
         return self._answer_words | _list_words(" ".join((self.spec.system, self.spec.prompt, *questions)))
 
-    def verdicts(self, value: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
+    def verdicts(self, value: Any) -> Mapping[str, Mapping[str, str]]:
         """The reason and verdict of each question, by id, in an answer that follows the schema."""
-        return value if len(self.criteria) > 1 else dict.fromkeys(self.criteria, value)
+        answer = {"verdict": value} if self.is_bare else value
+        return answer if len(self.criteria) > 1 else dict.fromkeys(self.criteria, answer)
 
     def build_prompt(
         self, *, caption: str, sentence: str, alt_text: str | None, before: str = "", given: Texts = NOTHING

@@ -188,7 +188,8 @@ def _parse_reply(reply: Reply, passage: Passage, *, is_soft: bool) -> JudgeAnswe
     verdicts = {} if problem else rubric.verdicts(value)
     soft: Iterable[Mapping[str, float] | None] = [None] * len(rubric.criteria)
     if not problem and is_soft:
-        soft = read_probabilities(reply.tokens or (), list(rubric.allowed_verdicts.values()))
+        names = list(rubric.allowed_verdicts.values())
+        soft = read_probabilities(reply.tokens or (), names, is_bare=rubric.is_bare)
     criteria = tuple(
         _build_criterion(question, verdicts.get(question.id, {}), passage.suffix, probabilities)
         for question, probabilities in zip(rubric.criteria.values(), soft, strict=True)

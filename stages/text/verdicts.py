@@ -16,10 +16,11 @@ from itertools import accumulate
 from pipeline.engines import TokenChoice
 
 _VERDICT = re.compile('"verdict":"')
+_BARE = re.compile(r'(?<!\\)"(?=[^"\\]*(?:\\.[^"\\]*)*"$)')  # before the last string
 
 
 def read_probabilities(
-    tokens: Sequence[TokenChoice], verdicts: Sequence[Sequence[str]]
+    tokens: Sequence[TokenChoice], verdicts: Sequence[Sequence[str]], *, is_bare: bool = False
 ) -> Iterator[Mapping[str, float] | None]:
     """The probabilities of each question's verdicts in an answer that names them in this order; they sum to 1.
 
@@ -28,13 +29,14 @@ def read_probabilities(
     Args:
         tokens: of the whole answer.
         verdicts: for each question, its possible verdicts.
+        is_bare: the answer ends with the one verdict as a JSON string, and no key is before it.
 
     Yields:
         None for a question whose verdict is not found, or has no likely token in common with any verdict.
     """
     pieces = [_squeeze(token.text) for token in tokens]
     # Quotes within a string are escaped, so the key is found only as a key. Thoughts before the answer may have it too.
-    places = [match.end() for match in _VERDICT.finditer("".join(pieces))]
+    places = [match.end() for match in (_BARE if is_bare else _VERDICT).finditer("".join(pieces))]
     missing = max(0, len(verdicts) - len(places))
     yield from [None] * missing
     for place, names in zip(places[len(places) - len(verdicts) + missing :], verdicts[missing:], strict=True):

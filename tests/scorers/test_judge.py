@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -208,6 +209,15 @@ def test_verdicts_without_reasons_have_a_smaller_schema_and_say_so(dense: Rubric
     assert result.value == 1.0 and {criterion.reason for criterion in result.criteria} == {None}
     assert NO_REASONS in bare.build_prompt(caption="c", sentence="", alt_text=None)
     assert NO_REASONS not in dense.build_prompt(caption="c", sentence="", alt_text=None)
+
+
+def test_one_verdict_without_a_reason_is_written_alone(tmp_path: Path) -> None:
+    rubric = replace(load_rubric(tmp_path, SENTENCE_RUBRIC), with_reasons=False)
+    answers = {"A cat.": '"yes"', "A dog.": '"no"', "It is red.": '{"verdict": "yes"}'}
+    engine = ScriptedEngine(lambda request, _: next(one for text, one in answers.items() if text in request.prompt))
+    results = list(judge.score(map(make_sample, answers), judge.Settings(engine="m", rubric=rubric), {"m": engine}))
+    assert [result.value for result in results] == [1.0, 0.0, None]
+    assert [json.loads(request.schema or "")["enum"] for request in engine.requests] == [["no", "yes"]] * 3
 
 
 def test_text_only_judge_reads_no_image(tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ def test_the_last_verdicts_count_and_those_quoted_in_reasons_do_not() -> None:
     assert found == [{"no": 0.0, "yes": 1.0}, {"no": 1.0, "yes": 0.0}]
 
 
+@pytest.mark.parametrize("before", ["", '<think>it says "no": "no" or {"verdict": "no"}</think>'])
+def test_a_bare_verdict_is_the_last_string(before: str) -> None:
+    tokens = [*certain(*before, '"'), choose("yes", {"yes": 0.6, "no": 0.2, "maybe": 0.2}), *certain('"', "")]
+    (found,) = read_probabilities(tokens, [["no", "yes"]], is_bare=True)
+    assert found == pytest.approx({"no": 0.25, "yes": 0.75})
+    (quoted,) = read_probabilities(certain(*json.dumps('it is "so"')), [['it is "so"', "not"]], is_bare=True)
+    assert quoted == {'it is "so"': 1.0, "not": 0.0}
+
+
 def test_what_is_not_found_is_none() -> None:
     assert list(read_probabilities(certain("yes"), [["no", "yes"]])) == [None]
     assert list(read_probabilities((), [["no", "yes"]])) == [None]
