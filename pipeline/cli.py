@@ -176,6 +176,7 @@ def try_pass(
         typer.Argument(metavar="STAGE:NAME", help="A caption, rubric or score pass.", autocompletion=complete_passes),
     ],
     images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 20,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Print what the models are asked, too.")] = False,
     run: RunOption = Path(),
 ) -> None:
     """Run a pass on a few random images and print the results.
@@ -186,7 +187,7 @@ def try_pass(
     from pipeline.commands import preview
     from pipeline.progress import escape_controls
 
-    for line in preview.preview_passes(config.load(run), name, num_images=images):
+    for line in preview.preview_passes(config.load(run), name, num_images=images, with_prompts=prompts):
         print(escape_controls(line))
 
 

@@ -520,6 +520,11 @@ def test_try_shows_captions_and_scores_and_writes_nothing(run: Path) -> None:
     assert re.search(r"^score:judge:dense made 3 rows in .*, [\d.,]+ rows/s$", shown, re.MULTILINE)
     captions = recap("try", "caption:dense", "--images", 2, "--run", run).stdout.splitlines()
     again = recap("try", "caption:dense", "--images", 2, "--run", run).stdout.splitlines()
+    asked = recap("try", "caption:dense", "--images", 2, "--prompts", "--run", run).stdout.splitlines()
+    assert [line for line in asked if line not in captions] and [
+        line for line in captions[:-1] if line not in asked
+    ] == []
+    assert asked.count("    captioner is asked:") == 2 and asked.count("        [image]") == 2
     assert captions[:-1] == again[:-1]  # without the rate
     assert not any("00000.jpg" in line or "00001.png" in line for line in captions)  # not the first images
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import Any
 
+from pipeline.engines import Engine, Reply, Request
 from pipeline.errors import UserError
 from pipeline.execution import sample
 from pipeline.execution.pass_graph import add_inputs, list_passes, select_passes
@@ -25,10 +26,38 @@ MAX_ROUNDS = 4  # of drawing images, until enough of them are asked for
 GROWTH = 16  # times as many images as are wanted, at most, in one round
 
 
-def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
+Prompts = dict[str, dict[tuple[str, str], None]]  # key of an image -> engines and what they were asked, each once
+
+
+class ListeningEngine:
+    """An engine that notes what it is asked."""
+
+    def __init__(self, engine: Engine, name: str, prompts: Prompts) -> None:
+        self.model, self.revision = engine.model, engine.revision
+        self.waiting, self.close = engine.waiting, engine.close
+        self._engine, self._name, self._prompts = engine, name, prompts
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        return self._engine.generate(map(self._note, requests))
+
+    def _note(self, request: Request) -> Request:
+        shown = (len(request.images) - len(request.examples)) * ["[image]"]
+        before = [part for prompt, answer in request.examples for part in ("[image]", prompt, answer)]
+        text = "\n".join(filter(None, [request.system, *before, *shown, request.prompt]))
+        self._prompts.setdefault(request.id.partition("/")[0], {})[self._name, text] = None
+        return request
+
+
+def preview_passes(run: Run, name: str, *, num_images: int, with_prompts: bool = False) -> Iterator[str]:
     """Runs the passes called `name` (STAGE or STAGE:NAME) on random images that they ask for; yields lines by image.
 
     The same images for the same seed and plan.
+
+    Args:
+        run: the run, which stays as it is.
+        name: of the passes.
+        num_images: to show.
+        with_prompts: show what the engines are asked, too.
 
     Raises:
         UserError: there is no such pass, or it writes no findings, captions, rubrics or scores.
@@ -42,10 +71,11 @@ def preview_passes(run: Run, name: str, *, num_images: int) -> Iterator[str]:
         shards, keys = _draw_images(copy, name, sample.read_pieces(run), num_images)
         state = sample.plan_sample(copy, shards)
         passes = _select_shown(state.passes, name)
-        limited = [dataclasses.replace(p, inputs=partial(_limit_inputs, p.inputs, keys)) for p in passes]
+        prompts: Prompts = {}
+        limited = [_limit_pass(p, keys, prompts) for p in passes]
         timings = list(sample.make_passes(state, limited)) if keys else []
         for shard in map(partial(_open_shard, state), state.selected) if keys else ():
-            yield from _format_images(shard, passes, keys)
+            yield from _format_images(shard, passes, keys, prompts if with_prompts else {})
         footers = (state.states.footer("image", shard) for shard in state.selected)
         num_drawn = sum(footer.num_rows for footer in footers if footer)
         yield f"{name} asks for {format_count(len(keys))} of {format_quantity(num_drawn, 'random image')}"
@@ -96,6 +126,15 @@ def _open_shard(state: RunState, number: int) -> Shard:
     return Shard(run=state.run, number=number, pieces=state.plan.pieces(number))
 
 
+def _limit_pass(p: Pass, keys: Collection[str], prompts: Prompts) -> Pass:
+    """The pass on these images alone, which notes what it asks engines."""
+
+    def work(inputs: Iterator[Any], engines: Mapping[str, Engine]) -> Iterator[Any]:
+        return p.work(inputs, {name: ListeningEngine(engine, name, prompts) for name, engine in engines.items()})
+
+    return dataclasses.replace(p, inputs=partial(_limit_inputs, p.inputs, keys), work=work)
+
+
 def _limit_inputs(inputs: Callable[[Shard], Iterator[Any]], keys: Collection[str], shard: Shard) -> Iterator[Any]:
     return (item for item in inputs(shard) if item.id[0] in keys)
 
@@ -107,7 +146,7 @@ def _format_timing(timing: Timing) -> str:
     return f"{made}, {format_rate(rows / max(timing.seconds, 1e-9))} rows/s{loading}"
 
 
-def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str]) -> Iterator[str]:
+def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str], prompts: Prompts) -> Iterator[str]:
     results: dict[str, list[str]] = {}
     for p in passes:
         for key, text in _format_rows(shard, p):
@@ -118,6 +157,9 @@ def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str]) 
         size = f"{image.width} x {image.height}" if image.width else image.error
         yield escape_controls(f"{image.key}  {image.source_key}  ({image.status}, {size})", keep="")
         yield _wrap_text("alt text", image.alt_text or "(none)")
+        for engine, prompt in prompts.get(image.key, ()):
+            yield f"{INDENT}{engine} is asked:"
+            yield textwrap.indent(prompt, INDENT * 2)
         yield from results.get(image.key, [])
         yield ""
 
