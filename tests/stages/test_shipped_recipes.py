@@ -27,23 +27,34 @@ def configure(name: str) -> dict[str, Any]:
     return {"recipe": name, "engine": "captioner", **({"given": given} if given else {})}
 
 
+ABOUT = {
+    "context": "Ada.",
+    "instruction": "Who?",
+    "language": "German",
+    "place": "Rome",
+    "seen": "STOP",
+    "caption": "a",
+}
+
+
+def write_photographs(folder: Path, num: int) -> Path:
+    folder.mkdir()
+    for name, data in list(corpora.load_photographs().items())[:num]:
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".json").write_text(json.dumps(ABOUT))
+    return folder
+
+
+def begin_with_all(folder: Path, photos: Path, **changes: Any) -> Path:
+    """A run with a caption pass for each recipe; `changes` are keys of each."""
+    parts = {f"caption.{file.stem}": {**configure(file.stem), **changes} for file in FILES}
+    draft = {"caption.draft": {"recipe": "short", "engine": "echo"}, "engines.echo": {"kind": "echo"}}
+    return begin(folder, {**sections(photos), **draft, **parts, "score.judge": {"kind": "text"}})
+
+
 @pytest.mark.slow
 def test_every_recipe_captions_every_photograph(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    about = {
-        "context": "Ada.",
-        "instruction": "Who?",
-        "language": "German",
-        "place": "Rome",
-        "seen": "STOP",
-        "caption": "a",
-    }
-    for name, data in list(corpora.load_photographs().items())[:NUM_PHOTOS]:
-        (tmp_path / "photos" / name).write_bytes(data)
-        (tmp_path / "photos" / name).with_suffix(".json").write_text(json.dumps(about))
-    parts = {f"caption.{file.stem}": configure(file.stem) for file in FILES}
-    draft = {"caption.draft": {"recipe": "short", "engine": "captioner"}}
-    run = begin(tmp_path / "run", {**sections(tmp_path / "photos"), **draft, **parts, "score.judge": {"kind": "text"}})
+    run = begin_with_all(tmp_path / "run", write_photographs(tmp_path / "photos", NUM_PHOTOS))
     make(run, "ingest")
     assert make(run, "caption").exit_code == 0
     for file in FILES:
@@ -58,6 +69,28 @@ def test_every_recipe_captions_every_photograph(tmp_path: Path) -> None:
             names = [step.name for step in recipe.steps]
             for row in tables.read_rows(path, ChainedCaption):
                 assert sorted({step.name for step in row.steps}, key=names.index) == names
+
+
+@pytest.mark.slow
+def test_a_real_model_takes_the_prompts_of_every_recipe(tmp_path: Path, tiny_model: Path) -> None:
+    """It is untrained, so that its answers may be no JSON or have no end, but none of its requests fails."""
+    run = begin_with_all(
+        tmp_path / "run",
+        write_photographs(tmp_path / "photos", 2),
+        engine="untrained",
+        max_tokens=16,
+        ladder=[],
+        max_error_share=1.0,
+    )
+    toml = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(f"{toml}\n[engines.untrained]\nkind = 'transformers'\nmodel = '{tiny_model}'\n")
+    make(run, "ingest")
+    assert make(run, "caption").exit_code == 0
+    for file in FILES:
+        (path,) = (run / "caption" / file.stem).glob("*.parquet")
+        rows = list(tables.read_rows(path, Caption))
+        assert len(rows) == 2 and all(row.num_prompt_tokens and row.num_output_tokens for row in rows), file.stem
+        assert {row.status for row in rows} <= {"ok", "truncated", "repeated", "invalid", "empty"}, file.stem
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
