@@ -119,22 +119,25 @@ def estimate_run(run: Run, *, num_images: int, num_tasks: int = 1, price: float 
     random = Random(run.seed)
     drawn = sample.draw_pieces(pieces, num_images + NUM_WARM, random=random)
     random.shuffle(drawn)
-    warm, measured = drawn[:NUM_WARM], sorted(drawn[NUM_WARM:] or drawn, key=lambda piece: (piece.file, piece.start))
+    warm, measured = sample.split_pieces(drawn, NUM_WARM)
+    measured.sort(key=lambda piece: (piece.file, piece.start))
+    shards = [warm, measured] if warm else [measured]
+    last = len(shards) - 1
     with sample.open_folder(run) as copy:
-        state = sample.plan_sample(copy, [warm, measured])
+        state = sample.plan_sample(copy, shards)
         timings = list(sample.make_passes(state, select_passes(state.passes, "all")))
-        images = list(tables.read_rows(table_path(copy.folder, "image", 1), Image))
+        images = list(tables.read_rows(table_path(copy.folder, "image", last), Image))
         if not images:
             raise RefusedError(f"{run.file}: source: no image of the sample could be read; see `recap check`")
         total = count_images(pieces, images)
         sizes = [float(image.num_bytes or 0) for image in images]
-        made = [path for path in copy.folder.rglob("*00001*") if path.is_file() and ".work" not in path.parts]
+        made = [path for path in copy.folder.rglob(f"*{last:05d}*") if path.is_file() and ".work" not in path.parts]
         written = sum(path.stat().st_size for path in made) / max(1.0, sum(sizes))
         estimate = Estimate(
             made_at=time.time(),
             num_sampled=len(images),
             num_images=total,
-            passes=tuple(_estimate_pass(run, copy.folder, timing, images, total) for timing in timings),
+            passes=tuple(_estimate_pass(run, copy.folder, timing, images, total, shard=last) for timing in timings),
             num_files=len(made) * RunState(run).plan.num_shards,
             num_bytes=expand([size * written for size in sizes], total),
             num_tasks=num_tasks,
@@ -192,9 +195,12 @@ def _quantile_t(freedom: int) -> float:
     return Z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def _estimate_pass(run: Run, folder: Path, timing: Timing, images: Sequence[Image], total: Range) -> PassEstimate:
+def _estimate_pass(
+    run: Run, folder: Path, timing: Timing, images: Sequence[Image], total: Range, *, shard: int
+) -> PassEstimate:
+    """From a shard of the sample, with these images."""
     by_key: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for row in tables.read_rows(table_path(folder, timing.p.folder, 1), timing.p.record):
+    for row in tables.read_rows(table_path(folder, timing.p.folder, shard), timing.p.record):
         counts = by_key[str(row.id[0])]
         counts[0] += 1
         if timing.p.part == COPIES:

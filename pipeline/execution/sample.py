@@ -6,6 +6,7 @@ It chooses the images and takes the times. Its users know what they are for.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import threading
 import time
@@ -13,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -77,6 +79,18 @@ def draw_pieces(pieces: Sequence[Piece], num: int, *, random: Random) -> list[Pi
     return [_pick_image(pieces, ends, index) for index in drawn]
 
 
+def split_pieces(pieces: Sequence[Piece], num: int) -> tuple[list[Piece], list[Piece]]:
+    """The first `num` images of drawn pieces, and the others; all are others where there are no more than `num`."""
+    first: list[Piece] = []
+    rest: list[Piece] = []
+    for piece in pieces:
+        taken = min(num - sum(one.num_samples or 0 for one in first), piece.num_samples or 0)
+        cut = piece.start + taken
+        first += [dataclasses.replace(piece, stop=cut)] if taken else []
+        rest += [dataclasses.replace(piece, start=cut)] if cut != piece.stop else []
+    return (first, rest) if rest else ([], list(pieces))
+
+
 def _pick_image(pieces: Sequence[Piece], ends: Sequence[int], index: int) -> Piece:
     at = bisect_right(ends, index)
     piece = pieces[at]
@@ -86,10 +100,10 @@ def _pick_image(pieces: Sequence[Piece], ends: Sequence[int], index: int) -> Pie
 
 def _draw_ranges(pieces: Sequence[Piece], num: int, random: Random) -> list[Piece]:
     local = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # remote files are downloaded whole
-    weights = [piece.num_bytes or 1 for piece in local]
-    chosen: set[int] = set()
-    while len(chosen) < min(NUM_FILES, num, len(local)):
-        chosen.update(random.choices(range(len(local)), weights, k=1))
+    local = [piece for piece in local if piece.num_bytes != 0] or local
+    # Efraimidis and Spirakis (2006): the highest keys are a draw without replacement by weight.
+    keys = [math.log(1 - random.random()) / (piece.num_bytes or 1) for piece in local]
+    chosen = nlargest(min(NUM_FILES, num), range(len(local)), key=keys.__getitem__)
     share = -(-num // len(chosen))
     return [_draw_range(local[n], share, random) for n in sorted(chosen)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -71,3 +72,20 @@ def test_an_estimate_is_near_the_run_and_status_compares_them(tmp_path: Path) ->
     against = status["caption:dense"]["against_estimate"]
     assert abs(float(against.split("%")[0].removeprefix("tokens "))) <= 20
     assert "against the estimate, caption:dense: tokens " in recap("status", "--run", run).stdout
+
+
+@pytest.mark.slow
+def test_no_image_of_tars_is_estimated_twice(tmp_path: Path) -> None:
+    """What is made first, while engines start, is not measured: [curate] would drop its second copy."""
+    photos = corpus(tmp_path / "photos", ["jpg"] * 60)
+    for number in range(4):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for path in sorted(photos.glob("*.jpg"))[number * 15 : number * 15 + 15]:
+                tar.add(path, path.name)
+    source = {"kind": "webdataset", "path": f"{tmp_path}/*.tar"}
+    values = {**sections(photos), "source": source, "curate": {"max_distance": 0}}
+    run = begin(tmp_path / "run", values, seed=1)
+    recap("estimate", "--images", 40, "--run", run)
+    found = {p["title"]: p for p in json.loads((run / "estimate.json").read_text())["passes"]}
+    assert found["caption:dense"]["rows"]["value"] == found["ingest"]["rows"]["value"] > 0
+    assert found["caption:dense"]["output_tokens"]["value"] > 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RefusedError
-from pipeline.execution.sample import NUM_FILES, draw_pieces
+from pipeline.execution.sample import NUM_FILES, draw_pieces, split_pieces
 from pipeline.records import Piece
 
 lengths = st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any)
@@ -44,3 +44,26 @@ def test_files_of_unknown_length_give_ranges_of_a_few_of_them(sizes: list[int], 
 def test_an_empty_plan_is_refused() -> None:
     with pytest.raises(RefusedError, match="no images"):
         draw_pieces([], 3, random=Random(0))
+
+
+def test_an_empty_file_is_not_drawn_beside_others() -> None:
+    """It took as many draws as the others have bytes."""
+    sizes = [0, 3 * 10**9, 0, 5_000]
+    pieces = [Piece(file=f"{n}.tar", start=0, stop=None, num_bytes=size) for n, size in enumerate(sizes)]
+    drawn = draw_pieces(pieces, 8, random=Random(0))
+    assert [piece.file for piece in drawn] == ["1.tar", "3.tar"]
+    assert len(draw_pieces(pieces[:1], 8, random=Random(0))) == 1
+
+
+def test_large_files_are_drawn_first() -> None:
+    pieces = [Piece(file=f"{n}.tar", start=0, stop=None, num_bytes=10**6 if n else 10**9) for n in range(100)]
+    drawn = [{piece.file for piece in draw_pieces(pieces, 8, random=Random(n))} for n in range(50)]
+    assert all(len(files) == 8 for files in drawn) and sum("0.tar" in files for files in drawn) > 45
+
+
+@given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 12))
+def test_pieces_are_split_by_their_images(sizes: list[int], num: int) -> None:
+    pieces = [Piece(file=f"{n}.tar", start=n, stop=n + size, num_bytes=9) for n, size in enumerate(sizes)]
+    images = [(piece.file, n) for piece in pieces for n in range(piece.start, piece.stop or 0)]
+    parts = [[(p.file, n) for p in part for n in range(p.start, p.stop or 0)] for part in split_pieces(pieces, num)]
+    assert parts == ([images[:num], images[num:]] if len(images) > num else [[], images])
