@@ -13,6 +13,7 @@ from pipeline.storage import database
 STEPS = {
     "images": "in the corpus",
     "usable": "decoded; the others are broken, empty or not images",
+    "selected": "chosen by [curate]; `recap query curation` counts the others by reason",
     "captioned": "have a complete caption without repetition",
     "kept": "passed every rule of the filter",
     "exported": "samples in the training set",
@@ -32,7 +33,7 @@ def format_yield(run: Run) -> Iterator[str]:
         steps = dict(database.query_rows(connection, f"SELECT step, images FROM ({read_query('yield')})"))
         reasons = list(database.query_rows(connection, REFUSALS))
     yield ""
-    for step, meaning in STEPS.items():
+    for step, meaning in ((step, meaning) for step, meaning in STEPS.items() if step in steps):
         yield f"  {step:10}{format_count(steps[step]):>7}   {meaning}"
     yield ""
     if reasons:
@@ -49,8 +50,10 @@ def format_end(run: Run, *, is_new: bool) -> Iterator[str]:
     if is_new:
         yield from format_yield(run)
     yield ""
-    for form in sorted(path for path in (run.folder / "export").glob("*") if path.is_dir() and path.name != "index"):
-        yield f"  {form}"
+    forms = sorted(path for path in (run.folder / "export").glob("*") if path.is_dir() and path.name != "index")
+    for form in forms:
+        is_stale = form.name not in run.sections["export"][""].formats
+        yield f"  {form}" + (", of an earlier run.toml: its form is not in export.formats" if is_stale else "")
     yield ""
     yield "  next:"
     for command, meaning in NEXT if is_new else (COUNT, *NEXT):

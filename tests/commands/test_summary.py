@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import begin, corpus, recap, sections
+from tests.support.runs import begin, corpus, recap, sections, write
 
 
 @pytest.mark.slow
@@ -26,3 +28,17 @@ def test_a_run_that_keeps_nothing_says_so(tmp_path: Path) -> None:
     run = begin(tmp_path / "run", sections(photos, filter={"rules": {"never": "judge > 2"}}))
     shown = recap("run", "all", "--run", run).stderr
     assert "NO CAPTION WAS KEPT" in shown and "refused:   never (2)" in shown
+
+
+@pytest.mark.slow
+def test_what_curation_dropped_is_counted_and_an_earlier_form_is_marked(tmp_path: Path) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 4)
+    shutil.copy(photos / "00001.jpg", photos / "00009.jpg")
+    parts = sections(photos, curate={"max_distance": 0}, export={"formats": ["webdataset"]}, filter={"rules": {}})
+    run = begin(tmp_path / "run", parts)
+    first = recap("run", "all", "--run", run).stderr
+    assert re.search(r"usable +5 .*\n +selected +4 .*recap query curation.*\n +captioned +4 ", first)
+    write(run, {**parts, "export": {"formats": ["parquet"]}})
+    second = recap("run", "all", "--stale", "redo", "--run", run).stderr
+    assert f"  {run}/export/parquet\n" in second
+    assert f"  {run}/export/webdataset, of an earlier run.toml" in second
