@@ -517,6 +517,7 @@ def test_try_shows_captions_and_scores_and_writes_nothing(run: Path) -> None:
     shown = recap("try", "score:judge:dense", "--images", 3, "--run", run).stdout
     assert times(run) == before
     assert shown.count("alt text: ") == shown.count("    score:judge:dense 0: ") == 3
+    assert len(re.findall(r"^    dense 0: \w.*\n(?: {8}.*\n)*    score:judge:dense 0: ", shown, re.MULTILINE)) == 3
     assert re.search(r"^score:judge:dense made 3 rows in .*, [\d.,]+ rows/s$", shown, re.MULTILINE)
     captions = recap("try", "caption:dense", "--images", 2, "--run", run).stdout.splitlines()
     again = recap("try", "caption:dense", "--images", 2, "--run", run).stdout.splitlines()

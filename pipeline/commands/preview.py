@@ -184,7 +184,10 @@ def _format_rows(shard: Shard, p: Pass) -> Iterator[tuple[str, str]]:
                 words = (one.text, " ".join(box), confidence)
                 yield finding.key, _wrap_text(f"  {one.label}", "  ".join(filter(None, words)))
     elif p.record is Score:
+        *_, folder = (folder for folder in p.reads if folder.endswith(f"caption/{p.caption}"))
+        captions = {caption.id: caption.text for caption in shard.read_table(folder, Caption)}
         for score in shard.read_table(p.folder, Score):
+            yield score.key, _wrap_text(f"{p.caption} {score.candidate}", captions[score.key, score.candidate])
             value = score.status if score.value is None else f"{score.value:.2f}"
             yield score.key, _wrap_text(f"{p.title} {score.candidate}", value)
             for answer in score.criteria:
