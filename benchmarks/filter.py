@@ -7,17 +7,15 @@ A caption is kept when its score is at least the median of all, so at least half
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from statistics import mean, median
 
 from benchmarks.held_out import (
-    CAPTIONER,
-    JUDGE,
     bootstrap_interval,
     generate_captions,
     list_scenes,
+    make_parser,
     make_samples,
     open_engine,
 )
@@ -36,10 +34,7 @@ def score_captions(captions: Sequence[str], model: str) -> list[float | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--judge", default=JUDGE)
-    parser.add_argument("--captioner", default=CAPTIONER)
+    parser = make_parser(__doc__, num_scenes=2000)
     args = parser.parse_args()
     captions = [text or "(nothing)" for text in generate_captions(args.captioner, args.scenes)]
     scores = score_captions(captions, args.judge)

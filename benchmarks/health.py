@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from benchmarks.held_out import CAPTIONER, JUDGE, generate_captions, list_scenes, open_engine, render_image
+from benchmarks.held_out import generate_captions, list_scenes, make_parser, open_engine, render_image
 from pipeline.sources.scenes import Scene, draw_scene
 from pipeline.storage.sentences import split_sentences
 from pipeline.storage.words import count_words
@@ -228,11 +228,8 @@ def count_seeds(pool: Pool, rater: Judge, expected: tuple[Cause, str] | None, nu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, num_scenes=150)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--scenes", type=int, default=150, help="of which the shipped judge sees captions")
-    parser.add_argument("--judge", default=JUDGE)
-    parser.add_argument("--captioner", default=CAPTIONER)
     args = parser.parse_args()
     figures: dict[str, dict[str, int]] = {}
     for name, counts in measure_judges(args):

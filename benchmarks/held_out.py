@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +33,15 @@ class CaptionQuality:
     f1: float
     hallucinations: float  # per caption
     words: float
+
+
+def make_parser(description: str | None, *, num_scenes: int) -> argparse.ArgumentParser:
+    """The options of a benchmark of a judge on a captioner's captions of held-out scenes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=num_scenes, help="whose captions the judge sees")
+    parser.add_argument("--judge", default=JUDGE)
+    parser.add_argument("--captioner", default=CAPTIONER)
+    return parser
 
 
 def list_scenes(num_scenes: int, *, world: int = SEED) -> list[Scene]:

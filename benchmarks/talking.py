@@ -9,19 +9,11 @@ mean change of the score with its 95 % interval, and how many captions score mor
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from benchmarks.held_out import (
-    CAPTIONER,
-    JUDGE,
-    bootstrap_interval,
-    generate_captions,
-    make_samples,
-    open_engine,
-)
+from benchmarks.held_out import bootstrap_interval, generate_captions, make_parser, make_samples, open_engine
 from pipeline.engines import Engine
 from pipeline.storage.sentences import split_sentences
 from stages import rubrics
@@ -79,10 +71,7 @@ def measure_change(before: Sequence[float], after: Sequence[float]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=60)
-    parser.add_argument("--judge", default=JUDGE)
-    parser.add_argument("--captioner", default=CAPTIONER)
+    parser = make_parser(__doc__, num_scenes=60)
     args = parser.parse_args()
     captions = [text or "(nothing)" for text in generate_captions(args.captioner, args.scenes)]
     figures: dict[str, dict[str, float]] = {}

@@ -15,7 +15,6 @@ beside judging one, in turns on pictures that were not seen before, as the judge
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -32,15 +31,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from benchmarks.engine import read_cpu_seconds
-from benchmarks.held_out import (
-    CAPTIONER,
-    JUDGE,
-    generate_captions,
-    list_scenes,
-    make_samples,
-    open_engine,
-    render_image,
-)
+from benchmarks.held_out import generate_captions, list_scenes, make_parser, make_samples, open_engine, render_image
 from pipeline.engines import Engine, vllm
 from pipeline.sources import scenes as scenes_source
 from pipeline.storage.sentences import split_sentences
@@ -199,10 +190,7 @@ def measure_share(flags: Sequence[bool], chosen: Sequence[int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--judge", default=JUDGE)
-    parser.add_argument("--captioner", default=CAPTIONER)
+    parser = make_parser(__doc__, num_scenes=1000)
     parser.add_argument("--vllm", action="store_true", help="run the models in vLLM; measure four candidates too")
     args = parser.parse_args()
     open_model: Callable[[str], Engine] = open_vllm if args.vllm else open_engine

@@ -22,7 +22,7 @@ from pipeline.storage import database
 from pipeline.validation import Section
 from stages import recipes
 from stages.recipes import ChainRecipe, Recipe
-from stages.text.answers import read_answer
+from stages.text.answers import Answer, read_answer
 from stages.text.chains import Chain, ChainSetup, Outcome, Subject, ask_chains
 from stages.text.conditions import build_images, check_query, find_finders, find_scores, list_finder_folders
 from stages.text.given import GivenTexts, Texts, prepare_texts
@@ -138,28 +138,10 @@ class CaptionWork:
         )
 
     def _build_row(self, item: CaptionInput, reply: Reply, engine: Engine) -> Caption:
-        answer = read_answer(reply, self.recipe.answer_format)
         prompt = self.recipe.build_prompt(item.image.alt_text, item.texts)
-        return Caption(
-            key=item.image.key,
-            name=self.name,
-            candidate=item.candidate,
-            text=answer.text,
-            fields=answer.fields,
-            status=answer.status,
-            error=answer.error,
-            flags=self.recipe.find_flags(answer.text, prompt),
-            finish_reason=reply.finish_reason,
-            attempt=reply.attempt,
-            seed=reply.seed,
-            num_prompt_tokens=reply.num_prompt_tokens,
-            num_output_tokens=reply.num_output_tokens,
-            model=engine.model,
-            revision=engine.revision,
-            prompt_hash=prompt.hash,
-            sampling=encode_sampling(reply.sampling),
-            engine=self.engine,
-        )
+        answer = read_answer(reply, self.recipe.answer_format)
+        flags = self.recipe.find_flags(answer.text, prompt)
+        return _build_row(self, item, answer, reply, engine, flags=flags, prompt_hash=prompt.hash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,28 +177,48 @@ class ChainWork:
         return Chain(self.recipe.open(subject, self.sampling), setup)
 
     def _build_row(self, item: CaptionInput, outcome: Outcome, engine: Engine) -> ChainedCaption:
-        answer, reply = outcome.answer, outcome.reply
-        return ChainedCaption(
-            key=item.image.key,
-            name=self.name,
-            candidate=item.candidate,
-            text=answer.text,
-            fields=answer.fields,
-            status=answer.status,
-            error=answer.error,
-            flags=self.recipe.find_flags(answer.text),
-            finish_reason=reply.finish_reason,
-            attempt=outcome.attempt,
-            seed=reply.seed,
-            num_prompt_tokens=outcome.num_prompt_tokens,
-            num_output_tokens=outcome.num_output_tokens,
-            model=engine.model,
-            revision=engine.revision,
-            prompt_hash=self.recipe.prompt_hash,
-            sampling=encode_sampling(reply.sampling),
-            engine=self.engine,
-            steps=outcome.steps,
+        flags = self.recipe.find_flags(outcome.answer.text)
+        row = _build_row(
+            self, item, outcome.answer, outcome.reply, engine, flags=flags, prompt_hash=self.recipe.prompt_hash
         )
+        of_all_steps = {
+            "attempt": outcome.attempt,
+            "num_prompt_tokens": outcome.num_prompt_tokens,
+            "num_output_tokens": outcome.num_output_tokens,
+        }
+        return ChainedCaption(**vars(row) | of_all_steps, steps=outcome.steps)
+
+
+def _build_row(
+    work: CaptionWork | ChainWork,
+    item: CaptionInput,
+    answer: Answer,
+    reply: Reply,
+    engine: Engine,
+    *,
+    flags: tuple[str, ...],
+    prompt_hash: str,
+) -> Caption:
+    return Caption(
+        key=item.image.key,
+        name=work.name,
+        candidate=item.candidate,
+        text=answer.text,
+        fields=answer.fields,
+        status=answer.status,
+        error=answer.error,
+        flags=flags,
+        finish_reason=reply.finish_reason,
+        attempt=reply.attempt,
+        seed=reply.seed,
+        num_prompt_tokens=reply.num_prompt_tokens,
+        num_output_tokens=reply.num_output_tokens,
+        model=engine.model,
+        revision=engine.revision,
+        prompt_hash=prompt_hash,
+        sampling=encode_sampling(reply.sampling),
+        engine=work.engine,
+    )
 
 
 def list_engines(recipe: Recipe | ChainRecipe, engine: str) -> tuple[str, ...]:
@@ -286,8 +288,9 @@ def write_words(
     for item in inputs:
         words = item.texts.get("words", ())
         text = words[item.candidate] if item.candidate < len(words) else ""
-        fields = None
+        fields, problem = None, f"{len(words)} texts for this image"
         if are_objects and text:
+            problem = "an empty text"
             value = json.loads(text)
             text, fields = value["text"] or "", json.dumps(value["fields"], ensure_ascii=False)
         text = text.strip()
@@ -298,7 +301,7 @@ def write_words(
             text=text,
             fields=fields,
             status="ok" if text else "empty",
-            error=None if text else f"the SQL of words gives {len(words)} texts for this image",
+            error=None if text else f"the SQL of words gives {problem}",
             flags=(),
             finish_reason=None,
             attempt=0,

@@ -1,4 +1,4 @@
-"""Recipes of several questions: what is asked of each image, and what of the answers goes on and becomes the caption.
+"""Recipes of several questions: which are asked about an image, and which answers reach later steps and the caption.
 
 They know neither engines nor pixels.
 """

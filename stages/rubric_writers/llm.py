@@ -19,12 +19,11 @@ from pipeline.sections import key
 from pipeline.validation import read_toml
 from stages.rubric_writers import Evidence, WriterOptions, WrittenRubric
 from stages.text.answers import read_value
-from stages.text.given import OpenFields
+from stages.text.given import GivenKeys, OpenFields
 from stages.text.json_schema import object_schema
 from stages.text.prompts import (
     SamplingConfig,
     fence_text,
-    fence_texts,
     fill_template,
     hash_prompt,
     join_lines,
@@ -39,17 +38,13 @@ SEVERITIES: tuple[Severity, ...] = tuple(SEVERITY_WEIGHTS)  # most severe first
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriterSpec:
+class WriterSpec(GivenKeys):
     """The keys of a writer's TOML file, in this directory or in `<run>/writers`."""
 
     system: str = key("", "the system message; empty: none")
     prompt: str = key(
         help="the prompt; {teachers} and {student} are the numbered captions, fenced; any other {field} is filled by"
         " `given` of the rubric pass"
-    )
-    max_given: int = key(6000, "characters of each other field to show", least=100, stamp_default=False)
-    optional: tuple[str, ...] = key(
-        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
     )
     with_image: bool = key(True, "whether the writer sees the image")
     min_criteria: int = key(0, "criteria of a rubric, at least; 0: a student may miss nothing", least=0)
@@ -58,14 +53,13 @@ class WriterSpec:
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("teachers", "student"):
             if name not in list_fields(self.prompt):
                 fields = ", ".join(f"{{{one}}}" for one in list_fields(self.prompt)) or "none"
                 raise ValueError(f"prompt: must have {{{name}}}; it has {fields}")
         if self.min_criteria > self.max_criteria:
             raise ValueError(f"min_criteria = {self.min_criteria} is more than max_criteria = {self.max_criteria}")
-        if unknown := [name for name in self.optional if name not in self.open_fields.fields]:
-            raise ValueError(f"optional: the prompt has no {{{unknown[0]}}}")
 
     @property
     def open_fields(self) -> OpenFields:
@@ -138,11 +132,10 @@ def build_schema(evidence: Evidence, spec: WriterSpec) -> dict[str, Any]:
 
 
 def _build_prompt(evidence: Evidence, spec: WriterSpec) -> str:
-    fields = spec.open_fields.fields
     return fill_template(
         spec.prompt,
         {
-            **{name: fence_texts(evidence.texts.get(name, ()), limit=spec.max_given) for name in fields},
+            **spec.fence_given(spec.open_fields.fields, evidence.texts),
             "num_teachers": str(len(evidence.teachers)),
             "num_agree": str(evidence.num_agree),
             "max_criteria": str(spec.max_criteria),

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from pipeline.records import SEVERITY_WEIGHTS, RubricCriterion, Severity
 from pipeline.sections import key
 from pipeline.validation import Section, read_toml
-from stages.text.given import OpenFields, Texts
+from stages.text.given import GivenKeys, OpenFields, Texts
 from stages.text.json_schema import object_schema
-from stages.text.prompts import NO_TEXT, SamplingConfig, fence_text, fence_texts, fill_template, join_lines, list_fields
+from stages.text.prompts import NO_TEXT, SamplingConfig, fence_text, fill_template, join_lines, list_fields
 
 ALT_TEXT = "alt_text"  # the field that needs no `given`
 OWN_FIELDS = frozenset({"criteria", "caption", "before", "sentence"})
@@ -63,17 +63,13 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RubricSpec:
+class RubricSpec(GivenKeys):
     """The keys of a rubric's TOML file, except its criteria."""
 
     system: str = key("", "the system message; empty: none")
     prompt: str = key(
         help="the prompt; {caption} or {sentence} comes last, before it {criteria}, {alt_text}, {before} and any other"
         " {field}, which `given` of the score pass fills"
-    )
-    max_given: int = key(6000, "characters of each other field to show", least=100, stamp_default=False)
-    optional: tuple[str, ...] = key(
-        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
     )
     with_image: bool = key(True, "whether the judge sees the image")
     unit: Literal["caption", "sentence"] = key("caption", "what one request judges")
@@ -86,6 +82,7 @@ class RubricSpec:
     sampling: SamplingConfig = key(factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         last = JUDGED[self.unit]
         found = list_fields(self.prompt)[-1:]
         if found != [last]:
@@ -93,8 +90,6 @@ class RubricSpec:
             raise ValueError(
                 f"prompt: its last field must be {{{last}}}, so that requests about an image share a prefix; {why}"
             )
-        if unknown := [name for name in self.optional if name not in self.open_fields.fields]:
-            raise ValueError(f"optional: the prompt has no {{{unknown[0]}}}")
 
     @property
     def open_fields(self) -> OpenFields:
@@ -165,10 +160,9 @@ class Rubric:
             given: texts about the image for the other fields; of the alt text, too.
         """
         no_reasons = () if self.with_reasons else (NO_REASONS,)
-        names, limit = self.spec.open_fields.fields, self.spec.max_given
         fields = {
             ALT_TEXT: fence_text(alt_text) if alt_text and alt_text.strip() else NO_TEXT,
-            **{name: fence_texts(given.get(name, ()), limit=limit) for name in names - {ALT_TEXT} | given.keys()},
+            **self.spec.fence_given(self.spec.open_fields.fields - {ALT_TEXT} | given.keys(), given),
             "criteria": "\n".join([*map(self._list_answers, self.criteria.values()), *no_reasons]),
             "caption": fence_text(caption),
             "before": fence_text(before),

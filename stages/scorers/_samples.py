@@ -16,7 +16,7 @@ from pipeline.records import Caption, Image, ImageRubric
 from pipeline.sections import Run
 from stages import scorers
 from stages.scorers import Sample, Scorer
-from stages.text.given import GivenTexts, fill_fields
+from stages.text.given import GivenTexts, OpenFields, fill_fields
 from stages.text.prompts import derive_seed
 
 
@@ -75,7 +75,7 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
         scorer = scorers.load_scorer(config.scorer, run=run.file.parent, field=field)
         if scorer.rubric and scorer.rubric not in (rubrics := sorted(run.sections["rubric"])):
             raise ConfigError(f"{field}.rubric", plugins.explain_unknown(scorer.rubric, rubrics))
-        texts = fill_fields(run, scorer.open_fields, config.given, field=f"score.{name}.given")
+        texts = prepare_given(run, name, scorer.open_fields)
         for caption in config.captions or known:
             if caption not in known:
                 raise ConfigError(f"{field}.captions", plugins.explain_unknown(caption, sorted(known)))
@@ -89,6 +89,16 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
                 texts=texts,
                 max_error_share=config.max_error_share,
             )
+
+
+def prepare_given(run: Run, score: str, open_fields: OpenFields) -> GivenTexts:
+    """What `given` of a score has for these fields of its prompt.
+
+    Raises:
+        ConfigError: it leaves one open, has another one, or is not valid.
+    """
+    given = run.sections["score"][score].given
+    return fill_fields(run, open_fields, given, field=f"score.{score}.given")
 
 
 def read_samples(shard: Shard, p: ScorePass, *, seed: int) -> Iterator[Sample]:

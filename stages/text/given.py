@@ -7,7 +7,7 @@ know what the texts are for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -15,7 +15,7 @@ from pipeline import plugins
 from pipeline.errors import ConfigError, QueryError
 from pipeline.execution.passes import Shard, lookup_rows
 from pipeline.records import Image, column_names
-from pipeline.sections import Run
+from pipeline.sections import Run, key
 from pipeline.storage import database
 from pipeline.storage.database import quote_identifier, quote_literal
 from stages.text.conditions import (
@@ -28,6 +28,7 @@ from stages.text.conditions import (
     list_finder_folders,
     suggest_quotes,
 )
+from stages.text.prompts import fence_texts
 
 SELECT = re.compile(r"\s*(SELECT|FROM|WITH)\b", re.IGNORECASE)  # the beginning of what is not an expression
 IMAGE = "image"  # the view that every pass of captions depends on anyway
@@ -84,6 +85,29 @@ class OpenFields:
     fields: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()  # of them: those that may be left out
     remark: str = ""  # in the error about one that is left open, after its name
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenKeys:
+    """The keys of a TOML file whose prompt has fields that `given` fills."""
+
+    max_given: int = key(6000, "characters of each other field to show", least=100, stamp_default=False)
+    optional: tuple[str, ...] = key(
+        (), "fields that `given` may leave out; (none) is shown, as for one without a text", stamp=False
+    )
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.optional if name not in self.open_fields.fields]:
+            raise ValueError(f"optional: the prompt has no {{{unknown[0]}}}")
+
+    @property
+    def open_fields(self) -> OpenFields:
+        """Those fields of the prompt."""
+        raise NotImplementedError
+
+    def fence_given(self, names: Iterable[str], given: Texts) -> dict[str, str]:
+        """What the prompt shows for these fields."""
+        return {name: fence_texts(given.get(name, ()), limit=self.max_given) for name in names}
 
 
 def fill_fields(

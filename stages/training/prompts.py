@@ -49,10 +49,13 @@ def slice_recipes(run: Run, config: TrainConfig) -> dict[str, Any]:
     return {name: {key: value for key, value in words.items() if key != "flags"} for name, words in slices.items()}
 
 
-def check_captions(run: Run, config: TrainConfig, *, without_image: bool) -> None:
+def check_captions(run: Run, config: TrainConfig, *, without_image: bool, are_answers: bool = True) -> None:
     """
     Args:
+        run: the run.
+        config: of the training.
         without_image: whether the method can train on prompts that show no image.
+        are_answers: the model learns to answer their recipes; else a judge learns verdicts on them.
 
     Raises:
         ConfigError: a caption pass or the recipe does not exist, or the recipe does not fit the method.
@@ -64,6 +67,8 @@ def check_captions(run: Run, config: TrainConfig, *, without_image: bool) -> Non
         if name not in known:
             advice = f"{plugins.explain_unknown(name, known)}; set it to names of [caption.NAME]"
             raise ConfigError(f"{run.file}: train.captions", advice)
+        if not are_answers:
+            continue
         if run.sections["caption"][name].words and not config.recipe:
             advice = (
                 f"is missing: no model wrote the captions of {name}; name the recipe with whose prompt they are learnt"

@@ -338,8 +338,8 @@ CHANGES = [
     ('show = "none"', 'shows = "none"', r"steps\[3\].shows: unknown key; did you mean 'show'"),
     (
         'show = "none"',
-        'engine = "nobody"',
-        r"steps\[3\].engine: 'nobody' is none of judge, model; .*needs",
+        'engine = "absent"',
+        r"steps\[3\].engine: 'absent' is none of judge, model; .*needs",
     ),
     ('each = "2x1"', 'each = "found.thing"', r"steps\[1\].each: 'thing' is none of things; .*needs \[find.thing\]"),
     ("{true}", "{checked}", r"given.checked: is missing: .*which is none of its steps \(whole, parts, true, merged\)"),
@@ -377,8 +377,8 @@ def test_sentences_of_verdicts_are_an_error(tmp_path: Path) -> None:
         ({"num_candidates": 2, "temperature": 0}, "num_candidates: 2 candidates would be equal"),
         ({"engines": {"frist": "judge"}}, "engines.frist: 'frist' is none of first, second; did you mean 'first'"),
         (
-            {"engines": {"first": "nobody"}},
-            r"mine.engines.first: 'nobody' is none of .*needs \[engines.nobody\]",
+            {"engines": {"first": "absent"}},
+            r"mine.engines.first: 'absent' is none of .*needs \[engines.absent\]",
         ),
     ],
 )

@@ -50,6 +50,7 @@ def test_a_select_may_say_what_else_there_is_to_know(tmp_path: Path) -> None:
     found = [(row.text, row.status, row.fields) for row in rows]
     assert found[:4] == [("", "empty", None)] * 4
     assert [(text, status) for text, status, _ in found[4:]] == [("a", "ok"), ("", "empty"), ("", "empty"), ("b", "ok")]
+    assert rows[5].error == "the SQL of words gives an empty text"
     assert [json.loads(fields or "null") for _, _, fields in found[4:]] == [{"n": n} for n in (1, 2, 3, 4)]
 
 

@@ -180,9 +180,9 @@ def test_steps_may_be_asked_of_several_engines_at_once() -> None:
 
 def test_an_engine_that_the_chain_does_not_have_is_an_error() -> None:
     def write(_: int) -> Questions:
-        yield ask("a", engine="nobody")
+        yield ask("a", engine="absent")
 
-    with pytest.raises(UserError, match="step ask asks the engine 'nobody'; the chain has main"):
+    with pytest.raises(UserError, match="step ask asks the engine 'absent'; the chain has main"):
         run([0], write)
 
 

@@ -24,8 +24,8 @@ from pipeline.execution.passes import Shard
 from pipeline.sections import Run, key
 from stages import scorers
 from stages.scorers import Scorer
+from stages.scorers._samples import prepare_given
 from stages.text import flags
-from stages.text.given import GivenTexts, fill_fields
 from stages.training import trainer
 from stages.training.collator import Collator
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
@@ -127,11 +127,6 @@ def _load_scorer(run: Run, name: str) -> Scorer:
     return scorer
 
 
-def _prepare_given(run: Run, name: str, scorer: Scorer) -> GivenTexts:
-    given = run.sections["score"][name].given
-    return fill_fields(run, scorer.open_fields, given, field=f"score.{name}.given")
-
-
 class Grpo:
     """The method `grpo`."""
 
@@ -140,7 +135,7 @@ class Grpo:
     def __init__(self, run: Run, config: TrainConfig, scorers: Mapping[str, Scorer]) -> None:
         self._run, self._config, self._scorers = run, config, scorers
         self._own: Config = config.options.config
-        self._texts = {name: _prepare_given(run, name, scorer) for name, scorer in scorers.items()}
+        self._texts = {name: prepare_given(run, name, scorer.open_fields) for name, scorer in scorers.items()}
         self.answers_per_example = self._own.group_size
 
     def list_tables(self) -> Sequence[str]:

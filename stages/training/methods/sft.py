@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from pipeline.storage import tables
 from pipeline.storage.sentences import split_sentences
 from stages import rubrics
 from stages.rubrics import Rubric
-from stages.text.given import GivenTexts, fill_fields
+from stages.scorers._samples import prepare_given
+from stages.text.given import GivenTexts
 from stages.training import supervised
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
 from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes
@@ -47,8 +49,8 @@ def open(run: Run, config: TrainConfig) -> Sft:
     Raises:
         ConfigError: a pass or the recipe does not exist.
     """
-    check_captions(run, config, without_image=not config.options.config.regions)
     scores: str = config.options.config.scores
+    check_captions(run, config, without_image=not config.options.config.regions, are_answers=not scores)
     if scores and scores not in run.sections["score"]:
         raise ConfigError(f"{run.file}: train.scores", plugins.explain_unknown(scores, sorted(run.sections["score"])))
     return Sft(run, config)
@@ -67,7 +69,7 @@ class Sft:
     def list_tables(self) -> Sequence[str]:
         captions = [f"caption/{name}" for name in self._config.captions]
         scores = [f"score/{self._own.scores}/{name}" for name in self._config.captions if self._own.scores]
-        given = self._prepare_given().reads if self._own.scores else list_given_tables(self._run, self._config)
+        given = self._given.reads if self._own.scores else list_given_tables(self._run, self._config)
         return list(dict.fromkeys(["image", *captions, *scores, *given]))
 
     def slice(self) -> Mapping[str, Any]:
@@ -104,7 +106,7 @@ class Sft:
         rubric = self._load_rubric()
         images = tables.read_rows(self._run.folder / "image" / file, Image)
         alt_texts = {image.key: image.alt_text for image in images}
-        find_texts = self._prepare_given().open(Shard(run=self._run, number=int(Path(file).stem), pieces=()))
+        find_texts = self._given.open(Shard(run=self._run, number=int(Path(file).stem), pieces=()))
         captions = {caption.id: caption for caption in self._read_captions(name, file)}
         rows = tables.read_rows(self._run.folder / "score" / self._own.scores / name / file, Score)
         usable = (row for row in rows if row.status == "ok" or (self._own.unsure and row.status == "unknown"))
@@ -128,14 +130,14 @@ class Sft:
             return True
         return self._own.unsure and bool(rubric.spec.unsure) and criterion.reason is not None
 
+    @cached_property
+    def _given(self) -> GivenTexts:
+        """What the judge was given for its prompts."""
+        return prepare_given(self._run, self._own.scores, self._load_rubric().spec.open_fields)
+
     def _load_rubric(self) -> Rubric:
         scorer = self._run.sections["score"][self._own.scores].scorer
         return rubrics.load(scorer.config.rubric, run=self._run.folder)
-
-    def _prepare_given(self) -> GivenTexts:
-        given = self._run.sections["score"][self._own.scores].given
-        open_fields = self._load_rubric().spec.open_fields
-        return fill_fields(self._run, open_fields, given, field=f"score.{self._own.scores}.given")
 
     def _read_captions(self, name: str, file: str) -> Iterator[Caption]:
         rows = tables.read_rows(self._run.folder / "caption" / name / file, Caption)
