@@ -1,4 +1,4 @@
-"""How many questions a second a chain of steps asks, compared with single questions, with the engine echo.
+"""The questions a second that chains of steps ask, compared with single questions, with the engine echo.
 
     python -m benchmarks.chains [--images 10000] [--rounds 5] [--delay 0.0]
 

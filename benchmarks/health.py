@@ -1,4 +1,4 @@
-"""How surely bad judges are found by spoiled copies of captions, and how often good ones are called bad.
+"""Measures how surely spoiled copies of captions find bad judges, and how often good ones are called bad.
 
 Each judge rates a few captions and their spoiled copies, as `[canary]` has it of 2,000 captions with a share of 2 %,
 with 100 seeds. Bad judges and perfect ones are functions of the truth of the sentences, which simulated teachers and

@@ -103,7 +103,7 @@ def summarise(kept: Kept, words: Sequence[int]) -> dict[str, float]:
 
 
 def measure_change(before: Kept, after: Kept, words: Sequence[int], key: str) -> tuple[float, float, float]:
-    """What repair changes of a figure, with its interval over scenes."""
+    """The change of a figure by repair, with its interval over scenes."""
 
     def change(drawn: Sequence[int]) -> float:
         parts = ([kept[i] for i in drawn] for kept in (before, after))

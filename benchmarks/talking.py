@@ -1,4 +1,4 @@
-"""Whether captions that talk to the judge score better for it, by the judge that ships. The last line is JSON.
+"""Measures if captions that talk to the judge score better for it, by the judge that ships. The last line is JSON.
 
 Captions of held-out scenes are judged as they are, with an attack after them, and with the attack within each of their
 sentences, by the answers that the judge writes and by their probabilities (`verdict = "logprob"`). For each attack: the

@@ -56,7 +56,7 @@ OPTIONS = {"max_num_batched_tokens": 16384}
 
 @dataclass(kw_only=True)
 class Cost:
-    """What requests cost."""
+    """The cost of requests."""
 
     cpu: float = 0.0  # seconds, with those of vLLM's processes
     wall: float = 0.0  # seconds
@@ -120,7 +120,7 @@ class TokenCounter:
 
 
 def compare_candidates(model: str, captions: Sequence[str], *, edge: int | None) -> dict[str, float]:
-    """What judging NUM_CANDIDATES captions of an image costs beside judging one, by the form with reasons."""
+    """The cost of judging NUM_CANDIDATES captions of an image beside that of one, by the form with reasons."""
     form = prepare_form(FORMS["logprob"])
     with tempfile.TemporaryDirectory() as folder:
         engine = open_vllm(model if edge is None else str(enlarge_pictures(model, Path(folder) / "judge", edge=edge)))

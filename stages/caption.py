@@ -405,7 +405,7 @@ def _check_names(run: Run, name: str, config: Config, recipe: Recipe | ChainReci
 def _build_inputs(
     run: Run, name: str, config: Config, texts: GivenTexts, *, shared: bool = True, finders: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the rows of a pass are made from: `reads` and `inputs` of its Pass; `finders` are those of its recipe."""
+    """The inputs of a pass's rows: `reads` and `inputs` of its Pass; `finders` are those of its recipe."""
     scores, curated = _find_scores(run, name, config), bool(run.sections["curate"])
     selecting = find_finders(run, config.where or "true")
     scored = (f"score/{score}/{config.of}" for score in scores)

@@ -55,7 +55,7 @@ class QuestionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of the finder that asks."""
+    """The keys of the finder that asks."""
 
     engine: str = key(help="a name in [engines]", stamp=False)
     spec: QuestionSpec = key(stamp="words")

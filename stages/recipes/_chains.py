@@ -53,7 +53,7 @@ class StepResult:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What later prompts show of it: what it kept, or else its answers."""
+        """The texts that later prompts show of it: those that it kept, or else its answers."""
         pairs = zip(self.items, self.answers, strict=True)
         if self.spec.keep:
             return tuple(item.text for item, answer in pairs if self._is_kept(answer))
@@ -115,7 +115,7 @@ class ChainRecipe:
         return replace(self, steps=steps)
 
     def list_names(self) -> Iterator[tuple[str, str, str]]:
-        """What it needs of run.toml: "engine" or "finder", the name, and the field that names it, of its file."""
+        """The names that it needs of run.toml: "engine" or "finder", the name, and the field of its file that has it."""
         for place, step in enumerate(self.steps):
             if step.engine:
                 yield "engine", step.engine, f"steps[{place}].engine"

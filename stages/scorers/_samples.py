@@ -92,7 +92,7 @@ def list_score_passes(run: Run) -> Iterator[ScorePass]:
 
 
 def prepare_given(run: Run, score: str, open_fields: OpenFields) -> GivenTexts:
-    """What `given` of a score has for these fields of its prompt.
+    """The texts that `given` of a score has for these fields of its prompt.
 
     Raises:
         ConfigError: it leaves one open, has another one, or is not valid.

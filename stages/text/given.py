@@ -106,7 +106,7 @@ class GivenKeys:
         raise NotImplementedError
 
     def fence_given(self, names: Iterable[str], given: Texts) -> dict[str, str]:
-        """What the prompt shows for these fields."""
+        """The texts that the prompt shows for these fields."""
         return {name: fence_texts(given.get(name, ()), limit=self.max_given) for name in names}
 
 

@@ -132,7 +132,7 @@ class Sft:
 
     @cached_property
     def _given(self) -> GivenTexts:
-        """What the judge was given for its prompts."""
+        """The texts that the judge was given for its prompts."""
         return prepare_given(self._run, self._own.scores, self._load_rubric().spec.open_fields)
 
     def _load_rubric(self) -> Rubric:
@@ -163,7 +163,7 @@ class Sft:
 
 
 def _find_passage(text: str, criterion: Criterion) -> tuple[str, str]:
-    """What precedes a criterion's sentence, and the sentence: its id ends in a number; else it is of the whole text."""
+    """The text before a criterion's sentence, and the sentence; the whole text where its id ends in no number."""
     _, slash, number = criterion.id.rpartition("/")
     if not slash:
         return "", text
