@@ -115,7 +115,7 @@ class ChainRecipe:
         return replace(self, steps=steps)
 
     def list_names(self) -> Iterator[tuple[str, str, str]]:
-        """The names that it needs of run.toml: "engine" or "finder", the name, and the field of its file that has it."""
+        """The names that it needs of run.toml: "engine" or "finder", the name, and the field of its file."""
         for place, step in enumerate(self.steps):
             if step.engine:
                 yield "engine", step.engine, f"steps[{place}].engine"
