@@ -2,9 +2,9 @@
 
 They replace strong vision-language models and are an engine (`kind = "stages.scenes.teachers"`), which finds the truth
 through a request's `source_key` and nothing else. Other voices make labels and what is to be labelled: `speaker` makes
-one statement, true or false by one swap; `stranger` makes one that cannot be decided in the words of this world;
-`repeater` captions a scene and says something again; `labeller` answers a judge's question about the last line of its
-prompt.
+one statement, true or false by one swap; `placer` says how things are related and nothing else; `stranger` makes one
+statement that cannot be decided in the words of this world; `repeater` captions a scene and says something again;
+`labeller` answers a judge's question about the last line of its prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from random import Random
 from typing import Literal
 
@@ -104,14 +105,28 @@ STRANGE_PLACES = ("near", "behind", "on top of", "beside", "bigger than", "far f
 STRANGE_LOOKS = ("shiny", "beautiful", "crooked", "transparent", "calm", "old", "blurred")
 CANNOT_SAY = "cannot say"  # where the schema of a judge's answer has it
 BEFORE = re.compile(r"Said before:\n(`{3,})\n(.*?)\n\1", re.DOTALL)  # in the prompt of rubrics/scenes_open.toml
+PLACER = Teacher()
+PLACED = 4  # pairs that it states at most
 CONSENSUS = 3  # of the five teachers must state a claim
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     teacher: Literal[
-        "hasty", "warm", "boxy", "plain", "central", "consensus", "speaker", "stranger", "repeater", "labeller"
-    ] = key("hasty", "which voice answers: a teacher's name, consensus, speaker, stranger, repeater or labeller")
+        "hasty",
+        "warm",
+        "boxy",
+        "plain",
+        "central",
+        "consensus",
+        "speaker",
+        "placer",
+        "stranger",
+        "repeater",
+        "labeller",
+    ] = key(
+        "hasty", "which voice answers: a teacher's name, consensus, speaker, placer, stranger, repeater or labeller"
+    )
     shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
     revision: Literal[1, 2] = key(
         1,
@@ -340,6 +355,15 @@ def draw_strange_statement(rng: Random) -> str:
     )
 
 
+def place_things(scene: Scene, rng: Random) -> str:
+    """How up to four pairs of things are related, in random order; of a thing alone, the thing."""
+    seen = _see_scene(PLACER, scene, rng)
+    pairs = [(a, b) for a, b in combinations(seen.things, 2) if a.name != b.name]
+    claims = [make_relation(a.name, find_relation(a, b), b.name) for a, b in pairs]
+    chosen = rng.sample(claims, min(PLACED, len(claims)))
+    return write_caption(chosen or list_thing_facts(seen.things[0])[:1], rng)
+
+
 def repeat_statement(text: str, rng: Random) -> str:
     """A caption with one of its sentences again, word by word or in other words."""
     sentences = [sentence for sentence in parse_caption(text).sentences if sentence.claims]
@@ -444,6 +468,8 @@ class TeacherEngine:
             return self._label(request, truth)
         if self._voice == "stranger":
             return draw_strange_statement(Random(f"stranger/{truth.seed}/{truth.index}/{seed}"))
+        if self._voice == "placer":
+            return place_things(truth, Random(f"placer/{truth.seed}/{truth.index}/{seed}"))
         if self._voice == "repeater":
             rng = Random(f"repeater/{truth.seed}/{truth.index}/{seed}")
             return repeat_statement(caption_scene(rng.choice(list(TEACHERS)), truth, seed), rng)
