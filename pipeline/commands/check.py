@@ -106,7 +106,9 @@ def _check_source(state: RunState) -> Finding:
     if not local:
         return Finding(kind="fine", where=where, message="is remote and not read")
     try:
-        drawn = sample.draw_pieces(local, NUM_PICTURES, random=Random(run.seed))
+        drawn = sample.draw_pieces(
+            local, NUM_PICTURES, random=Random(run.seed), counter=sample.SampleCounter(run.source)
+        )
         raws = [raw for piece in drawn if (raw := _read_sample(run, piece))]
     except (OSError, ValueError) as error:
         message = f"cannot be read: {error}; are its disks mounted, and may you read them?"
@@ -207,7 +209,9 @@ def _send_pictures(state: RunState) -> Iterator[Finding]:
     run = state.run
     with sample.open_folder(run) as copy:
         try:
-            drawn = sample.draw_pieces(sample.read_pieces(run), NUM_PICTURES, random=Random(run.seed))
+            counter = sample.SampleCounter(run.source)
+            pieces = sample.read_pieces(run)
+            drawn = sample.draw_pieces(pieces, NUM_PICTURES, random=Random(run.seed), counter=counter)
             probe = sample.plan_sample(copy, [drawn])
             for timing in sample.make_passes(probe, select_passes(probe.passes, "all")):
                 yield _judge_rows(copy.folder, timing.p)

@@ -116,8 +116,8 @@ def estimate_run(run: Run, *, num_images: int, num_tasks: int = 1, price: float 
         RefusedError: the plan holds no images, or none of the sample could be read.
     """
     pieces = sample.read_pieces(run)
-    random = Random(run.seed)
-    drawn = sample.draw_pieces(pieces, num_images + NUM_WARM, random=random)
+    random, counter = Random(run.seed), sample.SampleCounter(run.source)
+    drawn = sample.draw_pieces(pieces, num_images + NUM_WARM, random=random, counter=counter)
     random.shuffle(drawn)
     warm, measured = sample.split_pieces(drawn, NUM_WARM)
     measured.sort(key=lambda piece: (piece.file, piece.start))
@@ -129,7 +129,7 @@ def estimate_run(run: Run, *, num_images: int, num_tasks: int = 1, price: float 
         images = list(tables.read_rows(table_path(copy.folder, "image", last), Image))
         if not images:
             raise RefusedError(f"{run.file}: source: no image of the sample could be read; see `recap check`")
-        total = count_images(pieces, images)
+        total = count_images(pieces, images, counter.counts)
         sizes = [float(image.num_bytes or 0) for image in images]
         made = [path for path in copy.folder.rglob(f"*{last:05d}*") if path.is_file() and ".work" not in path.parts]
         written = sum(path.stat().st_size for path in made) / max(1.0, sum(sizes))
@@ -157,14 +157,28 @@ def read_estimate(folder: Path) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def count_images(pieces: Sequence[Piece], images: Sequence[Image]) -> Range:
-    """The images of a plan: their number, or, where only reading tells, its bytes / the sample's bytes per image."""
-    counts = [piece.num_samples for piece in pieces]
-    if None not in counts:
-        num = float(sum(count or 0 for count in counts))
+def count_images(pieces: Sequence[Piece], images: Sequence[Image], counts: Mapping[Piece, int]) -> Range:
+    """The images of a plan: their number, or, where not all files are counted, bytes times images per byte.
+
+    Images per byte are the mean of the counted files', which were drawn by their bytes; or, where none was counted,
+    from the images of the sample.
+
+    Args:
+        pieces: of the plan.
+        images: of the sample.
+        counts: the images of the files that were counted.
+    """
+    known = [piece.num_samples if piece.num_samples is not None else counts.get(piece) for piece in pieces]
+    if None not in known:
+        num = float(sum(count or 0 for count in known))
         return Range(value=num, low=num, high=num)
+    num_bytes = sum(piece.num_bytes or 0 for piece in pieces)
+    if counts:
+        densities = [count / max(1, piece.num_bytes or 0) for piece, count in counts.items()]
+        num, rest = num_bytes * fmean(densities), math.sqrt(1 - len(counts) / len(pieces))
+        return Range(value=num, low=num, high=num).widen(_relative_width(densities) * rest)
     sizes = [float(image.num_bytes or 0) + MEMBER_BYTES for image in images]
-    num = sum(piece.num_bytes or 0 for piece in pieces) / fmean(sizes)
+    num = num_bytes / fmean(sizes)
     return Range(value=num, low=num, high=num).widen(_relative_width(sizes))
 
 

@@ -95,13 +95,13 @@ def _draw_images(
     Returns:
         The images of each round, a shard each, and the keys of the images to show.
     """
-    random = Random(copy.seed)
+    random, counter = Random(copy.seed), sample.SampleCounter(copy.source)
     shards: list[list[Piece]] = []
     keys: list[str] = []
     size = num_images
     while len(keys) < num_images and len(shards) < MAX_ROUNDS:
-        drawn = {piece for shard in shards for piece in shard}
-        new = [piece for piece in sample.draw_pieces(pieces, size, random=random) if piece not in drawn]
+        drawn = [piece for shard in shards for piece in shard]
+        new = sample.draw_pieces(pieces, size, random=random, counter=counter, without=drawn)
         if not new:
             break
         shards.append(new)

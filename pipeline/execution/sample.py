@@ -11,10 +11,9 @@ import tempfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import nlargest
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -27,12 +26,12 @@ from pipeline.execution.shard_maker import ShardMaker
 from pipeline.execution.signals import stop_on_signal
 from pipeline.progress import ProgressMeter
 from pipeline.records import Piece, Planned, Stat
-from pipeline.sections import Run
+from pipeline.sections import Plugin, Run
 from pipeline.storage.plan import Plan
 from pipeline.storage.tables import Provenance, write_rows
 
-NUM_FILES = 8  # from which images are drawn where only reading tells how many a file holds
-BYTES_PER_IMAGE = 400_000  # more than usual, so that a range drawn within a file of unknown length is within it
+NUM_RANGES = 8  # of images that are drawn together where only reading tells how many a file holds
+BYTES_PER_IMAGE = 400_000  # more than usual, so that a range drawn within a file that is not counted is within it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,24 @@ class Timing:
         return sum(stat.seconds for stat in self.stats)
 
 
+class SampleCounter:
+    """Counts the samples of files of which the plan does not know how many they hold, where that costs little."""
+
+    def __init__(self, source: Plugin) -> None:
+        self.counts: dict[Piece, int] = {}  # of the pieces that were counted
+        self._source = source
+
+    def count(self, piece: Piece) -> int | None:
+        """The number of samples in a piece; None when only reading all of it would tell."""
+        if piece.num_samples is not None:
+            return piece.num_samples
+        if piece not in self.counts and (count := getattr(self._source.module, "count", None)):
+            num = count(piece, self._source.config)
+            if num is not None:
+                self.counts[piece] = max(0, num - piece.start)
+        return self.counts.get(piece)
+
+
 def read_pieces(run: Run) -> list[Piece]:
     """The pieces of the whole plan, or, before there is one, of the corpus."""
     path = run.folder / "plan.parquet"
@@ -60,11 +77,17 @@ def read_pieces(run: Run) -> list[Piece]:
     return [Piece(**row) for batch in columns.to_batches() for row in batch.to_pylist()]
 
 
-def draw_pieces(pieces: Sequence[Piece], num: int, *, random: Random) -> list[Piece]:
+def draw_pieces(
+    pieces: Sequence[Piece], num: int, *, random: Random, counter: SampleCounter, without: Collection[Piece] = ()
+) -> list[Piece]:
     """Draws `num` images without replacement, each image of the corpus with the same probability, in its order.
 
-    Where only reading tells how many images a file holds, it draws up to NUM_FILES files, with probabilities in
-    proportion to their bytes, and from each a range at a random position.
+    Where only reading tells how many images a file holds, it draws up to NUM_RANGES files, with probabilities in
+    proportion to their bytes, and from each as many ranges as make NUM_RANGES together, spread over the file. Files
+    that the source cannot count either (remote and compressed ones) give images of their first part.
+
+    Args:
+        without: pieces that were drawn before; what overlaps them is left out.
 
     Raises:
         RefusedError: there are no images.
@@ -73,10 +96,18 @@ def draw_pieces(pieces: Sequence[Piece], num: int, *, random: Random) -> list[Pi
         raise RefusedError("plan.parquet holds no images; is source.path right? `recap plan` reads the corpus again")
     counts = [piece.num_samples for piece in pieces]
     if None in counts:
-        return _draw_ranges(pieces, num, random)
-    ends = list(accumulate(count or 0 for count in counts))
-    drawn = sorted(random.sample(range(ends[-1]), min(num, ends[-1])))
-    return [_pick_image(pieces, ends, index) for index in drawn]
+        found = _draw_ranges(pieces, num, random, counter)
+    else:
+        ends = list(accumulate(count or 0 for count in counts))
+        drawn = sorted(random.sample(range(ends[-1]), min(num, ends[-1])))
+        found = [_pick_image(pieces, ends, index) for index in drawn]
+    return [piece for piece in found if not any(_overlap(piece, other) for other in without)]
+
+
+def _overlap(piece: Piece, other: Piece) -> bool:
+    if piece.file != other.file:
+        return False
+    return (other.stop is None or piece.start < other.stop) and (piece.stop is None or other.start < piece.stop)
 
 
 def split_pieces(pieces: Sequence[Piece], num: int) -> tuple[list[Piece], list[Piece]]:
@@ -98,22 +129,44 @@ def _pick_image(pieces: Sequence[Piece], ends: Sequence[int], index: int) -> Pie
     return dataclasses.replace(piece, start=start, stop=start + 1)
 
 
-def _draw_ranges(pieces: Sequence[Piece], num: int, random: Random) -> list[Piece]:
+def _draw_ranges(pieces: Sequence[Piece], num: int, random: Random, counter: SampleCounter) -> list[Piece]:
     local = [piece for piece in pieces if "://" not in piece.file] or pieces[:1]  # remote files are downloaded whole
     local = [piece for piece in local if piece.num_bytes != 0] or local
     # Efraimidis and Spirakis (2006): the highest keys are a draw without replacement by weight.
     keys = [math.log(1 - random.random()) / (piece.num_bytes or 1) for piece in local]
-    chosen = nlargest(min(NUM_FILES, num), range(len(local)), key=keys.__getitem__)
-    share = -(-num // len(chosen))
-    return [_draw_range(local[n], share, random) for n in sorted(chosen)]
+    order = sorted(range(len(local)), key=keys.__getitem__, reverse=True)
+    room: dict[int, int] = {}  # in each chosen file; as much as is wanted in one that is not counted
+    for n in order:
+        if len(room) >= min(NUM_RANGES, num) and sum(room.values()) >= num:
+            break
+        count = counter.count(local[n])
+        room[n] = num if count is None else count
+    shares = _share_out(num, room)
+    parts = -(-NUM_RANGES // len(room))
+    return [part for n in sorted(room) for part in _spread_ranges(local[n], shares[n], parts, random, counter)]
 
 
-def _draw_range(piece: Piece, share: int, random: Random) -> Piece:
-    num = piece.num_samples
-    last = (piece.num_bytes or 0) // BYTES_PER_IMAGE if num is None else num
-    start = piece.start + random.randrange(max(1, last - share + 1))
-    stop = start + share
-    return dataclasses.replace(piece, start=start, stop=stop if piece.stop is None else min(stop, piece.stop))
+def _share_out(num: int, room: Mapping[int, int]) -> dict[int, int]:
+    """`num` images over files as evenly as there is room."""
+    shares: dict[int, int] = {}
+    for place, n in enumerate(sorted(room, key=room.__getitem__)):
+        shares[n] = min(room[n], -(-(num - sum(shares.values())) // (len(room) - place)))
+    return shares
+
+
+def _spread_ranges(piece: Piece, num: int, parts: int, random: Random, counter: SampleCounter) -> Iterator[Piece]:
+    """Ranges of `num` images in all, one at a random position of each equal part of the piece."""
+    count = counter.count(piece)
+    if count is None:
+        start = piece.start + random.randrange(max(1, (piece.num_bytes or 0) // BYTES_PER_IMAGE - num + 1))
+        yield dataclasses.replace(piece, start=start, stop=start + num)
+        return
+    parts = min(parts, num)
+    for part in range(parts):
+        first, last = (piece.start + edge * count // parts for edge in (part, part + 1))
+        share = (part + 1) * num // parts - part * num // parts
+        start = random.randint(first, last - share)
+        yield dataclasses.replace(piece, start=start, stop=start + share)
 
 
 @contextmanager

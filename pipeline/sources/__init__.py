@@ -11,6 +11,9 @@ A source is a module with four names:
   is known. A sample that cannot be read is a `Raw` with an error and no data, never an exception; an exception means
   that the machine failed (a disk, a network) and that the shard is to be retried.
 
+A source with such files may also have `count(piece, config) -> int | None`: how many samples one holds, where that can
+be told without reading it; `recap try` and `recap estimate` draw from what it counts.
+
 A source whose pieces are named relative to a directory that may be moved, or whose images stay where they are, also has
 
 - `find_times(config) -> Iterator[tuple[str, float, float]]`: planned files, when each or what describes it last

@@ -63,6 +63,17 @@ def is_in_place(piece: Piece, config: Config) -> bool:
     return _tars.is_plain(place(piece.file, config))
 
 
+def count(piece: Piece, config: Config) -> int | None:
+    """The rows of the shard's Parquet; None where it is remote or cannot be read."""
+    if not is_in_place(piece, config):
+        return None
+    try:
+        with _files.open_file(_locate_table(piece, config)) as stream:
+            return int(_parquet.open_table(stream).metadata.num_rows)
+    except (BrokenParquetError, FileNotFoundError):
+        return None
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The rows of the shard's Parquet, in its order, then samples that only the tar has."""
     with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:

@@ -53,6 +53,14 @@ def is_in_place(piece: Piece, config: Config) -> bool:
     return _tars.is_plain(place(piece.file, config))
 
 
+def count(piece: Piece, config: Config) -> int | None:
+    """The samples of a plain local tar, from its headers; None for another, which would be unpacked or fetched."""
+    if not is_in_place(piece, config):
+        return None
+    with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:
+        return sum(1 for _ in _list_samples(tar, config))
+
+
 def read(piece: Piece, config: Config) -> Iterator[Raw]:
     """The samples of a tar, in its order; then the images that none of them takes, unless the config chooses."""
     with _tars.open_tar(place(piece.file, config), scratch=config.scratch, max_bytes=config.max_tar_bytes) as tar:

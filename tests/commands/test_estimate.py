@@ -53,8 +53,17 @@ def test_images_of_files_of_unknown_length_are_counted_by_their_bytes(tmp_path: 
     assert make(run, "ingest").exit_code == 0
     images = list(tables.read_rows(run / "image" / "00000.parquet", Image))
     sizes = sum((image.num_bytes or 0) + estimate.MEMBER_BYTES for image in images)
-    found = estimate.count_images([Piece(file="a.tar", num_bytes=sizes * 50)], images)
+    found = estimate.count_images([Piece(file="a.tar", num_bytes=sizes * 50)], images, {})
     assert found.value == pytest.approx(200) and found.low < 200 < found.high
+
+
+def test_counted_files_tell_the_number_of_images() -> None:
+    pieces = [Piece(file=f"{n}.tar", num_bytes=1000 + n) for n in range(20)]
+    all_counted = dict.fromkeys(pieces, 10)
+    assert estimate.count_images(pieces, [], all_counted) == exact(200)
+    some = {piece: 10 + n % 3 for n, piece in enumerate(pieces) if n % 2}
+    found = estimate.count_images(pieces, [], some)
+    assert found.low < 220 < found.high and found.high - found.low < 40
 
 
 @pytest.mark.slow
@@ -86,6 +95,8 @@ def test_no_image_of_tars_is_estimated_twice(tmp_path: Path) -> None:
     values = {**sections(photos), "source": source, "curate": {"max_distance": 0}}
     run = begin(tmp_path / "run", values, seed=1)
     recap("estimate", "--images", 40, "--run", run)
-    found = {p["title"]: p for p in json.loads((run / "estimate.json").read_text())["passes"]}
+    stored = json.loads((run / "estimate.json").read_text())
+    assert stored["num_images"] == {"value": 60, "low": 60, "high": 60}
+    found = {p["title"]: p for p in stored["passes"]}
     assert found["caption:dense"]["rows"]["value"] == found["ingest"]["rows"]["value"] > 0
     assert found["caption:dense"]["output_tokens"]["value"] > 0

@@ -148,6 +148,13 @@ class TestEverySource:
         for piece in source.pieces(config):
             assert piece.num_samples in (None, len(list(source.read(piece, config))))
 
+    @pytest.mark.slow
+    def test_what_only_reading_tells_can_be_counted(self, source: ModuleType, tmp_path: Path) -> None:
+        config = SOURCES[source](tmp_path / "corpus", 8)
+        for piece in source.pieces(config):
+            if piece.num_samples is None:
+                assert source.count(piece, config) == len(list(source.read(piece, config)))
+
     def test_reads_the_same_samples_twice(self, source: ModuleType, tmp_path: Path) -> None:
         config = SOURCES[source](tmp_path / "corpus", 8)
         assert list(source.pieces(config)) == list(source.pieces(config))
