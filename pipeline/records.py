@@ -535,7 +535,10 @@ class Step(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Stat(Record):
-    """Statistics of one shard of one pass. Rewritten with its table; nothing depends on them."""
+    """Statistics of one shard of one pass. Rewritten with its table; nothing depends on them.
+
+    Seconds and tokens are those of all attempts: a kill loses at most what was not saved yet.
+    """
 
     table: ClassVar[str] = "stats"
 
@@ -544,9 +547,9 @@ class Stat(Record):
     caption: str  # for scores: the caption pass that was scored
     shard: int
     started_at: float  # seconds since 1970, UTC
-    seconds: float  # of process time in this attempt; two shards that overlap get half each
+    seconds: float  # of process time; two shards that overlap get half each
     num_rows: int
-    num_new_rows: int  # from this attempt; the others are from earlier ones
+    num_new_rows: int  # from the last attempt; the others are from earlier ones
     num_errors: int
     num_retries: int  # retries up the sampling ladder
     num_prompt_tokens: int

@@ -97,18 +97,17 @@ def _sample_stats(run: Path, p: Pass, done: Sequence[int]) -> list[Stat]:
     """The statistics of an even sample of the finished shards."""
     step = max(1, len(done) // SAMPLE_SIZE)
     paths = [table_path(run / "stats", p.folder, shard) for shard in done[::step]]
-    return [stat for path in paths for stat in _read_stats(path) if stat.num_new_rows]
+    return [stat for path in paths for stat in _read_stats(path)]
 
 
 def _compare_with_estimate(state: RunState, p: Pass, stats: Sequence[Stat]) -> str:
-    whole = [stat for stat in stats if stat.num_new_rows == stat.num_rows]  # made in one attempt
-    footers = [state.states.footer("image", stat.shard) for stat in whole]
+    footers = [state.states.footer("image", stat.shard) for stat in stats]
     return estimate.compare(
         estimate.read_estimate(state.run.folder),
         p.title,
         images=sum(footer.num_rows for footer in footers if footer),
-        tokens=sum(stat.num_prompt_tokens + stat.num_output_tokens for stat in whole),
-        seconds=sum(stat.seconds for stat in whole),
+        tokens=sum(stat.num_prompt_tokens + stat.num_output_tokens for stat in stats),
+        seconds=sum(stat.seconds for stat in stats),
     )
 
 
@@ -117,7 +116,7 @@ def _estimate_rate(stats: Sequence[Stat]) -> tuple[float, float] | None:
     if not stats:
         return None
     seconds = sum(stat.seconds for stat in stats)
-    return sum(stat.num_new_rows for stat in stats) / max(seconds, 1e-9), seconds / len(stats)
+    return sum(stat.num_rows for stat in stats) / max(seconds, 1e-9), seconds / len(stats)
 
 
 def _read_stats(path: Path) -> Iterator[Stat]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from heapq import merge
-from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ class Attempt:
     retry: frozenset[str]  # statuses whose rows are made again; without effect on tables without statuses
     stop: threading.Event
     meter: ProgressMeter
+    clock: Callable[[], float] = lambda: 0.0  # the seconds that it has taken so far
     before_commit: Callable[[], None] = lambda: None  # called when the table is written, before it is in place
 
     def __post_init__(self) -> None:
@@ -50,10 +50,15 @@ class Attempt:
         self.before_time = self.path.stat().st_mtime if self.before else 0.0  # when it was put in place, or before
         retry_of = (self.before.digest, *sorted(self.retry)) if self.retry and self.before else ()
         work = work_folder(self.run, self.p.folder, self.shard.number)
-        self.parts = Parts(work, self.p.record, self.provenance, retry_of=retry_of)
+        self.parts = Parts(work, self.p.record, self.provenance, retry_of=retry_of, clock=self.clock)
         self.tally = ShardTally(self.meter, max_error_share=self.p.max_error_share, counts_tokens=self.p.part != COPIES)
         if self.retry and self.before:
             self.shard.retry_of = (self.before.digest,)
+
+    @property
+    def is_retry(self) -> bool:
+        """True when rows of the table in place are carried into the new one."""
+        return bool(self.retry and self.before and self.before.provenance == self.provenance)
 
     def make(self, engines: Mapping[str, Engine]) -> bool:
         """Puts the table in place; returns False if another process did so first.
@@ -114,13 +119,16 @@ class Attempt:
 
     def _restore_rows(self) -> Iterator[Record]:
         """Rows that need not be made again: those of the table that is retried, and of earlier attempts."""
-        for row in chain(self.parts.carry(self._read_unretried), self.parts.adopt()):
+        for row in self.parts.carry(self._read_unretried):
+            self.tally.restore(row, is_carried=True)
+            yield row
+        for row in self.parts.adopt():
             self.tally.restore(row)
             yield row
 
     def _read_unretried(self) -> Iterator[Record]:
         """The rows of the table that is retried, without those that are made again; none if its provenance differs."""
-        if self.retry and self.before and self.before.provenance == self.provenance:
+        if self.is_retry:
             rows = tables.read_rows(self.path, self.p.record)
             yield from (row for row in rows if status_of(row) not in self.retry)
 
@@ -147,7 +155,7 @@ class Attempt:
         carried = self._read_unretried() if payload else ()
         for output in merge(carried, make_outputs(), key=attrgetter("id")):
             if payload and self.p.restore and output.id in done:
-                self.tally.restore(output)
+                self.tally.restore(output, is_carried=True)
                 yield payload.take(self.p.restore(self.shard, output))
                 continue
             row = make_storable(payload.take(output) if payload else output)

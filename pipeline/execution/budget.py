@@ -7,7 +7,7 @@ import time
 
 from pipeline.progress import format_count
 from pipeline.sections import Run
-from pipeline.storage import database
+from pipeline.storage import database, parts
 
 SPENT = "SELECT coalesce(sum(seconds), 0) / 3600, coalesce(sum(num_prompt_tokens + num_output_tokens), 0) FROM stats"
 
@@ -15,8 +15,8 @@ SPENT = "SELECT coalesce(sum(seconds), 0) / 3600, coalesce(sum(num_prompt_tokens
 class Budget:
     """The limits `max_hours` and `max_tokens`. Thread-safe.
 
-    What finished shards took is read from their statistics, once. Other processes that work at the same time count
-    from when they have finished a shard, in the next command.
+    What all shards took is read once, from the statistics of the finished and the saved rows of the unfinished. Other
+    processes that work at the same time count in the next command.
     """
 
     def __init__(self, run: Run, *, num_procs: int) -> None:
@@ -30,7 +30,8 @@ class Budget:
             return 0.0, 0
         with database.connect_run(run) as connection:
             ((hours, tokens),) = database.query_rows(connection, SPENT)
-        return float(hours), int(tokens)
+        seconds, more = parts.read_spent(run.folder)
+        return float(hours) + seconds / 3600, int(tokens) + more
 
     def spend(self, tokens: int) -> None:
         with self._lock:

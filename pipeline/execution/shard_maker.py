@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
+from pipeline.errors import BrokenTableError
 from pipeline.execution.attempt import Attempt
 from pipeline.execution.engine_pool import EnginePool
 from pipeline.execution.passes import COPIES, AllShards, Pass, Shard
@@ -46,7 +48,7 @@ class ShardMaker:
         started = self._stopwatch.start()
 
         def make_stat() -> None:
-            seconds = self._stopwatch.stop(started)
+            seconds = self._stopwatch.stop(started) + attempt.parts.adopted_seconds
             stats.append(
                 attempt.tally.make_stat(
                     stage=p.part if p.part == COPIES else p.stage,
@@ -55,6 +57,7 @@ class ShardMaker:
                     shard=number,
                     seconds=seconds,
                     waiting=engines.waiting(p.engines),
+                    retried=self._read_retried(p, number) if attempt.is_retry else None,
                 )
             )
 
@@ -80,6 +83,7 @@ class ShardMaker:
             retry=self.retry,
             stop=self.stop,
             meter=meter,
+            clock=partial(self._stopwatch.read, started),
             before_commit=save_stat,
         )
         try:
@@ -88,3 +92,9 @@ class ShardMaker:
             if not stats:
                 make_stat()
         return ShardResult(stat=stats[0], overtaken=overtaken)
+
+    def _read_retried(self, p: Pass, number: int) -> Stat | None:
+        """The statistics of the table that is made again."""
+        with suppress(FileNotFoundError, BrokenTableError):  # nothing but sums depends on them
+            return next(tables.read_rows(table_path(self.states.run.folder / "stats", p.folder, number), Stat), None)
+        return None

@@ -31,6 +31,10 @@ class SharedStopwatch:
         """Returns what `stop` needs."""
         return self._change_running(1)
 
+    def read(self, started: float) -> float:
+        """Seconds of the attempt so far."""
+        return self._change_running(0) - started
+
     def stop(self, started: float) -> float:
         """Seconds of the attempt."""
         return self._change_running(-1) - started
@@ -56,9 +60,11 @@ class ShardTally:
         self.examples: dict[str, str] = {}
         self.extensions: Counter[str] = Counter()  # of the corpus's files that failed
 
-    def restore(self, row: Record) -> None:
-        """Counts a row of an earlier attempt."""
+    def restore(self, row: Record, *, is_carried: bool = False) -> None:
+        """Counts a row of an earlier attempt; one that is carried from the table that is retried cost nothing since."""
         self._count_status(row)
+        if not is_carried:
+            self._count_tokens(row)
         self.meter.add(0, 0, restored=1)
 
     def count(self, row: Record) -> None:
@@ -68,10 +74,7 @@ class ShardTally:
         """
         self._count_status(row)
         self.num_new += 1
-        if self._counts_tokens:
-            self.num_retries += max(0, getattr(row, "attempt", 1) - 1)
-            self.num_prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
-            self.num_output_tokens += getattr(row, "num_output_tokens", None) or 0
+        self._count_tokens(row)
         self.meter.count(row, counts_tokens=self._counts_tokens)
         if status_of(row) in row.failed:
             # Messages begin with what they have in common: "the answer is no JSON: Expecting value at 7".
@@ -85,6 +88,12 @@ class ShardTally:
         is_enough = num_rows >= MIN_ROWS or (num_failed > self.num_errors and self.num_rows >= MIN_ROWS)
         if is_enough and num_failed > self.max_error_share * num_rows:
             raise ShardFailedError(self._describe_failure())
+
+    def _count_tokens(self, row: Record) -> None:
+        if self._counts_tokens:
+            self.num_retries += max(0, getattr(row, "attempt", 1) - 1)
+            self.num_prompt_tokens += getattr(row, "num_prompt_tokens", None) or 0
+            self.num_output_tokens += getattr(row, "num_output_tokens", None) or 0
 
     def _count_status(self, row: Record) -> None:
         self.num_rows += 1
@@ -103,21 +112,30 @@ class ShardTally:
         return self.num_errors + num_excess, num_others + num_excess
 
     def make_stat(
-        self, *, stage: str, name: str, caption: str, shard: int, seconds: float, waiting: float | None
+        self,
+        *,
+        stage: str,
+        name: str,
+        caption: str,
+        shard: int,
+        seconds: float,
+        waiting: float | None,
+        retried: Stat | None = None,
     ) -> Stat:
+        """The statistics of the table, with what was spent on the one that it retries."""
         return Stat(
             stage=stage,
             name=name,
             caption=caption,
             shard=shard,
             started_at=self.started_at,
-            seconds=seconds,
+            seconds=seconds + (retried.seconds if retried else 0.0),
             num_rows=self.num_rows,
             num_new_rows=self.num_new,
             num_errors=self.num_errors,
             num_retries=self.num_retries,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_output_tokens=self.num_output_tokens,
+            num_prompt_tokens=self.num_prompt_tokens + (retried.num_prompt_tokens if retried else 0),
+            num_output_tokens=self.num_output_tokens + (retried.num_output_tokens if retried else 0),
             waiting=waiting,
             host=platform.node(),
             pid=os.getpid(),

@@ -245,7 +245,7 @@ ANSWERS = """
     FROM answered ORDER BY name, caption, first, criterion, mean DESC NULLS LAST, num DESC, verdict"""
 COSTS = """
     SELECT concat_ws(':', stage, nullif(name, ''), nullif(caption, '')), count(*), sum(num_rows)::BIGINT,
-        sum(num_new_rows) / nullif(sum(seconds) FILTER (num_new_rows > 0), 0), sum(seconds), sum(num_errors)::BIGINT,
+        sum(num_rows) / nullif(sum(seconds), 0), sum(seconds), sum(num_errors)::BIGINT,
         sum(num_retries)::BIGINT, sum(num_prompt_tokens)::BIGINT, sum(num_output_tokens)::BIGINT, avg(waiting),
         max(started_at + seconds)
     FROM stats GROUP BY stage, name, caption ORDER BY min(started_at), stage, name, caption"""

@@ -25,16 +25,33 @@ from pipeline.storage.layout import is_old, sweep_unfinished
 
 MAX_AGE = 20.0  # seconds that a finished row waits for its part: at most this much finished work is lost by a kill
 MAX_ROWS = 5_000  # rows held in memory
+SECONDS_KEY = "recap.seconds"  # in a part's Parquet footer: of its attempt since the part before
+TOKENS = ("num_prompt_tokens", "num_output_tokens")
 
 
 class Parts:
     """The rows of one shard of one pass, while they are being made."""
 
     def __init__(
-        self, folder: Path, record: type[Record], provenance: tables.Provenance, *, retry_of: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        record: type[Record],
+        provenance: tables.Provenance,
+        *,
+        retry_of: tuple[str, ...] = (),
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`retry_of` has the digest of the table that is retried, and the statuses; () where a table is made."""
+        """
+        Args:
+            folder: for the parts.
+            record: of their rows.
+            provenance: of the table to make.
+            retry_of: the digest of the table that is retried, and the statuses; () where a table is made.
+            clock: the seconds that the attempt has taken so far.
+        """
         self.folder = folder
+        self.adopted_seconds = 0.0  # that the adopted parts took
+        self._clock, self._saved_seconds = clock, 0.0
         self._retry = "".join(f"-{text}" for text in retry_of)
         self._record, self._provenance = record, provenance
         self._adopted: list[Callable[[], Iterator[Record]]] = []
@@ -53,6 +70,7 @@ class Parts:
             except BrokenTableError:
                 path.unlink(missing_ok=True)  # a part is only a cache: its rows are made again
                 continue
+            self.adopted_seconds += _read_seconds(path)
             yield from self.carry(partial(self._read_good_rows, path))
 
     def _read_good_rows(self, path: Path) -> Iterator[Record]:
@@ -75,7 +93,15 @@ class Parts:
         """Saves all finished rows."""
         if self._rows:
             path = self.folder / f"{self._prefix}-{uuid.uuid4().hex[:12]}.parquet"
-            tables.write_rows(path, self._record, self._rows, self._provenance, durable=False)
+            seconds = self._clock()
+            with (
+                tables.open_atomic(path, durable=False) as file,
+                tables.TableWriter(file, self._record, self._provenance) as writer,
+            ):
+                for row in self._rows:
+                    writer.add(row)
+                writer.add_metadata({SECONDS_KEY: repr(seconds - self._saved_seconds)})
+            self._saved_seconds = seconds
             self._own.append(path)
             self._rows = []
         self._since = time.monotonic()
@@ -107,6 +133,29 @@ class Parts:
     def _prefix(self) -> str:
         fingerprint = self._provenance.fingerprint[:16]
         return f"{fingerprint}_{hashlib.sha256(self._retry.encode()).hexdigest()[:16]}" if self._retry else fingerprint
+
+
+def _read_seconds(path: Path) -> float:
+    """The seconds of its attempt that a part has; 0 for one of an earlier version."""
+    import pyarrow.parquet as pq
+
+    return float((pq.read_metadata(path).metadata or {}).get(SECONDS_KEY.encode(), 0.0))
+
+
+def read_spent(run: Path) -> tuple[float, int]:
+    """The seconds and tokens of all finished rows of unfinished shards."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    seconds, tokens = 0.0, 0
+    for path in (run / ".work").rglob("*.parquet"):
+        with suppress(OSError, pa.ArrowException):  # it was adopted and removed, or is damaged and will be
+            seconds += _read_seconds(path)
+            names = set(TOKENS).intersection(pq.read_schema(path).names)
+            rows = pq.read_table(path, columns=sorted(names))
+            tokens += sum(pc.sum(column).as_py() or 0 for column in rows.columns)
+    return seconds, tokens
 
 
 def write_failure(folder: Path, message: str) -> None:
