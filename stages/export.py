@@ -106,6 +106,7 @@ def passes(run: Run) -> Iterable[Pass]:
         work=partial(work, settings=settings, num_threads=run.num_cores),
         payload=partial(_open_payload, settings=settings),
         finish=finish,
+        check=partial(_check_settings, run, settings),
         whole_files=(*WHOLE_FILES, *list_indexes(settings)),
     )
     if not settings.is_divided:
@@ -121,6 +122,7 @@ def passes(run: Run) -> Iterable[Pass]:
         work=partial(select, settings=settings),
         payload=no_payload,
         finish=None,
+        check=None,
         whole_files=(),
     )
     yield replace(
@@ -418,6 +420,16 @@ def _cut_text(text: KeptText, settings: Config, count: Count | None) -> Exported
         num_tokens=excerpt.num_tokens,
         cut=excerpt.cut,
     )
+
+
+def _check_settings(run: Run, settings: Config) -> None:
+    """Finds before the first caption what would only be found after the last.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
+    """
+    if settings.tokenizer:
+        _load_counter(run, settings.tokenizer)
 
 
 def _load_counter(run: Run, name: str) -> Count:

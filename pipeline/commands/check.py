@@ -16,6 +16,7 @@ from random import Random
 from typing import Any, Literal
 
 from pipeline import config
+from pipeline.commands import push
 from pipeline.errors import EngineDiedError, MachineError, UserError
 from pipeline.execution import sample
 from pipeline.execution.pass_graph import select_passes
@@ -25,7 +26,7 @@ from pipeline.progress import format_bytes, say
 from pipeline.records import Piece, Raw, status_of
 from pipeline.sections import Run
 from pipeline.slurm import limits, scheduler
-from pipeline.storage import tables
+from pipeline.storage import stores, tables
 from pipeline.storage.layout import table_path
 from pipeline.storage.plan import explain_shard_size
 
@@ -90,6 +91,9 @@ def check_quickly(state: RunState, passes: Sequence[Pass]) -> Iterator[Finding]:
         yield _check_source(state)
     for name in dict.fromkeys(name for p in passes for name in p.engines):
         yield _check_engine(state.run, name, [p for p in passes if name in p.engines])
+    yield from _check_settings(passes)
+    if any(p.stage == "export" for p in passes) and (target := state.run.sections["export"][""].url):
+        yield _check_target(target, where=f"{state.run.file}: export.url")
     yield _check_disk(state)
     yield _check_handles(state.run, passes)
 
@@ -154,6 +158,29 @@ def _check_engine(run: Run, name: str, passes: Sequence[Pass]) -> Finding:
         )
         return Finding(kind="doubtful", where=plugin.where, message=message)
     return Finding(kind="fine", where=plugin.where, message=found.summary)
+
+
+def _check_settings(passes: Sequence[Pass]) -> Iterator[Finding]:
+    """What passes themselves look up beforehand, such as a tokenizer."""
+    for p in passes:
+        try:
+            if p.check:
+                p.check()
+        except UserError as error:
+            yield Finding(kind="wrong", where=p.title, message=str(error))
+        except MachineError as error:
+            yield Finding(kind="doubtful", where=p.title, message=str(error))
+
+
+def _check_target(target: str, *, where: str) -> Finding:
+    """Looks at where `recap run all` uploads the export to, in the end."""
+    try:
+        push.check_target(target)
+    except UserError as error:
+        return Finding(kind="wrong", where=where, message=str(error))
+    except MachineError as error:
+        return Finding(kind="doubtful", where=where, message=str(error))
+    return Finding(kind="fine", where=where, message=f"{stores.hide_credentials(target)} answers")
 
 
 def _find_max_tokens(value: Any) -> int:

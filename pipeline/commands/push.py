@@ -97,6 +97,26 @@ def push_export(run: Run, target: str, *, is_private: bool = False) -> str:
     return target
 
 
+def check_target(target: str) -> None:
+    """Finds, without writing, what would stop an upload.
+
+    Raises:
+        UserError: the target's name is wrong, or no installed package reaches it.
+        MachineError: it does not answer, is not there, or does not let us in.
+    """
+    if "://" in target and not target.startswith(HUB):
+        stores.require_bucket(target)
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    repository = target.removeprefix(HUB)
+    with _translate_hub_errors(repository):
+        validate_repo_id(repository)
+    if get_token() is None:
+        raise MachineError("no token of the Hub is here; log in with `hf auth login`, or set HF_TOKEN")
+
+
 def list_files(run: Path) -> list[ExportFile]:
     """All files of the export, the list of digests last.
 

@@ -271,6 +271,7 @@ class Pass:
     restore: Callable[[Shard, Any], Any] | None = field(default=None, repr=False)  # the output that has a finished row
     finish: Callable[[Run, bool], None] | None = field(default=None, repr=False)  # after the last shard; True: some new
     whole_files: tuple[str, ...] = ()  # of the whole run, relative to it, that `finish` writes
+    check: Callable[[], None] | None = field(default=None, repr=False)  # raises early what its work would raise late
     close: Callable[[], None] | None = field(default=None, repr=False)  # releases what its work holds open
 
     @property

@@ -85,6 +85,19 @@ def list_folder(url: str) -> dict[str, int | None]:
     return dict(sorted(names.items()))
 
 
+def require_bucket(url: str) -> None:
+    """
+    Raises:
+        ConfigError: no installed package opens such URLs.
+        MachineError: the store does not answer, does not let us in, or has no such bucket.
+    """
+    filesystem, path = connect(url, field="url")
+    with translate_errors(url):
+        bucket = path.lstrip("/").partition("/")[0]
+        if url.partition("://")[0] in EXTRAS and not filesystem.exists(bucket):
+            raise MachineError(f"{url}: there is no bucket {bucket!r}; make it, or correct the name")
+
+
 def find_files(url: str) -> Iterator[tuple[str, int | None]]:
     """The URLs and sizes of the files that a glob matches, or of those below a directory, in order."""
     with translate_errors(url):

@@ -48,18 +48,13 @@ ALT_TEXTS = f"""
     UNION ALL BY NAME SELECT i.key, {", ".join(f"i.{name}" for name in IMAGE_COLUMNS)}, '{RAW}' AS caption,
         alt_text AS text, count_words(alt_text) AS num_words{{columns}}
     FROM image AS i {{joins}} WHERE i.status = 'ok' AND trim(alt_text) <> ''"""
-# The lowest score of the top share of raw texts, within 1/65536 of the scores' range, in bounded memory.
+# The lowest score of the top share of raw texts, by rank, so that no outlier moves it; DuckDB sorts on disk if it must.
 THRESHOLD = """
     WITH texts AS ({rows} {alt_texts}), scored AS (
         SELECT ({raw_score})::DOUBLE AS score FROM texts WHERE caption = {raw} AND (status = 'ok' OR candidate IS NULL)
     ), finite AS (FROM scored WHERE isfinite(score)),
-    whole AS (SELECT min(score) AS low, max(score) AS high, count(*) AS num FROM finite),
-    bins AS (
-        SELECT floor(65535 * (score - low) / nullif(high - low, 0)) AS bin, min(score) AS score, count(*) AS size
-        FROM finite, whole GROUP BY bin
-    )
-    SELECT max(score) FROM (SELECT score, sum(size) OVER (ORDER BY score DESC) AS above FROM bins), whole
-    WHERE above >= {share} * num"""
+    rank AS (SELECT greatest(0, ceil({share} * count(*)) - 1)::BIGINT AS last FROM finite)
+    SELECT (SELECT score FROM finite ORDER BY score DESC LIMIT 1 OFFSET (SELECT last FROM rank))"""
 THRESHOLD_FILE = "raw_score.json"
 
 

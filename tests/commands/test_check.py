@@ -181,6 +181,19 @@ def mistype_key(world: World) -> None:
     world.use({"kind": "echo", "texts": "x"})
 
 
+def mistype_tokenizer(world: World) -> None:
+    world.monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    world.use({"kind": "echo"}, export={"tokenizer": "openai/no-such-clip", "max_tokens": 77})
+
+
+def mistype_store(world: World) -> None:
+    world.use({"kind": "echo"}, export={"url": "s4://bucket/name"})
+
+
+def mistype_repository(world: World) -> None:
+    world.use({"kind": "echo"}, export={"url": "hf://datasets/one/two/three"})
+
+
 def ask_for_too_long(world: World) -> None:
     programs = world.folder / "bin"
     programs.mkdir()
@@ -215,6 +228,9 @@ MISTAKES: dict[Callable[[World], None], str] = {
     damage_plan: r"run\.toml: .*plan\.parquet is damaged",
     mistype_recipe: r"run\.toml: recipes/mine\.toml: prompts: unknown key; did you mean 'prompt'",
     mistype_key: r"run\.toml: .*engines\.captioner\.texts: unknown key; did you mean 'text'",
+    mistype_tokenizer: r"export: .*export\.tokenizer: 'openai/no-such-clip' is not a folder with a tokenizer\.json",
+    mistype_store: r"export\.url: url: 's4://bucket/name' cannot be opened: Protocol not known",
+    mistype_repository: r"export\.url: 'one/two/three' is not a repository of the Hub",
     ask_for_too_long: r"slurm\.time: 1-00:00:00 is longer than gpu allows, MaxTime=04:00:00",
 }
 

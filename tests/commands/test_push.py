@@ -12,8 +12,9 @@ from threading import Event
 
 import pytest
 
+from pipeline.commands import push
 from pipeline.commands.push import FILES_PER_COMMIT, LAST, ExportFile, push_to_store
-from pipeline.errors import StoppedError
+from pipeline.errors import MachineError, StoppedError
 from pipeline.storage import stores
 from tests.support import object_store
 from tests.support.hub import serve_hub
@@ -63,6 +64,12 @@ def kill_when(condition: Callable[[], bool], *arguments: object, **env: str) -> 
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def test_a_bucket_that_is_not_there_is_found_beforehand(store: dict[str, str]) -> None:
+    push.check_target(f"s3://{object_store.BUCKET}/new")
+    with pytest.raises(MachineError, match="there is no bucket 'no-such-bucket'; make it, or correct the name"):
+        push.check_target("s3://no-such-bucket/new")
 
 
 def test_an_export_is_uploaded_whole_and_only_once(run: Path, store: dict[str, str]) -> None:

@@ -99,6 +99,13 @@ def test_alt_texts_of_the_top_share_of_the_whole_run_replace_captions(captioned:
     assert recap("verify", "--run", captioned).stdout == ""
 
 
+def test_one_outlier_leaves_the_share_of_alt_texts_as_it_is(captioned: Path) -> None:
+    """Scores in bins of equal width were all in one."""
+    number = "regexp_extract(alt_text, '\\d+')::INTEGER"
+    rows = export(captioned, raw_top=0.4, raw_score=f"CASE WHEN {number} = 27 THEN 1e12 ELSE {number} END")
+    assert sum(row.caption_pass == "raw" for row in rows) == 4
+
+
 def test_captions_are_cut_to_the_tokens_of_a_model_and_samples_have_weights(captioned: Path) -> None:
     rows = export(captioned, texts="all", tokenizer="scenes-captioner", max_tokens=12, weight="judge + num_words")
     assert max(row.num_tokens for row in rows) <= 12 < max(row.num_tokens + row.cut for row in rows)
