@@ -90,7 +90,11 @@ class Request:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model that answers requests. `generate` may be called from several threads; they share one budget."""
+    """A model that answers requests. `generate` may be called from several threads; they share one budget.
+
+    An engine that waits for servers has `heed(stop: threading.Event)` too: once the event is set, it finishes what is
+    in flight and waits no longer for a server that is gone.
+    """
 
     model: str
     revision: str

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 HOW_TO_INSTALL = "pip install 'recap-pipeline[openai]'"
 FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further one ...
 MAX_DELAY = 15.0  # ... up to this
+STOP_SECONDS = 0.5  # after which a wait sees that the command is asked to stop
 MAX_REDIRECTS = 3  # of one request
 DETECTION = "repetition_detection"  # vLLM's field, which other servers ignore or reject
 BAD_REQUEST = frozenset({400, 413, 414, 415, 422})  # the request is wrong
@@ -142,6 +144,9 @@ class OpenAI(ScheduledEngine):
             num_threads=config.threads,
         )
         self._scheduler = RequestScheduler(bounds, prepare=self._prepare, ask=self._ask, loop=self._loop)
+
+    def heed(self, stop: threading.Event) -> None:
+        self._client.stop = stop
 
     def close(self) -> None:
         self._scheduler.close()
@@ -249,6 +254,7 @@ class _Client:
         self._servers: list[_Server] = []
         self._health = _Health(config.give_up_after)
         self._session: aiohttp.ClientSession | None = None
+        self.stop = threading.Event()  # set once servers that are gone are not waited for
 
     async def close(self) -> None:
         for server in self._servers:
@@ -274,8 +280,7 @@ class _Client:
                 num_failures += 1
                 if num_failures >= self._config.num_tries and await self._is_healthy(server):
                     raise BadRequestError(f"failed {num_failures} times, the last time: {error}") from error
-                self._health.record_failure(str(error))
-                await asyncio.sleep(max(error.wait, self._choose_delay(num_failures)))
+                await self._wait_after(str(error), max(error.wait, self._choose_delay(num_failures)))
             else:
                 self._health.record_success()
                 return reply
@@ -291,8 +296,19 @@ class _Client:
             if up := [server for server in self._servers if not server.is_down]:
                 return min(up, key=lambda server: (server.num_in_flight, server.num_sent))
             missing = f"{self._config.base_url} does not exist or cannot be read; `recap serve` writes it"
-            self._health.record_failure(self._health.last_error if self._servers else missing)
-            await asyncio.sleep(self._choose_delay(3))
+            await self._wait_after(self._health.last_error if self._servers else missing, self._choose_delay(3))
+
+    async def _wait_after(self, error: str, seconds: float) -> None:
+        """
+        Raises:
+            EngineDiedError: no server has answered for `give_up_after` seconds, or the command is asked to stop.
+        """
+        self._health.record_failure(error)
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self.stop.is_set():
+                raise EngineDiedError(f"{error}; stopped without waiting for it")
+            await asyncio.sleep(min(left, STOP_SECONDS))
 
     def _update_servers(self) -> None:
         """Reads the URLs again while a server is down: a restarted one may have another port."""

@@ -14,8 +14,9 @@ from pipeline.sections import Plugin
 class EnginePool(Mapping[str, Engine]):
     """The engines of run.toml by name, opened on first use."""
 
-    def __init__(self, plugins: Mapping[str, Plugin]) -> None:
-        self._plugins, self._open = plugins, dict[str, Engine]()
+    def __init__(self, plugins: Mapping[str, Plugin], *, stop: threading.Event) -> None:
+        """`stop` is set once the command is asked to stop."""
+        self._plugins, self._open, self._stop = plugins, dict[str, Engine](), stop
         self._lock = threading.Lock()
         self.is_loading = False
 
@@ -27,7 +28,10 @@ class EnginePool(Mapping[str, Engine]):
                     model = getattr(plugin.config, "model_name", "")
                     with report_waiting(f"loading {name} ({plugin.kind} {model})"):
                         self.is_loading = True
-                        self._open[name] = plugin.module.open(plugin.config)
+                        engine = plugin.module.open(plugin.config)
+                    if heed := getattr(engine, "heed", None):
+                        heed(self._stop)
+                    self._open[name] = engine
                 except ConfigError as error:  # an engine knows its keys, but not its name in run.toml
                     raise ConfigError(plugin.where, str(error)) from error
                 finally:

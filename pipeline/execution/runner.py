@@ -88,7 +88,7 @@ class Runner:
         self._check_retry(passes)
         self.state.check_not_stale(passes)
         self._budget = Budget(self.state.run, num_procs=self.workers)
-        engines = EnginePool(self.state.run.engines)
+        engines = EnginePool(self.state.run.engines, stop=self._stop)
         self._pool = self._create_pool(passes) if self.workers > 1 else None
         try:
             with stop_on_signal(self._stop):
@@ -312,7 +312,7 @@ class WorkerJob:
         self._state = RunState(config.load(folder), shards=shards, stale=stale)
         self._stop = threading.Event()
         self._maker = ShardMaker(self._state.states, stop=self._stop, retry=retry)
-        self._engines = EnginePool(self._state.run.engines)
+        self._engines = EnginePool(self._state.run.engines, stop=self._stop)
         self._passes = {p.folder: p for p in self._state.passes}
         self._current: Pass | None = None
         self._lock = threading.Lock()

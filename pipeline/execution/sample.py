@@ -195,7 +195,8 @@ def make_passes(state: RunState, passes: Sequence[Pass]) -> Iterator[Timing]:
         StoppedError: a signal came.
         UserError, MachineError: an engine cannot be opened, or a shard failed.
     """
-    engines, stop = EnginePool(state.run.engines), threading.Event()
+    stop = threading.Event()
+    engines = EnginePool(state.run.engines, stop=stop)
     maker = ShardMaker(state.states, stop=stop, retry=frozenset())
     try:
         with stop_on_signal(stop):

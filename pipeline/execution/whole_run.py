@@ -54,7 +54,8 @@ def make_product(stage: ModuleType, state: RunState) -> Path:
 
 
 def _make_one(stage: ModuleType, state: RunState) -> Path:
-    engines, stop = EnginePool(state.run.engines), Event()
+    stop = Event()
+    engines = EnginePool(state.run.engines, stop=stop)
     try:
         with stop_on_signal(stop):
             path: Path = stage.make(state.run, engines, stale=state.stale, stop=stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,3 +68,26 @@ def test_a_second_signal_ends_the_command_while_its_engine_hangs(tmp_path: Path,
         child.send_signal(signal.SIGINT)
         _, words = child.communicate(timeout=60)  # the engine would take ten minutes
     assert (child.returncode, "stopped at once; the same command resumes" in words) == (75, True), words
+
+
+@pytest.mark.slow
+def test_the_first_signal_ends_a_command_whose_server_is_gone(tmp_path: Path) -> None:
+    """It waited on for `give_up_after`, ten minutes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    engine = {"kind": "openai", "model": "echo", "base_url": url}
+    photos = corpus(tmp_path / "photos", ["jpg"] * 3)
+    run = begin(tmp_path / "run", sections(photos) | {"engines.captioner": engine})
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "all", "--run", str(run)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr
+    for line in child.stderr:
+        if "retrying for" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    _, words = child.communicate(timeout=60)
+    assert (child.returncode, "SIGINT: finishing what is in flight" in words) == (75, True), words

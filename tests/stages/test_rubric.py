@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def test_served_models_write_and_judge(tiny_server: ModelServer, served_flags: d
         assert make(run, "score").exit_code == 0
         scores = list(tables.read_rows(run / "score/mine/student/00000.parquet", Score))
         num_answered = judge.num_answered()
-        model = train.make(loaded, EnginePool(loaded.engines))
+        model = train.make(loaded, EnginePool(loaded.engines, stop=threading.Event()))
         assert judge.num_answered() >= num_answered + 8
     assert len(scores) == 32 and any(score.status == "ok" for score in scores)
     assert all((score.value is None) == (score.status != "ok") for score in scores)
