@@ -64,6 +64,16 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileStatus:
+    """A file of the corpus as it is now. Times are seconds since 1970."""
+
+    file: str  # as in its pieces
+    changed_at: float  # the file, or what describes it
+    lost_at: float = 0.0  # the last time that it may have lost what described it
+    num_bytes: int | None = None  # where its pieces have it too
+
+
+@dataclass(frozen=True, kw_only=True)
 class Planned(Record):
     """One piece of one shard, in the frozen plan."""
 

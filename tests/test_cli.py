@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -258,11 +259,36 @@ def test_plan_names_what_was_edited_after_it_was_ingested(tmp_path: Path) -> Non
     metadata.unlink()
     stderr = recap("plan", "--run", run).stderr
     assert "6 images changed" in stderr
+    older = photos / "sub/00000.png"
+    older.write_bytes(older.read_bytes() + b" ")
+    os.utime(older, (1e9, 1e9))  # a file with an older time took its place
+    stderr = recap("plan", "--run", run).stderr
+    assert "7 images changed" in stderr
     (remedy,) = re.findall(r"again: rm (.*?), then `recap (.*?)`", stderr)
     for path in remedy[0].split():
         Path(path).unlink()
     assert recap(*remedy[1].split()).returncode == 0
     assert "they were ingested" not in recap("plan", "--run", run).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_plan_names_what_was_edited_in_files_of_many_images(tmp_path: Path, kind: str) -> None:
+    def write_corpus(names: str, seed: int) -> None:
+        rows = [(f"{name}.png", picture(seed if name == "b" else n)) for n, name in enumerate(names)]
+        if kind == "parquet":
+            table = pa.table({"image": [data for _, data in rows], "text": [name for name, _ in rows]})
+            pq.write_table(table, tmp_path / "00000.parquet")
+        else:
+            (tmp_path / "00000.tar").write_bytes(make_tar(dict(rows)))
+
+    write_corpus("abc", seed=7)
+    run = begin(tmp_path / "run", sections(tmp_path, source={"kind": kind, "path": f"{tmp_path}/0*"}))
+    assert make(run, "ingest").exit_code == 0
+    assert "they were ingested" not in recap("plan", "--run", run).stderr
+    write_corpus("abcd" if kind == "webdataset" else "abc", seed=8)
+    number = "2 images" if kind == "webdataset" else "1 image"
+    assert f"{number} changed, or what describes them, after they were ingested: " in recap("plan", "--run", run).stderr
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ be told without reading it; `recap try` and `recap estimate` draw from what it c
 
 A source whose pieces are named relative to a directory that may be moved, or whose images stay where they are, also has
 
-- `find_times(config) -> Iterator[tuple[str, float, float]]`: planned files, when each or what describes it last
-  changed, and when it may have lost what described it, for `recap plan` to find those that were edited;
+- `list_statuses(config) -> Iterator[FileStatus]`: the files as they are now, for `recap plan` to find those that were
+  edited;
 - `read_texts(piece, config) -> Raw`: the sample of a piece of one file, without its bytes;
 - `place(file, config) -> str`: the present path of a piece's `file`;
 - `is_in_place(piece, config) -> bool`: True when the images of a piece are files, or ranges of a file, that later

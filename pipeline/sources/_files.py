@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from pipeline import machine, progress
 from pipeline.errors import ConfigError, UnusableFileError
-from pipeline.records import Piece
+from pipeline.records import FileStatus, Piece
 from pipeline.sections import key
 from pipeline.sources import _common
 from pipeline.storage import stores
@@ -59,6 +59,14 @@ def find_files(paths: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterat
                 yield replace(piece, file=piece.file.removeprefix(f"{base}/")) if base else piece
         if is_empty:
             raise ConfigError(FIELD, f"{path!r} matches no file; files must end with {', '.join(endings)}")
+
+
+def list_statuses(paths: str | tuple[str, ...], endings: tuple[str, ...]) -> Iterator[FileStatus]:
+    """The local files that `find_files` finds, as they are now."""
+    for piece in find_files(paths, endings):
+        if not is_url(place := locate_file(piece.file, paths)):
+            status = Path(place).stat()
+            yield FileStatus(file=piece.file, changed_at=status.st_mtime, num_bytes=status.st_size)
 
 
 def locate_file(file: str, paths: str | tuple[str, ...]) -> str:

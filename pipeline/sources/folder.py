@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from pipeline import progress
 from pipeline.errors import BrokenParquetError, ConfigError, UnusableFileError
-from pipeline.records import Piece, Raw, replace_surrogates
+from pipeline.records import FileStatus, Piece, Raw, replace_surrogates
 from pipeline.sections import key
 from pipeline.sources import _common, _files, _parquet, _survey, _trees
 
@@ -110,7 +110,7 @@ def is_in_place(piece: Piece, config: Config) -> bool:
     return is_named and not _files.is_url(config.path)
 
 
-def find_times(config: Config) -> Iterator[tuple[str, float, float]]:
+def list_statuses(config: Config) -> Iterator[FileStatus]:
     """Each planned file of a local directory, when it, a sidecar or a metadata file above it last changed, and, where
     there is no sidecar, when the directory or one above it did: it may have lost a sidecar or a metadata file."""
     tree, described = _open_tree(config), {"": 0.0}  # directory -> the time of its metadata files and of those above it
@@ -131,7 +131,12 @@ def find_times(config: Config) -> Iterator[tuple[str, float, float]]:
             own = [times.get(one, 0.0) for one in (name, *odd.get(name, ()))]
             own += [stems[stem] for stem in (name, name.rpartition(".")[0]) if stem in stems]
             lost = listed[folder] if len(own) == 1 else 0.0
-            yield _escape_name(folder + name), max([described[folder], *own]), lost
+            yield FileStatus(
+                file=_escape_name(folder + name),
+                changed_at=max([described[folder], *own]),
+                lost_at=lost,
+                num_bytes=sizes[name],
+            )
 
 
 def read(piece: Piece, config: Config) -> Iterator[Raw]:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from pipeline.errors import BrokenParquetError, ConfigError
-from pipeline.records import Piece, Raw, replace_surrogates
+from pipeline.records import FileStatus, Piece, Raw, replace_surrogates
 from pipeline.sections import key
 from pipeline.sources import _common, _files, _parquet, _survey, _tars
 
@@ -51,6 +51,11 @@ def pieces(config: Config) -> Iterator[Piece]:
             message = f"there is no column {config.alt_text!r}; there are {', '.join(names)}"
             raise ConfigError("source.alt_text", message)
     yield from shards
+
+
+def list_statuses(config: Config) -> Iterator[FileStatus]:
+    """The local files as they are now."""
+    return _files.list_statuses(config.path, (".tar",))
 
 
 def place(file: str, config: Config) -> str:

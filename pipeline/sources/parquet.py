@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from pipeline.errors import BrokenParquetError, ConfigError, MachineError
-from pipeline.records import Piece, Raw
+from pipeline.records import FileStatus, Piece, Raw
 from pipeline.sections import key
 from pipeline.sources import _columns, _common, _files, _parquet, _survey
 
@@ -57,6 +57,11 @@ def pieces(config: Config) -> Iterator[Piece]:
             yield piece
             continue
         yield replace(piece, stop=stop)
+
+
+def list_statuses(config: Config) -> Iterator[FileStatus]:
+    """The local files as they are now."""
+    return _files.list_statuses(config.path, _survey.TABLES)
 
 
 def place(file: str, config: Config) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.records import Piece, Raw
+from pipeline.records import FileStatus, Piece, Raw
 from pipeline.sections import key
 from pipeline.sources import _common, _files, _survey, _tars
 
@@ -41,6 +41,11 @@ def pieces(config: Config) -> Iterator[Piece]:
         ConfigError: a path matches no tar.
     """
     return _files.find_files(config.path, _tars.ENDINGS)
+
+
+def list_statuses(config: Config) -> Iterator[FileStatus]:
+    """The local files as they are now."""
+    return _files.list_statuses(config.path, _tars.ENDINGS)
 
 
 def place(file: str, config: Config) -> str:
