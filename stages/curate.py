@@ -61,8 +61,8 @@ class Config:
     )
     exclude: tuple[str, ...] = key(
         (),
-        "drop copies and near duplicates of these pictures: directories of images, or text files whose lines begin "
-        "with a SHA-256 or a perceptual hash",
+        "drop copies and near duplicates of these pictures: directories of images, images, or text files whose lines "
+        "begin with a SHA-256 or a perceptual hash",
         locate="path",
     )
 
@@ -168,6 +168,12 @@ def prepare(shards: AllShards, folder: Path, *, config: Config, columns: frozens
     needs_groups = bool(columns & GROUP_COLUMNS.keys())
     images = read_images(shards, "true" if needs_groups or config.where is None else config.where, columns)
     excluded = list(read_excluded(map(Path, config.exclude), num_procs=shards.run.num_cores))
+    if excluded:
+        num_looks = sum(look is not None for _, look in excluded)
+        say(
+            f"recap: curate: exclude names {format_quantity(len(excluded), 'picture')}, {format_count(num_looks)} of"
+            " them with a perceptual hash; files that are flat, or no images, are found by their bytes alone"
+        )
     rows = group_images(images, excluded, config, num_threads=shards.run.num_cores, check_stop=shards.check_stop)
     if needs_groups and config.where is not None:
         _select_groups(rows, images.starts, shards, config.where, columns)

@@ -106,6 +106,16 @@ def test_the_selection_reads_images_and_groups(photos: Path, tmp_path: Path) -> 
     assert reasons(run)["z_flat.png"] == "where"
 
 
+def test_an_exclusion_that_would_exclude_nothing_is_refused(photos: Path, tmp_path: Path) -> None:
+    run = start(tmp_path, photos, exclude=["../benchmark"])
+    (tmp_path / "benchmark").mkdir()
+    with pytest.raises(ConfigError, match=r"curate\.exclude: .*benchmark has no files; write a folder of images"):
+        list_passes(config.load(run))
+    (tmp_path / "benchmark" / "00000.tar").write_bytes(b"x" * 600)
+    with pytest.raises(ConfigError, match=r"has 1 file \(\.tar\), none of them an image; unpack archives first"):
+        list_passes(config.load(run))
+
+
 def test_excluded_pictures_and_placeholders_are_dropped_whole(photos: Path, tmp_path: Path) -> None:
     benchmark = tmp_path / "benchmark"
     benchmark.mkdir()
@@ -127,6 +137,15 @@ def test_excluded_pictures_and_placeholders_are_dropped_whole(photos: Path, tmp_
     }
     assert {found["chelsea_0.jpg"], found["chelsea_1.jpg"]} == {"placeholder"}
     assert found["z_flat.png"] is None
+    write(run, sections(photos, source={"shard_size": 5}, curate={"exclude": ["../benchmark/a.jpg"]}))
+    assert (
+        "exclude names 1 picture, 1 of them with a perceptual hash"
+        in recap("run", "curate", "--run", run, "--stale", "redo").stderr
+    )
+    assert {key for key, reason in reasons(run).items() if reason == "excluded"} == {
+        key for key in found if key.startswith("coffee")
+    }
+    write(run, sections(photos, source={"shard_size": 5}, curate={"exclude": ["../benchmark", "../hashes.txt"]}))
     (tmp_path / "hashes.txt").write_text("rocket_0.jpg\n")
     with pytest.raises(ConfigError, match="line 1"):
         list_passes(config.load(run))
