@@ -58,7 +58,8 @@ def _require_images(folder: Path) -> None:
         raise ValueError(f"{folder} has no files; write a folder of images, or a text file of their hashes")
     if not any(map(_is_image, files)):
         found = ", ".join(sorted({file.suffix for file in files})[:NUM_EXAMPLES])
-        raise ValueError(f"{folder} has {format_quantity(len(files), 'file')} ({found}), none of them an image; unpack archives first")
+        number = format_quantity(len(files), "file")
+        raise ValueError(f"{folder} has {number} ({found}), none of them an image; unpack archives first")
 
 
 def _is_image(file: Path) -> bool:

@@ -9,6 +9,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pipeline.storage.payloads import SUMS, write_sums
 from stages.exporters import FormFile, put_text
 from stages.exporters._card import build_card
 from stages.exporters._croissant import build_croissant
-from stages.exporters._settings import Config, list_columns, list_folders, list_indexes, load_form
+from stages.exporters._settings import RESERVED, Config, list_columns, list_folders, list_indexes, load_form
 from stages.text.selection import describe_texts
 
 CARD = "export/README.md"
@@ -137,21 +138,38 @@ def _warn(run: Run, num_samples: int, num_older: int) -> None:
 
 def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
     """Removes what the training set no longer has from the forms' folders: numbered files and folders of files, and
-    indexes of earlier splits, or of the whole where there are splits now."""
+    indexes, of earlier splits, or of the whole where there are splits now."""
     listed = {name for footer in footers for name in footer.payload}
-    for _, folder in list_folders(settings):
-        numbers = {number for name in listed if name.startswith(folder) for number in find_numbers(name)}
-        for path in list_numbered(run / folder):
-            name = str(path.relative_to(run))
-            if name not in listed and not numbers.issuperset(find_numbers(name)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    current = listed.union(list_indexes(settings))  # a shard's own folder may hold an index too
+    numbers = {
+        folder: {number for name in listed if name.startswith(folder) for number in find_numbers(name)}
+        for _, folder in list_folders(settings)
+    }
+    for form in settings.formats:
+        root = run / "export" / form.rpartition(".")[2]
+        for path in list(list_numbered(root)):
+            first = path.relative_to(root).parts[0]
+            split = first if not find_numbers(first) and first not in RESERVED else ""  # of now or of before
+            current = numbers.get(f"{root.relative_to(run)}/{split and f'{split}/'}", set())
+            if current.issuperset(find_numbers(path.name)):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    whole = listed.union(list_indexes(settings))  # a shard's own folder may hold an index too
     for form in settings.formats:
         root = run / "export" / form.rpartition(".")[2]
         for index in getattr(load_form(form), "INDEXES", ()):
             for path in (root / index, *root.glob(f"*/{index}")):
-                if str(path.relative_to(run)) not in current:
+                if str(path.relative_to(run)) not in whole:
                     path.unlink(missing_ok=True)
+        _remove_empty(root)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the folder and those below it that hold nothing; numbered ones hold a shard's files."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and not find_numbers(entry.name):
+            _remove_empty(entry)
+    with suppress(OSError):  # it has files, or is not there
+        folder.rmdir()
 
 
 def list_numbered(folder: Path) -> Iterator[Path]:

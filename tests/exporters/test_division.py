@@ -221,3 +221,27 @@ def test_json_lines_name_images_of_their_own_file(captioned: Path, tmp_path: Pat
         for row in map(json.loads, path.read_text().splitlines()):
             assert row["images"][0].startswith(f"images/{path.stem}/")
             assert (run / "export/messages" / row["images"][0]).exists()
+
+
+def list_settled(run: Path) -> dict[str, bytes]:
+    """The exported files, without those of Lance that have an identity of their own, and the list of all."""
+    found = files(run / "export").items()
+    return {
+        name: data for name, data in found if not {"_versions", "_transactions", "SHA256SUMS"} & {*Path(name).parts}
+    }
+
+
+@pytest.mark.slow
+def test_splits_and_their_whole_leave_no_files_of_each_other(captioned: Path, tmp_path: Path) -> None:
+    """Folders of loose files of the whole stayed beside those of splits."""
+    run = export(captioned, tmp_path / "a")
+    whole = list_settled(run)
+    for split in ({"train": 0.8, "val": 0.2}, {"learn": 0.8, "val": 0.2}):
+        write(run, configure(run.parent / "photos", split=split))
+        recap("run", "export", "--stale", "redo", "--run", run)
+        again = export(captioned, tmp_path / "-".join(split), split=split)
+        assert list_settled(run) == list_settled(again)
+    write(run, configure(run.parent / "photos"))
+    recap("run", "export", "--stale", "redo", "--run", run)
+    assert list_settled(run) == whole
+    assert not [path for path in (run / "export").rglob("*") if path.is_dir() and not any(path.iterdir())]
