@@ -279,7 +279,7 @@ def run_stage(
         from pipeline.commands import push
 
         print(push.push_export(state.run, ""))
-    if is_whole and stage == "all":
+    if is_whole:
         say("\n".join(summary.format_end(state.run, is_new=outcome.done > 0)))
     raise typer.Exit(outcome.exit_code)
 
@@ -544,7 +544,8 @@ def submit_jobs(stages: Stages = None, run: RunOption = Path(), stale: StaleOpti
 def main() -> None:
     """The command `recap`."""
     try:
-        app([f" {word}" if is_sql_comment(word) else word for word in sys.argv[1:]], standalone_mode=True)
+        words = [f" {word}" if is_sql_comment(word) else word for word in sys.argv[1:]]
+        app(words, prog_name="recap", standalone_mode=True)
     except UserError as error:
         _print_error(error)
         sys.exit(2)

@@ -26,6 +26,7 @@ from stages import recipes
 from stages.text.conditions import (
     ORDER_BY,
     build_rows,
+    check_conditions,
     check_flags,
     check_query,
     find_finders,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 VERSION = 1
-NUM_BINS = 4096  # of a group's values, at most; values that far apart have quantiles of their own
+NUM_BINS = 4096  # of a group's captions, at most; the values of so few have quantiles of their own
 MAX_GROUPS = 10_000
 QUANTILES, QUANTILES_FILE = "quantiles", "quantiles.parquet"
 # No column of users has a blank in its name.
@@ -48,14 +49,19 @@ GROUPED = """
     SELECT *, coalesce(({balance})::VARCHAR, '') AS "balance group",
         CASE WHEN status = 'ok' AND isfinite(({by})::DOUBLE) THEN ({by})::DOUBLE END AS "balance value"
     FROM wide"""
-# For each bin's lowest value, the share of the group's captions in lower bins, and half of those in the same bin.
+# For each bin's lowest value, the share of the group's captions in lower bins, and half of those in the same bin. Bins
+# are by rank, so that no outlier puts all others into one.
 FIND_QUANTILES = """
     WITH wide AS ({rows}), grouped AS ({grouped}),
     valued AS (SELECT "balance group" AS name, "balance value" AS value FROM grouped WHERE value IS NOT NULL),
-    spans AS (SELECT name, min(value) AS low, max(value) AS high, count(*) AS num FROM valued GROUP BY name),
+    ranked AS (
+        SELECT name, value, count(*) OVER (PARTITION BY name) AS num,
+            rank() OVER (PARTITION BY name ORDER BY value) - 1 AS place
+        FROM valued
+    ),
     bins AS (
-        SELECT name, num, min(value) AS value, count(*) AS size FROM valued JOIN spans USING (name)
-        GROUP BY name, num, floor({num_bins} * (value - low) / nullif(high - low, 0))
+        SELECT name, num, min(value) AS value, count(*) AS size FROM ranked
+        GROUP BY name, num, floor({num_bins} * place / num)
     )
     SELECT name, value, (sum(size) OVER (PARTITION BY name ORDER BY value) - size / 2) / num AS quantile
     FROM bins ORDER BY name, value"""
@@ -131,8 +137,10 @@ def passes(run: Run) -> Iterable[Pass]:
     missing = {
         rule: [*sorted(names), *find_finders(run, settings.rules[rule])] for rule, names in scores_by_rule.items()
     }
+    rows = _build_judged_rows(settings, sorted(scores | balanced), captions, finders)
     sql = build_query(settings, missing, sorted(scores | balanced), captions, finders)
-    check_query(run, "filter", sql.replace(f"JOIN {QUANTILES} ", f"JOIN ({NO_QUANTILES}) "))
+    check_conditions(run, "filter.rules", settings.rules, _fill_quantiles(rows))
+    check_query(run, "filter", _fill_quantiles(sql))
     texts = ("image", *(f"caption/{caption}" for caption in captions))
     yield Pass(
         stage="filter",
@@ -185,7 +193,7 @@ def write_quantiles(
     import pyarrow.parquet as pq
 
     query = FIND_QUANTILES.format(
-        rows=build_rows(scores, captions, finders), grouped=_group_rows(settings), num_bins=NUM_BINS - 1
+        rows=build_rows(scores, captions, finders), grouped=_group_rows(settings), num_bins=NUM_BINS
     )
     with database.connect_run(shards.run) as connection:
         table = database.read_arrow(connection, query)
@@ -239,16 +247,27 @@ def build_query(
         scores, finders: that become columns.
         captions: the caption passes.
     """
-    placed = f", grouped AS ({_group_rows(settings)}), placed AS ({PLACED})" if settings.balance else ""
     return f"""
-        WITH wide AS (
-            {build_rows(scores, captions, finders)}
-        ){placed}, judged AS (
-            SELECT *, {_build_reason(settings.rules, missing)} AS reason FROM {"placed" if placed else "wide"}
+        WITH judged AS (
+            SELECT *, {_build_reason(settings.rules, missing)} AS reason
+            FROM ({_build_judged_rows(settings, scores, captions, finders)})
         )
         SELECT key, caption, candidate, reason,
             row_number() OVER (PARTITION BY key ORDER BY reason IS NOT NULL, {settings.choose}, caption, candidate)
         FROM judged ORDER BY key, caption, candidate"""
+
+
+def _build_judged_rows(
+    settings: Config, scores: list[str], captions: list[str], finders: Mapping[str, frozenset[str]]
+) -> str:
+    """A SELECT over a shard's views for the rows with the columns that rules may use."""
+    rows = build_rows(scores, captions, finders)
+    return f"WITH wide AS ({rows}), grouped AS ({_group_rows(settings)}) {PLACED}" if settings.balance else rows
+
+
+def _fill_quantiles(sql: str) -> str:
+    """The query with an empty table in place of the quantiles, for it to be planned."""
+    return sql.replace(f"JOIN {QUANTILES} ", f"JOIN ({NO_QUANTILES}) ")
 
 
 def _build_reason(rules: Mapping[str, str], missing: Mapping[str, Sequence[str]]) -> str:

@@ -221,6 +221,11 @@ def test_plan_refuses_a_shard_size_without_effect_and_names_lost_files(tmp_path:
     for command in (("plan",), ("run", "all")):
         done = recap(*command, "--run", run, check=False)
         assert (done.returncode, "source.shard_size = 4 has no effect" in done.stderr) == (2, True)
+    write(run, sections(photos))
+    assert make(run).exit_code == 0
+    write(run, sections(photos, source={"shard_size": 4}))
+    done = recap("run", "all", "--run", run, check=False)
+    assert (done.returncode, "source.shard_size = 4 has no effect" in done.stderr) == (2, True)
     corpus(photos, ["jpg"] * 5, first=20)
     assert "4 shards, 2 of them new" in recap("plan", "--run", run).stderr
     (photos / "00003.jpg").unlink()

@@ -75,7 +75,7 @@ def require_ready(state: RunState, passes: Sequence[Pass]) -> None:
     """
     unfinished = [p for p in passes if p.folder not in state.finished]
     due = [p for p in unfinished if any(state.states.state(p, shard).kind != "done" for shard in state.selected)]
-    findings = list(check_quickly(state, due)) if due else []
+    findings = list(check_quickly(state, due)) if due else [*_check_shard_size(state)]
     for finding in findings:
         if finding.kind == "doubtful":
             say(f"recap: {finding.where}: {finding.message}")
@@ -85,8 +85,7 @@ def require_ready(state: RunState, passes: Sequence[Pass]) -> None:
 
 def check_quickly(state: RunState, passes: Sequence[Pass]) -> Iterator[Finding]:
     """The checks that load no model and send no picture."""
-    if changed := explain_shard_size(state.run.folder / "plan.parquet", state.run.corpus.shard_size):
-        yield Finding(kind="wrong", where=str(state.run.file), message=changed)
+    yield from _check_shard_size(state)
     if any(not p.reads for p in passes):
         yield _check_source(state)
     for name in dict.fromkeys(name for p in passes for name in p.engines):
@@ -96,6 +95,11 @@ def check_quickly(state: RunState, passes: Sequence[Pass]) -> Iterator[Finding]:
         yield _check_target(target, where=f"{state.run.file}: export.url")
     yield _check_disk(state)
     yield _check_handles(state.run, passes)
+
+
+def _check_shard_size(state: RunState) -> Iterator[Finding]:
+    if changed := explain_shard_size(state.run.folder / "plan.parquet", state.run.corpus.shard_size):
+        yield Finding(kind="wrong", where=str(state.run.file), message=changed)
 
 
 def _check_source(state: RunState) -> Finding:

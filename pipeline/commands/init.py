@@ -11,7 +11,7 @@ import shlex
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
@@ -205,26 +205,36 @@ def _render_section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"kind = {format_toml(values['kind'])}"
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
     assert known >= set(values) - {"kind"}, f"{name}: {set(values) - known}"
+    tables = {name: value for name, value in values.items() if isinstance(value, Mapping) and value}
+    own = {name: value for name, value in values.items() if name not in tables}
     for cls in classes:
-        yield from _render_keys(cls, values)
+        yield from _render_keys(cls, own, without=tables)
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for field in (field for field in dataclasses.fields(cls) if field.name in tables):
+            yield from ("", *_describe_key(field, hints[field.name]), f"[{name}.{field.name}]")
+            yield from (f"{_format_key(one)} = {format_toml(value)}" for one, value in tables[field.name].items())
 
 
-def _render_keys(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
+def _render_keys(cls: Any, values: Mapping[str, Any], *, without: Collection[str] = ()) -> Iterator[str]:
     hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.name not in without):
         if field.name in values or (field.metadata.get("shown", True) and field.metadata.get("in_init", True)):
             yield from _render_key(field, hints[field.name], values)
 
 
 def _render_key(field: Any, hint: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    yield from textwrap.wrap(
-        f"{field.metadata.get('help', '')} ({describe_type(hint)})", WIDTH, initial_indent="# ", subsequent_indent="# "
-    )
+    yield from _describe_key(field, hint)
     if field.name in values:
         yield f"{field.name} = {format_toml(values[field.name])}"
         return
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     yield f"# {field.name} =" + ("" if default is MISSING or default is None else f" {format_toml(default)}")
+
+
+def _describe_key(field: Any, hint: Any) -> list[str]:
+    about = f"{field.metadata.get('help', '')} ({describe_type(hint)})"
+    return textwrap.wrap(about, WIDTH, initial_indent="# ", subsequent_indent="# ")
 
 
 def _find_classes(name: str, values: Mapping[str, Any]) -> Iterable[type]:

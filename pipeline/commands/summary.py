@@ -19,6 +19,7 @@ STEPS = {
     "exported": "samples in the training set",
 }
 REFUSALS = "SELECT reason, count(*) AS num FROM verdict WHERE NOT keep GROUP BY reason ORDER BY num DESC, reason"
+PLAN = ("recap plan --run {run}", "look for images that came, changed or went since")
 COUNT = ("recap query yield --run {run}", "the images that reached each step")
 NEXT = (
     ("recap report --run {run}", "the numbers and samples in one HTML file"),
@@ -56,5 +57,5 @@ def format_end(run: Run, *, is_new: bool) -> Iterator[str]:
         yield f"  {form}" + (", of an earlier run.toml: its form is not in export.formats" if is_stale else "")
     yield ""
     yield "  next:"
-    for command, meaning in NEXT if is_new else (COUNT, *NEXT):
+    for command, meaning in NEXT if is_new else (PLAN, COUNT, *NEXT):
         yield f"    {command.format(run=shlex.quote(str(run.folder))):58} # {meaning}"

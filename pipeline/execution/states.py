@@ -186,6 +186,8 @@ def _describe_differences(old: Any, new: Any, field: str) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted({*old, *new}):
             yield from _describe_differences(old.get(name), new.get(name), f"{field}.{name}" if field else name)
+    elif _are_pairs(old) and _are_pairs(new) and dict(old) != dict(new):
+        yield from _describe_differences(dict(old), dict(new), field)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _describe_differences(a, b, f"{field}[{index}]")
@@ -193,6 +195,12 @@ def _describe_differences(old: Any, new: Any, field: str) -> Iterator[str]:
         yield f"{field}: {' '.join(_diff_words(old, new))}"
     else:
         yield f"{field}: {old!r} -> {new!r}"
+
+
+def _are_pairs(value: Any) -> bool:
+    """True for a list of names with values, as a mapping is stamped whose order matters."""
+    pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
+    return pairs and all(isinstance(name, str) for name, _ in value)
 
 
 def _diff_words(old: str, new: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 from pipeline import plugins
 from pipeline.errors import ConfigError, QueryError
@@ -88,7 +89,9 @@ def find_scores(
             folded[name.casefold()] = f"{name} is the name of {article}, which in SQL is the same name,"
     known = {*run.sections["find"], *run.sections["score"], *taken}
     if unknown := sorted(names - known):
-        message = f"{sql!r} uses {', '.join(unknown)}; the columns are {', '.join(sorted(known))}"
+        close = get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; the columns are {', '.join(sorted(known))}"
+        message = f"{sql!r} uses {', '.join(unknown)}, which is no column{hint}"
         raise ConfigError(f"{run.file}: {field}", f"{message}{suggest_quotes(run, sql)}")
     check_labels(run, field, sql, clause=clause)
     return set(names & set(run.sections["score"]))
@@ -260,3 +263,21 @@ def check_query(run: Run, field: str, query: str) -> None:
             database.run_query(connection, f"EXPLAIN {query}")
         except QueryError as error:
             raise ConfigError(f"{run.file}: {field}", str(error)) from error
+
+
+def check_conditions(run: Run, field: str, conditions: Mapping[str, str], query: str) -> None:
+    """Plans conditions over the rows of a query, on empty tables.
+
+    Raises:
+        ConfigError: one cannot be planned, or is a number or a text, which SQL would take for true.
+    """
+    with database.connect(run.folder, files="none.parquet") as connection:
+        for name, sql in conditions.items():
+            try:
+                rows = database.query_rows(connection, f"DESCRIBE SELECT ({sql}) AS value FROM ({query})")
+                found = str(next(iter(rows))[1])
+            except QueryError as error:
+                raise ConfigError(f"{run.file}: {field}.{name}", str(error)) from error
+            if found not in ("BOOLEAN", '"NULL"'):
+                message = f"{sql!r} is of type {found}, not a condition; compare it, as in {sql} >= 0.7"
+                raise ConfigError(f"{run.file}: {field}.{name}", message)

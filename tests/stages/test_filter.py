@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import ConfigError
+from pipeline.execution.pass_graph import list_passes
 from pipeline.execution.run_state import RunState
 from tests.support.runs import begin, corpus, make, recap, sections, write
 
@@ -147,3 +148,25 @@ def test_unusable_captions_are_named(tmp_path: Path, captions: list[str], export
     parts = add_drafts(corpus(tmp_path / "photos", ["jpg"]), captions=captions)
     with pytest.raises(ConfigError, match=message):
         RunState(config.load(begin(tmp_path / "run", {**parts, "export": export})))
+
+
+def test_a_rule_is_a_condition_and_its_misspelt_score_is_named(captioned: Path) -> None:
+    photos = captioned.parent / "photos"
+    for sql, message in (
+        ("judge", r"filter\.rules\.good: 'judge' is of type DOUBLE, not a condition; compare it, as in judge >= 0\.7"),
+        ("jugde >= 0.5", r"filter\.rules\.good: .* uses jugde, which is no column; did you mean 'judge'\?"),
+    ):
+        write(captioned, configure(photos, rules={"good": sql}))
+        with pytest.raises(ConfigError, match=message):
+            list_passes(config.load(captioned))
+
+
+def test_one_outlier_leaves_quantiles_as_they_are(captioned: Path) -> None:
+    """Values in bins of equal width were all in one."""
+    number = "hash(key || candidate) % 1000003"
+    value = f"CASE WHEN key = '000000000000' THEN 1e15 ELSE {number} END"
+    plain, skewed = (
+        sum(row["keep"] for row in judge(captioned, rules={"best": "quantile >= 0.7"}, balance="1", balance_by=by))
+        for by in (number, value)
+    )
+    assert 20 < plain < 35 and abs(skewed - plain) <= 2
