@@ -139,7 +139,8 @@ def init_run(
     if warning := init.describe_ignored_files(sections["source"]):
         say(f"recap: {warning}")
     shards = format_quantity(num_shards, "shard")
-    say(f"{run.file}: a {run.source.kind} source in {shards}; edit the file to change anything")
+    about = f"a {run.source.kind} source of {init.describe_size(run)} in {shards}"
+    say(f"{run.file}: {about}; edit the file to change anything")
     say(init.describe_disk_use(run))
     if engine == "echo":
         say("its engine is `echo`, which invents captions and random scores, so most captions are refused")

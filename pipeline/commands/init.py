@@ -6,24 +6,29 @@ The comments are the help texts of the sections' own `Config` classes, so they c
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import shlex
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
+from random import Random
 from typing import Any, get_type_hints
 
 from pipeline import plugins
+from pipeline.commands import estimate
 from pipeline.commands.changes import find_edited
 from pipeline.config import load
 from pipeline.errors import ConfigError, RefusedError, UserError
+from pipeline.execution import sample
 from pipeline.progress import format_bytes, format_quantity, say
+from pipeline.records import Piece
 from pipeline.sections import ENGINES, SOURCES, Corpus, Resources, Run, SlurmSettings, TopLevel
-from pipeline.sources import _common, _survey
+from pipeline.sources import _common, _files, _survey
 from pipeline.storage import tables
 from pipeline.storage.disk import make_folder
 from pipeline.storage.layout import PACKED, table_path
@@ -94,7 +99,8 @@ def extend_plan(run: Run) -> tuple[int, int]:
     try:
         pieces = list(run.source.module.pieces(run.source.config))
         if not path.exists() and not any(piece.num_samples is None or piece.num_samples > 0 for piece in pieces):
-            raise UserError(f"{run.file}: source: there are no images in it")
+            where = getattr(run.source.config, "path", run.source.kind)
+            raise UserError(f"{run.file}: source: there are no images in {where}")
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
         if before and (lost := find_lost_files(path, pieces, place=run.source.place)):
             few = ", ".join(map(repr, lost[:NUM_EXAMPLES])) + (", ..." if lost[NUM_EXAMPLES:] else "")
@@ -163,7 +169,10 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
     if kind == "hf" and not path.exists():
         return {"kind": kind, "path": source.removeprefix("hf:")}
     if not (is_url or any(c in source for c in "*?{") or path.exists()):
-        raise UserError(f"--source {source}: there is no such file or directory (hf:NAME is a Hugging Face dataset)")
+        raise UserError(f"--source {source}: there is no such file or directory{_suggest_pattern(path)}")
+    if kind is None and _common.is_image(path.name) and _files.is_pattern(source):
+        problem = "matches images one by one, which no source reads"
+        raise UserError(f"--source {source}: {problem}; write their folder, and leave others out with source.exclude")
     if kind is None:
         if advice := FOREIGN_FILES.get("image" if _common.is_image(path.name) else path.suffix.lower()):
             raise UserError(f"--source {source}: {advice}")
@@ -171,6 +180,29 @@ def guess_source(source: str, *, kind: str | None = None) -> dict[str, Any]:
             f"--source {source}: is not recognised as any source; choose one with --kind: {', '.join(kinds)}"
         )
     return {"kind": kind, "path": source if is_url else str(path.absolute())}
+
+
+def _suggest_pattern(path: Path) -> str:
+    """The pattern of the files whose names begin like a path that does not exist."""
+    begun = sorted(path.parent.glob(f"{glob.escape(path.name)}*")) if path.parent.is_dir() and path.name else []
+    if not begun:
+        return " (hf:NAME is a Hugging Face dataset)"
+    return f"; {format_quantity(len(begun), 'file')} there begin so: write {str(path) + '*' + begun[0].suffix!r}"
+
+
+def describe_size(run: Run) -> str:
+    """The number of samples that the plan has, estimated from a few files where not all of them can be counted."""
+    pieces, counter = sample.read_pieces(run), sample.SampleCounter(run.source)
+    sample.draw_pieces(pieces, sample.NUM_RANGES, random=Random(run.seed), counter=counter)
+    found = estimate.count_images(pieces, [], counter.counts) if _is_counted(pieces, counter) else None
+    if found is None:
+        return f"{format_quantity(len(pieces), 'file')} of unknown length"
+    exactly = "" if found.low == found.high else "about "
+    return f"{exactly}{format_quantity(round(found.value), 'sample')}"
+
+
+def _is_counted(pieces: Sequence[Piece], counter: sample.SampleCounter) -> bool:
+    return bool(counter.counts) or all(piece.num_samples is not None for piece in pieces)
 
 
 def describe_ignored_files(source: Mapping[str, Any]) -> str:
