@@ -318,6 +318,18 @@ def test_sql_prints_every_format(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_format_keeps_numbers_lists_and_columns_of_one_name(run: Path) -> None:
+    query = "SELECT 0.25 AS share, 1 AS n, 2 AS n, ['a', 'b'] AS names, {'x': 1.5} AS place"
+    (row,) = json.loads(recap("sql", query, "--run", run, "--format", "json").stdout)
+    assert row == {"share": 0.25, "n": 1, "n_1": 2, "names": ["a", "b"], "place": {"x": 1.5}}
+    (_, cells) = csv.reader(io.StringIO(recap("sql", query, "--run", run, "--format", "csv").stdout))
+    assert cells == ["0.25", "1", "2", '["a", "b"]', '{"x": 1.5}']
+    out = io.BytesIO()
+    print_query(database.connect(run), query, "parquet", out)
+    assert pq.read_table(out).column_names == ["share", "n", "n_1", "names", "place"]
+
+
+@pytest.mark.slow
 def test_status_prints_every_format(run: Path, tmp_path: Path) -> None:
     expected = json.loads(recap("status", "--run", run, "--json").stdout)
     rows = list(csv.DictReader(io.StringIO(recap("status", "--run", run, "--format", "csv").stdout)))

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from importlib import resources
+from itertools import chain, count
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UnknownNameError
@@ -53,7 +55,10 @@ def print_query(connection: database.Connection, sql: str, format: str, out: IO[
 
 
 def print_rows(names: list[str], rows: Iterable[tuple[Any, ...]], format: str, out: IO[bytes]) -> None:
-    """Prints rows as they arrive: as a text table, csv or json. Long cells of a table are cut on a terminal only."""
+    """Prints rows as they arrive: as a text table, csv or json. Long cells of a table are cut on a terminal only.
+
+    Lists and structs are JSON in csv too. Of columns with one name, json and parquet number all but the first.
+    """
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     try:
         PRINTERS[format](names, rows, text)
@@ -66,7 +71,7 @@ def print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
     import pyarrow.parquet as pq
 
     with pa.BufferOutputStream() as buffer:
-        pq.write_table(rows, buffer)
+        pq.write_table(rows.rename_columns(_number_names(rows.column_names)), buffer)
         out.write(buffer.getvalue())
 
 
@@ -81,17 +86,40 @@ def _print_table(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]
 def _print_csv(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow([_format_json(value) if isinstance(value, dict | list | tuple) else value for value in row])
 
 
 def _print_json(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
-    separator = "[\n"
+    separator, names = "[\n", _number_names(names)
     for row in rows:
-        values = {name: _replace_infinite(value) for name, value in zip(names, row, strict=True)}
-        text = json.dumps(values, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+        text = _format_json(dict(zip(names, row, strict=True)), indent=2)
         out.write(separator + "  " + text.replace("\n", "\n  "))  # textwrap would break lines within strings
         separator = ",\n"
     out.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _number_names(names: Sequence[str]) -> list[str]:
+    """Different names, as DuckDB makes them: key, key_1.
+
+    >>> _number_names(["key", "text", "key", "key"])
+    ['key', 'text', 'key_1', 'key_2']
+    """
+    different: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(1))
+        different[next(one for one in chain([name], numbered) if one not in different)] = None
+    return list(different)
+
+
+def _format_json(value: Any, *, indent: int | None = None) -> str:
+    return json.dumps(
+        _replace_infinite(value), indent=indent, ensure_ascii=False, default=_convert_value, allow_nan=False
+    )
+
+
+def _convert_value(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else str(value)
 
 
 def _replace_infinite(value: Any) -> Any:

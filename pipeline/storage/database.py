@@ -420,7 +420,7 @@ def _parse_statements(duck: duckdb.DuckDBPyConnection, sql: str) -> Any:
     Raises:
         QueryError: they are nested too deeply.
     """
-    (text,) = duck.execute("SELECT json_serialize_sql(?)", [sql]).fetchone() or ("",)
+    ((text,),) = duck.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()  # a result left open blocks the next
     try:
         return json.loads(text)
     except RecursionError as error:

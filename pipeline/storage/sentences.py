@@ -16,7 +16,8 @@ _OTHERS = (
     " u.s.a jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun min max avg"
 )
 LEADING, ABBREVIATIONS = frozenset(_LEADING.split()), frozenset((_LEADING + " " + _OTHERS).split())
-_END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s)|[。！？]+[」』”’）]*")
+_SURE = "。！？।॥؟۔။።։"  # Chinese, Japanese, Hindi, Arabic, Urdu, Burmese, Amharic, Armenian
+_END = re.compile(rf"[.!?…]+[\"'”’»)\]*_]*(?=\s)|[{_SURE}]+[」』”’）»\"]*")
 _LAST_WORD = re.compile(r"[^\s\"'“‘«(\[*_]*$")
 _OPENS, _CLOSES = "“«「『", "”»」』"
 
@@ -44,7 +45,7 @@ def _is_end(before: str, mark: str, after: str) -> bool:
     """True if a punctuation mark between two stretches of a line ends a sentence."""
     if not after or not before.strip():
         return False
-    if mark[0] in "。！？":
+    if mark[0] in _SURE:
         return True
     if after[0].islower() or after[0] in ",;:":
         return False

@@ -91,7 +91,7 @@ def find_scores(
     if unknown := sorted(names - known):
         close = get_close_matches(unknown[0], sorted(known), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; the columns are {', '.join(sorted(known))}"
-        message = f"{sql!r} uses {', '.join(unknown)}, which is no column{hint}"
+        message = f"{sql!r} uses {', '.join(unknown)}{hint}"
         raise ConfigError(f"{run.file}: {field}", f"{message}{suggest_quotes(run, sql)}")
     check_labels(run, field, sql, clause=clause)
     return set(names & set(run.sections["score"]))

@@ -154,7 +154,7 @@ def test_a_rule_is_a_condition_and_its_misspelt_score_is_named(captioned: Path) 
     photos = captioned.parent / "photos"
     for sql, message in (
         ("judge", r"filter\.rules\.good: 'judge' is of type DOUBLE, not a condition; compare it, as in judge >= 0\.7"),
-        ("jugde >= 0.5", r"filter\.rules\.good: .* uses jugde, which is no column; did you mean 'judge'\?"),
+        ("jugde >= 0.5", r"filter\.rules\.good: .* uses jugde; did you mean 'judge'\?"),
     ):
         write(captioned, configure(photos, rules={"good": sql}))
         with pytest.raises(ConfigError, match=message):

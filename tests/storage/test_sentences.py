@@ -28,6 +28,9 @@ SPLIT_TEXTS = [
     "He has vitamin C.|It is orange.".replace("|", " "),  # an initial as like as not
     "It was I.|Nobody else came.",
     "猫が眠る。|犬が吠える！|雨ですか？",
+    "एक बिल्ली सो रही है।|क्या बारिश हो रही है?|हाँ।",
+    "هل تمطر؟|تنام القطة.|نعم.",
+    "بلی سو رہی ہے۔|کتا بھونکتا ہے۔",
     "The URL example.com/a.b is printed below.|It is small.",
     "Three (3) boats float.|(One is red.)|The sky is grey.",
     "One sentence without an end",
