@@ -174,7 +174,9 @@ def extend_plan(run: RunOption = Path()) -> None:
 def try_pass(
     name: Annotated[
         str,
-        typer.Argument(metavar="STAGE:NAME", help="A caption, rubric or score pass.", autocompletion=complete_passes),
+        typer.Argument(
+            metavar="STAGE:NAME", help="A find, caption, rubric or score pass.", autocompletion=complete_passes
+        ),
     ],
     images: Annotated[int, typer.Option(help="Number of images.", min=1)] = 20,
     prompts: Annotated[bool, typer.Option("--prompts", help="Print what the models are asked, too.")] = False,

@@ -107,7 +107,7 @@ def open_method(run: Run) -> Method:
     config: TrainConfig = run.sections["train"][""]
     for package in ("trl", "peft"):
         if find_spec(package) is None:
-            raise ConfigError(f"{run.file}: train", f"needs {package}: pip install 'recap-pipeline[train]'")
+            raise ConfigError(f"{run.file}: train", f"needs {package}: pip install '.[train]' in a clone of recap")
     trainer.check_devices(run.file)
     method: Method = config.options.module.open(run, config)
     check_rounds(run, config, method.list_tables(), generates=method.generates)

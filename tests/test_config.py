@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ from tests.support.runs import recap, sections, write
         ({"engines__captioner": {"kind": "os.path"}}, ["engines.captioner.kind", "no plugin"]),
         ({"filter": {"choose": "nothing DESC"}}, ["filter.choose", "nothing"]),
         ({"export": {"upright": True, "images": "reference"}}, ["export", "upright", "reference"]),
+        ({"export": {"formats": ["webdataset"], "images": "reference"}}, ["export", "reference", "has no effect"]),
+        ({"export": {"formats": ["webdataset"], "buckets": [math.nan]}}, ["export", "buckets", "above 0"]),
         ({"export": {"split": {"train": 1, "Val": 0.1}}}, ["export", "split", "small letters"]),
         ({"export": {"split": {"train": 1, "val": 0}}}, ["export", "split", "above 0"]),
         ({"export": {"resize": {"short": 512, "long": 9}}}, ["export", "resize", "short or long"]),

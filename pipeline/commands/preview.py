@@ -155,7 +155,7 @@ def _format_images(shard: Shard, passes: Sequence[Pass], keys: Collection[str], 
         if image.key not in keys:
             continue
         size = f"{image.width} x {image.height}" if image.width else image.error
-        yield escape_controls(f"{image.key}  {image.source_key}  ({image.status}, {size})", keep="")
+        yield escape_controls(f"{image.source_key}  ({image.status}, {size})", keep="")
         yield _wrap_text("alt text", image.alt_text or "(none)")
         for engine, prompt in prompts.get(image.key, ()):
             yield f"{INDENT}{engine} is asked:"

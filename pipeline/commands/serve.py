@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.engines import openai, vllm
+from pipeline.engines._inspection import check_installed
 from pipeline.engines._options import Model, Serving, require_api_key
 from pipeline.engines._reaper import Reaper
 from pipeline.errors import ConfigError, EngineDiedError
@@ -71,11 +72,13 @@ def serve_engine(
         ready_timeout: seconds until a server that is not ready is stopped.
 
     Raises:
-        ConfigError: there is no such engine, vLLM does not serve its kind, or the server would need no API key.
+        ConfigError: there is no such engine, vLLM is not installed or does not serve its kind, or the server would need
+            no API key.
         EngineDiedError: the server was not ready in time, or ended by itself.
     """
     server = describe_server(run, name)
     require_api_key(host, has_key=bool(server.key), where=f"{run.file}: engines.{name}")
+    check_installed("vllm", kind="vllm", how=vllm.HOW_TO_INSTALL)
     port = port or _find_free_port(host)
     url = f"http://{_format_host(socket.gethostname() if host in ('0.0.0.0', '::') else host)}:{port}/v1"
     file = endpoint_file(run.file.parent, name)

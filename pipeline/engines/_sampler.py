@@ -161,7 +161,9 @@ class Grammars:
         try:
             import xgrammar
         except ImportError as error:
-            raise EngineDiedError("a schema needs xgrammar: pip install 'recap-pipeline[transformers]'") from error
+            raise EngineDiedError(
+                "a schema needs xgrammar: pip install '.[transformers]' in a clone of recap"
+            ) from error
         if self._compiler is None:
             info = xgrammar.TokenizerInfo.from_huggingface(
                 self._tokenizer, vocab_size=self._vocabulary, stop_token_ids=self._ends

@@ -36,7 +36,7 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     import aiohttp
 
-HOW_TO_INSTALL = "pip install 'recap-pipeline[openai]'"
+HOW_TO_INSTALL = "pip install '.[openai]' in a clone of recap"
 FIRST_DELAY = 0.25  # seconds before the first retry; doubled for each further one ...
 MAX_DELAY = 15.0  # ... up to this
 STOP_SECONDS = 0.5  # after which a wait sees that the command is asked to stop

@@ -27,7 +27,7 @@ from pipeline.sections import key
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-HOW_TO_INSTALL = "pip install 'recap-pipeline[transformers]'"
+HOW_TO_INSTALL = "pip install '.[transformers]' in a clone of recap"
 LINGER = 0.05  # seconds that a batch waits for further requests
 
 ON_DEVICES = True  # each worker process gets its own GPUs

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_TIMEOUT = 30.0  # seconds for vLLM's processes to end
 CACHED_TEXTS = 256  # tokenized prompts: requests about different images may have the same text
-HOW_TO_INSTALL = "for a CPU: make vllm; for a GPU: pip install 'recap-pipeline[vllm]'"
+HOW_TO_INSTALL = "for a CPU: make vllm; for a GPU: pip install '.[vllm]' in a clone of recap"
 TERMINATED = "vLLM was terminated by a signal or by an operator"
 
 ON_DEVICES = True  # each worker process gets its own GPUs

@@ -48,7 +48,7 @@ def connect(url: str, *, field: str = "source.path") -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
     except (ValueError, ImportError) as error:
         extra = EXTRAS.get(url.partition("://")[0])
-        advice = f"; pip install 'recap-pipeline[{extra}]'" if extra and isinstance(error, ImportError) else ""
+        advice = f"; pip install '.[{extra}]' in a clone of recap" if extra and isinstance(error, ImportError) else ""
         raise ConfigError(field, f"{url!r} cannot be opened: {error}{advice}") from error
 
 

@@ -62,7 +62,10 @@ def run_command(
     if draw is not None:
         path = draw_page(run, num_captions=draw, seed=seed)
         yield f"{path}: open it in a browser, label the captions and save them to a file"
-        yield f"next: recap audit --labels FILE --run {shlex.quote(str(run.folder))}"
+        threshold = (
+            "" if precision is None else f" --precision {precision:g} --confidence {confidence:g} --score {score}"
+        )
+        yield f"next: recap audit --labels FILE{threshold} --run {shlex.quote(str(run.folder))}"
         return
     if precision is None or score is None:
         yield from describe_audit(run, seed=seed)
@@ -203,7 +206,7 @@ def describe_guarantee(run: Run, *, score: str, precision: float, confidence: fl
         UserError: there is no such score, there are no labels, or scipy is not installed.
     """
     if find_spec("scipy") is None:
-        raise UserError("recap audit --precision needs scipy: pip install 'recap-pipeline[audit]'")
+        raise UserError("recap audit --precision needs scipy: pip install '.[audit]' in a clone of recap")
     _check_score(run, score)
     labels, audits = read_audit(run, seed=seed)
     if not labels:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
+from math import inf
 from types import ModuleType
 from typing import Literal
 
@@ -98,7 +99,7 @@ class FormConfig:
             raise ValueError(f"{problem}; choose one")
         if self.split is not None:
             self._check_split(self.split)
-        if len(set(self.buckets)) < len(self.buckets) or min(self.buckets, default=1) <= 0:
+        if len(set(self.buckets)) < len(self.buckets) or not all(0 < bucket < inf for bucket in self.buckets):
             raise ValueError(f"buckets is {list(self.buckets)}; it must have different aspects above 0, such as 1.5")
         if not self.instructions:
             raise ValueError("instructions is empty; it must have at least one text")
@@ -107,6 +108,11 @@ class FormConfig:
                 plugins.load("stages.exporters", name)
         except UnknownNameError as error:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
+        if self.images == "reference" and not any(
+            getattr(load_form(f), "REFERENCES_IMAGES", False) for f in self.formats
+        ):
+            problem = 'images = "reference" has no effect: only the forms messages, llava and sidecar name image files'
+            raise ValueError(f"{problem}, and formats is {list(self.formats)}")
         whole = [name for name in self.formats if not getattr(load_form(name), "DIVIDES", True)]
         if self.is_divided and whole:
             problem = f"shard_bytes, shuffle and buckets repartition the training set, but files of {whole[0]} follow"

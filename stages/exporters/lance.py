@@ -32,7 +32,7 @@ COMPRESSION = "lance-encoding:compression"  # key of a column's metadata
 BATCH_BYTES = 8 << 20  # of images in memory; Lance's writer buffers as much of each column
 BATCH_ROWS = 1000
 ROWS_AT_ONCE = 100  # while a file is read
-ADVICE = "export.formats: lance needs pylance, which is not installed: pip install 'recap-pipeline[lance]'"
+ADVICE = "export.formats: lance needs pylance, which is not installed: pip install '.[lance]' in a clone of recap"
 
 
 def open(run: Path, shard: int, work: Path, split: str = "") -> LanceDataFile:

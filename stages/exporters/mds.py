@@ -25,8 +25,8 @@ INDEXES = (INDEX,)
 NUMBER_BYTES = 4  # of sizes and offsets, little-endian
 ENCODINGS = {"string": "str", "int64": "int", "double": "float64", "bool": "uint8"}  # Arrow's type -> MDS; else JSON
 ADVICE = (
-    "export.formats: mds needs mosaicml-streaming, which is not installed: pip install 'recap-pipeline[mds]'; beside "
-    "transformers 5, which it excludes: pip install --no-deps mosaicml-streaming brotli catalogue cramjam "
+    "export.formats: mds needs mosaicml-streaming, which is not installed: pip install '.[mds]' in a clone of recap;"
+    " beside transformers 5, which it excludes: pip install --no-deps mosaicml-streaming brotli catalogue cramjam "
     "python-snappy zstd"
 )
 

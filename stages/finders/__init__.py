@@ -102,7 +102,7 @@ def require_packages(*packages: str, field: str, kind: str) -> None:
     """
     for package in packages:
         if find_spec(package) is None:
-            advice = f"{kind!r} needs {package}, which is not installed: pip install 'recap-pipeline[{kind}]'"
+            advice = f"{kind!r} needs {package}, which is not installed: pip install '.[{kind}]' in a clone of recap"
             raise ConfigError(f"{field}.kind", advice)
 
 

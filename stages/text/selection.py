@@ -72,7 +72,9 @@ class TextConfig:
         if self.max_tokens and not self.tokenizer:
             raise ValueError(f"max_tokens is {self.max_tokens}; tokenizer must name the model whose tokens are counted")
         if self.tokenizer and not find_spec("tokenizers"):
-            raise ValueError("tokenizer needs the package tokenizers: pip install 'recap-pipeline[transformers]'")
+            raise ValueError(
+                "tokenizer needs the package tokenizers: pip install '.[transformers]' in a clone of recap"
+            )
 
     @property
     def named_passes(self) -> set[str]:

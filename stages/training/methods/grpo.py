@@ -103,7 +103,7 @@ def open(run: Run, config: TrainConfig) -> Grpo:
     """
     own: Config = config.options.config
     if own.rollouts == "vllm" and not _has_vllm():
-        raise ConfigError(f"{run.file}: train.rollouts", "'vllm' needs it: pip install 'recap-pipeline[vllm]'")
+        raise ConfigError(f"{run.file}: train.rollouts", "'vllm' needs it: pip install '.[vllm]' in a clone of recap")
     check_captions(run, config, without_image=False)
     return Grpo(run, config, {name: _load_scorer(run, name) for name in own.rewards})
 
