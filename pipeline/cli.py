@@ -348,10 +348,13 @@ def run_query(
     """Run a named query, or list the named queries."""
     from pipeline import config
     from pipeline.commands import answers
-    from pipeline.commands.sql import list_queries
+    from pipeline.commands.sql import list_queries, print_rows
 
-    if not name:
+    if not name and format == "table":
         print("\n".join(f"{title:16} {sentence}" for title, sentence in list_queries()))
+        return
+    if not name:
+        print_rows(["name", "about"], list_queries(), format, sys.stdout.buffer)
         return
     answers.print_named_query(config.load(run), name, format, sys.stdout.buffer)
 

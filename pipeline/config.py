@@ -47,9 +47,11 @@ def load(folder: Path) -> Run:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(str(file), "there is no run here; `recap init DIR --source SRC` makes one") from error
+        raise ConfigError(
+            str(file), "there is no run here; name its folder with --run, or make one: `recap init DIR --source SRC`"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(file), f"is not TOML: {error}") from error
+        raise ConfigError(str(file), f"is not TOML: {error}; texts, SQL among them, need quotes") from error
     except RecursionError as error:
         raise ConfigError(str(file), "is not TOML that can be read: its values are nested too deeply") from error
     return parse(values, file=file.absolute())

@@ -145,7 +145,9 @@ class Section:
         items = [one for one in get_args(hint) if one is not Ellipsis] if get_origin(hint) in (tuple, Mapping) else []
         if problem not in reasons and items and isinstance(self.values[name], list | dict) and path[1:]:
             return self.error(f"{name}.{path[1]}", f"{self.values[name][path[1]]!r} is not {describe_type(items[-1])}")
-        return self.error(name, f"{self.values[name]!r} {reasons.get(problem, f'is not {describe_type(hint)}')}")
+        value = self.values[name]
+        listed = f'; write ["{value}"]' if isinstance(value, str) and get_origin(hint) is tuple else ""
+        return self.error(name, f"{value!r} {reasons.get(problem, f'is not {describe_type(hint)}{listed}')}")
 
     def _build_dataclass(self, cls: Any, values: Mapping[str, Any]) -> Any:
         fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)

@@ -427,6 +427,7 @@ def _check_settings(run: Run, settings: Config) -> None:
 
     Raises:
         ConfigError: there is no such tokenizer.
+        MachineError: the Hub does not answer.
     """
     if settings.tokenizer:
         _load_counter(run, settings.tokenizer)

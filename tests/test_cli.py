@@ -324,7 +324,12 @@ def test_every_format_keeps_numbers_lists_and_columns_of_one_name(run: Path) -> 
     assert row == {"share": 0.25, "n": 1, "n_1": 2, "names": ["a", "b"], "place": {"x": 1.5}}
     (_, cells) = csv.reader(io.StringIO(recap("sql", query, "--run", run, "--format", "csv").stdout))
     assert cells == ["0.25", "1", "2", '["a", "b"]', '{"x": 1.5}']
-    out = io.BytesIO()
+    query = "SELECT '\\xAA'::BLOB AS data"
+    assert json.loads(recap("sql", query, "--run", run, "--format", "json").stdout) == [{"data": "aa"}]
+    assert recap("sql", query, "--run", run, "--format", "csv").stdout == "data\naa\n"
+    with pytest.raises(QueryError, match="write iv::VARCHAR in the query"):
+        print_query(database.connect(run), "SELECT INTERVAL 1 DAY AS iv", "parquet", io.BytesIO())
+    query, out = "SELECT 1 AS share, 1 AS n, 2 AS n, 1 AS names, 1 AS place", io.BytesIO()
     print_query(database.connect(run), query, "parquet", out)
     assert pq.read_table(out).column_names == ["share", "n", "n_1", "names", "place"]
 
@@ -578,7 +583,7 @@ def test_try_shows_images_that_the_pass_asks_for(tmp_path: Path) -> None:
     photos = corpus(tmp_path / "photos", ["jpg", "png", "cut"] * 12)
     run = begin(tmp_path / "run", sections(photos, caption__dense={"where": "format = 'png'"}))
     shown = recap("try", "caption:dense", "--images", 5, "--run", run).stdout
-    names = re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE)
+    names = re.findall(r"^(\S+)  \(ok, ", shown, re.MULTILINE)
     assert len(set(names)) == 5 and all(name.endswith(".png") for name in names)
     assert re.search(r"^caption:dense asks for 5 of \d+ random images$", shown, re.MULTILINE)
     write(run, sections(photos, caption__dense={"where": "width > 9000"}))
@@ -631,7 +636,7 @@ def test_try_reads_several_tars(tmp_path: Path) -> None:
         (tmp_path / "tars" / f"{number}.tar").write_bytes(make_tar(images))
     run = begin(tmp_path / "run", sections(tmp_path / "tars", source={"kind": "webdataset"}))
     shown = recap("try", "caption:dense", "--images", 5, "--run", run).stdout
-    names = re.findall(r"^0\d+  (\S+) ", shown, re.MULTILINE)
+    names = re.findall(r"^(\S+)  \(ok, ", shown, re.MULTILINE)
     assert len(set(names)) == 5 and len({name[0] for name in names}) > 2
 
 

@@ -44,6 +44,8 @@ from tests.support.runs import recap, sections, write
         ({"export": {"resize": {"short": 512, "long": 9}}}, ["export", "resize", "short or long"]),
         ({"export": {"resize": {"area": 512}}}, ["export", "resize", "short or long"]),
         ({"export": {"instructions": []}}, ["export", "instructions", "at least one"]),
+        ({"export": {"formats": "sidecar"}}, ["export.formats", "is not a list", 'write ["sidecar"]']),
+        ({"export": {"formats": ["tfrecord"], "split": {"a": 1}}}, ["export", "formats", "tfrecord"]),
         ({"export": {"formats": ["tfrecord"]}}, ["export", "formats", "tfrecord", "webdataset"]),
         ({"score__judge": {"rubric": "dens"}}, ["score.judge", "'dens'", "dense"]),
         ({"score__judge": {"kind": "juge"}}, ["score.judge.kind", "'juge'", "judge"]),

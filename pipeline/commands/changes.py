@@ -135,4 +135,5 @@ def _read_images(run: Run, shard: int) -> Iterator[Image]:
 def _differs(raw: Raw, row: Image, *, has_bytes: bool) -> bool:
     digest = None if raw.data is None else hashlib.sha256(raw.data).hexdigest()
     has_other_bytes = has_bytes and row.sha256 not in (None, digest)
-    return has_other_bytes or (raw.alt_text, raw.metadata) != (row.alt_text, row.metadata)
+    has_moved = has_bytes and raw.offset is not None and row.offset is not None and raw.offset != row.offset
+    return has_other_bytes or has_moved or (raw.alt_text, raw.metadata) != (row.alt_text, row.metadata)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -26,13 +28,14 @@ from pipeline.progress import format_bytes, say
 from pipeline.records import Piece, Raw, status_of
 from pipeline.sections import Run
 from pipeline.slurm import limits, scheduler
-from pipeline.storage import stores, tables
+from pipeline.storage import tables
 from pipeline.storage.layout import table_path
 from pipeline.storage.plan import explain_shard_size
 
 NUM_PICTURES = 4  # that go through every pass
 NUM_FIRST = 20  # samples of a piece among which one must have an image
 MIN_FREE = 200 * 10**6  # bytes: with less, the next tables and part files would not fit
+LONGEST_WAIT = 10.0  # seconds for the answer of a store or of the Hub
 SPARE_FILES = 256  # handles besides the connections to servers
 Kind = Literal["fine", "wrong", "doubtful"]
 
@@ -59,7 +62,8 @@ def check_run(folder: Path) -> Iterator[Finding]:
         state = RunState(config.load(folder))
         passes = select_passes(state.passes, "all")
     except (UserError, MachineError, OSError) as error:
-        yield Finding(kind="wrong", where="run.toml", message=str(error))
+        message = str(error).removeprefix(f"{(folder / 'run.toml').absolute()}: ")
+        yield Finding(kind="wrong", where="run.toml", message=message)
         return
     findings = [*check_quickly(state, passes), *_check_slurm(state.run, passes)]
     yield from findings
@@ -166,25 +170,35 @@ def _check_engine(run: Run, name: str, passes: Sequence[Pass]) -> Finding:
 
 def _check_settings(passes: Sequence[Pass]) -> Iterator[Finding]:
     """What passes themselves look up beforehand, such as a tokenizer."""
-    for p in passes:
-        try:
-            if p.check:
-                p.check()
-        except UserError as error:
-            yield Finding(kind="wrong", where=p.title, message=str(error))
-        except MachineError as error:
-            yield Finding(kind="doubtful", where=p.title, message=str(error))
+    for p in (p for p in passes if p.check):
+        finding = _call_in_time(p.check, where=p.title) if p.check else None
+        if finding and finding.kind != "fine":
+            yield finding
 
 
 def _check_target(target: str, *, where: str) -> Finding:
     """Looks at where `recap run all` uploads the export to, in the end."""
-    try:
-        push.check_target(target)
-    except UserError as error:
-        return Finding(kind="wrong", where=where, message=str(error))
-    except MachineError as error:
-        return Finding(kind="doubtful", where=where, message=str(error))
-    return Finding(kind="fine", where=where, message=f"{stores.hide_credentials(target)} answers")
+    return _call_in_time(partial(push.check_target, target), where=where)
+
+
+def _call_in_time(check: Callable[[], None], *, where: str) -> Finding:
+    """The result of a check that asks another machine, which may never answer."""
+    found: list[Finding] = []
+
+    def call() -> None:
+        try:
+            check()
+            found.append(Finding(kind="fine", where=where, message="answers"))
+        except UserError as error:
+            found.append(Finding(kind="wrong", where=where, message=str(error)))
+        except (MachineError, OSError) as error:
+            found.append(Finding(kind="doubtful", where=where, message=str(error)))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(LONGEST_WAIT)
+    waited = f"no answer within {LONGEST_WAIT:.0f} s; is the network reachable from here?"
+    return found[0] if found else Finding(kind="doubtful", where=where, message=waited)
 
 
 def _find_max_tokens(value: Any) -> int:

@@ -193,6 +193,20 @@ def expand(values: Sequence[float], total: Range) -> Range:
     )
 
 
+def expand_rows(values: Sequence[float], total: Range) -> Range:
+    """As `expand`, for numbers of rows that may differ though all of the sample agree: none is kept, or each.
+
+    The bound is Clopper and Pearson's for the share of images that have another number.
+    """
+    found, first = expand(values, total), values[0]
+    if len(values) >= total.value or any(value != first for value in values):
+        return found
+    slack = (1 - 0.025 ** (1 / len(values))) * total.value * max(1.0, first)
+    if first:
+        return Range(value=found.value, low=max(0.0, found.low - slack), high=found.high)
+    return Range(value=found.value, low=found.low, high=found.high + slack)
+
+
 def _relative_width(values: Sequence[float]) -> float:
     """The half-width of the 95 % t interval of the mean, relative to it; 1 where two values are lacking."""
     if len(values) < 2:
@@ -226,7 +240,7 @@ def _estimate_pass(
     seconds = total.scale(mean).widen(_relative_width(list(_split_times(timing.row_times))))
     return PassEstimate(
         title=timing.p.title,
-        rows=expand(rows, total),
+        rows=expand_rows(rows, total) if timing.p.reads else expand(rows, total),
         prompt_tokens=expand(prompts, total),
         output_tokens=expand(outputs, total),
         seconds=seconds,

@@ -103,11 +103,7 @@ def extend_plan(run: Run) -> tuple[int, int]:
             raise UserError(f"{run.file}: source: there are no images in {where}")
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
         if before and (lost := find_lost_files(path, pieces, place=run.source.place)):
-            few = ", ".join(map(repr, lost[:NUM_EXAMPLES])) + (", ..." if lost[NUM_EXAMPLES:] else "")
-            say(
-                f"recap: {format_quantity(len(lost), 'planned file')} missing from the corpus: {few}; their shards"
-                " cannot be ingested until they are back"
-            )
+            _report_lost(run, lost)
         if before:
             _report_edited(run)
     except ConfigError as error:  # its message names the field
@@ -119,19 +115,36 @@ def extend_plan(run: Run) -> tuple[int, int]:
     return before, after
 
 
+def _report_lost(run: Run, lost: Mapping[str, int]) -> None:
+    """Names planned files that are gone, and what can be done."""
+    names, shards = list(lost), sorted(set(lost.values()))
+    few = ", ".join(map(repr, names[:NUM_EXAMPLES])) + (", ..." if names[NUM_EXAMPLES:] else "")
+    start = f"recap: {format_quantity(len(lost), 'planned file')} missing from the corpus: {few}; put them back"
+    if hasattr(run.source.module, "read_texts"):  # files of one image: their rows say that they are missing
+        say(f"{start}, or, to go on without them, {_advise_ingest(run, shards)}")
+    else:
+        say(f"{start}: until then, shards {format_spec(shards)} cannot be ingested")
+
+
+def _advise_ingest(run: Run, shards: Sequence[int]) -> str:
+    """The commands that ingest shards again."""
+    paths = [shlex.quote(str(table_path(run.folder, "image", shard))) for shard in shards[:NUM_EXAMPLES]]
+    more = f" (and of {format_quantity(len(shards) - NUM_EXAMPLES, 'more shard')})" if shards[NUM_EXAMPLES:] else ""
+    return (
+        f"ingest shards {format_spec(shards)} again: rm {' '.join(paths)}{more}, then"
+        f" `recap run all --stale redo --run {shlex.quote(str(run.folder))}`"
+    )
+
+
 def _report_edited(run: Run) -> None:
     """Names the planned files that were edited after they were ingested, and how to ingest them again."""
     edited = list(find_edited(run))
     if not edited:
         return
     few = ", ".join(repr(file) for _, file in edited[:NUM_EXAMPLES]) + (", ..." if edited[NUM_EXAMPLES:] else "")
-    shards = sorted({shard for shard, _ in edited})
-    paths = [shlex.quote(str(table_path(run.folder, "image", shard))) for shard in shards[:NUM_EXAMPLES]]
-    more = f" (and of {format_quantity(len(shards) - NUM_EXAMPLES, 'more shard')})" if shards[NUM_EXAMPLES:] else ""
     say(
         f"recap: {format_quantity(len(edited), 'image')} changed, or what describes them, after they were ingested:"
-        f" {few}; to ingest shards {format_spec(shards)} again: rm {' '.join(paths)}{more}, then"
-        f" `recap run all --stale redo --run {shlex.quote(str(run.folder))}`"
+        f" {few}; {_advise_ingest(run, sorted({shard for shard, _ in edited}))}"
     )
 
 

@@ -12,7 +12,7 @@ from importlib import resources
 from itertools import chain, count
 from typing import IO, TYPE_CHECKING, Any
 
-from pipeline.errors import UnknownNameError
+from pipeline.errors import QueryError, UnknownNameError
 from pipeline.plugins import explain_unknown
 from pipeline.progress import escape_controls
 from pipeline.storage import database
@@ -57,7 +57,8 @@ def print_query(connection: database.Connection, sql: str, format: str, out: IO[
 def print_rows(names: list[str], rows: Iterable[tuple[Any, ...]], format: str, out: IO[bytes]) -> None:
     """Prints rows as they arrive: as a text table, csv or json. Long cells of a table are cut on a terminal only.
 
-    Lists and structs are JSON in csv too. Of columns with one name, json and parquet number all but the first.
+    Lists and structs are JSON in csv too, bytes hexadecimal. Of columns with one name, json and parquet number all but
+    the first.
     """
     text = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     try:
@@ -70,6 +71,9 @@ def print_parquet(rows: pa.Table, out: IO[bytes]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    intervals = [field.name for field in rows.schema if pa.types.is_interval(field.type)]
+    if intervals:
+        raise QueryError(f"Parquet has no intervals: write {intervals[0]}::VARCHAR in the query")
     with pa.BufferOutputStream() as buffer:
         pq.write_table(rows.rename_columns(_number_names(rows.column_names)), buffer)
         out.write(buffer.getvalue())
@@ -87,7 +91,9 @@ def _print_csv(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) 
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        writer.writerow([_format_json(value) if isinstance(value, dict | list | tuple) else value for value in row])
+        writer.writerow(
+            [_format_json(value) if isinstance(value, dict | list | tuple) else _convert_bytes(value) for value in row]
+        )
 
 
 def _print_json(names: list[str], rows: Iterable[tuple[Any, ...]], out: IO[str]) -> None:
@@ -119,7 +125,12 @@ def _format_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def _convert_value(value: Any) -> Any:
-    return float(value) if isinstance(value, Decimal) else str(value)
+    return float(value) if isinstance(value, Decimal) else str(_convert_bytes(value))
+
+
+def _convert_bytes(value: Any) -> Any:
+    """Bytes as hexadecimal digits; any other value as it is."""
+    return value.hex() if isinstance(value, bytes | bytearray | memoryview) else value
 
 
 def _replace_infinite(value: Any) -> Any:

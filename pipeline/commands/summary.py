@@ -52,9 +52,13 @@ def format_end(run: Run, *, is_new: bool) -> Iterator[str]:
         yield from format_yield(run)
     yield ""
     forms = sorted(path for path in (run.folder / "export").glob("*") if path.is_dir() and path.name != "index")
+    settings = run.sections["export"][""]
+    current = {name.rpartition(".")[2] for name in settings.formats}
     for form in forms:
-        is_stale = form.name not in run.sections["export"][""].formats
-        yield f"  {form}" + (", of an earlier run.toml: its form is not in export.formats" if is_stale else "")
+        if form.name in current:
+            yield from (f"  {form / split}" for split in settings.split or ("",))
+        else:
+            yield f"  {form}, of an earlier run.toml: its form is not in export.formats"
     yield ""
     yield "  next:"
     for command, meaning in NEXT if is_new else (PLAN, COUNT, *NEXT):

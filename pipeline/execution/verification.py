@@ -127,7 +127,7 @@ class Verification:
             else:
                 yield self._describe(self.run.folder / name, reason, "")
         for name, reason in self._check_corpus(p, shard):
-            remedy = f"restore it; or, to caption it as it is now: {self._remove(path)} && {command}"
+            remedy = f"restore it; or, to go on with the corpus as it is now: {self._remove(path)} && {command}"
             yield Damage(path=name, reason=reason, remedy=remedy)
         sound = not damaged and not damages  # views of SQL read more tables than those of the pass
         if sound and (reason := self._compare_rows(p, shard, footer)):

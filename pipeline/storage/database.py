@@ -288,12 +288,23 @@ def find_members(expression: str, *, clause: str) -> frozenset[tuple[tuple[str, 
 
 
 def _parse_expression(expression: str, clause: str, kind: str) -> Any:
+    if rest := _find_rest(expression):
+        raise QueryError(f"{expression!r} ends with {rest!r}, which is no part of an expression; leave it out")
     with _open_parser().cursor() as connection:
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
         kind = kind or ("order" if "ORDER BY" in clause else "condition")
         raise QueryError(f"{expression!r} is not a valid SQL {kind}: {problem}")
     return tree
+
+
+def _find_rest(expression: str) -> str:
+    """A comment at the end, which would hide what follows the expression in a statement, or a semicolon; "" without."""
+    import duckdb
+
+    tokens = duckdb.tokenize(expression)
+    ends = [at for at, kind in tokens if kind == duckdb.token_type.comment or expression[at] == ";"]
+    return expression[ends[0] :] if ends else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,14 +151,19 @@ def explain_shard_size(path: Path, shard_size: int) -> str:
         return ""
     return (
         f"source.shard_size = {shard_size} has no effect: {path} was made with {planned}, and planned shards never"
-        f" change; set it back to {planned}. Once the corpus has new images, `recap plan` uses the new size for them"
+        f" change; set it back to {planned}. Once the corpus has new images, `recap plan` uses the new size for them."
+        f" To plan all anew, which makes all tables anew: rm {path} and `recap plan`"
     )
 
 
-def find_lost_files(path: Path, pieces: Iterable[Piece], *, place: Callable[[str], str] = str) -> list[str]:
-    """The planned files that are not among the pieces of the corpus any more."""
+def find_lost_files(path: Path, pieces: Iterable[Piece], *, place: Callable[[str], str] = str) -> dict[str, int]:
+    """The planned files that are not among the pieces of the corpus any more, each with its first shard."""
     present = {place(piece.file) for piece in pieces}
-    return list(dict.fromkeys(row.file for row in _read_planned(path) if place(row.file) not in present))
+    lost: dict[str, int] = {}
+    for row in _read_planned(path):
+        if place(row.file) not in present:
+            lost.setdefault(row.file, row.shard)
+    return lost
 
 
 def _format_plan(rows: Iterable[Planned], *, shard_size: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import io
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -91,11 +92,17 @@ def require_bucket(url: str) -> None:
         ConfigError: no installed package opens such URLs.
         MachineError: the store does not answer, does not let us in, or has no such bucket.
     """
+    from fsspec.implementations.local import LocalFileSystem
+
     filesystem, path = connect(url, field="url")
     with translate_errors(url):
         bucket = path.lstrip("/").partition("/")[0]
         if url.partition("://")[0] in EXTRAS and not filesystem.exists(bucket):
             raise MachineError(f"{url}: there is no bucket {bucket!r}; make it, or correct the name")
+        if isinstance(filesystem, LocalFileSystem):
+            above = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+            if not (above.is_dir() and os.access(above, os.W_OK)):
+                raise MachineError(f"{url}: {above} is no folder that may be written to")
 
 
 def find_files(url: str) -> Iterator[tuple[str, int | None]]:

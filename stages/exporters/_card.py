@@ -20,6 +20,7 @@ SIZES = (
 )
 
 
+VIEWED = ("parquet", "webdataset", "messages", "llava")  # whose images the Hub's viewer shows, the best first
 EMPTY = "**This data set is empty: no caption was kept.**\n\n"
 OPTIONAL = {  # column -> what it is
     "reencoded": "how an image was encoded again, upright and perhaps smaller; empty: the original file",
@@ -61,12 +62,12 @@ def build_card(
     licence = f"license: {license}\n" if license else ""
     modules = {name: plugins.load("stages.exporters", name) for name in sorted(formats)}
     entries: dict[str, CardEntry] = {name: module.CARD for name, module in modules.items() if hasattr(module, "CARD")}
-    shown = sorted(entries, key=lambda name: name != "parquet")  # the form whose images the viewer shows comes first
+    shown = sorted(entries, key=lambda name: (VIEWED.index(name) if name in VIEWED else len(VIEWED), name))
     data_files = next((entries[name].data_files for name in shown if entries[name].data_files), "")
     files = _list_files(data_files, splits)
     configs = f"configs:\n- config_name: default\n  data_files:{files}\n" if data_files else ""
-    images = " / ".join(f"`{entry.image}`" for entry in entries.values()) or "image"
-    texts = " / ".join(f"`{entry.caption}`" for entry in entries.values()) or "caption"
+    images = _list_names({name: entry.image for name, entry in entries.items()}) or "image"
+    texts = _list_names({name: entry.caption for name, entry in entries.items()}) or "caption"
     captions = "\n".join(
         f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`"
         if c["model"]
@@ -109,6 +110,20 @@ A caption was kept when it met these conditions, in this order:
 | `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
 | `orientation` | the EXIF orientation of the file, 1 to 8; `width` and `height` are of the upright picture |
 {optional}"""
+
+
+def _list_names(names: Mapping[str, str]) -> str:
+    """Names by form as Markdown, each with its forms where there are several.
+
+    >>> _list_names({"messages": "images", "parquet": "image", "lance": "image"})
+    '`images` (messages), `image` (parquet, lance)'
+    """
+    by_name: dict[str, list[str]] = {}
+    for form, name in names.items():
+        by_name.setdefault(name, []).append(form.rpartition(".")[2])
+    return ", ".join(
+        f"`{name}`" + (f" ({', '.join(forms)})" if by_name.keys() - {name} else "") for name, forms in by_name.items()
+    )
 
 
 def _list_files(glob: str, splits: Iterable[str]) -> str:

@@ -97,8 +97,6 @@ class FormConfig:
         if self.reencodes and self.images == "reference":
             problem = 'upright and resize re-encode images, and images = "reference" leaves them as they are'
             raise ValueError(f"{problem}; choose one")
-        if self.split is not None:
-            self._check_split(self.split)
         if len(set(self.buckets)) < len(self.buckets) or not all(0 < bucket < inf for bucket in self.buckets):
             raise ValueError(f"buckets is {list(self.buckets)}; it must have different aspects above 0, such as 1.5")
         if not self.instructions:
@@ -108,6 +106,8 @@ class FormConfig:
                 plugins.load("stages.exporters", name)
         except UnknownNameError as error:
             raise ValueError(f"formats names a form that does not exist: {error}") from error
+        if self.split is not None:
+            self._check_split(self.split)
         if self.images == "reference" and not any(
             getattr(load_form(f), "REFERENCES_IMAGES", False) for f in self.formats
         ):

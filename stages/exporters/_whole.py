@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import audits
+from pipeline import audits, plugins
 from pipeline.progress import say
 from pipeline.sections import Run
 from pipeline.storage import database, tables
@@ -138,14 +138,16 @@ def _warn(run: Run, num_samples: int, num_older: int) -> None:
 
 def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.TableFooter]) -> None:
     """Removes what the training set no longer has from the forms' folders: numbered files and folders of files, and
-    indexes, of earlier splits, or of the whole where there are splits now."""
+    indexes, of earlier splits, of the whole where there are splits now, and of forms that are not written any more."""
     listed = {name for footer in footers for name in footer.payload}
     numbers = {
         folder: {number for name in listed if name.startswith(folder) for number in find_numbers(name)}
         for _, folder in list_folders(settings)
     }
-    for form in settings.formats:
-        root = run / "export" / form.rpartition(".")[2]
+    present = {form.rpartition(".")[2]: form for form in settings.formats}
+    earlier = [name for name in plugins.list_names("stages.exporters") if name not in present]
+    for folder in (*present, *earlier):
+        root = run / "export" / folder
         for path in list(list_numbered(root)):
             first = path.relative_to(root).parts[0]
             split = first if not find_numbers(first) and first not in RESERVED else ""  # of now or of before
@@ -154,13 +156,16 @@ def _remove_leftovers(run: Path, settings: Config, footers: Sequence[tables.Tabl
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     whole = listed.union(list_indexes(settings))  # a shard's own folder may hold an index too
-    for form in settings.formats:
-        root = run / "export" / form.rpartition(".")[2]
+    for folder, form in (present | {name: name for name in earlier}).items():
+        root = run / "export" / folder
+        was_there = folder in earlier and root.is_dir()
         for index in getattr(load_form(form), "INDEXES", ()):
             for path in (root / index, *root.glob(f"*/{index}")):
                 if str(path.relative_to(run)) not in whole:
                     path.unlink(missing_ok=True)
         _remove_empty(root)
+        if was_there and not root.is_dir():
+            say(f"recap: export/{folder} is removed: export.formats no longer names its form")
 
 
 def _remove_empty(folder: Path) -> None:

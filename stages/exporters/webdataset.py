@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.storage.payloads import commit_files
 from stages.exporters import CardEntry, ExportSample, FormFile, _energon, put_text
 
-CARD = CardEntry(image="jpg", caption="txt", files="webdataset/*.tar")
+CARD = CardEntry(image="jpg", caption="txt", data_files="webdataset/*.tar")
 INDEXES = ("index.json", *_energon.INDEXES)
 DATASET = _energon.CAPTIONS.format(image=", ".join(("jpg", "png", "webp", "gif", "avif", "tif", "bmp")))
 

@@ -279,5 +279,6 @@ def check_conditions(run: Run, field: str, conditions: Mapping[str, str], query:
             except QueryError as error:
                 raise ConfigError(f"{run.file}: {field}.{name}", str(error)) from error
             if found not in ("BOOLEAN", '"NULL"'):
-                message = f"{sql!r} is of type {found}, not a condition; compare it, as in {sql} >= 0.7"
+                example = f"{sql} <> ''" if found == "VARCHAR" else f"{sql} >= 0.7"
+                message = f"{sql!r} is of type {found}, not a condition; compare it, as in {example}"
                 raise ConfigError(f"{run.file}: {field}.{name}", message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from pipeline.errors import MachineError
 from pipeline.sections import key, plain_value
 from pipeline.storage.sentences import split_sentences
 
@@ -218,18 +220,45 @@ def find_sentence_ends(text: str) -> Iterator[int]:
         yield end
 
 
+def fetch_tokenizer(name: str) -> str:
+    """The path of a tokenizer.json of the Hub, in its cache.
+
+    Raises:
+        MachineError: it is not in the cache, and the Hub does not answer.
+        OSError, ValueError: there is none of that name.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = try_to_load_from_cache(name, "tokenizer.json")
+    if isinstance(found, str):
+        return found
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of each try is in the last error too
+    try:
+        return hf_hub_download(name, "tokenizer.json")
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        raise MachineError(
+            f"the Hub does not answer for the tokenizer of {name!r}: {error.__cause__ or error}"
+        ) from error
+
+
 @cache
 def load_counter(name: str) -> Count:
     """A function that counts tokens, with special ones, as the tokenizer of a model does.
 
     Raises:
         OSError: there is no such tokenizer.
+        MachineError: the Hub does not answer.
     """
     from tokenizers import Tokenizer  # transformers would import torch
 
     file = Path(name) / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_file(str(file if file.exists() else fetch_tokenizer(name)))
+    except MachineError:
+        raise
     except Exception as error:  # it raises no narrower type
         why = str(error).partition("\n")[0]
         raise OSError(

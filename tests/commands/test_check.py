@@ -182,8 +182,20 @@ def mistype_key(world: World) -> None:
 
 
 def mistype_tokenizer(world: World) -> None:
-    world.monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    world.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     world.use({"kind": "echo"}, export={"tokenizer": "openai/no-such-clip", "max_tokens": 77})
+
+
+def silence_hub(world: World) -> None:
+    """A firewall that drops packets: a socket that listens and never answers."""
+    listening = world.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    world.monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+    world.use({"kind": "echo"}, export={"tokenizer": "openai/silent-clip", "max_tokens": 77})
+
+
+def lock_target(world: World) -> None:
+    (world.folder / "file").write_text("")
+    world.use({"kind": "echo"}, export={"url": f"file://{world.folder}/file/below"})
 
 
 def mistype_store(world: World) -> None:
@@ -229,6 +241,8 @@ MISTAKES: dict[Callable[[World], None], str] = {
     mistype_recipe: r"run\.toml: recipes/mine\.toml: prompts: unknown key; did you mean 'prompt'",
     mistype_key: r"run\.toml: .*engines\.captioner\.texts: unknown key; did you mean 'text'",
     mistype_tokenizer: r"export: .*export\.tokenizer: 'openai/no-such-clip' is not a folder with a tokenizer\.json",
+    silence_hub: r"export: no answer within 10 s; is the network reachable from here",
+    lock_target: r"export\.url: .*file is no folder that may be written to",
     mistype_store: r"export\.url: url: 's4://bucket/name' cannot be opened: Protocol not known",
     mistype_repository: r"export\.url: 'one/two/three' is not a repository of the Hub",
     ask_for_too_long: r"slurm\.time: 1-00:00:00 is longer than gpu allows, MaxTime=04:00:00",

@@ -42,6 +42,13 @@ def test_the_whole_population_leaves_no_doubt() -> None:
     assert estimate.expand([1.0, 2.0, 6.0], exact(3)) == exact(9)
 
 
+def test_a_sample_in_which_all_agree_leaves_doubt_about_the_others() -> None:
+    none, each = (estimate.expand_rows([share] * 8, exact(160)) for share in (0.0, 1.0))
+    assert (none.value, none.low, each.value, each.high) == (0, 0, 160, 160)
+    assert 50 < none.high < 65 and 95 < each.low < 110
+    assert estimate.expand_rows([0.0] * 3, exact(3)) == exact(0)
+
+
 def test_sums_widen_and_unknown_numbers_of_images_widen() -> None:
     one = Range(value=10, low=7, high=13)
     assert one + Range(value=10, low=6, high=14) == Range(value=20, low=15, high=25)

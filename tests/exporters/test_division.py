@@ -245,3 +245,7 @@ def test_splits_and_their_whole_leave_no_files_of_each_other(captioned: Path, tm
     recap("run", "export", "--stale", "redo", "--run", run)
     assert list_settled(run) == whole
     assert not [path for path in (run / "export").rglob("*") if path.is_dir() and not any(path.iterdir())]
+    write(run, configure(run.parent / "photos", formats=["captions"]))
+    done = recap("run", "export", "--stale", "redo", "--run", run)
+    assert "export/webdataset is removed: export.formats no longer names its form" in done.stderr
+    assert {path.name for path in (run / "export").iterdir() if path.is_dir()} == {"captions", "index"}

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -313,3 +314,15 @@ def test_near_copies_that_curate_grouped_are_in_one_split(tmp_path: Path) -> Non
     files = {split: pq.read_table(run / "export/captions" / split)["key"].to_pylist() for split in shares}
     assert {key: split for split, keys in files.items() for key in keys} == drawn
     assert set(drawn.values()) == {"train", "val"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [None, {"train": 0.5, "val": 0.5}])
+def test_the_card_loads_an_export_of_tars_alone(tmp_path: Path, split: dict[str, float] | None) -> None:
+    photos = corpus(tmp_path / "photos", ["jpg"] * 12)
+    keys = {"formats": ["webdataset"], **({"split": split} if split else {})}
+    run = begin(tmp_path / "run", sections(photos, filter={"rules": {}}, export=keys))
+    assert make(run).exit_code == 0
+    loaded = datasets.load_dataset(str(run / "export"), cache_dir=str(tmp_path / "cache"))
+    assert set(loaded) == set(split or ["train"])
+    assert sum(map(len, loaded.values())) == 12 and all(row["txt"] for part in loaded.values() for row in part)

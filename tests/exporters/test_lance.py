@@ -230,7 +230,7 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path, num_bytes: int) -> None:
 
 def test_without_the_library_the_advice_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'recap-pipeline\[lance\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[lance\]'"):
         form.open(tmp_path, 0, tmp_path)
     with pytest.raises(MachineError, match="needs pylance"):
         list(form.read_images(tmp_path))

@@ -154,6 +154,9 @@ def test_a_rule_is_a_condition_and_its_misspelt_score_is_named(captioned: Path) 
     photos = captioned.parent / "photos"
     for sql, message in (
         ("judge", r"filter\.rules\.good: 'judge' is of type DOUBLE, not a condition; compare it, as in judge >= 0\.7"),
+        ("judge > 0.5 -- good", r"filter\.rules\.good: .* ends with '-- good', which is no part of an expression"),
+        ("judge > 0.5;", r"filter\.rules\.good: .* ends with ';', which is no part"),
+        ("text", r"is of type VARCHAR, not a condition; compare it, as in text <> ''"),
         ("jugde >= 0.5", r"filter\.rules\.good: .* uses jugde; did you mean 'judge'\?"),
     ):
         write(captioned, configure(photos, rules={"good": sql}))

@@ -123,6 +123,9 @@ def test_captions_are_cut_to_the_tokens_of_a_model_and_samples_have_weights(capt
         ({"tokenizer": "no/such"}, "export.tokenizer"),
     ],
 )
-def test_keys_that_cannot_be_used_are_named(captioned: Path, keys: dict[str, Any], message: str) -> None:
+def test_keys_that_cannot_be_used_are_named(
+    captioned: Path, keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
         export(captioned, **keys)
