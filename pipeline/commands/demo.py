@@ -67,17 +67,23 @@ def run_demo(folder: Path, *, num_images: int | None, engine: EngineKind | None)
     start = time.monotonic()
     state = RunState(create_demo(folder, num_images=num_images, engine=engine))
     outcome = Runner(state).execute(state.passes)
-    return outcome, format_summary(folder, time.monotonic() - start)
+    return outcome, format_summary(folder, None if outcome.skipped else time.monotonic() - start)
 
 
-def format_summary(folder: Path, seconds: float) -> Iterator[str]:
+def format_summary(folder: Path, seconds: float | None) -> Iterator[str]:
+    """
+    Args:
+        folder: of the run.
+        seconds: that all of it took; None where some was made before.
+    """
     run = config.load(folder)
     with database.connect(folder) as connection:
         ((num_images,),) = database.query_rows(connection, "SELECT count(*) FROM image")
         captions = list(database.query_rows(connection, CAPTIONS))
     yield from format_yield(run)
-    rate = num_images / max(seconds, 1e-9)
-    yield f"  {format_rate(rate)} images/s over all stages, {format_duration(seconds)} in all"
+    if seconds is not None:
+        rate = num_images / max(seconds, 1e-9)
+        yield f"  {format_rate(rate)} images/s over all stages, {format_duration(seconds)} in all"
     yield ""
     yield "  accuracy against the known truth of the images, which no stage has seen:"
     yield f"  {'':14}{'precision':>12}{'recall':>12}{'false claims':>16}"
