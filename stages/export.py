@@ -426,11 +426,14 @@ def _check_settings(run: Run, settings: Config) -> None:
     """Finds before the first caption what would only be found after the last.
 
     Raises:
-        ConfigError: there is no such tokenizer.
+        ConfigError: there is no such tokenizer, or a prefix leaves no room for the text.
         MachineError: the Hub does not answer.
     """
-    if settings.tokenizer:
-        _load_counter(run, settings.tokenizer)
+    count = _load_counter(run, settings.tokenizer) if settings.tokenizer else None
+    for name, prefix in (settings.prefix or {}).items():
+        if count and settings.max_tokens and (num := count(prefix)) >= settings.max_tokens:
+            problem = f"has {num} tokens, and max_tokens = {settings.max_tokens} leaves none for the text; shorten it"
+            raise ConfigError(f"{run.file}: export.prefix.{name}", problem)
 
 
 def _load_counter(run: Run, name: str) -> Count:

@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from pipeline.errors import MachineError
+from pipeline.progress import say
 from pipeline.records import FileStatus, Image, Piece, Raw
 from pipeline.sections import Run
 from pipeline.storage import tables
@@ -121,8 +122,8 @@ def _compare_samples(run: Run, shard: int, pieces: Sequence[Piece], *, is_whole:
                 row = rows.pop(raw.source_key, None)
                 if row is None or _differs(raw, row, has_bytes=True):
                     yield raw.source_key
-        except MachineError:  # it has been rewritten, and its source reads no such file
-            yield piece.file
+        except MachineError as error:  # it has been rewritten, and to ingest it again would fail too
+            say(f"recap: {error}")
             is_whole = False
     if is_whole:
         yield from rows

@@ -102,10 +102,12 @@ def extend_plan(run: Run) -> tuple[int, int]:
             where = getattr(run.source.config, "path", run.source.kind)
             raise UserError(f"{run.file}: source: there are no images in {where}")
         before, after = write_plan(path, pieces, shard_size=run.corpus.shard_size, place=run.source.place)
-        if before and (lost := find_lost_files(path, pieces, place=run.source.place)):
+        lost = find_lost_files(path, pieces, place=run.source.place) if before else {}
+        if lost:
             _report_lost(run, lost)
+        blocked = set(lost.values()) if not hasattr(run.source.module, "read_texts") else set()
         if before:
-            _report_edited(run)
+            _report_edited(run, without=blocked)
     except ConfigError as error:  # its message names the field
         raise UserError(f"{run.file}: {error}") from error
     except UserError:
@@ -136,9 +138,14 @@ def _advise_ingest(run: Run, shards: Sequence[int]) -> str:
     )
 
 
-def _report_edited(run: Run) -> None:
-    """Names the planned files that were edited after they were ingested, and how to ingest them again."""
-    edited = list(find_edited(run))
+def _report_edited(run: Run, *, without: Collection[int]) -> None:
+    """Names the planned files that were edited after they were ingested, and how to ingest them again.
+
+    Args:
+        run: whose corpus is compared.
+        without: shards that cannot be ingested now.
+    """
+    edited = [(shard, file) for shard, file in find_edited(run) if shard not in without]
     if not edited:
         return
     few = ", ".join(repr(file) for _, file in edited[:NUM_EXAMPLES]) + (", ..." if edited[NUM_EXAMPLES:] else "")

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError, StoppedError, UserError
+from pipeline.execution.exported_files import load_form
 from pipeline.execution.run_state import RunState
 from pipeline.execution.signals import stop_on_signal
 from pipeline.progress import format_bytes, say
 from pipeline.sections import Run
 from pipeline.storage import stores
+from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import SUMS, hash_file, parse_sums, read_sums
 from pipeline.storage.tables import open_atomic
 
@@ -85,7 +87,7 @@ def push_export(run: Run, target: str, *, is_private: bool = False) -> str:
     if not target:
         raise UserError(f"where to? name a repository of the Hub or a URL, or set [export] url in {run.file}")
     RunState(run).check_done([INDEX])
-    files, stop = list_files(run.folder), threading.Event()
+    files, stop = list_files(run.folder, own=run.sections["export"][""].formats), threading.Event()
     with stop_on_signal(stop):
         if "://" in target and not target.startswith(HUB):
             journal = run.folder / ".work" / "push" / f"{hashlib.sha256(target.encode()).hexdigest()[:16]}.jsonl"
@@ -117,8 +119,12 @@ def check_target(target: str) -> None:
         raise MachineError("no token of the Hub is here; log in with `hf auth login`, or set HF_TOKEN")
 
 
-def list_files(run: Path) -> list[ExportFile]:
+def list_files(run: Path, *, own: Sequence[str]) -> list[ExportFile]:
     """All files of the export, the list of digests last.
+
+    Args:
+        run: the run's folder.
+        own: the names of its forms.
 
     Raises:
         MachineError: the list is damaged, or a file is missing.
@@ -126,12 +132,22 @@ def list_files(run: Path) -> list[ExportFile]:
     try:
         digests = read_sums(run, INDEX)
         digests |= {f"{INDEX}/{path.name}": hash_file(path) for path in sorted((run / INDEX).glob("*.parquet"))}
+        digests |= {str(path.relative_to(run)): hash_file(path) for path in _find_loose_files(run, own, list(digests))}
         digests[f"{INDEX}/{SUMS}"] = hash_file(run / INDEX / SUMS)
         return [_describe_file(run / name, digest) for name, digest in digests.items()]
     except (ValueError, FileNotFoundError) as error:
         raise MachineError(
             f"the export is not whole ({error}); `recap verify --run {run}` names what is damaged"
         ) from error
+
+
+def _find_loose_files(run: Path, own: Sequence[str], names: Sequence[str]) -> Iterator[Path]:
+    """Images and texts that are files of their own, which exported files list; none of the corpus's own files."""
+    for name in names:
+        form = load_form(Path(name).parts[1], own) if len(Path(name).parts) > 2 else None
+        if form is not None and hasattr(form, "list_loose_files") and find_numbers(name):
+            paths = (loose.path for loose in form.list_loose_files(run / name))
+            yield from (path for path in paths if path.is_relative_to(run / "export"))
 
 
 def _describe_file(path: Path, sha256: str) -> ExportFile:
@@ -142,10 +158,14 @@ def _describe_file(path: Path, sha256: str) -> ExportFile:
 def push_to_store(files: Sequence[ExportFile], url: str, *, journal: Path, stop: threading.Event) -> int:
     """Uploads the files that a store lacks; returns their number.
 
-    A store knows sizes alone: what was sent is noted in `journal`, and in the list of digests of a finished upload.
+    A store knows sizes alone: what was sent is noted in `journal`, and in the list of digests of a finished upload. The
+    journal counts where no list is, or the one that it notes: with another, somebody else has uploaded since.
     """
-    sizes, earlier = stores.list_tree(url), _read_earlier_list(url)
-    sent = earlier | _read_journal(journal)
+    sizes, earlier, noted = stores.list_tree(url), _read_earlier_list(url), _read_journal(journal)
+    if earlier and noted.get(LAST) != earlier[LAST]:
+        noted = {}
+        journal.unlink(missing_ok=True)
+    sent = earlier | noted
     due = [file for file in files if sizes.get(file.name) != file.num_bytes or sent.get(file.name) != file.sha256]
     due, progress = _end_with_list(due, files), Progress(due, stop)
     journal.parent.mkdir(parents=True, exist_ok=True)

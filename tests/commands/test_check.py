@@ -198,6 +198,11 @@ def lock_target(world: World) -> None:
     world.use({"kind": "echo"}, export={"url": f"file://{world.folder}/file/below"})
 
 
+def lengthen_prefix(world: World) -> None:
+    keys = {"tokenizer": "scenes-captioner", "max_tokens": 9, "prefix": {"dense": "There is a red star. " * 9}}
+    world.use({"kind": "echo"}, export=keys)
+
+
 def mistype_store(world: World) -> None:
     world.use({"kind": "echo"}, export={"url": "s4://bucket/name"})
 
@@ -243,6 +248,7 @@ MISTAKES: dict[Callable[[World], None], str] = {
     mistype_tokenizer: r"export: .*export\.tokenizer: 'openai/no-such-clip' is not a folder with a tokenizer\.json",
     silence_hub: r"export: no answer within 10 s; is the network reachable from here",
     lock_target: r"export\.url: .*file is no folder that may be written to",
+    lengthen_prefix: r"export\.prefix\.dense: has \d+ tokens, and max_tokens = 9 leaves none for the text",
     mistype_store: r"export\.url: url: 's4://bucket/name' cannot be opened: Protocol not known",
     mistype_repository: r"export\.url: 'one/two/three' is not a repository of the Hub",
     ask_for_too_long: r"slurm\.time: 1-00:00:00 is longer than gpu allows, MaxTime=04:00:00",

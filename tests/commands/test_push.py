@@ -72,6 +72,35 @@ def test_a_bucket_that_is_not_there_is_found_beforehand(store: dict[str, str]) -
         push.check_target("s3://no-such-bucket/new")
 
 
+def test_images_and_texts_that_are_files_of_their_own_are_uploaded(tmp_path: Path, store: dict[str, str]) -> None:
+    """Only the lists of them were."""
+    photos = corpus(tmp_path / "photos", ["jpg", "png"] * 3)
+    forms = {"formats": ["messages", "llava", "sidecar"], "split": {"train": 0.5, "val": 0.5}}
+    run = begin(tmp_path / "run", sections(photos, filter={"rules": {}}, export=forms))
+    make(run)
+    url = f"s3://{object_store.BUCKET}/loose"
+    recap("push", url, "--run", run)
+    assert read_store("loose") == list_export(run) and len(list_export(run)) > 6 * 4
+    assert "0 of " in recap("push", url, "--run", run).stderr
+
+
+def test_what_another_run_uploaded_in_between_is_replaced(run: Path, tmp_path: Path, store: dict[str, str]) -> None:
+    """Files of the same size passed for our own, by the notes of our earlier upload."""
+    url, name = f"s3://{object_store.BUCKET}/shared", "parquet/00003.parquet"
+    recap("push", url, "--run", run)
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    shutil.rmtree(other / ".work", ignore_errors=True)
+    sums = other / "export/index/SHA256SUMS"
+    data = (other / "export" / name).read_bytes()
+    changed = data[:200] + bytes([data[200] ^ 1]) + data[201:]
+    sums.write_text(sums.read_text().replace(sha256(data).hexdigest(), sha256(changed).hexdigest()))
+    (other / "export" / name).write_bytes(changed)
+    recap("push", url, "--run", other)
+    assert read_store("shared")[name] == changed
+    recap("push", url, "--run", run)
+    assert read_store("shared") == list_export(run)
+
+
 def test_an_export_is_uploaded_whole_and_only_once(run: Path, store: dict[str, str]) -> None:
     url = f"s3://{object_store.BUCKET}/once"
     num = len(list_export(run))
