@@ -85,6 +85,8 @@ def make(
         if not task.stop.is_set():
             raise
         raise StoppedError from error  # the signal killed a worker of the data loader that had just started
+    finally:
+        trainer.end_workers(made)
     if made.state.global_step < config.steps:
         raise StoppedError
     save_model(task, made.model, output=output, card=_render_card(run, task, method, made.state.log_history))

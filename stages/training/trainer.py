@@ -77,6 +77,20 @@ def make_arguments(task: TrainingTask) -> dict[str, Any]:
     }
 
 
+def end_workers(made: Any) -> None:
+    """Ends the workers of a trainer's data loaders.
+
+    They ignore the signal by which Python ends them with the process, so a loader that something still holds would keep
+    the process for ever.
+    """
+    handler = made.callback_handler
+    loaders = [handler.train_dataloader, handler.eval_dataloader, *getattr(made, "_eval_dataloaders", {}).values()]
+    for loader in loaders:
+        for one in (loader, getattr(loader, "base_dataloader", None)):
+            if (iterator := getattr(one, "_iterator", None)) is not None:
+                iterator._shutdown_workers()
+
+
 def has_gpu() -> bool:
     import torch
 
