@@ -17,7 +17,12 @@ from stages.training.methods import grpo
 from stages.training.provenance import build_provenance
 from tests.support.runs import ROOT
 
-LATER = {"scenes-grpo-statements", "scenes-judge-base", "scenes-judge-open"}  # manifests that came after it
+LATER = {
+    "scenes-captioner-placing",
+    "scenes-grpo-statements",
+    "scenes-judge-base",
+    "scenes-judge-open",
+}  # manifests that came after it
 SLICES = json.loads((ROOT / "tests" / "data" / "train_slices.json").read_text())
 
 

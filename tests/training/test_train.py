@@ -93,10 +93,18 @@ def list_weights(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["scenes-base", "scenes-judge", "scenes-judge-base", "scenes-judge-open", "scenes-captioner-sft"]
+    "name",
+    [
+        "scenes-base",
+        "scenes-captioner-placing",
+        "scenes-captioner-sft",
+        "scenes-judge",
+        "scenes-judge-base",
+        "scenes-judge-open",
+    ],
 )
 def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "manifests" / name / "run.toml", tmp_path / "run.toml")
+    shutil.copytree(ROOT / "manifests" / name, tmp_path, dirs_exist_ok=True)
     run = config.load(tmp_path)
     settings = run.sections["train"][""]
     assert set(settings.captions) <= {*run.sections["caption"], "main"}
