@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.records import Exported, arrow_schema
@@ -10,6 +11,7 @@ from pipeline.storage.payloads import UnfinishedFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ROWS_PER_GROUP = 1000
 
@@ -41,11 +43,22 @@ class ParquetRows:
             self._writer.close()
         return self.file
 
+    def abandon(self) -> None:
+        abandon_parquet(self._writer, self.file)
+
     def _flush(self) -> None:
         import pyarrow as pa
 
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._writer.schema))
         self._rows = []
+
+
+def abandon_parquet(writer: pq.ParquetWriter | None, file: UnfinishedFile) -> None:
+    """Removes an unfinished file. Its writer is closed first: when it went, it would write to the closed file."""
+    if writer is not None:
+        with suppress(OSError, ValueError):
+            writer.close()
+    file.abandon()
 
 
 def build_row_schema(columns: Sequence[str], *, added: Mapping[str, type]) -> pa.Schema:

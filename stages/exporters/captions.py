@@ -32,7 +32,7 @@ class Captions:
         return commit_files(self._run, self._rows.finish())
 
     def abandon(self) -> None:
-        self._rows.file.abandon()
+        self._rows.abandon()
 
 
 def find_url(sample: ExportSample) -> str:

@@ -74,7 +74,7 @@ class Overlay:
         return commit_files(self._run, self._rows.finish(), *self._captions.finish(), *webshart)
 
     def abandon(self) -> None:
-        self._rows.file.abandon()
+        self._rows.abandon()
         self._captions.abandon()
 
     def _write_webshart(self, file: str, name: str, members: Mapping[str, Any]) -> UnfinishedFile:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.records import Exported, arrow_schema
 from pipeline.storage.payloads import UnfinishedFile, commit_files
 from stages.exporters import CardEntry, ExportSample
+from stages.exporters._rows import abandon_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +60,7 @@ class ImageParquet:
         return commit_files(self._run, self._file)
 
     def abandon(self) -> None:
-        self._file.abandon()
+        abandon_parquet(self._writer, self._file)
 
     def _flush(self) -> None:
         import pyarrow as pa

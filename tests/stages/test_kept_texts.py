@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,13 @@ def test_keys_that_cannot_be_used_are_named(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
         export(captioned, **keys)
+
+
+def test_a_weight_that_a_text_lacks_ends_the_export_in_one_line(
+    captioned: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Writers of Parquet wrote to closed files when they went, each with a traceback."""
+    with pytest.raises(ConfigError, match=r"export\.weight"):
+        export(captioned, texts={"dense": 1.0, "raw": 1.0}, weight="judge")
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err
