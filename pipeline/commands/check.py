@@ -5,6 +5,7 @@ A quick check opens no model; `recap run` begins with it. The whole check also s
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -121,7 +122,9 @@ def _check_source(state: RunState) -> Finding:
         drawn = sample.draw_pieces(
             local, NUM_PICTURES, random=Random(run.seed), counter=sample.SampleCounter(run.source)
         )
-        raws = [raw for piece in drawn if (raw := _read_sample(run, piece))]
+        ends = {piece.file: piece.stop for piece in local}  # a failed download is followed by others
+        onwards = [dataclasses.replace(piece, stop=ends[piece.file]) for piece in drawn]
+        raws = [raw for piece in onwards if (raw := _read_sample(run, piece))]
     except (OSError, ValueError) as error:
         message = f"cannot be read: {error}; are its disks mounted, and may you read them?"
         return Finding(kind="wrong", where=where, message=message)

@@ -288,8 +288,6 @@ def find_members(expression: str, *, clause: str) -> frozenset[tuple[tuple[str, 
 
 
 def _parse_expression(expression: str, clause: str, kind: str) -> Any:
-    if rest := _find_rest(expression):
-        raise QueryError(f"{expression!r} ends with {rest!r}, which is no part of an expression; leave it out")
     with _open_parser().cursor() as connection:
         tree = _parse_statements(connection, clause.format(expression))
     if problem := _find_problem(tree):
@@ -298,8 +296,8 @@ def _parse_expression(expression: str, clause: str, kind: str) -> Any:
     return tree
 
 
-def _find_rest(expression: str) -> str:
-    """A comment at the end, which would hide what follows the expression in a statement, or a semicolon; "" without."""
+def find_rest(expression: str) -> str:
+    """A semicolon, or a comment at the end, which would hide what follows the expression in a statement; "" without."""
     import duckdb
 
     tokens = duckdb.tokenize(expression)

@@ -66,8 +66,8 @@ def build_card(
     data_files = next((entries[name].data_files for name in shown if entries[name].data_files), "")
     files = _list_files(data_files, splits)
     configs = f"configs:\n- config_name: default\n  data_files:{files}\n" if data_files else ""
-    images = _list_names({name: entry.image for name, entry in entries.items()}) or "image"
-    texts = _list_names({name: entry.caption for name, entry in entries.items()}) or "caption"
+    images = " / ".join(f"`{entry.image}`" for entry in entries.values()) or "image"
+    texts = " / ".join(f"`{entry.caption}`" for entry in entries.values()) or "caption"
     captions = "\n".join(
         f"- `{c['pass']}`: {c['num_samples']:,} captions by `{c['model']}`"
         if c["model"]
@@ -110,20 +110,6 @@ A caption was kept when it met these conditions, in this order:
 | `format`, `width`, `height`, `num_bytes`, `metadata` | of the original |
 | `orientation` | the EXIF orientation of the file, 1 to 8; `width` and `height` are of the upright picture |
 {optional}"""
-
-
-def _list_names(names: Mapping[str, str]) -> str:
-    """Names by form as Markdown, each with its forms where there are several.
-
-    >>> _list_names({"messages": "images", "parquet": "image", "lance": "image"})
-    '`images` (messages), `image` (parquet, lance)'
-    """
-    by_name: dict[str, list[str]] = {}
-    for form, name in names.items():
-        by_name.setdefault(name, []).append(form.rpartition(".")[2])
-    return ", ".join(
-        f"`{name}`" + (f" ({', '.join(forms)})" if by_name.keys() - {name} else "") for name, forms in by_name.items()
-    )
 
 
 def _list_files(glob: str, splits: Iterable[str]) -> str:

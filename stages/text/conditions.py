@@ -74,8 +74,11 @@ def find_scores(
         more_columns: that it may use besides those of captions and images.
 
     Raises:
-        ConfigError: it is not valid SQL, or uses a column that does not exist.
+        ConfigError: it is not valid SQL, ends with a comment, or uses a column that does not exist.
     """
+    if rest := database.find_rest(sql):
+        message = f"{sql!r} ends with {rest!r}, which is no part of an expression; leave it out"
+        raise ConfigError(f"{run.file}: {field}", message)
     try:
         names = database.find_columns(sql, clause=clause)
     except QueryError as error:

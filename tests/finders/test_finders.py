@@ -335,7 +335,7 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
 def test_a_missing_package_is_named(kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finders, "find_spec", lambda name: None)
     write(tmp_path, sections(tmp_path, find__x={"kind": kind}))
-    with pytest.raises(ConfigError, match=rf"find\.x\.kind: '{kind}' needs {package}.*recap-pipeline\[{kind}\]"):
+    with pytest.raises(ConfigError, match=rf"find\.x\.kind: '{kind}' needs {package}.*'\.\[{kind}\]'"):
         list_passes(config.load(tmp_path))
 
 

@@ -280,5 +280,5 @@ def test_a_form_can_be_a_module_of_the_users_own(tmp_path: Path, monkeypatch: py
     assert make(run).exit_code == 0
     assert len((run / "export" / "lines" / "00000.txt").read_text().splitlines()) == 3
     card = (run / "export" / "README.md").read_text()
-    assert "| `picture` (lines), `image` (parquet) | the original file |" in card
+    assert "| `picture` / `image` | the original file |" in card
     assert "data_files: parquet/*.parquet" in card

@@ -77,10 +77,10 @@ def test_an_error_names_a_package_that_is_not_installed(
     grpo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpo, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"run.toml: train.rollouts: .*pip install 'recap-pipeline\[vllm\]'"):
+    with pytest.raises(UserError, match=r"run.toml: train.rollouts: .*pip install '\.\[vllm\]'"):
         train.make(config.load(copy_run(grpo_run, tmp_path / "run", rollouts="vllm")), {})
     monkeypatch.setattr(train, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"run.toml: train: needs trl: pip install 'recap-pipeline\[train\]'"):
+    with pytest.raises(UserError, match=r"run.toml: train: needs trl: pip install '\.\[train\]'"):
         train.make(config.load(grpo_run), {})
 
 
