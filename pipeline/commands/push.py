@@ -23,11 +23,12 @@ from pipeline.execution.exported_files import load_form
 from pipeline.execution.run_state import RunState
 from pipeline.execution.signals import stop_on_signal
 from pipeline.progress import format_bytes, say
+from pipeline.records import Placed
 from pipeline.sections import Run
 from pipeline.storage import stores
 from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import SUMS, hash_file, parse_sums, read_sums
-from pipeline.storage.tables import open_atomic
+from pipeline.storage.tables import open_atomic, read_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -132,7 +133,7 @@ def list_files(run: Path, *, own: Sequence[str]) -> list[ExportFile]:
     try:
         digests = read_sums(run, INDEX)
         digests |= {f"{INDEX}/{path.name}": hash_file(path) for path in sorted((run / INDEX).glob("*.parquet"))}
-        digests |= {str(path.relative_to(run)): hash_file(path) for path in _find_loose_files(run, own, list(digests))}
+        digests |= dict(_list_loose_files(run, own, list(digests)))
         digests[f"{INDEX}/{SUMS}"] = hash_file(run / INDEX / SUMS)
         return [_describe_file(run / name, digest) for name, digest in digests.items()]
     except (ValueError, FileNotFoundError) as error:
@@ -141,13 +142,28 @@ def list_files(run: Path, *, own: Sequence[str]) -> list[ExportFile]:
         ) from error
 
 
-def _find_loose_files(run: Path, own: Sequence[str], names: Sequence[str]) -> Iterator[Path]:
-    """Images and texts that are files of their own, which exported files list; none of the corpus's own files."""
+def _list_loose_files(run: Path, own: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Images and texts that are files of their own, which exported files list, with their digests, from their rows.
+
+    Files of the corpus itself, to which a training set may refer, are none of them.
+    """
+    images: dict[str, str] = {}  # key -> SHA-256
     for name in names:
         form = load_form(Path(name).parts[1], own) if len(Path(name).parts) > 2 else None
-        if form is not None and hasattr(form, "list_loose_files") and find_numbers(name):
-            paths = (loose.path for loose in form.list_loose_files(run / name))
-            yield from (path for path in paths if path.is_relative_to(run / "export"))
+        if form is None or not hasattr(form, "list_loose_files") or not find_numbers(name):
+            continue
+        images = images or _read_digests(run)
+        for loose in form.list_loose_files(run / name):
+            if loose.path.is_relative_to(run / "export"):
+                text = loose.text
+                digest = images[loose.key] if text is None else hashlib.sha256(text.encode()).hexdigest()
+                yield str(loose.path.relative_to(run)), digest
+
+
+def _read_digests(run: Path) -> dict[str, str]:
+    """The SHA-256 of each exported image as it was written, by its key."""
+    rows = (row for path in sorted((run / INDEX).glob("*.parquet")) for row in read_rows(path, Placed))
+    return {row.key: row.written_sha256 or row.sha256 for row in rows}
 
 
 def _describe_file(path: Path, sha256: str) -> ExportFile:

@@ -279,7 +279,8 @@ class Runner:
         message = str(trouble or error) or type(error).__name__
         if trouble is None and not isinstance(error, OSError):
             message = "".join(traceback.format_exception(error)).rstrip()
-        if isinstance(error, FileNotFoundError) and not str(error.filename).startswith(str(self.state.run.folder)):
+        missing = error.filename if isinstance(error, FileNotFoundError) else None
+        if missing and not str(missing).startswith(str(self.state.run.folder)):
             message += "; put it back, or let `recap plan` say how to go on without it"
         if isinstance(error, BrokenTableError):
             message += f"; it is now {_set_aside(error.path)}, and the same command makes it again"

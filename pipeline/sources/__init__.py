@@ -11,8 +11,8 @@ A source is a module with four names:
   is known. A sample that cannot be read is a `Raw` with an error and no data, never an exception; an exception means
   that the machine failed (a disk, a network) and that the shard is to be retried.
 
-A source with such files may also have `count(piece, config) -> int | None`: how many samples one holds, where that can
-be told without reading it; `recap try` and `recap estimate` draw from what it counts.
+A source with such files may also have `count(piece, config) -> int | None`: the number of samples in one, or None where
+only reading all of it would show; `recap try` and `recap estimate` draw from what it counts.
 
 A source whose pieces are named relative to a directory that may be moved, or whose images stay where they are, also has
 

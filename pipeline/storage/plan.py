@@ -152,7 +152,7 @@ def explain_shard_size(path: Path, shard_size: int) -> str:
     return (
         f"source.shard_size = {shard_size} has no effect: {path} was made with {planned}, and planned shards never"
         f" change; set it back to {planned}. Once the corpus has new images, `recap plan` uses the new size for them."
-        f" To plan all anew, which makes all tables anew: rm {path} and `recap plan`"
+        f" For a new plan, with which all tables are made again: rm {path} and `recap plan`"
     )
 
 
