@@ -23,12 +23,12 @@ from pipeline.execution.exported_files import load_form
 from pipeline.execution.run_state import RunState
 from pipeline.execution.signals import stop_on_signal
 from pipeline.progress import format_bytes, say
-from pipeline.records import Placed
+from pipeline.records import Exported
 from pipeline.sections import Run
 from pipeline.storage import stores
 from pipeline.storage.layout import find_numbers
 from pipeline.storage.payloads import SUMS, hash_file, parse_sums, read_sums
-from pipeline.storage.tables import open_atomic, read_rows
+from pipeline.storage.tables import open_atomic, read_batches
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -162,8 +162,12 @@ def _list_loose_files(run: Path, own: Sequence[str], names: Sequence[str]) -> It
 
 def _read_digests(run: Path) -> dict[str, str]:
     """The SHA-256 of each exported image as it was written, by its key."""
-    rows = (row for path in sorted((run / INDEX).glob("*.parquet")) for row in read_rows(path, Placed))
-    return {row.key: row.written_sha256 or row.sha256 for row in rows}
+    names = ["key", "sha256", "written_sha256"]
+    batches = (
+        b for path in sorted((run / INDEX).glob("*.parquet")) for b in read_batches(path, Exported, columns=names)
+    )
+    rows = (row for batch in batches for row in zip(*(batch[name].to_pylist() for name in names), strict=True))
+    return {key: written or original for key, original, written in rows}
 
 
 def _describe_file(path: Path, sha256: str) -> ExportFile:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -72,15 +73,22 @@ def test_a_bucket_that_is_not_there_is_found_beforehand(store: dict[str, str]) -
         push.check_target("s3://no-such-bucket/new")
 
 
-def test_images_and_texts_that_are_files_of_their_own_are_uploaded(tmp_path: Path, store: dict[str, str]) -> None:
+@pytest.mark.parametrize("keys", [{}, {"shard_bytes": 2000, "resize": {"short": 20}}])
+def test_images_and_texts_that_are_files_of_their_own_are_uploaded(
+    tmp_path: Path, store: dict[str, str], keys: dict[str, Any]
+) -> None:
     """Only the lists of them were."""
     photos = corpus(tmp_path / "photos", ["jpg", "png"] * 3)
-    forms = {"formats": ["messages", "llava", "sidecar"], "split": {"train": 0.5, "val": 0.5}}
+    forms = {"formats": ["messages", "llava", "sidecar"], "split": {"train": 0.5, "val": 0.5}, **keys}
     run = begin(tmp_path / "run", sections(photos, filter={"rules": {}}, export=forms))
     make(run)
-    url = f"s3://{object_store.BUCKET}/loose"
+    name = f"loose{len(keys)}"
+    url = f"s3://{object_store.BUCKET}/{name}"
     recap("push", url, "--run", run)
-    assert read_store("loose") == list_export(run) and len(list_export(run)) > 6 * 4
+    assert read_store(name) == list_export(run)
+    digests = {file.name: file.sha256 for file in push.list_files(run, own=())}
+    assert digests == {path: sha256(data).hexdigest() for path, data in list_export(run).items()}
+    assert len(digests) > 6 * 4
     assert "0 of " in recap("push", url, "--run", run).stderr
 
 
