@@ -26,7 +26,6 @@ from stages import recipes
 from stages.text.conditions import (
     ORDER_BY,
     build_rows,
-    check_conditions,
     check_flags,
     check_query,
     find_finders,
@@ -139,8 +138,7 @@ def passes(run: Run) -> Iterable[Pass]:
     }
     rows = _build_judged_rows(settings, sorted(scores | balanced), captions, finders)
     sql = build_query(settings, missing, sorted(scores | balanced), captions, finders)
-    check_conditions(run, "filter.rules", settings.rules, _fill_quantiles(rows))
-    check_query(run, "filter", _fill_quantiles(sql))
+    check_query(run, "filter", _fill_quantiles(sql), rules=settings.rules, rows=_fill_quantiles(rows))
     texts = ("image", *(f"caption/{caption}" for caption in captions))
     yield Pass(
         stage="filter",

@@ -29,6 +29,7 @@ FIELDS = {  # of a finder, SQL over its row
 }
 HIGHEST = "coalesce(list_max([coalesce(one.confidence, 1.0) FOR one IN found{condition}]), 0.0)"
 NO_FINDERS: Mapping[str, frozenset[str]] = {}
+NO_RULES: Mapping[str, str] = {}
 CONDITION, ORDER_BY = "SELECT {}", "SELECT 1 ORDER BY {}"  # the context of a user's SQL
 
 
@@ -255,33 +256,33 @@ def build_rows(
         WHERE c.name IN ({", ".join(map(database.quote_literal, captions))})"""
 
 
-def check_query(run: Run, field: str, query: str) -> None:
+def check_query(run: Run, field: str, query: str, *, rules: Mapping[str, str] = NO_RULES, rows: str = "") -> None:
     """Plans a query over empty tables, to find wrong types and functions before the first shard.
 
+    Args:
+        run: whose tables are named.
+        field: of run.toml, for errors.
+        query: to plan.
+        rules: conditions over the rows, each planned by its name.
+        rows: a SELECT for them.
+
     Raises:
-        ConfigError: the query cannot be planned.
+        ConfigError: the query cannot be planned, or a rule is a number or a text, which SQL would take for true.
     """
     with database.connect(run.folder, files="none.parquet") as connection:
+        where = f"{run.file}: {field}"
         try:
+            for name, sql in rules.items():
+                where = f"{run.file}: {field}.rules.{name}"
+                described = database.query_rows(connection, f"DESCRIBE SELECT ({sql}) AS value FROM ({rows})")
+                _require_condition(where, sql, kind=str(next(iter(described))[1]))
+            where = f"{run.file}: {field}"
             database.run_query(connection, f"EXPLAIN {query}")
         except QueryError as error:
-            raise ConfigError(f"{run.file}: {field}", str(error)) from error
+            raise ConfigError(where, str(error)) from error
 
 
-def check_conditions(run: Run, field: str, conditions: Mapping[str, str], query: str) -> None:
-    """Plans conditions over the rows of a query, on empty tables.
-
-    Raises:
-        ConfigError: one cannot be planned, or is a number or a text, which SQL would take for true.
-    """
-    with database.connect(run.folder, files="none.parquet") as connection:
-        for name, sql in conditions.items():
-            try:
-                rows = database.query_rows(connection, f"DESCRIBE SELECT ({sql}) AS value FROM ({query})")
-                found = str(next(iter(rows))[1])
-            except QueryError as error:
-                raise ConfigError(f"{run.file}: {field}.{name}", str(error)) from error
-            if found not in ("BOOLEAN", '"NULL"'):
-                example = f"{sql} <> ''" if found == "VARCHAR" else f"{sql} >= 0.7"
-                message = f"{sql!r} is of type {found}, not a condition; compare it, as in {example}"
-                raise ConfigError(f"{run.file}: {field}.{name}", message)
+def _require_condition(where: str, sql: str, *, kind: str) -> None:
+    if kind not in ("BOOLEAN", '"NULL"'):
+        example = f"{sql} <> ''" if kind == "VARCHAR" else f"{sql} >= 0.7"
+        raise ConfigError(where, f"{sql!r} is of type {kind}, not a condition; compare it, as in {example}")
