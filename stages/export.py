@@ -13,7 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from pipeline.decoding.probe_pool import map_ahead
+from pipeline.decoding.probe_pool import map_ahead, raise_errors
 from pipeline.decoding.upright import copy_upright
 from pipeline.engines import Engine
 from pipeline.errors import ConfigError, MachineError, UndecodableError, UserError
@@ -47,6 +47,7 @@ from stages.text.selection import (
 VERSION = 1
 SELECTED = "selected"  # folder of the samples of a repartitioned training set
 FILE_KEYS = {"formats", "image_extension", "instructions", "images", "shard_bytes", "shuffle"}  # decide files alone
+READ_AHEAD = 4  # samples
 BYTES_OF_ROW = 500  # of a sample's other columns, about
 GROUPS = 'SELECT key, "group" FROM curation WHERE "group" IS NOT NULL'
 
@@ -182,15 +183,13 @@ def work(
     inputs: Iterator[ExportInput], _: Mapping[str, Engine], *, settings: Config, num_threads: int
 ) -> Iterator[ExportSample]:
     columns, has_images = list_columns(settings), needs_images(settings)
-    samples = (_build_sample(item, settings, columns, has_images) for item in inputs)
-    if not settings.reencodes or not has_images:
-        yield from samples
-        return
-    reencode = partial(_reencode, settings=settings)
-    for sample in map_ahead(samples, reencode, num_threads=num_threads, depth=2 * num_threads):
-        if isinstance(sample, Exception):
-            raise sample
-        yield sample
+    build = partial(_build_sample, settings=settings, columns=columns, has_images=has_images)
+    # One thread reads and checks images while this one writes them; a second would read another tar at the same time.
+    samples = raise_errors(map_ahead(inputs, build, num_threads=1, depth=READ_AHEAD))
+    if settings.reencodes and has_images:
+        reencode = partial(_reencode, settings=settings)
+        samples = raise_errors(map_ahead(samples, reencode, num_threads=num_threads, depth=2 * num_threads))
+    yield from samples
 
 
 def _reencode(sample: ExportSample, settings: Config) -> ExportSample:
@@ -282,10 +281,7 @@ def write_placed(
     """The samples with their images, which are read ahead: they are all over the corpus."""
     columns, has_images = list_columns(settings), needs_images(settings)
     read = partial(_place_sample, settings=settings, columns=columns, has_images=has_images)
-    for sample in map_ahead(inputs, read, num_threads=max(NUM_READERS, num_threads), depth=2 * NUM_READERS):
-        if isinstance(sample, Exception):
-            raise sample
-        yield sample
+    yield from raise_errors(map_ahead(inputs, read, num_threads=max(NUM_READERS, num_threads), depth=2 * NUM_READERS))
 
 
 def _place_sample(item: PlacedInput, *, settings: Config, columns: tuple[str, ...], has_images: bool) -> ExportSample:
@@ -312,7 +308,7 @@ def _place_sample(item: PlacedInput, *, settings: Config, columns: tuple[str, ..
     return _reencode(sample, settings) if settings.reencodes and has_images else sample
 
 
-def _build_sample(item: ExportInput, settings: Config, columns: tuple[str, ...], has_images: bool) -> ExportSample:
+def _build_sample(item: ExportInput, *, settings: Config, columns: tuple[str, ...], has_images: bool) -> ExportSample:
     image, shard = item.image, item.shard
     _check_reference(item, settings)
     return _make_sample(

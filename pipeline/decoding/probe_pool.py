@@ -208,6 +208,14 @@ def map_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def raise_errors(results: Iterable[R | Exception]) -> Iterator[R]:
+    """Yields results until one is an exception, which is raised."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
 def _make_batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     num_bytes = 0
