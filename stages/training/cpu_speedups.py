@@ -9,6 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,19 @@ def install(model: Any, *, compiled: bool) -> None:
         for block in visual.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         for layer in model.model.language_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = _compile_for_training(layer.forward)
+
+
+def _compile_for_training(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled where gradients are computed; as it is while tokens are generated, one by one and ever longer."""
+    import torch
+
+    compiled = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return call
 
 
 @cache

@@ -74,6 +74,32 @@ def test_generated_tokens_are_those_of_the_model_s_own_code(processor: Any) -> N
     assert torch.allclose(torch.stack(before.logits), torch.stack(after.logits), atol=1e-4)
 
 
+def test_layers_are_compiled_for_training_and_not_for_generation(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new token has another shape, so that compiled layers would be compiled again and again."""
+    import torch
+
+    num_calls = 0
+
+    def compile_nothing(forward: Any, *, dynamic: bool) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_calls
+            num_calls += dynamic
+            return forward(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model = create_model(processor)
+    inputs = make_inputs(processor, SAME_SIZE, ["Describe the picture."] * 2)
+    cpu_speedups.install(model, compiled=True)
+    model.generate(**inputs, max_new_tokens=3)
+    assert num_calls == 0
+    model(**inputs).logits.sum().backward()
+    assert num_calls == model.config.text_config.num_hidden_layers
+
+
 def test_no_other_model_of_the_process_is_affected(processor: Any) -> None:
     import torch
 
