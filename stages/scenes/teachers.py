@@ -4,7 +4,8 @@ They replace strong vision-language models and are an engine (`kind = "stages.sc
 through a request's `source_key` and nothing else. Other voices make labels and what is to be labelled: `speaker` makes
 one statement, true or false by one swap; `placer` says how things are related and nothing else; `stranger` makes one
 statement that cannot be decided in the words of this world; `repeater` captions a scene and says something again;
-`labeller` answers a judge's question about the last line of its prompt.
+`labeller` answers a judge's question about the last line of its prompt. Two voices see no truth, but the captions that
+are quoted in their prompt: `merger` says what most of them say, `translator` says the only one in German.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from stages.scenes.claims import (
     write_caption,
     write_sentence,
 )
+from stages.scenes.german import translate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +106,10 @@ STRANGE_THINGS = ("dog", "pentagon", "house", "tree", "letter", "spiral", "perso
 STRANGE_PLACES = ("near", "behind", "on top of", "beside", "bigger than", "far from")
 STRANGE_LOOKS = ("shiny", "beautiful", "crooked", "transparent", "calm", "old", "blurred")
 CANNOT_SAY = "cannot say"  # where the schema of a judge's answer has it
+QUOTED = re.compile(r"^(`{3,})\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)  # a text in a prompt, between its fences
 BEFORE = re.compile(r"Said before:\n(`{3,})\n(.*?)\n\1", re.DOTALL)  # in the prompt of rubrics/scenes_open.toml
 PLACER = Teacher()
 PLACED = 4  # pairs that it states at most
-CONSENSUS = 3  # of the five teachers must state a claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,12 @@ class Config:
         "stranger",
         "repeater",
         "labeller",
+        "merger",
+        "translator",
     ] = key(
-        "hasty", "which voice answers: a teacher's name, consensus, speaker, placer, stranger, repeater or labeller"
+        "hasty",
+        "which voice answers: a teacher's name, consensus, speaker, placer, stranger, repeater, labeller, merger or"
+        " translator",
     )
     shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
     revision: Literal[1, 2] = key(
@@ -151,9 +157,10 @@ def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False
 
 
 def merge_captions(captions: Iterable[str]) -> str:
-    """One caption of the claims that at least three of the captions make."""
+    """One caption of the claims that most of the captions make."""
+    captions = list(captions)
     votes = Counter(claim for text in captions for claim in parse_caption(text).claims)
-    agreed = [claim for claim, count in votes.items() if count >= CONSENSUS]
+    agreed = [claim for claim, count in votes.items() if count > len(captions) // 2]
     names = {claim.about for claim in agreed if claim.kind == "object"}
     claims = [claim for claim in agreed if claim.kind not in ("size", "texture") or claim.about in names]
     return write_caption(sorted(claims, key=lambda claim: (KINDS.index(claim.kind), claim)), Random(0))
@@ -372,6 +379,18 @@ def repeat_statement(text: str, rng: Random) -> str:
     return f"{text} {again}"
 
 
+def find_quoted(prompt: str) -> list[str]:
+    """The texts that a prompt quotes between fences.
+
+    Raises:
+        ValueError: it quotes none.
+    """
+    texts = [text for _, text in QUOTED.findall(prompt)]
+    if not texts:
+        raise ValueError("the prompt quotes no caption")
+    return texts
+
+
 def _explain_group(group: Sequence[Claim], scene: Scene) -> str:
     first = group[0]
     if first.kind == "background":
@@ -457,15 +476,18 @@ class TeacherEngine:
 
     def _answer(self, request: Request, seed: int) -> Reply:
         try:
-            truth = find_scene(request.source_key)
+            text = self._write_text(request, find_scene(request.source_key), seed)
         except ValueError as error:
             return Reply(error=str(error))
-        text = self._write_text(request, truth, seed)
         return Reply(text=text, finish_reason="stop", num_output_tokens=len(text.split()))
 
     def _write_text(self, request: Request, truth: Scene, seed: int) -> str:
         if self._voice == "labeller":
             return self._label(request, truth)
+        if self._voice == "merger":
+            return merge_captions(find_quoted(request.prompt))
+        if self._voice == "translator":
+            return translate(find_quoted(request.prompt)[0])
         if self._voice == "stranger":
             return draw_strange_statement(Random(f"stranger/{truth.seed}/{truth.index}/{seed}"))
         if self._voice == "placer":

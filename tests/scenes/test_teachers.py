@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engines import Request
+from pipeline.engines import Reply, Request, Sampling
 from pipeline.sections import stamped
 from pipeline.sources.scenes import Scene, draw_scene
 from stages import rubrics
@@ -25,6 +25,7 @@ from stages.scenes.teachers import (
     merge_captions,
     repeat_statement,
 )
+from stages.text.prompts import fence_texts
 
 scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
 
@@ -170,3 +171,28 @@ def test_the_engine_finds_the_truth_by_the_source_key() -> None:
     assert json.loads(right) == {"reason": f"{background} background", "verdict": "yes"}
     assert json.loads(ask_engine("labeller", "Does the sentence hold?\nThis is a fine caption.")[0])["verdict"] == "no"
     assert len({ask_engine("speaker", "", seed=seed)[0] for seed in range(20)}) > 5
+
+
+def ask(voice: str, prompt: str) -> Reply:
+    request = Request(id="0", prompt=prompt, ladder=(Sampling(temperature=0.0),), source_key="scenes/0/0")
+    (reply,) = teachers.open(Config(teacher=voice)).generate([request])  # type: ignore[arg-type]
+    return reply
+
+
+def test_the_merger_says_what_most_of_the_quoted_captions_say() -> None:
+    """It sees the captions alone: they are of no scene."""
+    captions = [
+        "A red ring. Two objects.",
+        "A red ring. A blue star.",
+        "A large red ring. Nothing more.",
+        "A red cross.",
+    ]
+    prompt = f"{fence_texts(captions, limit=1000)}\nWhat do most of them say?"
+    assert parse_caption(ask("merger", prompt).text).claims == parse_caption("A red ring.").claims
+
+
+def test_the_translator_translates_the_quoted_caption() -> None:
+    reply = ask("translator", f"{fence_texts(['Two objects. A red ring.'], limit=1000)}\nWhat is it in German?")
+    assert reply.text == "Zwei Objekte. Ein roter Ring."
+    assert "'A dog.' is outside the grammar" in (ask("translator", "```\nA dog.\n```").error or "")
+    assert ask("translator", "A red ring.").error == "the prompt quotes no caption"

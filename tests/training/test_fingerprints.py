@@ -22,6 +22,7 @@ LATER = {
     "scenes-grpo-statements",
     "scenes-judge-base",
     "scenes-judge-open",
+    "scenes-reader",
 }  # manifests that came after it
 SLICES = json.loads((ROOT / "tests" / "data" / "train_slices.json").read_text())
 

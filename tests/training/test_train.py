@@ -101,6 +101,7 @@ def list_weights(folder: Path) -> list[str]:
         "scenes-judge",
         "scenes-judge-base",
         "scenes-judge-open",
+        "scenes-reader",
     ],
 )
 def test_the_manifests_of_the_models_are_valid(name: str, tmp_path: Path) -> None:
