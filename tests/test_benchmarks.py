@@ -47,6 +47,15 @@ def test_recorded_arms_have_the_digest_of_the_present_ones(arms: dict[str, Train
     assert digests <= recorded
 
 
+def test_the_student_that_ships_is_the_one_whose_arms_are_recorded(tmp_path: Path) -> None:
+    manifest = "scenes-grpo-statements"
+    shutil.copy(ROOT / "manifests" / manifest / "run.toml", tmp_path / "run.toml")
+    rubrics = miniature.make_arms(config.load(tmp_path).sections["train"][""])["rubrics"]
+    student = miniature.digest_weights(miniature.STUDENT)
+    digest = miniature.digest_arm(student, "", rubrics, shared=False, manifest=manifest)
+    assert digest in {outcome.made_from for outcome in miniature.read_outcomes()}
+
+
 @pytest.mark.slow
 def test_no_caption_is_found_whose_reward_rises_while_it_gets_worse() -> None:
     """The short form of `python -m benchmarks.adversary`."""
