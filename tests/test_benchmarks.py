@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import adversary, coverage, details, downstream, miniature, verdicts
+from benchmarks import adversary, coverage, details, downstream, in_place, miniature, verdicts
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
@@ -164,3 +164,9 @@ def test_candidates_of_an_image_are_adjacent_and_no_other_turn_has_it() -> None:
     assert len(set(pictures[:4])) == 1 and pictures[0] != pictures[4]
     with Image.open(io.BytesIO(pictures[0])) as picture:
         assert picture.size == (64, 64)
+
+
+def test_a_run_over_a_folder_copies_no_image(tmp_path: Path) -> None:
+    """The short form of `python -m benchmarks.in_place`."""
+    figures = in_place.measure_run(tmp_path, num_bytes=4_000_000)
+    assert figures["images"] > 1 and figures["run_bytes"] < 0.1 * figures["corpus_bytes"]
