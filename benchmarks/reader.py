@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.held_out import (
-    CaptionQuality,
     bootstrap_interval,
     list_scenes,
     measure_captions,
@@ -28,7 +28,6 @@ from benchmarks.held_out import (
 )
 from benchmarks.worlds import HELD_OUT, TEST
 from pipeline.engines import Engine, Request
-from pipeline.sources.scenes import draw_scene
 from stages import recipes
 from stages.scenes.claims import parse_caption
 from stages.scenes.german import translate_back
@@ -46,10 +45,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--world", type=int, default=TEST[0], choices=sorted(HELD_OUT))
     args = parser.parse_args()
-    captions = {
-        name: [caption_scene(name, scene, 0) for scene in list_scenes(args.scenes, world=args.world)]
-        for name in TEACHERS
-    }
+    scenes = list_scenes(args.scenes, world=args.world)
+    captions = {name: [caption_scene(name, scene, 0) for scene in scenes] for name in TEACHERS}
     groups = list(zip(*captions.values(), strict=True))
     engine = open_engine(args.model)
     try:
@@ -61,12 +58,15 @@ def main() -> None:
     figures = {name: measure_captions(texts, world=args.world) for name, texts in captions.items()}
     print_table(figures)
     best = max(TEACHERS, key=lambda name: figures[name].f1)
-    gain = print_gain(fused, captions[best], figures, best=best, world=args.world)
+    gains = [
+        measure_caption(text, scene).total.f1 - measure_caption(other, scene).total.f1
+        for text, other, scene in zip(fused, captions[best], scenes, strict=True)
+    ]
+    print(f"fused over {best}, the best teacher: F1 {describe_mean(gains, sign='+')}")
     same = [has_same_claims(text, source) for text, source in zip(german, captions[TRANSLATED], strict=True)]
-    share, interval = sum(same) / len(same), measure_interval([float(one) for one in same])
-    print(f"translated with the same claims: {share:.3f} ({interval[0]:.3f} to {interval[1]:.3f})")
+    print(f"translated with the same claims: {describe_mean(same)}")
     lines = {name: round_figures(quality) for name, quality in figures.items()}
-    print(json.dumps({"benchmark": "reader", "captions": lines, "gain": gain, "translated": share}))
+    print(json.dumps({"benchmark": "reader", "captions": lines, "gain": fmean(gains), "translated": fmean(same)}))
 
 
 def answer(engine: Engine, recipe: str, given: Iterable[Texts]) -> list[str]:
@@ -81,23 +81,10 @@ def answer(engine: Engine, recipe: str, given: Iterable[Texts]) -> list[str]:
     return [reply.text for reply in engine.generate(requests())]
 
 
-def print_gain(
-    fused: Sequence[str], best_texts: Sequence[str], figures: Mapping[str, CaptionQuality], *, best: str, world: int
-) -> float:
-    """Prints and returns how much more F1 the fused captions have than the best teacher's."""
-    scenes = [draw_scene(world, index) for index in range(len(fused))]
-    changes = [
-        measure_caption(text, scene).total.f1 - measure_caption(other, scene).total.f1
-        for text, other, scene in zip(fused, best_texts, scenes, strict=True)
-    ]
-    low, high = measure_interval(changes)
-    gain = figures["fused"].f1 - figures[best].f1
-    print(f"fused over {best}, the best teacher: F1 {gain:+.3f} ({low:+.3f} to {high:+.3f})")
-    return gain
-
-
-def measure_interval(values: Sequence[float]) -> tuple[float, float]:
-    return bootstrap_interval(lambda drawn: sum(values[i] for i in drawn) / len(drawn), len(values))
+def describe_mean(values: Sequence[float], *, sign: str = "") -> str:
+    """The mean with its 95 % interval over scenes."""
+    low, high = bootstrap_interval(lambda drawn: fmean(values[i] for i in drawn), len(values))
+    return f"{fmean(values):{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def has_same_claims(german: str, english: str) -> bool:

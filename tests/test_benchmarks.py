@@ -4,7 +4,9 @@ what other benchmarks compare is comparable."""
 from __future__ import annotations
 
 import io
+import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import adversary, coverage, details, downstream, in_place, miniature, verdicts
+from benchmarks import adversary, coverage, details, downstream, in_place, miniature, reader, verdicts
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
-from pipeline.engines import echo
+from pipeline.engines import Reply, Request, echo
 from stages.audit.drawing import DrawnCaption, DrawnScore
+from stages.scenes import german, teachers
 from stages.scenes.claims import list_facts, write_caption
 from stages.scenes.measure import measure_caption
 from stages.training.settings import TrainConfig
@@ -170,3 +173,27 @@ def test_a_run_over_a_folder_copies_no_image(tmp_path: Path) -> None:
     """The short form of `python -m benchmarks.in_place`."""
     figures = in_place.measure_run(tmp_path, num_bytes=4_000_000)
     assert figures["images"] > 1 and figures["run_bytes"] < 0.1 * figures["corpus_bytes"]
+
+
+class AnswersFromThePrompt:
+    """An engine that fuses and translates as the voices do from which a reader learns."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for request in requests:
+            quoted = teachers.find_quoted(request.prompt)
+            text = teachers.merge_captions(quoted) if len(quoted) > 1 else german.translate(quoted[0])
+            yield Reply(text=text, finish_reason="stop", num_output_tokens=1)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_perfect_reader_fuses_as_well_as_the_majority_and_translates_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reader, "open_engine", lambda _: AnswersFromThePrompt())
+    monkeypatch.setattr("sys.argv", ["reader", "perfect", "--scenes", "60", "--world", str(CHOICE)])
+    reader.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["captions"]["fused"] == figures["captions"]["majority"]
+    assert figures["gain"] > 0.03 and figures["translated"] == 1

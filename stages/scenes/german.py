@@ -1,8 +1,7 @@
 """The captions of the scenes world in German: there and back, sentence by sentence, in the same phrasing.
 
-Every phrase of the grammar (stages/scenes/claims.py) has one German phrase for each place in a sentence, with its case,
-gender and endings, so that a German caption can be read by turning it into English. What is not exactly such a sentence
-is no German of this world.
+Every phrase of the grammar (stages/scenes/claims.py) has one German phrase for each case, with its gender and endings,
+so that a German caption can be read by turning it into English. Any other sentence is outside the grammar.
 """
 
 from __future__ import annotations
@@ -66,12 +65,12 @@ RELATIONS = {  # word -> German, case of the second thing
     "touching": ("berührt {}", "accusative"),
 }
 
-Phrases = Mapping[str, str]  # English -> German, in one place of a sentence
+Phrases = Mapping[str, str]  # English -> German
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A sentence in both languages, with {} in the place of its phrases."""
+    """A sentence in both languages; {} is where a phrase goes."""
 
     english: str
     german: str
@@ -91,7 +90,7 @@ def translate(text: str) -> str:
 
 
 def translate_back(text: str) -> str:
-    """A German caption in English; what is no German of this world stays as it is, and so outside the grammar.
+    """A German caption in English; a sentence outside the grammar stays as it is.
 
     >>> translate_back("Ein kleiner roter Kreis. Das ist schön.")
     'A small red circle. Das ist schön.'
