@@ -184,9 +184,12 @@ def work(
 ) -> Iterator[ExportSample]:
     columns, has_images = list_columns(settings), needs_images(settings)
     build = partial(_build_sample, settings=settings, columns=columns, has_images=has_images)
+    if not has_images:
+        yield from map(build, inputs)
+        return
     # One thread reads and checks images while this one writes them; a second would read another tar at the same time.
     samples = raise_errors(map_ahead(inputs, build, num_threads=1, depth=READ_AHEAD))
-    if settings.reencodes and has_images:
+    if settings.reencodes:
         reencode = partial(_reencode, settings=settings)
         samples = raise_errors(map_ahead(samples, reencode, num_threads=num_threads, depth=2 * num_threads))
     yield from samples
