@@ -25,7 +25,8 @@ from stages.rubric_writers import Evidence, count_majority
 from stages.scenes.claim_checks import parse_check
 from stages.scenes.claims import Claim, group_claims, is_true, parse_caption, write_sentence
 from stages.scenes.measure import measure_caption
-from stages.scenes.teachers import TEACHERS, caption_scene, list_swaps, merge_captions
+from stages.rubric_writers.statements import PLACES
+from stages.scenes.teachers import TEACHERS, answer_places, caption_scene, list_swaps, merge_captions
 from stages.scorers import Sample, rubric
 
 MOST_LOST = 0.02  # of F1 by a caption whose reward rises
@@ -79,6 +80,7 @@ def set_up_game(scene: Scene, *, writer: str, captions: Sequence[str] = ()) -> G
         teachers=tuple(caption_scene(name, scene, 0) for name in TEACHERS),
         student=(caption_scene("hasty", scene, 1), caption_scene("hasty", scene, 2)),
         num_agree=count_majority(len(TEACHERS)),
+        texts={PLACES: tuple(answer_places(name, scene, 0) for name in TEACHERS)},
         data=bytes,
     )
     (written,) = plugins.load("stages.rubric_writers", writer).write([evidence])

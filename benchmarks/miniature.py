@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,8 @@ from pipeline.execution.runner import Runner
 from pipeline.validation import Section
 from stages import scorers, train
 from stages.rubric_writers import Evidence, count_majority
-from stages.scenes.teachers import TEACHERS, caption_scene
+from stages.rubric_writers.statements import PLACES
+from stages.scenes.teachers import TEACHERS, answer_places, caption_scene
 from stages.scorers import Sample, rubric
 from stages.training import provenance
 from stages.training.methods import grpo, sft
@@ -168,6 +170,7 @@ def create_run(folder: Path, *, student: Path, judge: str, shared: bool, manifes
         file.write_text(text)
     if file.read_text() != text:
         raise SystemExit(f"{file} belongs to another comparison; choose a new folder")
+    copy_recipes(folder, manifest)
     run = config.load(folder)
     init.extend_plan(run)
     state = RunState(run)
@@ -210,6 +213,13 @@ def render_manifest(student: Path, manifest: str = MANIFEST) -> str:
     return text.replace(f'"{tomllib.loads(text)["train"]["model"]}"', f'"{student.absolute()}"')
 
 
+def copy_recipes(folder: Path, manifest: str) -> None:
+    """The manifest's own recipes, if it has any."""
+    with resources.as_file(resources.files("manifests") / manifest / "recipes") as recipes:
+        if recipes.is_dir():
+            shutil.copytree(recipes, folder / "recipes", dirs_exist_ok=True)
+
+
 def load_writer(manifest: str) -> Any:
     """The writer of the manifest's rubrics."""
     name = tomllib.loads(read_manifest(manifest))["rubric"]["committee"]["writer"]
@@ -242,6 +252,7 @@ class HeldOutRubrics:
                 teachers=tuple(caption_scene(name, scene, 0, shared=shared) for name in TEACHERS),
                 student=(text,),
                 num_agree=count_majority(len(TEACHERS)),
+                texts={PLACES: tuple(answer_places(name, scene, 0, shared=shared) for name in TEACHERS)},
                 data=bytes,
             )
             for index, (scene, text) in enumerate(zip(list_scenes(len(student)), student, strict=True))

@@ -6,15 +6,17 @@ is that a caption says of no thing more than there are and nothing that the teac
 as all others together, and each claim beyond takes off as much as one of its kind may bring
 (stages/scenes/claim_checks.py).
 
-Teachers that leave out different things relate different neighbours, so a teacher's relations count with those that
-follow from them, and two things are agreed to be so related when most of the teachers that relate them say so, and more
-than one. All else needs as many teachers as must agree.
+Two things are agreed to be so related when most of the teachers that relate them say so, and more than one. A caption
+states few of all the relations of a picture, and another teacher other ones, so that a true one is often one that no
+caption has: where `given.places` has answers of the teachers on how things are placed, these decide relations instead
+of the captions, together with the relations that follow from each. A rubric asks for any of the agreed relations, as
+many as the things have neighbours. All else needs as many teachers as must agree.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from stages.rubric_writers import Evidence, WrittenRubric
@@ -28,18 +30,25 @@ from stages.rubric_writers.claims import (
     prepare,
     sort_claims,
 )
-from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims
+from stages.scenes.claim_checks import CaptionClaims, Check, collect_claims, list_pair
 from stages.scenes.claims import Claim
+from stages.text.given import OpenFields
 
-__all__ = ["Settings", "engines", "prepare", "write"]
-VERSION = 3
+__all__ = ["Settings", "engines", "open_fields", "prepare", "write"]
+VERSION = 4
+PLACES = "places"  # the field that `given` fills with teachers' answers on how things are placed
+
+
+def open_fields(_: Settings) -> OpenFields:
+    return OpenFields(prompt="the writer statements", fields=frozenset({PLACES}), optional=frozenset({PLACES}))
 
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
     for evidence in inputs:
         teachers = [collect_claims(text) for text in evidence.teachers]
         student = [collect_claims(text) for text in evidence.student]
-        checks = enumerate(_choose_checks(teachers, evidence.num_agree), start=1)
+        placed = [collect_claims(text) for text in evidence.texts.get(PLACES, ())]
+        checks = enumerate(_choose_checks(teachers, placed, evidence.num_agree), start=1)
         criteria = [build_criterion(number, check, teachers, student) for number, check in checks]
         if criteria:
             *others, beyond = criteria
@@ -48,57 +57,44 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
             yield WrittenRubric(status="empty", error=f"there is nothing that {evidence.num_agree} of its teachers say")
 
 
-def _choose_checks(teachers: Sequence[CaptionClaims], num_agree: int) -> Iterator[Check]:
-    stated = [_follow_relations(teacher.first) for teacher in teachers]
-    votes = Counter(claim for claims in stated for claim in claims)
-    agreed = _find_agreed(stated, votes, num_agree)
+def _choose_checks(
+    teachers: Sequence[CaptionClaims], placed: Sequence[CaptionClaims], num_agree: int
+) -> Iterator[Check]:
+    relating = [_list_relations(teacher.first) for teacher in placed or teachers]
+    stated = [frozenset(claim for claim in teacher.first if claim.kind != "relation") for teacher in teachers]
+    votes = Counter(claim for claims in (*stated, *relating) for claim in claims)
+    plain = find_agreed({claim: num for claim, num in votes.items() if claim.kind != "relation"}, num_agree)
+    names = {claim.about for claim in plain if claim.kind == "object"}
+    agreed = {claim for claim in plain if claim.kind in ("count", "background") or claim.about in names}
     if not agreed:
         return
+    related, undisputed = _find_related(relating, names, num_agree)
+    pairs = {list_pair(claim) for claim in related}
     yield from (Check(how="says", claims=frozenset({claim})) for claim in sort_claims(agreed))
+    for num in range(1, min(len(pairs), len(names) - 1) + 1):
+        yield Check(how="some", claims=frozenset(related), num=num)
     yield from (Check(how="says", claims=things) for things in _group_things(agreed) if len(things) > 1)
-    supported = agreed | find_supported(votes, agreed, num_agree) | _find_undisputed(stated, agreed)
+    agreed |= related
+    supported = agreed | find_supported(votes, agreed, num_agree) | undisputed
     yield Check(how="beyond", claims=frozenset(supported))
 
 
-def _follow_relations(claims: frozenset[Claim]) -> frozenset[Claim]:
-    """The claims and the relations that follow from them, without those of a thing to itself."""
+def _list_relations(claims: frozenset[Claim]) -> frozenset[Claim]:
+    """The relations among the claims and those that follow from them, without those of a thing to itself."""
     every = claims.union(derive_relations(claims))
-    return frozenset(claim for claim in every if claim.kind != "relation" or claim.about != claim.other)
+    return frozenset(claim for claim in every if claim.kind == "relation" and claim.about != claim.other)
 
 
-def _find_agreed(stated: Sequence[frozenset[Claim]], votes: Mapping[Claim, int], num_agree: int) -> set[Claim]:
-    agreed = find_agreed(votes, num_agree)
-    speakers, names = _count_speakers(stated), {claim.about for claim in agreed if claim.kind == "object"}
-    related = {
-        claim: num
-        for claim, num in votes.items()
-        if claim.kind == "relation" and names.issuperset(_list_pair(claim))
-        if num >= min(num_agree, 2) and 2 * num > speakers[_list_pair(claim)]
+def _find_related(
+    relating: Sequence[frozenset[Claim]], names: Set[str], num_agree: int
+) -> tuple[set[Claim], set[Claim]]:
+    """How agreed things are related: what most that speak of a pair say, and what one alone says of a pair."""
+    votes = Counter(claim for claims in relating for claim in claims if names.issuperset(list_pair(claim)))
+    speakers = Counter(pair for claims in relating for pair in {list_pair(claim) for claim in claims})
+    most = {
+        claim: num for claim, num in votes.items() if num >= min(num_agree, 2) and 2 * num > speakers[list_pair(claim)]
     }
-    others = {claim for claim in agreed if claim.kind in ("count", "background", "object") or claim.about in names}
-    return {claim for claim in others if claim.kind != "relation"} | find_agreed(related, 1)
-
-
-def _find_undisputed(stated: Sequence[frozenset[Claim]], agreed: set[Claim]) -> set[Claim]:
-    """Relations of agreed things that one teacher alone speaks of: they bring nothing and cost nothing."""
-    speakers, names = _count_speakers(stated), {claim.about for claim in agreed if claim.kind == "object"}
-    return {
-        claim
-        for claims in stated
-        for claim in claims
-        if claim.kind == "relation" and names.issuperset(_list_pair(claim)) and speakers[_list_pair(claim)] == 1
-    }
-
-
-def _count_speakers(stated: Sequence[frozenset[Claim]]) -> Counter[frozenset[str]]:
-    """The number of teachers that relate two things, by their names."""
-    return Counter(
-        pair for claims in stated for pair in {_list_pair(claim) for claim in claims if claim.kind == "relation"}
-    )
-
-
-def _list_pair(claim: Claim) -> frozenset[str]:
-    return frozenset((claim.about, claim.other))
+    return find_agreed(most, 1), {claim for claim in votes if speakers[list_pair(claim)] == 1}
 
 
 def _group_things(claims: Iterable[Claim]) -> Iterator[frozenset[Claim]]:

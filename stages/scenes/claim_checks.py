@@ -19,7 +19,7 @@ from typing import Literal
 from pipeline.records import SEVERITY_WEIGHTS, Severity
 from stages.scenes.claims import Claim, Kind, Sentence, contradicts, find_fragments, is_exceeded, parse_caption
 
-How = Literal["states", "avoids", "only", "plain", "says", "beyond"]
+How = Literal["states", "avoids", "only", "plain", "says", "some", "beyond"]
 PLAIN = "Each sentence is a statement about the picture, and none says again what was said"
 SEVERITY: Mapping[Kind, Severity] = {
     "object": "critical",
@@ -109,6 +109,7 @@ class Check:
     only: of one kind, makes no claim besides these, and at least one unless `may_be_silent`;
     plain: see `CaptionClaims.is_plain`;
     says: as states, but of a thing named twice only the first mention counts;
+    some: as says, but of relations, and of these for `num` pairs of things at least;
     beyond: states nothing besides the claims, and nothing twice; see `cost`.
 
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
@@ -122,6 +123,7 @@ class Check:
     kind: Kind | None = None  # of `only`
     claims: frozenset[Claim] = field(default_factory=frozenset)
     may_be_silent: bool = True  # of `only`
+    num: int = 0  # of `some`
 
     def is_met(self, caption: CaptionClaims) -> bool:
         match self.how:
@@ -129,6 +131,9 @@ class Check:
                 return all(claim in caption and not caption.denies(claim) for claim in self.claims)
             case "says":
                 return all(claim in caption.first and not caption.denies(claim) for claim in self.claims)
+            case "some":
+                said = (claim for claim in self.claims & caption.first if not caption.denies(claim))
+                return len({list_pair(claim) for claim in said}) >= self.num
             case "beyond":
                 return bool(self.claims & caption.first) and not self.cost(caption)
             case "avoids":
@@ -150,6 +155,8 @@ class Check:
         match self.how:
             case "states" | "says":
                 return f"Says: {listed}"
+            case "some":
+                return f"Says of {self.num} or more pairs of things how they are related: {listed}"
             case "beyond":
                 return f"Says of no thing more than there are, and nothing besides: {listed}"
             case "avoids":
@@ -164,7 +171,12 @@ class Check:
     def json(self) -> str:
         claims = sorted(map(list, self.claims))
         values = {"how": self.how, "kind": self.kind, "claims": claims, "may_be_silent": self.may_be_silent}
-        return json.dumps(values)
+        return json.dumps({**values, "num": self.num} if self.num else values)
+
+
+def list_pair(relation: Claim) -> frozenset[str]:
+    """The names of the two things, in no order."""
+    return frozenset((relation.about, relation.other))
 
 
 def weigh_claim(claim: Claim) -> float:

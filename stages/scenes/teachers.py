@@ -1,11 +1,12 @@
 """Simulated teachers: five captioners that see a scene's truth, each with its own blind spots.
 
 They replace strong vision-language models and are an engine (`kind = "stages.scenes.teachers"`), which finds the truth
-through a request's `source_key` and nothing else. Other voices make labels and what is to be labelled: `speaker` makes
-one statement, true or false by one swap; `placer` says how things are related and nothing else; `stranger` makes one
-statement that cannot be decided in the words of this world; `repeater` captions a scene and says something again;
-`labeller` answers a judge's question about the last line of its prompt. Two voices see no truth, but the captions that
-are quoted in their prompt: `merger` says what most of them say, `translator` says the only one in German.
+through a request's `source_key` and nothing else. Asked how things are placed (`PLACES`), they answer by relations.
+Other voices make labels and what is to be labelled: `speaker` makes one statement, true or false by one swap; `placer`
+says how things are related and nothing else; `stranger` makes one statement that cannot be decided in the words of this
+world; `repeater` captions a scene and says something again; `labeller` answers a judge's question about the last line
+of its prompt. Two voices see no truth, but the captions that are quoted in their prompt: `merger` says what most of
+them say, `translator` says the only one in German.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ STRANGE_LOOKS = ("shiny", "beautiful", "crooked", "transparent", "calm", "old", 
 CANNOT_SAY = "cannot say"  # where the schema of a judge's answer has it
 QUOTED = re.compile(r"^(`{3,})\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)  # a text in a prompt, between its fences
 BEFORE = re.compile(r"Said before:\n(`{3,})\n(.*?)\n\1", re.DOTALL)  # in the prompt of rubrics/scenes_open.toml
+PLACES = "Say how each two things are placed."  # the question that teachers answer by relations instead of a caption
+RELATIONS = ("left of", "right of", "above", "below", "touching", "inside", "around")
 PLACER = Teacher()
 PLACED = 4  # pairs that it states at most
 
@@ -154,6 +157,20 @@ def caption_scene(teacher: str, scene: Scene, seed: int, *, shared: bool = False
     """
     rng = Random(f"teacher/{teacher}/{scene.seed}/{scene.index}/{seed}")
     return write_caption(draw_claims((SHARED if shared else TEACHERS)[teacher], scene, rng), rng)
+
+
+def answer_places(teacher: str, scene: Scene, seed: int, *, shared: bool = False) -> str:
+    """What a teacher answers when asked how things are placed: all relations of those it sees, deterministic as above.
+
+    Of a thing alone, the thing.
+    """
+    rng = Random(f"places/{teacher}/{scene.seed}/{scene.index}/{seed}")
+    voice = (SHARED if shared else TEACHERS)[teacher]
+    seen = _see_scene(voice, scene, rng)
+    pairs = [(a, b) for a, b in combinations(seen.left_to_right, 2) if a.name != b.name]
+    claims = [make_relation(a.name, word, b.name) for a, b in pairs for word in RELATIONS if is_related(a, word, b)]
+    stated = [_state_claim(voice, claim, rng) for claim in claims]
+    return write_caption(list(dict.fromkeys(stated)) or list_thing_facts(seen.things[0])[:1], rng)
 
 
 def merge_captions(captions: Iterable[str]) -> str:
@@ -271,8 +288,7 @@ def list_swaps(group: Sequence[Claim]) -> list[tuple[Claim, ...]]:
     if first.kind == "count":
         return [(first._replace(value=str(n)),) for n in range(1, 8) if str(n) != first.value]
     if first.kind == "relation":
-        words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-        others = [make_relation(first.about, word, first.other) for word in words]
+        others = [make_relation(first.about, word, first.other) for word in RELATIONS]
         others += [make_relation(name, first.value, first.other) for name in _list_other_names(first.about)]
         others += [make_relation(first.about, first.value, name) for name in _list_other_names(first.other)]
         return [(claim,) for claim in dict.fromkeys(others) if claim != first and claim.about != claim.other]
@@ -416,8 +432,7 @@ def _explain_relation(about: str, other: str, scene: Scene) -> str:
         if name not in things:
             return f"{listed}: no {name}"
     a, b = things[about], things[other]
-    words = ("left of", "right of", "above", "below", "touching", "inside", "around")
-    relations = ", ".join(word for word in words if is_related(a, word, b)) or "level"
+    relations = ", ".join(word for word in RELATIONS if is_related(a, word, b)) or "level"
     return f"{listed}: {placed[a.name]}, {placed[b.name]}: {relations}"
 
 
@@ -501,7 +516,8 @@ class TeacherEngine:
             return draw_statement(truth, rng, text=text)
         if self._voice == "consensus":
             return merge_captions(caption_scene(name, truth, seed, shared=self._shared) for name in TEACHERS)
-        return caption_scene(self._voice, truth, seed, shared=self._shared)
+        answer = answer_places if request.prompt.strip() == PLACES else caption_scene
+        return answer(self._voice, truth, seed, shared=self._shared)
 
     def _label(self, request: Request, truth: Scene) -> str:
         sentence = request.prompt.strip().splitlines()[-1]

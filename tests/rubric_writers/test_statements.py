@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -26,12 +27,19 @@ def write_criteria(teachers: Sequence[str], *student: str, num_agree: int | None
     return written.criteria
 
 
+def write_placed(captions: Sequence[str], answers: Sequence[str]) -> tuple[RubricCriterion, ...]:
+    """The rubric when teachers have also answered how things are placed."""
+    evidence = replace(make_evidence(captions, captions[0]), texts={statements.PLACES: tuple(answers)})
+    (written,) = statements.write([evidence])
+    return written.criteria
+
+
 def write_for_scene(scene: Scene) -> tuple[RubricCriterion, ...]:
     return write_criteria([caption_scene(name, scene, 0) for name in TEACHERS], caption_scene("hasty", scene, 1))
 
 
 def list_agreed(criteria: Sequence[RubricCriterion]) -> set[Claim]:
-    return {claim for c in criteria if c.id.startswith("says") for claim in parse_check(c.claim or "").claims}
+    return {claim for c in criteria[:-1] for claim in parse_check(c.claim or "").claims}
 
 
 def list_supported(criteria: Sequence[RubricCriterion]) -> frozenset[Claim]:
@@ -54,7 +62,13 @@ def test_criteria_are_what_teachers_agree_on_also_what_the_student_says() -> Non
         ("says_object_2", "Says: object(blue circle)", 3.0, 2, 1.0),
         ("says_object_3", "Says: object(red circle)", 3.0, 3, 0.0),
         ("says_size_4", "Says: size(red circle, small)", 2.0, 2, 1.0),
-        ("says_relation_5", "Says: relation(blue circle, left of, red circle)", 2.0, 2, 1.0),
+        (
+            "some_relation_5",
+            "Says of 1 or more pairs of things how they are related: relation(blue circle, left of, red circle)",
+            2.0,
+            2,
+            1.0,
+        ),
         ("says_object_6", "Says: object(blue circle); object(red circle)", 1.0, 2, 1.0),
         (
             "beyond_7",
@@ -89,6 +103,33 @@ def test_most_of_those_that_relate_two_things_decide_how() -> None:
     ):
         criteria = write_criteria([f"{named} {relation}" for relation in relations], f"A {RING}.")
         assert (claim in list_agreed(criteria), claim in list_supported(criteria)) == (agreed, supported), relations
+
+
+def test_answers_on_places_decide_relations_instead_of_captions() -> None:
+    named = f"Three objects. A {RING}. A {STAR}. A {CROSS}."
+    captions = [f"{named} The {RING} is left of the {STAR}."] * 3
+    left, above = f"The {STAR} is left of the {RING}.", f"The {STAR} is above the {RING}."
+    criteria = write_placed(captions, [f"{left} {above}", f"{left} {above}", above])
+    said = [Claim("relation", STAR, word, RING) for word in ("above", "left of")]
+    assert {claim for claim in list_agreed(criteria) if claim.kind == "relation"} == set(said)
+    assert [c.id for c in criteria if c.id.startswith("some")] == ["some_relation_5"]
+    plain, right, wrong = (
+        compute_reward(f"{named} {more}", criteria) for more in ("", left, captions[0][len(named) :])
+    )
+    assert wrong < plain < right == compute_reward(f"{named} {left} {above}", criteria) == 1.0
+
+
+def test_as_many_relations_are_asked_for_as_things_have_neighbours_and_any_of_them_will_do() -> None:
+    named = f"Three objects. A {RING}. A {STAR}. A {CROSS}."
+    answer = f"The {RING} is left of the {STAR}. The {STAR} is left of the {CROSS}."
+    criteria = write_placed([named] * 3, [answer] * 3)
+    first, second, both = (
+        f"The {RING} is left of the {STAR}.",
+        f"The {RING} is left of the {CROSS}.",
+        f"The {RING} is left of the {STAR}. The {RING} is left of the {CROSS}.",
+    )
+    rewards = [compute_reward(f"{named} {text}", criteria) for text in ("", first, second, both, answer)]
+    assert rewards[0] < rewards[1] == rewards[2] < rewards[3] == rewards[4] == 1.0
 
 
 @given(scenes)
@@ -219,4 +260,4 @@ def test_version_changes_with_the_rubrics_and_their_scores() -> None:
         for *teachers, student in CAPTIONS
         for num_agree in range(1, len(teachers))
     ]
-    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (3, 1.0, "c1c3b12258b99baa"), CHANGED
+    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (4, 1.0, "b0ee0558ed01ecc6"), CHANGED

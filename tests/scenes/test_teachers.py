@@ -1,7 +1,11 @@
 """Simulated teachers: each errs in its own way, their consensus errs less, and labels are right."""
 
 import json
+import tomllib
+from itertools import permutations
+from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -9,13 +13,23 @@ from hypothesis import strategies as st
 
 from pipeline.engines import Reply, Request, Sampling
 from pipeline.sections import stamped
-from pipeline.sources.scenes import Scene, draw_scene
+from pipeline.sources.scenes import Scene, draw_scene, is_related
 from stages import rubrics
 from stages.scenes import teachers
-from stages.scenes.claims import count_claims, group_claims, parse_caption, read_written_relation, write_sentence
+from stages.scenes.claims import (
+    count_claims,
+    group_claims,
+    make_relation,
+    parse_caption,
+    read_written_relation,
+    write_sentence,
+)
 from stages.scenes.teachers import (
+    RELATIONS,
     TEACHERS,
     Config,
+    Teacher,
+    answer_places,
     answer_statement,
     are_true,
     caption_scene,
@@ -26,6 +40,8 @@ from stages.scenes.teachers import (
     repeat_statement,
 )
 from stages.text.prompts import fence_texts
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
 
 scenes = st.builds(draw_scene, st.integers(0, 3), st.integers(0, 10_000))
 
@@ -171,6 +187,27 @@ def test_the_engine_finds_the_truth_by_the_source_key() -> None:
     assert json.loads(right) == {"reason": f"{background} background", "verdict": "yes"}
     assert json.loads(ask_engine("labeller", "Does the sentence hold?\nThis is a fine caption.")[0])["verdict"] == "no"
     assert len({ask_engine("speaker", "", seed=seed)[0] for seed in range(20)}) > 5
+
+
+@given(scenes, st.sampled_from(list(TEACHERS)), st.integers(0, 100))
+def test_asked_how_things_are_placed_a_teacher_answers_by_relations(one: Scene, name: str, seed: int) -> None:
+    """A rubric takes what most of them say; without their faults, it is all that is true."""
+    claims = parse_caption(answer_places(name, one, seed)).claims
+    assert {claim.kind for claim in claims} == {"relation"} or len(claims) == 1
+    with patch.dict(TEACHERS, {name: Teacher(slips=0.0)}):  # type: ignore[arg-type]
+        faultless = parse_caption(answer_places(name, one, seed)).claims
+    true = {
+        make_relation(a.name, word, b.name)
+        for a, b in permutations(one.things, 2)
+        for word in RELATIONS
+        if is_related(a, word, b)
+    }
+    assert true == {claim for claim in faultless if claim.kind == "relation"}
+
+
+def test_the_engine_is_asked_for_places_by_the_recipe_of_the_manifest() -> None:
+    prompt = tomllib.loads((MANIFESTS / "scenes-grpo-statements/recipes/scenes_places.toml").read_text())["prompt"]
+    assert ask_engine("warm", prompt, seed=4)[0] == answer_places("warm", draw_scene(0, 3), 4)
 
 
 def ask(voice: str, prompt: str) -> Reply:
