@@ -22,10 +22,10 @@ from pipeline import plugins
 from pipeline.records import RubricCriterion
 from pipeline.sources.scenes import COLOURS, SHAPES, Scene
 from stages.rubric_writers import Evidence, count_majority
+from stages.rubric_writers.statements import PLACES
 from stages.scenes.claim_checks import parse_check
 from stages.scenes.claims import Claim, group_claims, is_true, parse_caption, write_sentence
 from stages.scenes.measure import measure_caption
-from stages.rubric_writers.statements import PLACES
 from stages.scenes.teachers import TEACHERS, answer_places, caption_scene, list_swaps, merge_captions
 from stages.scorers import Sample, rubric
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.worlds import CHOICE
 from pipeline import config
 from pipeline.engines import Reply, Request, echo
 from stages.audit.drawing import DrawnCaption, DrawnScore
-from stages.scenes import german, teachers
+from stages.scenes import teachers
 from stages.scenes.claims import list_facts, write_caption
 from stages.scenes.measure import measure_caption
 from stages.training.settings import TrainConfig
@@ -175,25 +176,38 @@ def test_a_run_over_a_folder_copies_no_image(tmp_path: Path) -> None:
     assert figures["images"] > 1 and figures["run_bytes"] < 0.1 * figures["corpus_bytes"]
 
 
-class AnswersFromThePrompt:
-    """An engine that fuses and translates as the voices do from which a reader learns."""
+class AnswersAsTheVoices:
+    """An engine that answers as the voices do from which a reader learns; they find the scene by the source key."""
+
+    def __init__(self) -> None:
+        self._voices = {name: teachers.open(teachers.Config(teacher=name)) for name in VOICES.values()}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         for request in requests:
-            quoted = teachers.find_quoted(request.prompt)
-            text = teachers.merge_captions(quoted) if len(quoted) > 1 else german.translate(quoted[0])
-            yield Reply(text=text, finish_reason="stop", num_output_tokens=1)
+            voice = next(voice for end, voice in VOICES.items() if request.prompt.endswith(end))
+            yield from self._voices[voice].generate([replace(request, source_key=f"scenes/{CHOICE}/{request.id}")])
 
     def close(self) -> None:
         pass
 
 
-def test_a_perfect_reader_fuses_as_well_as_the_majority_and_translates_all(
+VOICES: dict[str, Any] = {
+    "do most of them say?": "merger",
+    "in German?": "translator",
+    "names that fit.": "realigner",
+    "words that were read.": "reader",
+}
+
+
+def test_a_perfect_reader_is_measured_as_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reader, "open_engine", lambda _: AnswersFromThePrompt())
+    monkeypatch.setattr(reader, "open_engine", lambda _: AnswersAsTheVoices())
+    monkeypatch.setattr(reader, "find_lines", lambda raw: (json.loads(raw.metadata)["sign"],))
     monkeypatch.setattr("sys.argv", ["reader", "perfect", "--scenes", "60", "--world", str(CHOICE)])
     reader.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["captions"]["fused"] == figures["captions"]["majority"]
+    assert (figures["right names"], figures["wrong names"]) == (1, 0)
+    assert (figures["signs with ocr"], figures["signs without"]) == (1, 0)
     assert figures["gain"] > 0.03 and figures["translated"] == 1

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
+from pipeline.sources._scene_words import Named, add_sign, draw_names, draw_sign_text
 
 COLOURS = {
     "red": (214, 32, 38),
@@ -73,6 +74,14 @@ class Config:
         least=0,
         most=1,
     )
+    named_share: float = key(
+        0.0,
+        "share of pictures whose alt text names things, some of them not there",
+        stamp_default=False,
+        least=0,
+        most=1,
+    )
+    sign_share: float = key(0.0, "share of pictures with words on a sign", stamp_default=False, least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +361,15 @@ def draw_sample(index: int, config: Config) -> Raw:
     truth = _choose_scene(original, config)
     broken = rng.choice(BROKEN) if rng.random() < config.broken_share else None
     kind, alt_text = _write_alt_text(rng, truth)
-    data = _encode_picture(truth, config, take=take)
+    if has_names := Random(f"named/{config.seed}/{index}").random() < config.named_share:
+        kind, alt_text = "named", " ".join(named.sentence for named in name_things(truth))
+    sign = find_sign(truth, config)
+    data = _encode_picture(truth, config, take=take, sign=sign)
     metadata: dict[str, Any] = {"scene": asdict(truth), "alt_text": kind, "broken": broken}
+    if has_names:
+        metadata["names"] = [asdict(named) for named in name_things(truth)]
+    if sign:
+        metadata["sign"] = sign
     metadata["copy_of"] = truth.index if original != index else None
     return Raw(
         source_key=f"scenes/{config.seed}/{truth.index}" + (f"/copy-{index}" if original != index else ""),
@@ -390,11 +406,27 @@ def _choose_original(index: int, config: Config) -> tuple[int, int]:
     return original, index if is_near else take
 
 
-def _encode_picture(scene: Scene, config: Config, *, take: int) -> bytes:
+def name_things(scene: Scene) -> list[Named]:
+    """The names that the alt text of a scene gives, where it gives any."""
+    things = [thing.name for thing in scene.things]
+    others = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in things]
+    return draw_names(scene.seed, scene.index, things, others)
+
+
+def find_sign(scene: Scene, config: Config) -> str | None:
+    """The words on the sign of a scene's picture; None: it has no sign."""
+    if Random(f"signed/{scene.seed}/{scene.index}").random() >= config.sign_share:
+        return None
+    return draw_sign_text(scene.seed, scene.index)
+
+
+def _encode_picture(scene: Scene, config: Config, *, take: int, sign: str | None = None) -> bytes:
     """The picture as a JPEG; another `take` of a scene has another size, noise and quality."""
     rng = Random(f"file/{scene.seed}/{scene.index}/{take}")
     longest = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
     image = render_scene(scene, short=rng.randint(config.short_side, longest), seed=take)
+    if sign:
+        image = add_sign(image, sign, rng)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=rng.randint(70, 95))
     return buffer.getvalue()

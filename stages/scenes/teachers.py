@@ -5,8 +5,9 @@ through a request's `source_key` and nothing else. Asked how things are placed (
 Other voices make labels and what is to be labelled: `speaker` makes one statement, true or false by one swap; `placer`
 says how things are related and nothing else; `stranger` makes one statement that cannot be decided in the words of this
 world; `repeater` captions a scene and says something again; `labeller` answers a judge's question about the last line
-of its prompt. Two voices see no truth, but the captions that are quoted in their prompt: `merger` says what most of
-them say, `translator` says the only one in German.
+of its prompt; `realigner` captions a scene with those names of the alt text in its prompt that fit, `reader` with the
+words of signs that are quoted in its prompt. Two voices see no truth, but the captions that are quoted in their prompt:
+`merger` says what most of them say, `translator` says the only one in German.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ STRANGE_PLACES = ("near", "behind", "on top of", "beside", "bigger than", "far f
 STRANGE_LOOKS = ("shiny", "beautiful", "crooked", "transparent", "calm", "old", "blurred")
 CANNOT_SAY = "cannot say"  # where the schema of a judge's answer has it
 QUOTED = re.compile(r"^(`{3,})\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)  # a text in a prompt, between its fences
+NAMED = re.compile(r"\bAn? (\w+ \w+) called (\w+)\.")  # in an alt text: the thing, its name
 BEFORE = re.compile(r"Said before:\n(`{3,})\n(.*?)\n\1", re.DOTALL)  # in the prompt of rubrics/scenes_open.toml
 PLACES = "Say how each two things are placed."  # the question that teachers answer by relations instead of a caption
 RELATIONS = ("left of", "right of", "above", "below", "touching", "inside", "around")
@@ -131,10 +133,12 @@ class Config:
         "labeller",
         "merger",
         "translator",
+        "realigner",
+        "reader",
     ] = key(
         "hasty",
-        "which voice answers: a teacher's name, consensus, speaker, placer, stranger, repeater, labeller, merger or"
-        " translator",
+        "which voice answers: a teacher's name, consensus, speaker, placer, stranger, repeater, labeller, merger,"
+        " translator, realigner or reader",
     )
     shared: bool = key(False, "the teachers of whom most share a blind spot: they see patterns as plain colour")
     revision: Literal[1, 2] = key(
@@ -395,6 +399,32 @@ def repeat_statement(text: str, rng: Random) -> str:
     return f"{text} {again}"
 
 
+def keep_right_names(caption: str, alt_text: str, scene: Scene) -> str:
+    """The caption, and after it the alt text's names for things that are in the scene."""
+    things = {thing.name for thing in scene.things}
+    return " ".join([caption, *(say_name(*found) for found in NAMED.findall(alt_text) if found[0] in things)])
+
+
+def say_name(thing: str, name: str) -> str:
+    """
+    >>> say_name("red ring", "Kalu")
+    'The red ring is called Kalu.'
+    """
+    return f"The {thing} is called {name}."
+
+
+def add_signs(caption: str, quoted: Iterable[tuple[str, str]]) -> str:
+    return " ".join([caption, *(say_sign(text) for _, text in quoted)])
+
+
+def say_sign(text: str) -> str:
+    """
+    >>> say_sign("Open")
+    'The sign says "Open".'
+    """
+    return f'The sign says "{text}".'
+
+
 def find_quoted(prompt: str) -> list[str]:
     """The texts that a prompt quotes between fences.
 
@@ -503,6 +533,10 @@ class TeacherEngine:
             return merge_captions(find_quoted(request.prompt))
         if self._voice == "translator":
             return translate(find_quoted(request.prompt)[0])
+        if self._voice == "realigner":
+            return keep_right_names(caption_scene("hasty", truth, seed), find_quoted(request.prompt)[0], truth)
+        if self._voice == "reader":
+            return add_signs(caption_scene("hasty", truth, seed), QUOTED.findall(request.prompt))
         if self._voice == "stranger":
             return draw_strange_statement(Random(f"stranger/{truth.seed}/{truth.index}/{seed}"))
         if self._voice == "placer":

@@ -158,3 +158,33 @@ def test_copies_in_a_crowded_corpus_show_the_scene_of_their_original() -> None:
 
 def test_the_worlds_own_crowding_leaves_fingerprints_as_they_were() -> None:
     assert "crowded_share" not in stamped(Config()) and stamped(Config(crowded_share=0.0))["crowded_share"] == 0.0
+
+
+def test_alt_texts_name_things_some_of_which_are_not_there() -> None:
+    config = Config(num_images=60, seed=5, broken_share=0.0, duplicate_share=0.0, named_share=0.5)
+    plain = read_corpus(replace(config, named_share=0.0))
+    right = Counter[bool]()
+    for raw, before in zip(read_corpus(config), plain, strict=True):
+        metadata = json.loads(raw.metadata or "")
+        assert raw.data == before.data
+        if metadata["alt_text"] != "named":
+            assert raw == before
+            continue
+        things = {thing.name for thing in find_scene(raw.source_key).things}
+        for named in scenes.name_things(find_scene(raw.source_key)):
+            assert named.sentence in (raw.alt_text or "") and (named.thing in things) == named.is_right
+            right[named.is_right] += 1
+        assert metadata["names"] and len({named["name"] for named in metadata["names"]}) == len(metadata["names"])
+    assert min(right[True], right[False]) > 10
+
+
+def test_a_sign_is_below_its_picture() -> None:
+    config = Config(num_images=40, seed=5, broken_share=0.0, duplicate_share=0.0, sign_share=0.5)
+    signs = 0
+    for raw, before in zip(read_corpus(config), read_corpus(replace(config, sign_share=0.0)), strict=True):
+        sign = json.loads(raw.metadata or "").get("sign")
+        assert sign == scenes.find_sign(find_scene(raw.source_key), config)
+        sizes = [Image.open(io.BytesIO(one.data or b"")).size for one in (raw, before)]
+        assert (sizes[0][1] > sizes[1][1]) == bool(sign) and sizes[0][0] == sizes[1][0]
+        signs += bool(sign)
+    assert 10 < signs < 30

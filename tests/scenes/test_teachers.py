@@ -233,3 +233,14 @@ def test_the_translator_translates_the_quoted_caption() -> None:
     assert reply.text == "Zwei Objekte. Ein roter Ring."
     assert "'A dog.' is outside the grammar" in (ask("translator", "```\nA dog.\n```").error or "")
     assert ask("translator", "A red ring.").error == "the prompt quotes no caption"
+
+
+def test_the_realigner_keeps_names_of_what_is_there_and_the_reader_says_what_was_read() -> None:
+    thing = draw_scene(0, 0).things[0].name
+    alt_text = fence_texts([f"A {thing} called Kalu. A grey dog called Rex. An orange moon called Mira."], limit=1000)
+    text = ask("realigner", f"{alt_text}\nDescribe the picture.").text
+    assert text == f"{caption_scene('hasty', draw_scene(0, 0), 0)} The {thing} is called Kalu."
+    signs = fence_texts(["Kalu Rom", "OPEN"], limit=1000)
+    said = ask("reader", f"{signs}\nDescribe the picture.").text
+    assert said.endswith('The sign says "Kalu Rom". The sign says "OPEN".')
+    assert ask("reader", "(none)\nDescribe.").text == caption_scene("hasty", draw_scene(0, 0), 0)
