@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import adversary, coverage, details, downstream, in_place, miniature, reader, verdicts
+from benchmarks import adversary, coverage, details, downstream, in_place, judge, miniature, reader, verdicts
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
@@ -211,3 +211,39 @@ def test_a_perfect_reader_is_measured_as_one(
     assert (figures["right names"], figures["wrong names"]) == (1, 0)
     assert (figures["signs with ocr"], figures["signs without"]) == (1, 0)
     assert figures["gain"] > 0.03 and figures["translated"] == 1
+
+
+class JudgesByTheTruth:
+    """The labeller, which finds the scene by the number in a request's id."""
+
+    model, revision = "truth", "1"
+
+    def __init__(self) -> None:
+        self._voice = teachers.open(teachers.Config(teacher="labeller", revision=2))
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for request in requests:
+            number = int(request.id.partition("/")[0])
+            yield from self._voice.generate([replace(request, source_key=f"scenes/{CHOICE}/{number}")])
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_judge_is_measured_on_planted_and_natural_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "open_engine", lambda _: JudgesByTheTruth())
+    scenes = list_scenes(60)
+    planted = list(judge.draw_statements(scenes))
+    again = [(number, write_caption(list_facts(scene), Random(0))) for number, scene in enumerate(scenes)]
+    again = [(number, f"{text} {text.split('. ')[0]}. A dog.") for number, text in again]
+    for texts, sorts in ((planted, {"object", "relation"}), (again, {judge.AGAIN, judge.STRANGE})):
+        outcomes = list(judge.judge_texts(texts, scenes, model="", rubric="scenes_open"))
+        groups = judge.group_outcomes(outcomes)
+        assert sorts <= groups.keys()
+        decided = [o for o in outcomes if o.sort != judge.STRANGE]
+        assert judge.balanced_accuracy(decided) == 1 and judge.share_accepted(outcomes) == 0
+        assert all(o.verdict is None for o in outcomes if o.sort == judge.STRANGE)
+    gullible = [replace(o, verdict=True) for o in outcomes]
+    assert judge.balanced_accuracy(gullible) == 0.5 and judge.share_accepted(gullible) == 1
+    directions = judge.group_outcomes(list(judge.judge_texts(planted, scenes, model="", rubric="scenes")))["direction"]
+    assert len(directions) > 20 and {o.true for o in directions} == {True, False}
