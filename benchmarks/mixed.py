@@ -109,7 +109,8 @@ def main() -> None:
     for kept, least in (("all", 0.0), ("kept", FAITHFUL)):
         for name, texts in choose_texts(rated, least=least).items():
             label = f"{name}, {kept}"
-            figures[label] = print_line(label, list(texts.values()), num_images=args.scenes)
+            if texts:
+                figures[label] = print_line(label, list(texts.values()), num_images=args.scenes)
     print(json.dumps({"benchmark": "mixed", "scenes": args.scenes, "figures": figures}))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import adversary, coverage, details, downstream, in_place, judge, miniature, reader, verdicts
+from benchmarks import adversary, coverage, details, downstream, in_place, judge, miniature, mixed, reader, verdicts
 from benchmarks.held_out import list_scenes
 from benchmarks.worlds import CHOICE
 from pipeline import config
@@ -247,3 +247,25 @@ def test_a_judge_is_measured_on_planted_and_natural_sentences(monkeypatch: pytes
     assert judge.balanced_accuracy(gullible) == 0.5 and judge.share_accepted(gullible) == 1
     directions = judge.group_outcomes(list(judge.judge_texts(planted, scenes, model="", rubric="scenes")))["direction"]
     assert len(directions) > 20 and {o.true for o in directions} == {True, False}
+
+
+def test_a_mixture_has_the_text_with_the_higher_score_of_each_image() -> None:
+    scene = list_scenes(1)[0]
+    right = measure_caption(write_caption(list_facts(scene), Random(0)), scene)
+    wrong = measure_caption("A dog.", scene)
+
+    def rate(caption: str, score: float) -> mixed.RatedText:
+        return mixed.RatedText(caption=caption, score=score, measure=right if score > 0.5 else wrong, num_words=2)
+
+    rated = {
+        "a": [rate(mixed.SYNTHETIC, 0.4), rate(mixed.RAW, 0.9)],
+        "b": [rate(mixed.SYNTHETIC, 1.0), rate(mixed.RAW, 0.2)],
+        "c": [rate(mixed.SYNTHETIC, 0.3)],
+    }
+    chosen = mixed.choose_texts(rated, least=0.0)
+    assert {key: one.caption for key, one in chosen[mixed.MIXED].items()} == {"a": "raw", "b": "dense", "c": "dense"}
+    assert {name: len(texts) for name, texts in chosen.items()} == {"raw": 2, "dense": 3, "mixed by score": 3}
+    assert mixed.choose_texts(rated, least=0.95)[mixed.RAW] == {}
+    figures = mixed.summarise(list(chosen[mixed.MIXED].values()), num_images=4)
+    assert figures["images"] == 0.75 and figures["raw"] == pytest.approx(1 / 3)
+    assert figures["wholly right"] == figures["recall"] == pytest.approx(2 / 3)

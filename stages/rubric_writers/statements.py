@@ -89,7 +89,7 @@ def _find_related(
     relating: Sequence[frozenset[Claim]], names: Set[str], num_agree: int
 ) -> tuple[set[Claim], set[Claim]]:
     """How agreed things are related: what most that speak of a pair say, and what one alone says of a pair."""
-    votes = Counter(claim for claims in relating for claim in claims if names.issuperset(list_pair(claim)))
+    votes = Counter(claim for claims in relating for claim in claims if names >= list_pair(claim))
     speakers = Counter(pair for claims in relating for pair in {list_pair(claim) for claim in claims})
     most = {
         claim: num for claim, num in votes.items() if num >= min(num_agree, 2) and 2 * num > speakers[list_pair(claim)]
