@@ -39,6 +39,18 @@ def test_verdicts_become_examples(sft_run: Path) -> None:
     assert max(len(example.questions) for example in examples) == 3
 
 
+def test_a_share_of_verdicts_is_learnt_without_reasons(sft_run: Path) -> None:
+    keys: dict[str, Any] = {"captions": ["statements"], "scores": "labels"}
+    full, mixed = (read_sft_examples(sft_run, **keys, reasons=share) for share in (1.0, 0.6))
+    answers = [
+        (json.loads(one.answers[0]), json.loads(other.answers[0])) for one, other in zip(full, mixed, strict=True)
+    ]
+    assert all(bare in (answer, answer["verdict"]) for answer, bare in answers)
+    share = sum(isinstance(bare, dict) for _, bare in answers) / len(answers)
+    assert 0.45 < share < 0.75
+    assert read_sft_examples(sft_run, **keys, reasons=0.6) == mixed
+
+
 def test_undecided_verdicts_are_learnt_if_asked_for(tmp_path: Path) -> None:
     sections = make_sft_sections(source={"num_images": 12, "broken_share": 0.0, "duplicate_share": 0.0})
     sections["engines.labeller"]["revision"] = 2

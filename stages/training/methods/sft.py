@@ -22,6 +22,7 @@ from stages import rubrics
 from stages.rubrics import Rubric
 from stages.scorers._samples import prepare_given
 from stages.text.given import GivenTexts
+from stages.text.selection import draw
 from stages.training import supervised
 from stages.training.dataset import TrainExample, Turn, make_example, read_images
 from stages.training.prompts import check_captions, list_given_tables, load_recipe, open_prompts, slice_recipes
@@ -35,6 +36,13 @@ class Config:
 
     scores: str = key("", "a judge's score pass, whose verdicts are learnt; empty: learn the captions' texts")
     unsure: bool = key(False, "whether the judge's undecided answers are learnt too", stamp_default=False)
+    reasons: float = key(
+        1.0,
+        "share of verdicts that are learnt with their reason; the others are learnt as answers without one",
+        least=0,
+        most=1,
+        stamp_default=False,
+    )
     turns: int = key(1, "questions about one image in one example", least=1)
     regions: float = key(0.0, "weight of a second loss: naming what each image token shows", least=0)
 
@@ -103,7 +111,7 @@ class Sft:
 
     def _read_verdicts(self, name: str, file: str) -> Iterator[Turn]:
         """Every verdict of the score pass, as the answer to its rubric's prompt."""
-        rubric = self._load_rubric()
+        rubrics_by_form = {with_reasons: self._load_rubric(with_reasons=with_reasons) for with_reasons in (True, False)}
         images = tables.read_rows(self._run.folder / "image" / file, Image)
         alt_texts = {image.key: image.alt_text for image in images}
         find_texts = self._given.open(Shard(run=self._run, number=int(Path(file).stem), pieces=()))
@@ -114,7 +122,9 @@ class Sft:
             texts = find_texts(image_key)
             for score in scores:
                 text = captions[score.key, score.candidate].text
-                for criteria in tables.split_batches(score.criteria, len(rubric.criteria)):
+                for criteria in tables.split_batches(score.criteria, len(rubrics_by_form[True].criteria)):
+                    share = draw(score.key, name, score.candidate, criteria[0].id)
+                    rubric = rubrics_by_form[share < self._own.reasons]
                     if not all(self._is_answered(criterion, rubric) for criterion in criteria):
                         continue
                     before, part = _find_passage(text, criteria[0])
@@ -135,9 +145,9 @@ class Sft:
         """The texts that the judge was given for its prompts."""
         return prepare_given(self._run, self._own.scores, self._load_rubric().spec.open_fields)
 
-    def _load_rubric(self) -> Rubric:
+    def _load_rubric(self, *, with_reasons: bool = True) -> Rubric:
         scorer = self._run.sections["score"][self._own.scores].scorer
-        return rubrics.load(scorer.config.rubric, run=self._run.folder)
+        return rubrics.load(scorer.config.rubric, run=self._run.folder, with_reasons=with_reasons)
 
     def _read_captions(self, name: str, file: str) -> Iterator[Caption]:
         rows = tables.read_rows(self._run.folder / "caption" / name / file, Caption)
@@ -173,8 +183,12 @@ def _find_passage(text: str, criterion: Criterion) -> tuple[str, str]:
 
 def format_verdicts(rubric: Rubric, criteria: Sequence[Criterion]) -> str:
     """The JSON with which a judge would have given these verdicts."""
-    verdicts = [
-        {"reason": criterion.reason or "", "verdict": criterion.verdict or rubric.spec.unsure} for criterion in criteria
+    verdicts = [criterion.verdict or rubric.spec.unsure for criterion in criteria]
+    if rubric.is_bare:
+        return json.dumps(verdicts[0], ensure_ascii=False)
+    answers = [
+        {**({"reason": criterion.reason or ""} if rubric.with_reasons else {}), "verdict": verdict}
+        for criterion, verdict in zip(criteria, verdicts, strict=True)
     ]
-    value = verdicts[0] if len(verdicts) == 1 else dict(zip(rubric.criteria, verdicts, strict=True))
+    value = answers[0] if len(answers) == 1 else dict(zip(rubric.criteria, answers, strict=True))
     return json.dumps(value, ensure_ascii=False)
