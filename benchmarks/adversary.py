@@ -65,7 +65,7 @@ class Game:
     def is_misled(self, before: str, after: str) -> bool:
         """True when what was added has a false claim that a criterion asks for."""
         checks = [parse_check(criterion.claim or "") for criterion in self.criteria]
-        asked = {claim for check in checks if check.how in ("states", "says") for claim in check.claims}
+        asked = {claim for check in checks if check.how in ("states", "says", "some") for claim in check.claims}
         more = parse_caption(after).claims - parse_caption(before).claims
         return any(not is_true(claim, self.scene) for claim in asked & more)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,7 +169,7 @@ def create_run(folder: Path, *, student: Path, judge: str, shared: bool, manifes
         file.write_text(text)
     if file.read_text() != text:
         raise SystemExit(f"{file} belongs to another comparison; choose a new folder")
-    copy_recipes(folder, manifest)
+    write_recipes(folder, manifest)
     run = config.load(folder)
     init.extend_plan(run)
     state = RunState(run)
@@ -189,6 +188,8 @@ def digest_arm(
     parts: list[Any] = [student, judge if uses_judge else "", texts, settings and _stamp_arm(settings)]
     if settings is not None and settings.rounds > 1:
         parts.append(settings.rounds)
+    if recipes := read_recipes(manifest):
+        parts.append(recipes)
     # Recorded outcomes name the module of the teachers as it was called when they were made.
     text = json.dumps(parts).replace("stages.scenes.teachers", "stages.teachers")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -213,11 +214,20 @@ def render_manifest(student: Path, manifest: str = MANIFEST) -> str:
     return text.replace(f'"{tomllib.loads(text)["train"]["model"]}"', f'"{student.absolute()}"')
 
 
-def copy_recipes(folder: Path, manifest: str) -> None:
-    """The manifest's own recipes, if it has any."""
-    with resources.as_file(resources.files("manifests") / manifest / "recipes") as recipes:
-        if recipes.is_dir():
-            shutil.copytree(recipes, folder / "recipes", dirs_exist_ok=True)
+def read_recipes(manifest: str) -> dict[str, str]:
+    """The manifest's own recipes, by file name."""
+    folder = resources.files("manifests") / manifest / "recipes"
+    return (
+        {file.name: file.read_text() for file in sorted(folder.iterdir(), key=lambda one: one.name)}
+        if folder.is_dir()
+        else {}
+    )
+
+
+def write_recipes(folder: Path, manifest: str) -> None:
+    for name, text in read_recipes(manifest).items():
+        (folder / "recipes").mkdir(exist_ok=True)
+        (folder / "recipes" / name).write_text(text)
 
 
 def load_writer(manifest: str) -> Any:
@@ -246,13 +256,16 @@ class HeldOutRubrics:
 
     @classmethod
     def write(cls, student: Sequence[str], *, shared: bool, manifest: str) -> HeldOutRubrics:
+        places = tomllib.loads(read_manifest(manifest))["rubric"]["committee"].get("given", {}).keys() & {PLACES}
         evidence = [
             Evidence(
                 key=str(index),
                 teachers=tuple(caption_scene(name, scene, 0, shared=shared) for name in TEACHERS),
                 student=(text,),
                 num_agree=count_majority(len(TEACHERS)),
-                texts={PLACES: tuple(answer_places(name, scene, 0, shared=shared) for name in TEACHERS)},
+                texts={
+                    field: tuple(answer_places(name, scene, 0, shared=shared) for name in TEACHERS) for field in places
+                },
                 data=bytes,
             )
             for index, (scene, text) in enumerate(zip(list_scenes(len(student)), student, strict=True))

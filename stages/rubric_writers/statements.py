@@ -8,9 +8,11 @@ as all others together, and each claim beyond takes off as much as one of its ki
 
 Two things are agreed to be so related when most of the teachers that relate them say so, and more than one. A caption
 states few of all the relations of a picture, and another teacher other ones, so that a true one is often one that no
-caption has: where `given.places` has answers of the teachers on how things are placed, these decide relations instead
-of the captions, together with the relations that follow from each. A rubric asks for any of the agreed relations, as
-many as the things have neighbours. All else needs as many teachers as must agree.
+caption has: where `given.places` has answers of enough teachers on how all things are placed, these decide relations
+instead of the captions and of what follows from them. Any agreed relation may be said. A rubric asks for those of
+neighbours from left to right, as a complete caption has them, and for as many as there are neighbours: how two things
+with a third one between them are related follows from others. All else needs as many teachers as must agree. A thing
+that fewer see, but more than half as many, is doubted: it costs half of one that no two see.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from stages.scenes.claims import Claim
 from stages.text.given import OpenFields
 
 __all__ = ["Settings", "engines", "open_fields", "prepare", "write"]
-VERSION = 4
+VERSION = 5
 PLACES = "places"  # the field that `given` fills with teachers' answers on how things are placed
 
 
@@ -45,9 +47,14 @@ def open_fields(_: Settings) -> OpenFields:
 
 def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
     for evidence in inputs:
+        answers = evidence.texts.get(PLACES, ())
+        if len(answers) > len(evidence.teachers):
+            error = f"given.{PLACES} has {len(answers)} answers of {len(evidence.teachers)} teachers: one of each"
+            yield WrittenRubric(status="error", error=error)
+            continue
         teachers = [collect_claims(text) for text in evidence.teachers]
         student = [collect_claims(text) for text in evidence.student]
-        placed = [collect_claims(text) for text in evidence.texts.get(PLACES, ())]
+        placed = [collect_claims(text) for text in answers]
         checks = enumerate(_choose_checks(teachers, placed, evidence.num_agree), start=1)
         criteria = [build_criterion(number, check, teachers, student) for number, check in checks]
         if criteria:
@@ -60,29 +67,34 @@ def write(inputs: Iterable[Evidence], **_: object) -> Iterator[WrittenRubric]:
 def _choose_checks(
     teachers: Sequence[CaptionClaims], placed: Sequence[CaptionClaims], num_agree: int
 ) -> Iterator[Check]:
-    relating = [_list_relations(teacher.first) for teacher in placed or teachers]
-    stated = [frozenset(claim for claim in teacher.first if claim.kind != "relation") for teacher in teachers]
-    votes = Counter(claim for claims in (*stated, *relating) for claim in claims)
-    plain = find_agreed({claim: num for claim, num in votes.items() if claim.kind != "relation"}, num_agree)
+    votes = Counter(claim for teacher in teachers for claim in teacher.first if claim.kind != "relation")
+    plain = find_agreed(votes, num_agree)
     names = {claim.about for claim in plain if claim.kind == "object"}
     agreed = {claim for claim in plain if claim.kind in ("count", "background") or claim.about in names}
     if not agreed:
         return
-    related, undisputed = _find_related(relating, names, num_agree)
-    pairs = {list_pair(claim) for claim in related}
+    undisputed = set[Claim]()
+    if len(placed) >= num_agree:
+        related, _ = _find_related([_select_relations(answer.first) for answer in placed], names, num_agree)
+    else:
+        relating = [_select_relations(claims.union(derive_relations(claims))) for claims in (t.first for t in teachers)]
+        related, undisputed = _find_related(relating, names, num_agree)
+        votes.update(claim for claims in relating for claim in claims)
+    asked = _select_neighbours(related)
+    pairs = {list_pair(claim) for claim in asked}
     yield from (Check(how="says", claims=frozenset({claim})) for claim in sort_claims(agreed))
     for num in range(1, min(len(pairs), len(names) - 1) + 1):
-        yield Check(how="some", claims=frozenset(related), num=num)
+        yield Check(how="some", claims=asked, num=num)
     yield from (Check(how="says", claims=things) for things in _group_things(agreed) if len(things) > 1)
     agreed |= related
     supported = agreed | find_supported(votes, agreed, num_agree) | undisputed
-    yield Check(how="beyond", claims=frozenset(supported))
+    doubted = {claim for claim in supported - agreed if claim.kind == "object"}
+    yield Check(how="beyond", claims=frozenset(supported - doubted), doubted=frozenset(doubted))
 
 
-def _list_relations(claims: frozenset[Claim]) -> frozenset[Claim]:
-    """The relations among the claims and those that follow from them, without those of a thing to itself."""
-    every = claims.union(derive_relations(claims))
-    return frozenset(claim for claim in every if claim.kind == "relation" and claim.about != claim.other)
+def _select_relations(claims: Iterable[Claim]) -> frozenset[Claim]:
+    """The relations among the claims, without those of a thing to itself."""
+    return frozenset(claim for claim in claims if claim.kind == "relation" and claim.about != claim.other)
 
 
 def _find_related(
@@ -95,6 +107,21 @@ def _find_related(
         claim: num for claim, num in votes.items() if num >= min(num_agree, 2) and 2 * num > speakers[list_pair(claim)]
     }
     return find_agreed(most, 1), {claim for claim in votes if speakers[list_pair(claim)] == 1}
+
+
+def _select_neighbours(related: Set[Claim]) -> frozenset[Claim]:
+    """The relations of two things that have no third one between them from left to right."""
+    follows = defaultdict[str, set[str]](set)  # thing -> things right of it
+    for claim in related:
+        if claim.value == "left of":
+            follows[claim.about].add(claim.other)
+    parted = {
+        frozenset((first, last))
+        for first, middles in follows.items()
+        for one in middles
+        for last in follows.get(one, ())
+    }
+    return frozenset(claim for claim in related if list_pair(claim) not in parted)
 
 
 def _group_things(claims: Iterable[Claim]) -> Iterator[frozenset[Claim]]:

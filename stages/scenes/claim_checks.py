@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, groupby
 from typing import Literal
 
@@ -29,8 +29,11 @@ SEVERITY: Mapping[Kind, Severity] = {
     "texture": "important",
     "background": "minor",
 }
-COST = 1.0  # what a claim beyond the supported ones costs, in what a claim of its kind brings; at least 1
-STRAY_WEIGHT = SEVERITY_WEIGHTS["critical"]  # of a sentence outside the grammar
+LEAST_COST = SEVERITY_WEIGHTS[
+    "important"
+]  # so that no claim costs less than a relation brings, of which a caption may add many
+DOUBT = 0.5  # what a doubted claim costs, in what an unsupported one does
+AGAIN = 3.0  # likewise of one said again, which is never right, and which samples of an answer that is sure of it share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,14 @@ class CaptionClaims:
     stray: frozenset[Claim] = frozenset()  # in fragments of sentences outside the grammar; only count against it
     is_plain: bool  # each sentence makes at least one claim that no sentence before it makes
     first: frozenset[Claim] = frozenset()  # stated by the first mention of a thing, or by another sentence
-    again: tuple[Claim, ...] = ()  # said of a thing named before, said before, or a count below what is listed
+    again: tuple[Claim, ...] = ()  # said of a thing named before, or said before
+    exceeded: tuple[Claim, ...] = ()  # counts below what is listed
     num_stray: int = 0  # sentences outside the grammar
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the things that it states, one by one."""
+        return frozenset(claim.about for claim in self.first if claim.kind == "object")
 
     @property
     def all(self) -> Iterator[Claim]:
@@ -68,29 +77,38 @@ def collect_claims(text: str) -> CaptionClaims:
         is_plain &= not claims.issuperset(sentence.claims)
         claims.update(sentence.claims)
     kinds = groupby(sorted(claims), key=lambda claim: claim.kind)
-    first, again = _split_statements(sentences)
+    first, again, exceeded = _split_statements(sentences)
     return CaptionClaims(
         claims={kind: frozenset(group) for kind, group in kinds},
         is_plain=is_plain,
         first=first,
         again=again,
+        exceeded=exceeded,
         num_stray=sum(not sentence.claims for sentence in sentences),
     )
 
 
-def _split_statements(sentences: Sequence[Sentence]) -> tuple[frozenset[Claim], tuple[Claim, ...]]:
-    """The claims that may be credited, and those that only cost: a picture has one thing of each name."""
+def _split_statements(
+    sentences: Sequence[Sentence],
+) -> tuple[frozenset[Claim], tuple[Claim, ...], tuple[Claim, ...]]:
+    """The claims that may be credited, those that are said again, and counts that are too low: both only cost.
+
+    A picture has one thing of each name.
+    """
     mentions = [sentence.claims for sentence in sentences if sentence.claims and sentence.claims[0].kind == "object"]
     first: set[Claim] = set()
     again: list[Claim] = []
+    exceeded: list[Claim] = []
     for sentence in sentences:
         is_new = bool(sentence.claims) and sentence.claims[0] not in first
         for claim in sentence.claims:
-            if is_new and not is_exceeded(claim, mentions):
-                first.add(claim)
-            else:
+            if not is_new:
                 again.append(claim)
-    return frozenset(first), tuple(again)
+            elif is_exceeded(claim, mentions):
+                exceeded.append(claim)
+            else:
+                first.add(claim)
+    return frozenset(first), tuple(again), tuple(exceeded)
 
 
 @lru_cache(maxsize=4096)
@@ -109,8 +127,8 @@ class Check:
     only: of one kind, makes no claim besides these, and at least one unless `may_be_silent`;
     plain: see `CaptionClaims.is_plain`;
     says: as states, but of a thing named twice only the first mention counts;
-    some: as says, but of relations, and of these for `num` pairs of things at least;
-    beyond: states nothing besides the claims, and nothing twice; see `cost`.
+    some: as says, but of relations, and of these for `num` pairs of things that the caption also names by themselves;
+    beyond: states nothing besides the claims, none that is doubted, and nothing twice; see `cost`.
 
     >>> check = Check(how="states", claims=frozenset({Claim("relation", "red ring", "left of", "blue star")}))
     >>> check.text
@@ -124,6 +142,7 @@ class Check:
     claims: frozenset[Claim] = field(default_factory=frozenset)
     may_be_silent: bool = True  # of `only`
     num: int = 0  # of `some`
+    doubted: frozenset[Claim] = field(default_factory=frozenset)  # of `beyond`: claims that cost less than others
 
     def is_met(self, caption: CaptionClaims) -> bool:
         match self.how:
@@ -132,8 +151,8 @@ class Check:
             case "says":
                 return all(claim in caption.first and not caption.denies(claim) for claim in self.claims)
             case "some":
-                said = (claim for claim in self.claims & caption.first if not caption.denies(claim))
-                return len({list_pair(claim) for claim in said}) >= self.num
+                said = {list_pair(claim) for claim in self.claims & caption.first if not caption.denies(claim)}
+                return sum(pair <= caption.names for pair in said) >= self.num
             case "beyond":
                 return bool(self.claims & caption.first) and not self.cost(caption)
             case "avoids":
@@ -145,9 +164,17 @@ class Check:
         return caption.is_plain
 
     def cost(self, caption: CaptionClaims) -> float:
-        """The excess of a caption beyond the claims: each costs `COST` times what one of its kind may bring."""
-        unsupported = chain(caption.first - self.claims, caption.stray - self.claims, caption.again)
-        return COST * (sum(map(weigh_with_number, unsupported)) + STRAY_WEIGHT * caption.num_stray)
+        """The excess of a caption beyond the claims: what is unsupported costs at least what one of its kind may bring.
+
+        A sentence outside the grammar costs as much as a thing.
+        """
+        known = self.claims | self.doubted
+        unsupported = chain(caption.first - known, caption.stray - known, caption.exceeded)
+        doubted = self.doubted & (caption.first | caption.stray)
+        parts = ((unsupported, 1.0), (doubted, DOUBT), (caption.again, AGAIN))
+        return sum(times * weigh_cost(claim) for claims, times in parts for claim in claims) + (
+            STRAY_COST * caption.num_stray
+        )
 
     @property
     def text(self) -> str:
@@ -156,9 +183,11 @@ class Check:
             case "states" | "says":
                 return f"Says: {listed}"
             case "some":
-                return f"Says of {self.num} or more pairs of things how they are related: {listed}"
+                return f"Says of {self.num} or more pairs of things that it names how they are related: {listed}"
             case "beyond":
-                return f"Says of no thing more than there are, and nothing besides: {listed}"
+                doubted = "; ".join(format_claim(claim) for claim in sorted(self.doubted))
+                besides = f"; and does not say: {doubted}" if doubted else ""
+                return f"Says of no thing more than there are, and nothing besides: {listed}{besides}"
             case "avoids":
                 return f"Does not say: {listed}"
             case "only":
@@ -171,7 +200,8 @@ class Check:
     def json(self) -> str:
         claims = sorted(map(list, self.claims))
         values = {"how": self.how, "kind": self.kind, "claims": claims, "may_be_silent": self.may_be_silent}
-        return json.dumps({**values, "num": self.num} if self.num else values)
+        more = {"num": self.num, "doubted": sorted(map(list, self.doubted))}
+        return json.dumps({**values, **{name: value for name, value in more.items() if value}})
 
 
 def list_pair(relation: Claim) -> frozenset[str]:
@@ -188,9 +218,12 @@ def weigh_claim(claim: Claim) -> float:
     return SEVERITY_WEIGHTS[SEVERITY[claim.kind]]
 
 
-def weigh_with_number(claim: Claim) -> float:
-    """As `weigh_claim`; a thing more is also one more of its kind, whose number is a minor criterion."""
-    return weigh_claim(claim) + (SEVERITY_WEIGHTS["minor"] if claim.kind == "object" else 0.0)
+def weigh_cost(claim: Claim) -> float:
+    """What an unsupported claim costs; a thing more is also one more of its kind, whose number is a minor criterion."""
+    return max(LEAST_COST, weigh_claim(claim) + (SEVERITY_WEIGHTS["minor"] if claim.kind == "object" else 0.0))
+
+
+STRAY_COST = weigh_cost(Claim("object", "", ""))  # of a sentence outside the grammar
 
 
 def discount(met: float, cost: float, allowance: float) -> tuple[float, float]:
@@ -221,4 +254,7 @@ def format_claim(claim: Claim) -> str:
 def parse_check(text: str) -> Check:
     """The inverse of `Check.json`."""
     values = json.loads(text)
-    return Check(**{**values, "claims": frozenset(Claim(*claim) for claim in values["claims"])})
+    named = {
+        name: frozenset(Claim(*claim) for claim in values[name]) for name in ("claims", "doubted") if name in values
+    }
+    return Check(**{**values, **named})

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from pipeline.records import RubricCriterion
 from pipeline.sources.scenes import COLOURS, SHAPES, Scene
 from stages.rubric_writers import statements
-from stages.scenes import claim_checks
-from stages.scenes.claim_checks import COST, collect_rewarded_claims, parse_check, weigh_with_number
+from stages.scenes.claim_checks import AGAIN, DOUBT, collect_rewarded_claims, parse_check, weigh_cost
 from stages.scenes.claims import Claim, group_claims, list_facts, parse_caption, write_caption, write_sentence
 from stages.scenes.teachers import TEACHERS, caption_scene, list_swaps
 from tests.support.scoring import CAPTIONS, CHANGED, compute_digest, compute_reward, make_evidence, scenes, score_text
@@ -64,7 +63,8 @@ def test_criteria_are_what_teachers_agree_on_also_what_the_student_says() -> Non
         ("says_size_4", "Says: size(red circle, small)", 2.0, 2, 1.0),
         (
             "some_relation_5",
-            "Says of 1 or more pairs of things how they are related: relation(blue circle, left of, red circle)",
+            "Says of 1 or more pairs of things that it names how they are related: "
+            "relation(blue circle, left of, red circle)",
             2.0,
             2,
             1.0,
@@ -119,17 +119,44 @@ def test_answers_on_places_decide_relations_instead_of_captions() -> None:
     assert wrong < plain < right == compute_reward(f"{named} {left} {above}", criteria) == 1.0
 
 
-def test_as_many_relations_are_asked_for_as_things_have_neighbours_and_any_of_them_will_do() -> None:
+def test_as_many_relations_are_asked_for_as_things_have_neighbours_and_any_neighbours_will_do() -> None:
     named = f"Three objects. A {RING}. A {STAR}. A {CROSS}."
-    answer = f"The {RING} is left of the {STAR}. The {STAR} is left of the {CROSS}."
-    criteria = write_placed([named] * 3, [answer] * 3)
-    first, second, both = (
+    one, other, apart = (
         f"The {RING} is left of the {STAR}.",
+        f"The {STAR} is left of the {CROSS}.",
         f"The {RING} is left of the {CROSS}.",
-        f"The {RING} is left of the {STAR}. The {RING} is left of the {CROSS}.",
     )
-    rewards = [compute_reward(f"{named} {text}", criteria) for text in ("", first, second, both, answer)]
-    assert rewards[0] < rewards[1] == rewards[2] < rewards[3] == rewards[4] == 1.0
+    criteria = write_placed([named] * 3, [f"{one} {other} {apart}"] * 3)
+    rewards = [compute_reward(f"{named} {text}", criteria) for text in ("", apart, one, other, f"{one} {other}")]
+    assert rewards[0] == rewards[1] < rewards[2] == rewards[3] < rewards[4] == 1.0
+
+
+def test_relations_are_paid_for_things_that_the_caption_names() -> None:
+    named = f"Two objects. A {RING}. A {STAR}."
+    relation = f"The {RING} is left of the {STAR}."
+    criteria = write_placed([named] * 3, [relation] * 3)
+    texts = ("Two objects.", f"Two objects. {relation}", f"{named} {relation}", named)
+    silent, alone, both, without = (compute_reward(text, criteria) for text in texts)
+    assert silent == alone < without < both == 1.0
+
+
+def test_too_few_answers_on_places_decide_nothing_and_too_many_are_an_error() -> None:
+    captions = [f"Two objects. A {RING}. A {STAR}. The {RING} is left of the {STAR}."] * 4
+    claim = Claim("relation", RING, "left of", STAR)
+    contrary = f"The {STAR} is left of the {RING}."
+    assert [claim in list_agreed(write_placed(captions, [contrary] * num)) for num in (0, 1, 2)] == [True, True, False]
+    evidence = replace(make_evidence(captions, captions[0]), texts={statements.PLACES: (contrary,) * 5})
+    (written,) = statements.write([evidence])
+    assert (written.status, written.error) == ("error", "given.places has 5 answers of 4 teachers: one of each")
+
+
+def test_a_thing_that_only_some_see_costs_half_of_one_that_none_sees() -> None:
+    captions = [f"A {RING}. A {STAR}."] * 3 + [f"A {RING}. A {CROSS}."] * 2
+    criteria = write_criteria(captions, f"A {RING}.", num_agree=3)
+    agreed, some, none = (
+        compute_reward(f"A {RING}. A {STAR}.{more}", criteria) for more in ("", f" A {CROSS}.", " A black ring.")
+    )
+    assert agreed - some == pytest.approx(DOUBT * (agreed - none)) and none < some
 
 
 @given(scenes)
@@ -195,8 +222,10 @@ def make_false(group: Sequence[Claim], known: set[str]) -> tuple[Claim, ...]:
 
 def fits(group: Sequence[Claim], text: str) -> bool:
     """The caption neither denies the claims nor counts fewer things than it would then list."""
-    added = collect_rewarded_claims(f"{text} {write_sentence(group, Random(0))}")
-    return not any(added.denies(claim) for claim in group) and added.again == collect_rewarded_claims(text).again
+    before, added = (collect_rewarded_claims(t) for t in (text, f"{text} {write_sentence(group, Random(0))}"))
+    return not any(added.denies(claim) for claim in group) and (
+        (added.again, added.exceeded) == (before.again, before.exceeded)
+    )
 
 
 def test_weights_are_those_of_the_documented_example() -> None:
@@ -209,8 +238,8 @@ def test_weights_are_those_of_the_documented_example() -> None:
         (f"Two objects. A small {RING}.", (8 + 13) / 26),
         (f"Two objects. A small {RING}. A {STAR}.", (11 + 13) / 26),
         (f"Two objects. A small {RING}. A {CROSS}.", (8 + 9) / 26),
-        (f"Two objects. A small {RING}. A small {RING}.", (8 + 7) / 26),
-        (f"Two objects. A small {RING}. A fine picture.", (8 + 10) / 26),
+        (f"Two objects. A small {RING}. A small {RING}.", (8 + 13 - AGAIN * (4 + 2)) / 26),
+        (f"Two objects. A small {RING}. A fine picture.", (8 + 9) / 26),
         ("", 0.0),
     ):
         assert compute_reward(text, criteria) == pytest.approx(value), text
@@ -249,9 +278,10 @@ def test_criteria_texts_make_no_claims(scene: Scene) -> None:
 def test_a_true_caption_keeps_a_reward_when_teachers_miss_things(scene: Scene) -> None:
     text = write_caption(list_facts(scene), Random(0))
     beyond = parse_check(write_for_scene(scene)[-1].claim or "")
-    assert beyond.cost(collect_rewarded_claims(text)) == COST * sum(
-        map(weigh_with_number, set(list_facts(scene)) - beyond.claims)
-    )
+    doubted = beyond.doubted.intersection(list_facts(scene))
+    unsupported = set(list_facts(scene)) - beyond.claims - doubted
+    expected = sum(map(weigh_cost, unsupported)) + DOUBT * sum(map(weigh_cost, doubted))
+    assert beyond.cost(collect_rewarded_claims(text)) == expected
 
 
 def test_version_changes_with_the_rubrics_and_their_scores() -> None:
@@ -260,4 +290,4 @@ def test_version_changes_with_the_rubrics_and_their_scores() -> None:
         for *teachers, student in CAPTIONS
         for num_agree in range(1, len(teachers))
     ]
-    assert (statements.VERSION, claim_checks.COST, compute_digest(rows)) == (4, 1.0, "b0ee0558ed01ecc6"), CHANGED
+    assert (statements.VERSION, AGAIN, DOUBT, compute_digest(rows)) == (5, 3.0, 0.5, "1faa7dd638cc140e"), CHANGED
