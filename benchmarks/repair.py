@@ -12,25 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
+from benchmarks.demo_run import FAITHFUL, make_demo_run
 from benchmarks.held_out import bootstrap_interval
 from benchmarks.worlds import TEST
-from pipeline import config
-from pipeline.commands import init
-from pipeline.execution.pass_graph import select_passes
-from pipeline.execution.run_state import RunState
-from pipeline.execution.runner import Runner
 from pipeline.sources.scenes import find_scene
 from pipeline.storage import database
 from stages.scenes.measure import Measure, measure_caption
 
-FAITHFUL = 0.99  # of the judge's score: the demo's rule
 REPAIRED = {
     "words": "SELECT key, without_refused(text, judge_criteria) AS text, refused(text, judge_criteria) AS fields"
     " FROM dense",
@@ -47,34 +39,13 @@ KEPT = """
 Kept = Sequence[Measure | None]  # of each image's kept caption; None: it has none
 
 
-def create_run(folder: Path, *, num_scenes: int) -> config.Run:
-    """The demo's run on a held-out world, with repaired captions."""
-    values: dict[str, Any] = tomllib.loads((resources.files("manifests") / "demo" / "run.toml").read_text())
-    assert values["filter"]["rules"]["faithful"] == f"judge >= {FAITHFUL}"
-    values["source"] |= {"num_images": num_scenes, "seed": TEST[0], "broken_share": 0.0, "duplicate_share": 0.0}
-    values["caption"]["repaired"] = REPAIRED
-    if not folder.exists():
-        init.create_run(folder, dict(flatten_sections(values)))
-    return config.load(folder)
-
-
-def flatten_sections(values: Mapping[str, Any]) -> Any:
-    """[("caption.dense", {...}), ...]"""
-    for name, part in values.items():
-        if name in ("engines", "caption", "score"):
-            yield from ((f"{name}.{one}", keys) for one, keys in part.items())
-        else:
-            yield name, part
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the run; what is there already is not made again")
     parser.add_argument("--scenes", type=int, default=1000)
     args = parser.parse_args()
-    run = create_run(args.folder, num_scenes=args.scenes)
-    state = RunState(run)
-    assert Runner(state).execute(select_passes(state.passes, "all")).exit_code == 0
+    sections = {"caption.repaired": REPAIRED}
+    run = make_demo_run(args.folder, num_scenes=args.scenes, world=TEST[0], sections=sections)
     with database.connect_run(run) as connection:
         rows = list(database.query_rows(connection, KEPT))
     after = [measure_caption(text, find_scene(key)) if text else None for key, text, *_ in rows]

@@ -240,9 +240,9 @@ def test_a_judge_is_measured_on_planted_and_natural_sentences(monkeypatch: pytes
         outcomes = list(judge.judge_texts(texts, scenes, model="", rubric="scenes_open"))
         groups = judge.group_outcomes(outcomes)
         assert sorts <= groups.keys()
-        decided = [o for o in outcomes if o.sort != judge.STRANGE]
-        assert judge.balanced_accuracy(decided) == 1 and judge.share_accepted(outcomes) == 0
-        assert all(o.verdict is None for o in outcomes if o.sort == judge.STRANGE)
+        assert judge.balanced_accuracy(outcomes) == judge.balanced_accuracy(groups["all"]) == 1
+        assert judge.share_accepted(outcomes) == 0 and not any(o.sort == judge.STRANGE for o in groups["all"])
+        assert all(o.true is None and o.could_not_say for o in outcomes if o.sort == judge.STRANGE)
     gullible = [replace(o, verdict=True) for o in outcomes]
     assert judge.balanced_accuracy(gullible) == 0.5 and judge.share_accepted(gullible) == 1
     directions = judge.group_outcomes(list(judge.judge_texts(planted, scenes, model="", rubric="scenes")))["direction"]
@@ -254,18 +254,25 @@ def test_a_mixture_has_the_text_with_the_higher_score_of_each_image() -> None:
     right = measure_caption(write_caption(list_facts(scene), Random(0)), scene)
     wrong = measure_caption("A dog.", scene)
 
-    def rate(caption: str, score: float) -> mixed.RatedText:
-        return mixed.RatedText(caption=caption, score=score, measure=right if score > 0.5 else wrong, num_words=2)
+    def rate(caption: str, score: float | None, *, keep: bool = False) -> mixed.RatedText:
+        measure = right if score and score > 0.5 else wrong
+        return mixed.RatedText(caption=caption, score=score, keep=keep, measure=measure, num_words=2)
 
     rated = {
-        "a": [rate(mixed.SYNTHETIC, 0.4), rate(mixed.RAW, 0.9)],
-        "b": [rate(mixed.SYNTHETIC, 1.0), rate(mixed.RAW, 0.2)],
+        "a": [rate(mixed.SYNTHETIC, 0.4), rate(mixed.RAW, 0.9, keep=True)],
+        "b": [rate(mixed.SYNTHETIC, 1.0, keep=True), rate(mixed.RAW, 0.2)],
         "c": [rate(mixed.SYNTHETIC, 0.3)],
+        "d": [rate(mixed.SYNTHETIC, None)],
     }
-    chosen = mixed.choose_texts(rated, least=0.0)
+    chosen = mixed.choose_texts(rated, kept=False)
     assert {key: one.caption for key, one in chosen[mixed.MIXED].items()} == {"a": "raw", "b": "dense", "c": "dense"}
-    assert {name: len(texts) for name, texts in chosen.items()} == {"raw": 2, "dense": 3, "mixed by score": 3}
-    assert mixed.choose_texts(rated, least=0.95)[mixed.RAW] == {}
+    assert {name: len(texts) for name, texts in chosen.items()} == {"raw": 2, "dense": 4, "mixed by score": 3}
+    kept = mixed.choose_texts(rated, kept=True)
+    assert {name: list(texts) for name, texts in kept.items()} == {
+        "raw": ["a"],
+        "dense": ["b"],
+        "mixed by score": ["a", "b"],
+    }
     figures = mixed.summarise(list(chosen[mixed.MIXED].values()), num_images=4)
     assert figures["images"] == 0.75 and figures["raw"] == pytest.approx(1 / 3)
     assert figures["wholly right"] == figures["recall"] == pytest.approx(2 / 3)
