@@ -4,8 +4,10 @@ It fuses the captions of the five teachers without the picture; by the truth, th
 teachers' and beside what a majority of them says. It translates the captions of one teacher into German; each is turned
 back into English by the grammar, and counted where it claims what the caption claims and nothing else. Of the names in
 an alt text, which no pixel shows, those of things that are in the picture are right: one is kept when the caption says
-it of its thing, a wrong one when it occurs at all. A sign is read when the caption has its words letter by letter,
-given what the finder `ocr` found in the picture, or nothing. The last line is JSON.
+it of its thing, a wrong one when it occurs at all, and each sentence that gives a name to another thing is one more
+wrong name. A sign is read when the caption has its words letter by letter, given what the finder `ocr` found in the
+picture, or nothing; beside it, how often the finder alone found just these words, and how often a sign is said of a
+picture without one. The last line is JSON.
 
     python -m benchmarks.reader MODEL [--scenes 1000] [--world 91001]
 
@@ -21,6 +23,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -54,6 +57,8 @@ MANIFEST = Path(str(resources.files("manifests") / "scenes-reader"))
 TRANSLATED = "hasty"  # the teacher whose captions are translated
 SIGNED_SIDE = 224  # pixels of the short side of the smallest picture with a sign
 MIN_CONFIDENCE = 0.5  # of lines that count as found
+NAME_SAID = re.compile(re.escape(say_name("THING", "NAME")).replace("THING", "[a-z ]+").replace("NAME", "[^.]+"))
+SIGN_SAID = say_sign("").partition('"')[0]
 
 
 def main() -> None:
@@ -67,7 +72,8 @@ def main() -> None:
     groups = list(zip(*captions.values(), strict=True))
     named = [draw_sample(scene.index, make_corpus(scene, named_share=1.0)) for scene in scenes]
     signed = [draw_sample(scene.index, make_corpus(scene, sign_share=1.0, short_side=SIGNED_SIDE)) for scene in scenes]
-    read = [find_lines(sample) for sample in signed]
+    plain = [draw_sample(scene.index, make_corpus(scene, short_side=SIGNED_SIDE)) for scene in scenes]
+    read, read_plain = ([find_lines(sample) for sample in samples] for samples in (signed, plain))
     engine = open_engine(args.model)
     try:
         fused = answer(engine, "scenes_fuse", [{"captions": group} for group in groups])
@@ -75,6 +81,7 @@ def main() -> None:
         realigned = answer(engine, "scenes_realign", [{}] * len(named), named)
         with_ocr = answer(engine, "scenes_text", [{"seen": lines} for lines in read], signed)
         without = answer(engine, "scenes_text", [{"seen": ()}] * len(signed), signed)
+        unsigned = answer(engine, "scenes_text", [{"seen": lines} for lines in read_plain], plain)
     finally:
         engine.close()
     captions |= {"majority": [merge_captions(group) for group in groups], "fused": fused}
@@ -89,11 +96,18 @@ def main() -> None:
     same = [has_same_claims(text, source) for text, source in zip(german, captions[TRANSLATED], strict=True)]
     print(f"translated with the same claims: {describe_mean(same)}")
     right, wrong = measure_names(realigned, scenes)
-    print(f"right names kept: {describe_mean(right)}; wrong ones: {describe_mean(wrong)}")
+    print(f"right names kept: {describe_shares(right)}; wrong ones: {describe_shares(wrong)}")
     signs = {name: measure_signs(texts, scenes) for name, texts in (("with ocr", with_ocr), ("without", without))}
+    texts_on_signs = [draw_sign_text(scene.seed, scene.index) for scene in scenes]
+    signs["ocr alone"] = [lines == (text,) for lines, text in zip(read, texts_on_signs, strict=True)]
     print(f"signs read: {'; '.join(f'{name} {describe_mean(values)}' for name, values in signs.items())}")
+    signs["of none"] = [SIGN_SAID in text for text in unsigned]
+    print(f"signs said of pictures without one: {describe_mean(signs['of none'])}")
     lines = {name: round_figures(quality) for name, quality in figures.items()}
-    figures_of_words = {"right names": fmean(right), "wrong names": fmean(wrong)}
+    figures_of_words = {
+        "right names": fmean(chain.from_iterable(right)),
+        "wrong names": fmean(chain.from_iterable(wrong)),
+    }
     figures_of_words |= {f"signs {name}": fmean(values) for name, values in signs.items()}
     means = {"gain": fmean(gains), "translated": fmean(same), **figures_of_words}
     print(json.dumps({"benchmark": "reader", "captions": lines, **means}))
@@ -130,15 +144,26 @@ def describe_mean(values: Sequence[float], *, sign: str = "") -> str:
     return f"{fmean(values):{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def measure_names(captions: Sequence[str], scenes: Sequence[Scene]) -> tuple[list[bool], list[bool]]:
-    """Of each right name whether it is kept, and of each wrong one."""
-    right, wrong = list[bool](), list[bool]()
+def describe_shares(values: Sequence[Sequence[bool]]) -> str:
+    """The share over all scenes' values with its 95 % interval over scenes."""
+
+    def share(drawn: Sequence[int]) -> float:
+        some = [value for i in drawn for value in values[i]]
+        return fmean(some) if some else 0.0
+
+    low, high = bootstrap_interval(share, len(values))
+    return f"{share(range(len(values))):.3f} ({low:.3f} to {high:.3f})"
+
+
+def measure_names(captions: Sequence[str], scenes: Sequence[Scene]) -> tuple[list[list[bool]], list[list[bool]]]:
+    """For each scene, of each right name whether it is kept, and of each wrong one; others that are said are wrong."""
+    right, wrong = list[list[bool]](), list[list[bool]]()
     for text, scene in zip(captions, scenes, strict=True):
-        for named in name_things(scene):
-            if named.is_right:
-                right.append(say_name(named.thing, named.name) in text)
-            else:
-                wrong.append(re.search(rf"\b{named.name}\b", text) is not None)
+        names = name_things(scene)
+        given = {say_name(named.thing, named.name) for named in names}
+        right.append([say_name(named.thing, named.name) in text for named in names if named.is_right])
+        kept = [re.search(rf"\b{named.name}\b", text) is not None for named in names if not named.is_right]
+        wrong.append([*kept, *(True for said in NAME_SAID.findall(text) if said not in given)])
     return right, wrong
 
 

@@ -203,13 +203,18 @@ def test_a_perfect_reader_is_measured_as_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reader, "open_engine", lambda _: AnswersAsTheVoices())
-    monkeypatch.setattr(reader, "find_lines", lambda raw: (json.loads(raw.metadata)["sign"],))
+    monkeypatch.setattr(reader, "find_lines", lambda raw: tuple(filter(None, [json.loads(raw.metadata).get("sign")])))
     monkeypatch.setattr("sys.argv", ["reader", "perfect", "--scenes", "60", "--world", str(CHOICE)])
     reader.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["captions"]["fused"] == figures["captions"]["majority"]
     assert (figures["right names"], figures["wrong names"]) == (1, 0)
-    assert (figures["signs with ocr"], figures["signs without"]) == (1, 0)
+    assert (figures["signs with ocr"], figures["signs ocr alone"]) == (1, 1)
+    assert (figures["signs without"], figures["signs of none"]) == (0, 0)
+    scene = list_scenes(1)[0]
+    hedged = [" ".join(f"The {thing.name} is called {name}." for thing in scene.things for name in ("Kalu", "Bado"))]
+    (wrong,) = reader.measure_names(hedged, [scene])[1]
+    assert sum(wrong) == 2 * len(scene.things)
     assert figures["gain"] > 0.03 and figures["translated"] == 1
 
 

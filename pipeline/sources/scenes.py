@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.records import Piece, Raw
 from pipeline.sections import key
-from pipeline.sources._scene_words import Named, add_sign, draw_names, draw_sign_text
+from pipeline.sources._scene_words import SIGN, Named, add_sign, draw_names, draw_sign_text
 
 COLOURS = {
     "red": (214, 32, 38),
@@ -423,7 +423,8 @@ def find_sign(scene: Scene, config: Config) -> str | None:
 def _encode_picture(scene: Scene, config: Config, *, take: int, sign: str | None = None) -> bytes:
     """The picture as a JPEG; another `take` of a scene has another size, noise and quality."""
     rng = Random(f"file/{scene.seed}/{scene.index}/{take}")
-    longest = max(config.short_side, int(config.long_side / max(scene.width, scene.height)))
+    tall = scene.height + (SIGN * min(scene.width, scene.height) if sign else 0.0)
+    longest = max(config.short_side, int(config.long_side / max(scene.width, tall)))
     image = render_scene(scene, short=rng.randint(config.short_side, longest), seed=take)
     if sign:
         image = add_sign(image, sign, rng)

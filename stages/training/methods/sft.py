@@ -61,6 +61,10 @@ def open(run: Run, config: TrainConfig) -> Sft:
     check_captions(run, config, without_image=not config.options.config.regions, are_answers=not scores)
     if scores and scores not in run.sections["score"]:
         raise ConfigError(f"{run.file}: train.scores", plugins.explain_unknown(scores, sorted(run.sections["score"])))
+    share = config.options.config.reasons
+    if scores and share > 0 and not getattr(run.sections["score"][scores].scorer.config, "reasons", True):
+        message = f"{share} of the verdicts are learnt with reasons, and score.{scores} has none; set it to 0"
+        raise ConfigError(f"{run.file}: train.reasons", message)
     return Sft(run, config)
 
 
