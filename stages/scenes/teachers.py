@@ -5,8 +5,8 @@ through a request's `source_key` and nothing else. Asked how things are placed (
 Other voices make labels and what is to be labelled: `speaker` makes one statement, true or false by one swap; `placer`
 says how things are related and nothing else; `stranger` makes one statement that cannot be decided in the words of this
 world; `repeater` captions a scene and says something again; `labeller` answers a judge's question about the last line
-of its prompt; `realigner` captions a scene with those names of the alt text in its prompt that fit, `reader` with the
-words of signs that are quoted in its prompt. Two voices see no truth, but the captions that are quoted in their prompt:
+of its prompt; `realigner` captions a scene with those names of the alt text in its prompt that fit, `reader` with those
+words quoted in its prompt that its sign has. Two voices see no truth, but the captions that are quoted in their prompt:
 `merger` says what most of them say, `translator` says the only one in German.
 """
 
@@ -23,6 +23,7 @@ from typing import Literal
 
 from pipeline.engines import Reply, Request, finish_attempt
 from pipeline.sections import key
+from pipeline.sources._scene_words import draw_sign_text
 from pipeline.sources.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -413,8 +414,10 @@ def say_name(thing: str, name: str) -> str:
     return f"The {thing} is called {name}."
 
 
-def add_signs(caption: str, quoted: Iterable[tuple[str, str]]) -> str:
-    return " ".join([caption, *(say_sign(text) for _, text in quoted)])
+def add_sign(caption: str, quoted: Iterable[str], scene: Scene) -> str:
+    """The caption, and after it what the scene's sign says if that is quoted: a finder also reads shapes as letters."""
+    text = draw_sign_text(scene.seed, scene.index)
+    return f"{caption} {say_sign(text)}" if text in quoted else caption
 
 
 def say_sign(text: str) -> str:
@@ -536,7 +539,8 @@ class TeacherEngine:
         if self._voice == "realigner":
             return keep_right_names(caption_scene("hasty", truth, seed), find_quoted(request.prompt)[0], truth)
         if self._voice == "reader":
-            return add_signs(caption_scene("hasty", truth, seed), QUOTED.findall(request.prompt))
+            quoted = [text for _, text in QUOTED.findall(request.prompt)]
+            return add_sign(caption_scene("hasty", truth, seed), quoted, truth)
         if self._voice == "stranger":
             return draw_strange_statement(Random(f"stranger/{truth.seed}/{truth.index}/{seed}"))
         if self._voice == "placer":

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.engines import Reply, Request, Sampling
 from pipeline.sections import stamped
+from pipeline.sources._scene_words import draw_sign_text
 from pipeline.sources.scenes import Scene, draw_scene, is_related
 from stages import rubrics
 from stages.scenes import teachers
@@ -240,7 +241,7 @@ def test_the_realigner_keeps_names_of_what_is_there_and_the_reader_says_what_was
     alt_text = fence_texts([f"A {thing} called Kalu. A grey dog called Rex. An orange moon called Mira."], limit=1000)
     text = ask("realigner", f"{alt_text}\nDescribe the picture.").text
     assert text == f"{caption_scene('hasty', draw_scene(0, 0), 0)} The {thing} is called Kalu."
-    signs = fence_texts(["Kalu Rom", "OPEN"], limit=1000)
-    said = ask("reader", f"{signs}\nDescribe the picture.").text
-    assert said.endswith('The sign says "Kalu Rom". The sign says "OPEN".')
-    assert ask("reader", "(none)\nDescribe.").text == caption_scene("hasty", draw_scene(0, 0), 0)
+    sign, caption = draw_sign_text(0, 0), caption_scene("hasty", draw_scene(0, 0), 0)
+    for lines, said in ((["V", sign], f'{caption} The sign says "{sign}".'), (["V", "OPEN"], caption)):
+        assert ask("reader", f"{fence_texts(lines, limit=1000)}\nDescribe the picture.").text == said
+    assert ask("reader", "(none)\nDescribe.").text == caption
