@@ -4,6 +4,7 @@ that `recap audit` reads. Text of a run never runs, and nothing is fetched."""
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
@@ -121,6 +122,9 @@ def test_marks_are_kept_changed_and_found_again_by_keyboard(tab: BrowserTab, wid
         tab.press(key)
     assert list_pressed() == ["true", "unsure"]
     tab.open(tab.evaluate("location.href"), width=width)
+    end = time.monotonic() + 30
+    while list_pressed() != ["true", "unsure"] and time.monotonic() < end:
+        time.sleep(0.1)  # on a busy machine the browser draws the page after it has loaded
     assert list_pressed() == ["true", "unsure"]
     for key in ("f", "ArrowDown", "t", "ArrowRight"):
         tab.press(key)
