@@ -217,11 +217,8 @@ def render_manifest(student: Path, manifest: str = MANIFEST) -> str:
 def read_recipes(manifest: str) -> dict[str, str]:
     """The manifest's own recipes, by file name."""
     folder = resources.files("manifests") / manifest / "recipes"
-    return (
-        {file.name: file.read_text() for file in sorted(folder.iterdir(), key=lambda one: one.name)}
-        if folder.is_dir()
-        else {}
-    )
+    files = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
+    return {file.name: file.read_text() for file in files}
 
 
 def write_recipes(folder: Path, manifest: str) -> None:

@@ -12,7 +12,7 @@ from random import Random
 from PIL import Image, ImageDraw, ImageFont
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-RIGHT = 0.6  # chance that a thing in the picture which may be named is
+RIGHT = 0.6  # chance that a name is of a thing in the picture, as long as there is one left
 SIGN = 0.26  # height of a sign below the picture, in short sides
 
 

@@ -29,11 +29,10 @@ SEVERITY: Mapping[Kind, Severity] = {
     "texture": "important",
     "background": "minor",
 }
-LEAST_COST = SEVERITY_WEIGHTS[
-    "important"
-]  # so that no claim costs less than a relation brings, of which a caption may add many
-DOUBT = 0.5  # what a doubted claim costs, in what an unsupported one does
-AGAIN = 3.0  # likewise of one said again, which is never right, and which samples of an answer that is sure of it share
+# No claim costs less than a relation brings, of which a caption may add many.
+LEAST_COST = SEVERITY_WEIGHTS["important"]
+# What a doubted claim costs, and one said again, in what an unsupported one does: saying a thing again is never right.
+DOUBT, AGAIN = 0.5, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +168,12 @@ class Check:
         A sentence outside the grammar costs as much as a thing.
         """
         known = self.claims | self.doubted
-        unsupported = chain(caption.first - known, caption.stray - known, caption.exceeded)
-        doubted = self.doubted & (caption.first | caption.stray)
-        parts = ((unsupported, 1.0), (doubted, DOUBT), (caption.again, AGAIN))
-        return sum(times * weigh_cost(claim) for claims, times in parts for claim in claims) + (
-            STRAY_COST * caption.num_stray
+        costs = chain(
+            map(weigh_cost, chain(caption.first - known, caption.stray - known, caption.exceeded)),
+            (DOUBT * weigh_cost(claim) for claim in self.doubted & (caption.first | caption.stray)),
+            (AGAIN * weigh_cost(claim) for claim in caption.again),
         )
+        return sum(costs) + STRAY_COST * caption.num_stray
 
     @property
     def text(self) -> str:
@@ -254,7 +253,5 @@ def format_claim(claim: Claim) -> str:
 def parse_check(text: str) -> Check:
     """The inverse of `Check.json`."""
     values = json.loads(text)
-    named = {
-        name: frozenset(Claim(*claim) for claim in values[name]) for name in ("claims", "doubted") if name in values
-    }
-    return Check(**{**values, **named})
+    sets = {name: frozenset(Claim(*claim) for claim in values.get(name, ())) for name in ("claims", "doubted")}
+    return Check(**{**values, **sets})

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import ConfigError
 from pipeline.records import RubricCriterion
 from pipeline.storage.tables import ROWS_PER_GROUP
 from stages.training.collator import IGNORED, Collator
@@ -49,6 +50,24 @@ def test_a_share_of_verdicts_is_learnt_without_reasons(sft_run: Path) -> None:
     share = sum(isinstance(bare, dict) for _, bare in answers) / len(answers)
     assert 0.45 < share < 0.75
     assert read_sft_examples(sft_run, **keys, reasons=0.6) == mixed
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "field"),
+    [
+        ({"score.labels": {"reasons": False}}, {"scores": "labels"}, "train.reasons: 1.0 of the verdicts are learnt"),
+        ({"source": {"sign_share": 0.5}}, {"regions": 0.1}, "train.regions: the labels of image tokens"),
+    ],
+)
+def test_what_cannot_be_learnt_is_an_error(
+    tmp_path: Path, changes: dict[str, Any], keys: dict[str, Any], field: str
+) -> None:
+    sections = make_sft_sections()
+    for name, values in changes.items():
+        sections[name] |= values
+    folder = begin(tmp_path / "run", sections)
+    with pytest.raises(ConfigError, match=field):
+        read_sft_examples(folder, captions=["statements"], **keys)
 
 
 def test_undecided_verdicts_are_learnt_if_asked_for(tmp_path: Path) -> None:

@@ -55,16 +55,19 @@ def check_config(config: TrainConfig) -> None:
 def open(run: Run, config: TrainConfig) -> Sft:
     """
     Raises:
-        ConfigError: a pass or the recipe does not exist.
+        ConfigError: a pass or the recipe does not exist, the verdicts have no reasons to learn, or signs shift regions.
     """
-    scores: str = config.options.config.scores
-    check_captions(run, config, without_image=not config.options.config.regions, are_answers=not scores)
+    own: Config = config.options.config
+    scores = own.scores
+    check_captions(run, config, without_image=not own.regions, are_answers=not scores)
     if scores and scores not in run.sections["score"]:
         raise ConfigError(f"{run.file}: train.scores", plugins.explain_unknown(scores, sorted(run.sections["score"])))
-    share = config.options.config.reasons
-    if scores and share > 0 and not getattr(run.sections["score"][scores].scorer.config, "reasons", True):
-        message = f"{share} of the verdicts are learnt with reasons, and score.{scores} has none; set it to 0"
+    if scores and own.reasons and not getattr(run.sections["score"][scores].scorer.config, "reasons", True):
+        message = f"{own.reasons} of the verdicts are learnt with reasons, and score.{scores} has none; set it to 0"
         raise ConfigError(f"{run.file}: train.reasons", message)
+    if own.regions and getattr(run.source.config, "sign_share", 0):
+        message = "the labels of image tokens are those of pictures without signs; set source.sign_share to 0"
+        raise ConfigError(f"{run.file}: train.regions", message)
     return Sft(run, config)
 
 
@@ -88,7 +91,7 @@ class Sft:
         if not self._own.scores:
             return {"asks": slice_recipes(self._run, self._config)}
         given = dict(self._run.sections["score"][self._own.scores].given)
-        return {"asks": {**stamped(self._load_rubric()), **({"given": given} if given else {})}}
+        return {"asks": {**stamped(self._rubrics[True]), **({"given": given} if given else {})}}
 
     def read_examples(self) -> Iterator[TrainExample]:
         read = self._read_verdicts if self._own.scores else self._read_texts
@@ -115,7 +118,6 @@ class Sft:
 
     def _read_verdicts(self, name: str, file: str) -> Iterator[Turn]:
         """Every verdict of the score pass, as the answer to its rubric's prompt."""
-        rubrics_by_form = {with_reasons: self._load_rubric(with_reasons=with_reasons) for with_reasons in (True, False)}
         images = tables.read_rows(self._run.folder / "image" / file, Image)
         alt_texts = {image.key: image.alt_text for image in images}
         find_texts = self._given.open(Shard(run=self._run, number=int(Path(file).stem), pieces=()))
@@ -126,9 +128,9 @@ class Sft:
             texts = find_texts(image_key)
             for score in scores:
                 text = captions[score.key, score.candidate].text
-                for criteria in tables.split_batches(score.criteria, len(rubrics_by_form[True].criteria)):
-                    share = draw(score.key, name, score.candidate, criteria[0].id)
-                    rubric = rubrics_by_form[share < self._own.reasons]
+                for criteria in tables.split_batches(score.criteria, len(self._rubrics[True].criteria)):
+                    drawn = draw(score.key, name, score.candidate, criteria[0].id)
+                    rubric = self._rubrics[drawn < self._own.reasons]
                     if not all(self._is_answered(criterion, rubric) for criterion in criteria):
                         continue
                     before, part = _find_passage(text, criteria[0])
@@ -147,11 +149,16 @@ class Sft:
     @cached_property
     def _given(self) -> GivenTexts:
         """The texts that the judge was given for its prompts."""
-        return prepare_given(self._run, self._own.scores, self._load_rubric().spec.open_fields)
+        return prepare_given(self._run, self._own.scores, self._rubrics[True].spec.open_fields)
 
-    def _load_rubric(self, *, with_reasons: bool = True) -> Rubric:
-        scorer = self._run.sections["score"][self._own.scores].scorer
-        return rubrics.load(scorer.config.rubric, run=self._run.folder, with_reasons=with_reasons)
+    @cached_property
+    def _rubrics(self) -> Mapping[bool, Rubric]:
+        """The judge's rubric, by whether its answers have reasons."""
+        name = self._run.sections["score"][self._own.scores].scorer.config.rubric
+        return {
+            with_reasons: rubrics.load(name, run=self._run.folder, with_reasons=with_reasons)
+            for with_reasons in (True, False)
+        }
 
     def _read_captions(self, name: str, file: str) -> Iterator[Caption]:
         rows = tables.read_rows(self._run.folder / "caption" / name / file, Caption)
